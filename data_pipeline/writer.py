@@ -1,0 +1,48 @@
+"""Writes samples into WebDataset tar shards, each of which appears whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from io import BytesIO
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import webdataset as wds
+
+from data_pipeline.corruption import Array
+from data_pipeline.index import Shard
+
+OBSERVATION, META = "x_n.npy", "json"
+"""The members of a sample: the observation, (C, H, W) float16; and {"sigma_n": float}."""
+
+
+def write_shards(folder: Path, samples: Iterable[tuple[str, Array, float]], per_shard: int) -> list[Shard]:
+    """samples: (key, x_n, sigma_n). The bytes depend on the samples alone: fixed owner and time in the tar headers."""
+    shards: list[Shard] = []
+    iterator = iter(samples)
+    while chunk := list(islice(iterator, per_shard)):
+        name = f"shard-{len(shards):06d}.tar"
+        buffer = BytesIO()
+        with wds.TarWriter(buffer, encoder=False, mtime=0) as tar:  # pyright: ignore[reportArgumentType]
+            for key, x_n, sigma_n in chunk:
+                tar.write({"__key__": key, OBSERVATION: npy_bytes(x_n), META: json.dumps({"sigma_n": sigma_n}).encode()})
+        data = buffer.getvalue()
+        partial = folder / f".{name}.partial"
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(folder / name)
+        shards.append(Shard(name, len(chunk), len(data), hashlib.sha256(data).hexdigest()))
+    return shards
+
+
+def npy_bytes(x: Array) -> bytes:
+    """float16, not PNG: 8 bits would clip a noisy image, and break the Gaussian assumption."""
+    buffer = BytesIO()
+    np.save(buffer, x.astype(np.float16), allow_pickle=False)
+    return buffer.getvalue()

@@ -1,0 +1,1 @@
+"""Launches on SLURM through submitit. Nothing else imports this package."""

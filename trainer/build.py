@@ -1,0 +1,128 @@
+"""The composition root: from a RunConfig to the objects of a run. Nothing else puts components together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data_pipeline.loader import Layout, Loader
+from trainer.checkpoint import Checkpoints, TrainState, read_pool, read_state, read_tensors
+from trainer.config import RunConfig, flatten, load, to_data, to_yaml
+from trainer.diffusion.ambient import AmbientLoss
+from trainer.diffusion.consistency import ConsistencyLoss, ParticlePool
+from trainer.diffusion.denoiser import Denoiser
+from trainer.diffusion.interleave import StepSchedule
+from trainer.distributed import Ranks
+from trainer.ema import EMA
+from trainer.engine import Engine
+from trainer.errors import UserError
+from trainer.mlflow_logger import MLflowLogger
+from trainer.models.unet2d import UNet2D
+from trainer.provenance import tags
+
+MAY_CHANGE = ("steps", "threads", "micro_batch_size", "data.workers", "engine.", "checkpoint.", "logging.")
+"""Fields that a run may be started again with another value of. The others would make it another run."""
+
+
+@dataclass
+class Run:
+    """All that the loop needs. Losses see a Denoise; here it is the engine around the denoiser."""
+
+    config: RunConfig
+    directory: Path
+    ranks: Ranks
+    layout: Layout
+    loader: Loader
+    denoiser: Denoiser
+    engine: Engine
+    ema: EMA
+    ambient: AmbientLoss
+    consistency: ConsistencyLoss | None
+    pool: ParticlePool
+    schedule: StepSchedule
+    checkpoints: Checkpoints
+    logger: MLflowLogger | None
+    state: TrainState
+
+
+def denoiser(config: RunConfig, shape: tuple[int, int, int]) -> Denoiser:
+    """The network with fresh weights, the same on every rank and machine. shape: (C, H, W) of an observation."""
+    halvings = 2 ** (len(config.model.channels) - 1)
+    if shape[1] % halvings or shape[2] % halvings:
+        raise UserError(f"model.channels has {len(config.model.channels)} resolutions, so image sides must be multiples of {halvings}; the shards have {shape[2]}x{shape[1]}: shard with another --size, or give fewer channels")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return Denoiser(UNet2D(config.model, shape[0], shape[1]), config.process, config.prediction)
+
+
+def run(config: RunConfig, ranks: Ranks) -> Run:
+    """Builds a run, new or from its last checkpoint. A collective. Raises UserError for what does not fit together."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    layout = _layout(config, ranks)
+    loader = Loader(config.data, layout, config.seed, ranks.device)
+    _check_levels(config, loader)
+    directory = Path(config.run_dir)
+    checkpoints = Checkpoints(directory, config.checkpoint)
+    _claim(config, directory, ranks)
+
+    network = denoiser(config, loader.index.shape).to(ranks.device)
+    engine = Engine(network, config.engine, config.optimizer, layout.micro_batch_size, layout.accumulation, ranks.world)
+    sigma_min = config.process.sigma_min
+    c = config.consistency
+    pool = ParticlePool(layout.rows, c.pool_depth if c else 1, sigma_min)
+    state, ema = TrainState(0, 0, 0, 0.0), EMA(config.ema, engine.masters)
+    if (path := checkpoints.latest()) is not None:
+        state = read_state(path)
+        average = read_tensors(path, "ema")
+        weights, moments = read_tensors(path, "weights"), read_tensors(path, "optimizer")
+        engine.load(average, {}, state.step)
+        ema.shadow = [t.clone() for t in engine.masters]
+        engine.load(weights, moments, state.step)
+        pool.load_state_dict({name: value.to(ranks.device) for name, value in read_pool(path, layout.first_row(0), layout.rows).items()})
+    return Run(
+        config, directory, ranks, layout, loader, network, engine, ema,
+        ambient=AmbientLoss(config.levels, config.weight, config.process),
+        consistency=ConsistencyLoss(config.weight, sigma_min, c.ratio, c.gradient) if c else None,
+        pool=pool,
+        schedule=c.schedule() if c else StepSchedule(1, 0),
+        checkpoints=checkpoints,
+        logger=MLflowLogger(config.logging, directory, dict(flatten(to_data(config))), tags()) if ranks.is_main else None,
+        state=state,
+    )  # fmt: skip
+
+
+def _layout(config: RunConfig, ranks: Ranks) -> Layout:
+    rows, rest = divmod(config.batch_size, ranks.world)
+    if rest or rows == 0:
+        raise UserError(f"batch_size {config.batch_size}: must be a multiple of the {ranks.world} ranks")
+    micro = min(config.micro_batch_size or rows, rows)
+    if rows % micro:
+        raise UserError(f"micro_batch_size {config.micro_batch_size}: must divide the {rows} samples that each of {ranks.world} ranks has of batch_size {config.batch_size}")
+    return Layout(config.batch_size, micro, ranks.rank, ranks.world)
+
+
+def _check_levels(config: RunConfig, loader: Loader) -> None:
+    highest = loader.index.sigma_max * config.data.sigma_scale
+    if highest >= config.process.sigma_max:
+        raise UserError(f"process.sigma_max {config.process.sigma_max:g}: must be above the data's highest sigma_n {highest:g} ({config.data.shards})")
+
+
+def _claim(config: RunConfig, directory: Path, ranks: Ranks) -> None:
+    """Writes config.yaml into a new run directory; refuses one that holds another run."""
+    path = directory / "config.yaml"
+    if path.is_file():
+        old, new = dict(flatten(to_data(load(path)))), dict(flatten(to_data(config)))
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name) and not name.startswith((*MAY_CHANGE, "run_dir")):
+                raise UserError(f"{directory} holds a run with {name}={old.get(name)}, not {new.get(name)}: choose another run_dir")
+    ranks.barrier()
+    if ranks.is_main:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            path.write_text(to_yaml(config))
+        except OSError as error:
+            raise UserError(f"run_dir {directory}: cannot be written: {error.strerror}") from None
+    ranks.barrier()

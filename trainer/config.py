@@ -1,0 +1,199 @@
+"""One YAML file and `key.path=value` overrides make a RunConfig, or one clear line says why not.
+
+The parts of the configuration are frozen dataclasses beside the components that they configure. pydantic checks them,
+here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError
+
+from data_pipeline.loader import DataConfig
+from trainer.checkpoint import CheckpointConfig
+from trainer.diffusion.consistency import ConsistencyConfig
+from trainer.diffusion.levels import EDM, Levels, LogNormal, Weight
+from trainer.diffusion.prediction import Prediction
+from trainer.diffusion.process import AnyProcess, VPCosine
+from trainer.ema import EMAConfig
+from trainer.engine_config import EngineConfig, OptimizerConfig
+from trainer.errors import UserError
+from trainer.mlflow_logger import LoggingConfig
+from trainer.models.unet2d import UNet2DConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A training run.
+
+    run_dir: where everything of the run is written; starting again on it goes on from its last checkpoint.
+    steps: optimiser steps. batch_size: samples a step, over all ranks and micro-batches.
+    micro_batch_size: samples a pass on one rank; None takes the rank's whole share.
+    threads: CPU threads a rank; None leaves it to torch.
+    """
+
+    run_dir: str
+    data: DataConfig
+    steps: int = 1000
+    batch_size: int = 64
+    micro_batch_size: int | None = None
+    seed: int = 0
+    threads: int | None = None
+    model: UNet2DConfig = field(default_factory=UNet2DConfig)
+    process: Annotated[AnyProcess, Field(discriminator="kind")] = field(default_factory=VPCosine)
+    prediction: Prediction = "v"
+    levels: Annotated[Levels, Field(discriminator="kind")] = field(default_factory=LogNormal)
+    weight: Annotated[Weight, Field(discriminator="kind")] = field(default_factory=EDM)
+    consistency: ConsistencyConfig | None = field(default_factory=ConsistencyConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch_size, self.micro_batch_size or 1, self.threads or 1) < 1:
+            raise ValueError("steps, batch_size, micro_batch_size and threads must be at least 1")
+        if self.data.sigma_scale == 0 and self.consistency is not None:
+            raise ValueError("data.sigma_scale=0 takes every image for clean, so there is no level for consistency: set consistency to null")
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML file, with one level of `base:` (a path beside it), and applies overrides. Raises UserError."""
+    data = _read(path)
+    if (base := data.pop("base", None)) is not None:
+        base_data = _read(path.parent / str(base))
+        if "base" in base_data:
+            raise UserError(f"{path.parent / str(base)}: base: has a base of its own; one level only")
+        data = _merge(base_data, data)
+    for override in overrides:
+        data = _merge(data, _parse_override(override))
+    return parse(data, str(path))
+
+
+def parse(data: dict[str, Any], where: str) -> RunConfig:
+    """A RunConfig from plain data. Raises UserError naming `where`, the field and its value."""
+    _forbid_unknown_fields(RunConfig)
+    try:
+        return TypeAdapter(RunConfig).validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{where}: {_explain(first, data)}") from None
+
+
+def to_data(config: RunConfig) -> dict[str, Any]:
+    """Plain data that `parse` reads back to an equal configuration."""
+    return TypeAdapter(RunConfig).dump_python(config, mode="json")
+
+
+def to_yaml(config: RunConfig) -> str:
+    return yaml.safe_dump(to_data(config), sort_keys=False)
+
+
+def flatten(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """("optimizer.lr", 0.001), ...: every leaf by its path."""
+    for name, value in data.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: must be a mapping of fields to values")
+    return data
+
+
+def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    """high over low. A mapping that names another `kind` replaces the one below it, whose fields would not fit."""
+    merged = dict(low)
+    for name, value in high.items():
+        below = merged.get(name)
+        if isinstance(below, dict) and isinstance(value, dict) and value.get("kind", below.get("kind")) == below.get("kind"):
+            merged[name] = _merge(below, value)
+        else:
+            merged[name] = value
+    return merged
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    path, separator, value = text.partition("=")
+    if not separator or not path or not all(path.split(".")):
+        raise UserError(f"{text}: an override is key.path=value, such as optimizer.lr=3e-4")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"{text}: {value} is not a YAML value; quote it") from None
+    parsed = _number(parsed)
+    for name in reversed(path.split(".")):
+        parsed = {name: parsed}
+    return parsed
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 takes 3e-4 for a string; a person who writes it means a number."""
+    if isinstance(value, str):
+        try:
+            return float(value) if any(c.isdigit() for c in value) else value
+        except ValueError:
+            return value
+    return value
+
+
+def _forbid_unknown_fields(kind: Any) -> None:
+    """pydantic's default silently drops unknown keys of dataclasses: forbid them in the whole tree."""
+    for inner in _dataclasses_in(kind):
+        inner.__pydantic_config__ = {"extra": "forbid"}
+
+
+def _dataclasses_in(kind: Any) -> Iterator[Any]:
+    if dataclasses.is_dataclass(kind):
+        yield kind
+        for hint in typing.get_type_hints(kind).values():
+            yield from _dataclasses_in(hint)
+    elif typing.get_origin(kind) in (typing.Union, types.UnionType, tuple):
+        for argument in typing.get_args(kind):
+            yield from _dataclasses_in(argument)
+
+
+def _explain(error: Any, data: dict[str, Any]) -> str:
+    tags = {"ve", "vp_table", "vp_cosine", "flow", "log_normal", "log_uniform", "uniform_time", "uniform", "edm", "min_snr", "soft_min_snr"}
+    location = [str(part) for i, part in enumerate(error["loc"]) if not (part in tags and i > 0)]
+    name = ".".join(location) or "configuration"
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = _fields_at(RunConfig, location[:-1])
+        close = difflib.get_close_matches(location[-1], known, 1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+        return f"{name}: no such field; {hint}"
+    if error["type"] in ("missing", "missing_argument"):
+        return f"{name}: must be given"
+    value = error["input"]
+    message = error["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(value, dict) or dataclasses.is_dataclass(value) else f" {value!r}:"
+    return f"{name}:{shown} {message[0].lower()}{message[1:]}"
+
+
+def _fields_at(kind: Any, path: Sequence[str]) -> list[str]:
+    """The names of the fields at a path of the configuration, of any member where the path leads to a union."""
+    kinds = list(_dataclasses_in(kind)) if not dataclasses.is_dataclass(kind) else [kind]
+    if not path:
+        return sorted({f.name for k in kinds for f in dataclasses.fields(k)})
+    hints = [typing.get_type_hints(k)[path[0]] for k in kinds if path[0] in typing.get_type_hints(k)]
+    return sorted({name for hint in hints for name in _fields_at(hint, path[1:])}) if hints else []

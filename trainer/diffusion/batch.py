@@ -1,0 +1,43 @@
+"""What a loss sees of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Conditioning = Mapping[str, Tensor]
+
+
+def expand(sigma_B: Tensor, like: Tensor) -> Tensor:
+    """Views a (B,) tensor as (B, 1, ..., 1), to broadcast against `like` of shape (B, *D)."""
+    return sigma_B.reshape(-1, *([1] * (like.ndim - 1)))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Observations with their noise levels; no clean image is in it.
+
+    x_n: (B, *D) float32, `x0 + sigma_n z`, in the units of the shards (images: x0 in [-1, 1]).
+    sigma_n: (B,) float32, at least 0; 0 is a clean sample.
+    conditioning: tensors whose first dimension is B, by the name that the backbone expects.
+    keys: the samples' names, for error messages.
+    """
+
+    x_n: Tensor
+    sigma_n: Tensor
+    conditioning: Conditioning = field(default_factory=dict[str, Tensor])
+    keys: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return self.x_n.shape[0]
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(
+            self.x_n.to(device, non_blocking=True),
+            self.sigma_n.to(device, non_blocking=True),
+            {k: v.to(device, non_blocking=True) for k, v in self.conditioning.items()},
+            self.keys,
+        )

@@ -1,0 +1,34 @@
+"""Which kind of step is step N: a pure function of integers, equal on all ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepSchedule:
+    """Consistency joins the ambient loss at `count` of every `period` steps, from step `start` to before `end`.
+
+    The loss is multiplied by `scale`, period / count, so the expected gradient does not depend on how often it runs.
+    count 0 is "never". end None is "to the last step".
+    """
+
+    period: int
+    count: int = 1
+    start: int = 0
+    end: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.period < 1 or not 0 <= self.count <= self.period or self.start < 0:
+            raise ValueError(f"need period >= 1, 0 <= count <= period, start >= 0; got {self}")
+
+    def has_consistency(self, step: int) -> bool:
+        """Spread evenly (Bresenham): true at exactly `count` of any `period` consecutive steps from `start` on."""
+        if step < self.start or (self.end is not None and step >= self.end):
+            return False
+        i = step - self.start
+        return (i + 1) * self.count // self.period > i * self.count // self.period
+
+    @property
+    def scale(self) -> float:
+        return self.period / self.count if self.count else 0.0

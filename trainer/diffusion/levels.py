@@ -1,0 +1,131 @@
+"""Distributions over the training level sigma_t, truncated at each sample's own sigma_n, and loss weights.
+
+Truncation is by the inverse distribution function: one uniform number a sample, nothing rejected, nothing clamped.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from trainer.diffusion.process import Process
+
+
+@dataclass(frozen=True)
+class LogNormal:
+    """ln(sigma) ~ N(mean, std^2) (Karras et al. 2022, table 1), truncated."""
+
+    kind: Literal["log_normal"] = "log_normal"
+    mean: float = -1.2
+    std: float = 1.2
+
+    def sample(self, u: Tensor, lower: Tensor, process: Process) -> Tensor:
+        low, high = _bounds(lower, process)
+        z_low, z_high = (low.log() - self.mean) / self.std, (high.log() - self.mean) / self.std
+        # In the upper tail ndtr rounds to 1: mirror the interval, where it keeps its digits.
+        mirror = z_low > 0
+        left, right = torch.where(mirror, -z_high, z_low), torch.where(mirror, -z_low, z_high)
+        p = torch.where(mirror, 1 - u.double(), u.double())
+        p_left, p_right = torch.special.ndtr(left), torch.special.ndtr(right)
+        z = torch.special.ndtri(p_left + p * (p_right - p_left))
+        z = torch.where(mirror, -z, z)
+        return _rounded((self.mean + self.std * z).exp(), low, high, u)
+
+
+@dataclass(frozen=True)
+class LogUniform:
+    """ln(sigma) uniform, truncated."""
+
+    kind: Literal["log_uniform"] = "log_uniform"
+
+    def sample(self, u: Tensor, lower: Tensor, process: Process) -> Tensor:
+        low, high = _bounds(lower, process)
+        return _rounded((low.log() + u.double() * (high / low).log()).exp(), low, high, u)
+
+
+@dataclass(frozen=True)
+class UniformTime:
+    """Uniform in the process's own time, as DDPM draws its timesteps, truncated."""
+
+    kind: Literal["uniform_time"] = "uniform_time"
+
+    def sample(self, u: Tensor, lower: Tensor, process: Process) -> Tensor:
+        low, high = _bounds(lower, process)
+        t_low, t_high = process.time(low), process.time(high)
+        return _rounded(process.sigma(t_low + u.double() * (t_high - t_low)), low, high, u)
+
+
+Levels = LogNormal | LogUniform | UniformTime
+"""`sample(u, lower, process)`: u (B,) uniform in [0, 1); lower (B,) the samples' sigma_n.
+Returns sigma_t (B,), with max(lower, process.sigma_min) <= sigma_t <= process.sigma_max. Every sigma_n must be below
+process.sigma_max; that is checked once, against the data's index, not in each step, where it would stall a GPU."""
+
+
+def _bounds(lower: Tensor, process: Process) -> tuple[Tensor, Tensor]:
+    low = lower.double().clamp(min=process.sigma_min)
+    return low, torch.full_like(low, process.sigma_max)
+
+
+def _rounded(sigma: Tensor, low: Tensor, high: Tensor, u: Tensor) -> Tensor:
+    """Back to u's dtype, with rounding never leaving the interval."""
+    return torch.minimum(torch.maximum(sigma, low), high).to(u.dtype)
+
+
+# Weights multiply ||h - x0||^2, so each is written for a network that predicts x0 (its SNR is 1 / sigma^2).
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """w = 1."""
+
+    kind: Literal["uniform"] = "uniform"
+
+    def __call__(self, sigma: Tensor) -> Tensor:
+        return torch.ones_like(sigma)
+
+
+@dataclass(frozen=True)
+class EDM:
+    """w = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 (Karras et al. 2022, table 1)."""
+
+    kind: Literal["edm"] = "edm"
+    sigma_data: float = 0.5
+
+    def __call__(self, sigma: Tensor) -> Tensor:
+        return (sigma.square() + self.sigma_data**2) / (sigma * self.sigma_data).square()
+
+
+@dataclass(frozen=True)
+class MinSNR:
+    """w = min(SNR, gamma) (Hang et al. 2023, eq. 8)."""
+
+    kind: Literal["min_snr"] = "min_snr"
+    gamma: float = 5.0
+
+    def __call__(self, sigma: Tensor) -> Tensor:
+        return sigma.square().reciprocal().clamp(max=self.gamma)
+
+
+@dataclass(frozen=True)
+class SoftMinSNR:
+    """w = SNR gamma / (SNR + gamma), a smooth min-SNR (Crowson et al. 2024, sec. 3.4)."""
+
+    kind: Literal["soft_min_snr"] = "soft_min_snr"
+    gamma: float = 4.0
+
+    def __call__(self, sigma: Tensor) -> Tensor:
+        return self.gamma / (1 + self.gamma * sigma.square())
+
+
+Weight = Uniform | EDM | MinSNR | SoftMinSNR
+
+
+def karras_levels(steps: int, sigma_max: float, sigma_min: float, rho: float = 7.0) -> Tensor:
+    """The sampling levels of Karras et al. 2022, eq. 5: (steps,) float64, from sigma_max down to sigma_min."""
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    top, bottom = math.pow(sigma_max, 1 / rho), math.pow(sigma_min, 1 / rho)
+    return (top + ramp * (bottom - top)) ** rho

@@ -1,0 +1,75 @@
+"""Reverse steps and samplers, all through one interface, in VE coordinates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from trainer.diffusion.batch import Conditioning, expand
+from trainer.diffusion.denoiser import Denoise
+from trainer.diffusion.noise import Noise
+
+Sampler = Literal["ancestral", "ddim", "heun", "dpmpp_2m"]
+
+
+def reverse_step(x_t: Tensor, h: Tensor, sigma_t: Tensor, sigma_s: Tensor, z: Tensor) -> Tensor:
+    """DDPM's ancestral step from sigma_t down to sigma_s (Ho et al. 2020, eq. 7, in VE coordinates).
+
+    x_t, h, z: (B, *D); sigma_t, sigma_s: (B,). x_s ~ N(h + (s/t)^2 (x_t - h), (s sqrt(t^2 - s^2) / t)^2).
+    """
+    ratio = sigma_s / sigma_t
+    std = sigma_s * ((1 - ratio) * (1 + ratio)).clamp(min=0).sqrt()
+    return h + expand(ratio.square(), h) * (x_t - h) + expand(std, h) * z
+
+
+@torch.no_grad()
+def sample(
+    denoiser: Denoise,
+    x: Tensor,
+    levels: Tensor,
+    conditioning: Conditioning,
+    method: Sampler = "heun",
+    noise_at: Callable[[int], Noise] | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Runs the reverse process over `levels` and returns h at the last one.
+
+    x: (B, *D), a point at levels[0], e.g. levels[0] * z. levels: (S,), decreasing, all above 0. Ending at a level
+    above 0 with E[x0 | x] is also how a model is sampled that knows nothing below sigma_n: stop the levels there.
+    noise_at: for "ancestral" alone, the noise of step i. on_step: called after each level, for a progress bar.
+    Cost in passes: S, and 2 S - 1 for "heun".
+    """
+    if method == "ancestral" and noise_at is None:
+        raise ValueError("the ancestral sampler needs noise_at")
+    previous_h: Tensor | None = None
+    h = x
+    for i in range(len(levels)):
+        t = levels[i].to(x.dtype).to(x.device)
+        t_B = t.expand(x.shape[0])
+        h = denoiser(x, t_B, conditioning)
+        if on_step is not None:
+            on_step(i)
+        if i + 1 == len(levels):
+            break
+        s = levels[i + 1].to(x.dtype).to(x.device)
+        if method == "ancestral" and noise_at is not None:
+            x = reverse_step(x, h, t_B, s.expand(x.shape[0]), noise_at(i).normal("sample.step", x))
+        elif method == "heun":  # Karras et al. 2022, algorithm 1
+            slope = (x - h) / t
+            x_euler = x + (s - t) * slope
+            h_s = denoiser(x_euler, s.expand(x.shape[0]), conditioning)
+            x = x + (s - t) * (slope + (x_euler - h_s) / s) / 2
+        elif method == "dpmpp_2m":  # Lu et al. 2022, algorithm 2, with lambda = -ln sigma
+            step = (t / s).log()
+            mixed = h
+            if previous_h is not None:
+                r = (levels[i - 1].to(x.dtype).to(x.device) / t).log() / step
+                mixed = h + (h - previous_h) / (2 * r)
+            x = s / t * x + (1 - s / t) * mixed
+            previous_h = h
+        else:  # ddim (Song et al. 2021, eq. 12 with eta = 0)
+            x = h + s / t * (x - h)
+    return h

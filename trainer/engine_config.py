@@ -1,0 +1,35 @@
+"""What the engine is configured by; apart from it, since importing DeepSpeed takes seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """zero_stage: what DeepSpeed shards over ranks: 0 nothing, 1 the optimiser, 2 and gradients, 3 and parameters.
+    precision: of the network's arithmetic; bf16 is by autocast, around float32 weights."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW; the rate rises linearly over the first warmup_steps. clip: the largest gradient norm, 0 for none."""
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_steps: int = 100
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0 or self.clip < 0 or self.warmup_steps < 0:
+            raise ValueError("need lr > 0, clip >= 0 and warmup_steps >= 0")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of step `step`, counted from 0."""
+        return self.lr * min(1.0, (step + 1) / max(1, self.warmup_steps))

@@ -1,0 +1,36 @@
+"""Errors that are answered in one line, and the exit codes of every command."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+DONE, FAILED, BAD_REQUEST, INTERRUPTED = 0, 1, 2, 75
+"""0 done; 1 the work failed; 2 the request was wrong; 75 interrupted with a checkpoint saved: run again to go on."""
+
+
+class UserError(Exception):
+    """The request cannot be met. The message names the field or file, its value, and what to do, in one line."""
+
+
+class WorkFailed(Exception):
+    """The request was right and the work failed, for a reason that one line explains."""
+
+
+def run(main: Callable[[], int]) -> int:
+    """Runs a command's main; errors meant for the user become one line on stderr and an exit code."""
+    try:
+        return main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_REQUEST
+    except WorkFailed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE

@@ -1,0 +1,1 @@
+"""Is it clean? Clean images are used here, and nowhere else."""

@@ -1,0 +1,31 @@
+"""The denoiser's error against clean images, per noise level."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from trainer.diffusion.batch import expand
+from trainer.diffusion.denoiser import Denoise
+from trainer.diffusion.noise import AddressedNoise
+
+
+@torch.no_grad()
+def denoiser_error(denoiser: Denoise, x0: Tensor, levels: Sequence[float], seed: int = 0, batch_size: int = 128) -> list[float]:
+    """mean ||h(x0 + sigma z, sigma) - x0||^2 over pixels and images, for each level.
+
+    x0: (N, C, H, W) clean images in [-1, 1], which training never saw. The noise is the same for every model.
+    """
+    errors: list[float] = []
+    for number, sigma in enumerate(levels):
+        total = 0.0
+        for first in range(0, len(x0), batch_size):
+            clean = x0[first : first + batch_size]
+            sigma_B = clean.new_full((len(clean),), sigma)
+            z = AddressedNoise(seed, number, first).normal("evaluate.noise", clean)
+            h = denoiser(clean + expand(sigma_B, clean) * z, sigma_B, {})
+            total += float((h - clean).square().mean(dim=(1, 2, 3)).sum())
+        errors.append(total / len(x0))
+    return errors

@@ -1,0 +1,100 @@
+"""train(): the whole loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from tqdm import tqdm
+
+from trainer.build import Run
+from trainer.checkpoint import TrainState
+from trainer.diffusion.batch import Batch
+from trainer.diffusion.noise import AddressedNoise
+from trainer.errors import WorkFailed
+from trainer.metrics import Meter
+from trainer.preview import Preview
+
+
+def train(run: Run, stop: Callable[[], bool]) -> bool:
+    """Trains to the last step, or until `stop()` is true on any rank. Returns whether it reached the last step.
+
+    Every step is a pure function of the checkpoint before it: noise is addressed by (seed, step, row), data by position.
+    """
+    config, ranks, engine, layout = run.config, run.ranks, run.engine, run.layout
+    meter, preview = Meter(ranks), Preview(run)
+    begun, before = time.perf_counter(), run.state
+    evaluations_before, last_report = run.denoiser.evaluations, (0, before.step)
+    saved_at = before.step
+    batches = run.loader.stream(before.samples)
+    bar = tqdm(total=config.steps, initial=before.step, desc=run.directory.name, unit="step", disable=not ranks.is_main)
+
+    for step in range(before.step, config.steps):
+        finite = torch.ones((), dtype=torch.bool, device=ranks.device)
+        keys: list[str] = []
+        for micro in range(layout.accumulation):
+            asked = time.perf_counter()
+            batch = next(batches)
+            meter.waited(time.perf_counter() - asked)
+            loss = _loss(run, batch, step, micro, meter)
+            finite &= loss.isfinite()
+            keys += batch.keys
+            engine.backward(loss)
+            engine.step(step)
+        run.ema.update(engine.masters, step + 1)
+
+        done = step + 1
+        evaluations = (run.denoiser.evaluations - evaluations_before) * ranks.world
+        seconds = before.seconds + time.perf_counter() - begun
+        run.state = TrainState(done, done * layout.batch_size, before.evaluations + evaluations, seconds)
+        flags = ranks.any({"stop": stop(), "not_finite": not bool(finite)})
+        if flags["not_finite"]:
+            raise WorkFailed(f"the loss is not finite at step {done}; samples of rank {ranks.rank}: {' '.join(keys[:8])}...; the last good checkpoint is {run.checkpoints.latest() or 'none'}; try a lower optimizer.lr or consistency.weight")
+
+        bar.update()
+        if done % config.logging.every == 0 or done == config.steps:
+            report = meter.report(evaluations - last_report[0], (done - last_report[1]) * layout.batch_size)
+            last_report = (evaluations, done)
+            report |= {
+                "optimizer/learning_rate": config.optimizer.rate(step),
+                "optimizer/gradient_norm": float(engine.grad_norm),
+                "progress/network_evaluations": float(run.state.evaluations),
+                "progress/seconds": run.state.seconds,
+            }
+            bar.set_postfix(loss=f"{report['loss/ambient']:.3f}", refresh=False)
+            if run.logger:
+                run.logger.metrics(done, report)
+        if config.logging.sample_every and (done % config.logging.sample_every == 0 or done == config.steps):
+            preview.log(done)
+        if done % config.checkpoint.every == 0 or done == config.steps or flags["stop"]:
+            save(run)
+            saved_at = done
+        if flags["stop"]:
+            break
+    bar.close()
+    assert saved_at == run.state.step, "nothing done is left unsaved"
+    return run.state.step >= config.steps
+
+
+def _loss(run: Run, batch: Batch, step: int, micro: int, meter: Meter) -> torch.Tensor:
+    """The ambient loss and, at the steps that the schedule says, the consistency loss of as many particles."""
+    noise = AddressedNoise(run.config.seed, step, run.layout.first_row(micro))
+    terms = run.ambient(run.engine, batch, noise)
+    meter.add("ambient", terms)
+    loss = terms.loss.mean()
+    if run.consistency and run.config.consistency and run.schedule.has_consistency(step):
+        slots, particles = run.pool.take(batch, noise, micro * run.layout.micro_batch_size)
+        terms, children = run.consistency(run.engine, particles, noise)
+        run.pool.put(slots, children)
+        meter.add("consistency", terms)
+        loss = loss + run.config.consistency.weight * run.schedule.scale * terms.loss.mean()
+    return loss
+
+
+def save(run: Run) -> None:
+    """Writes a checkpoint of the run as it is now. A collective."""
+    engine = run.engine
+    with engine.replaced(run.ema.shadow):
+        average = engine.weights()
+    run.checkpoints.save(run.ranks, run.state, engine.weights(), average, engine.moments(), run.pool.state_dict())

@@ -1,0 +1,172 @@
+"""MLflow from one background thread, which may never stop or slow training.
+
+Every record goes into RUN_DIR/metrics.jsonl first. The thread sends what MLflow has not had yet; while the server is
+away the records wait there, also for the next start. A resumed run logs only steps that it has not logged before.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """tracking_uri: of MLflow; None is an SQLite file `mlflow.db` beside the run directory. experiment, name: in MLflow;
+    the name is by default the run directory's. every: steps between records. sample_every: steps between sample grids, 0
+    for none. enabled: false keeps the records in the run directory only."""
+
+    enabled: bool = True
+    tracking_uri: str | None = None
+    experiment: str = "ambient"
+    name: str | None = None
+    every: int = 20
+    sample_every: int = 500
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.sample_every < 0:
+            raise ValueError("need every >= 1 and sample_every >= 0")
+
+    def uri(self, run_dir: Path) -> str:
+        """The tracking URI, made absolute: MLflow's own default depends on the working folder."""
+        return self.tracking_uri or f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
+
+
+class MLflowLogger:
+    """The records of one run, on rank 0."""
+
+    def __init__(self, config: LoggingConfig, run_dir: Path, params: dict[str, Any], tags: dict[str, str]) -> None:
+        self._config, self._run_dir, self._params, self._tags = config, run_dir, params, tags
+        self._records, self._state_file = run_dir / "metrics.jsonl", run_dir / "mlflow.json"
+        self._state: dict[str, Any] = json.loads(self._state_file.read_text()) if self._state_file.is_file() else {"run_id": None, "sent": 0}
+        lines = self._mend()
+        self.last_step = max((json.loads(line)["step"] for line in lines), default=0)
+        self._file = self._records.open("a")
+        self._queue: queue.SimpleQueue[str | Status] = queue.SimpleQueue()
+        for line in lines[self._state["sent"] :]:
+            self._queue.put(line)
+        self._problem = ""
+        self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True) if config.enabled else None
+        if self._thread:
+            self._thread.start()
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Records values at a step; a step that this run has logged before is left as it is."""
+        self._record({"step": step, "time": int(time.time() * 1000), "metrics": values})
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        """Records a picture at a step; path: a PNG inside the run directory."""
+        self._record({"step": step, "time": int(time.time() * 1000), "image": [name, str(path.relative_to(self._run_dir))]})
+
+    def close(self, status: Status, patience: float = 60.0) -> None:
+        """Sends what is left, and waits for that at most `patience` seconds."""
+        if self._thread:
+            self._queue.put(status)
+            self._thread.join(patience)
+            if self._thread.is_alive():
+                print(f"MLflow at {self._config.uri(self._run_dir)} does not answer ({self._problem or 'slow'}): the records wait in {self._records} and are sent when this run is started again", file=sys.stderr)
+        self._file.close()
+
+    def _record(self, record: dict[str, Any]) -> None:
+        if record["step"] <= self.last_step:
+            return
+        line = json.dumps(record)
+        self._file.write(line + "\n")
+        self._file.flush()
+        self._queue.put(line)
+
+    def _mend(self) -> list[str]:
+        """The whole lines of the file; a last one that was cut off in the middle is removed."""
+        if not self._records.is_file():
+            return []
+        text = self._records.read_text()
+        whole, _, torn = text.rpartition("\n")
+        if torn:
+            self._records.write_text(whole + "\n" if whole else "")
+        return whole.splitlines()
+
+    # The thread.
+
+    def _send_all(self) -> None:
+        client = self._until_it_works(self._connect)
+        while True:
+            lines, status = self._next()
+            if lines:
+                self._until_it_works(lambda lines=lines: self._send(client, lines))
+            if status:
+                self._until_it_works(lambda status=status: client.set_terminated(self._state["run_id"], status))
+                return
+
+    def _next(self) -> tuple[list[str], Status | None]:
+        """Waits for something to send, then takes all that is there."""
+        items = [self._queue.get()]
+        while not self._queue.empty():
+            items.append(self._queue.get())
+        status = next((item for item in items if item in ("FINISHED", "FAILED", "KILLED")), None)
+        return [item for item in items if item.startswith("{")], status  # pyright: ignore[reportReturnType]
+
+    def _until_it_works(self, call: Any) -> Any:
+        wait = 1.0
+        while True:
+            try:
+                return call()
+            except Exception as error:  # whatever the server does, training goes on
+                if not self._problem:
+                    self._problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                    print(f"MLflow: {self._problem}; training goes on, the records wait in {self._records}", file=sys.stderr, flush=True)
+                time.sleep(wait)
+                wait = min(60.0, wait * 2)
+
+    def _connect(self) -> Any:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        from mlflow.entities import Param, RunTag  # here, since it takes seconds
+        from mlflow.tracking import MlflowClient
+
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        uri = self._config.uri(self._run_dir)
+        client = MlflowClient(tracking_uri=uri)
+        if self._state["run_id"] is None:
+            experiment = client.get_experiment_by_name(self._config.experiment)
+            artifacts = None if self._config.tracking_uri else (self._run_dir.resolve().parent / "mlartifacts").as_uri()
+            experiment_id = experiment.experiment_id if experiment else client.create_experiment(self._config.experiment, artifact_location=artifacts)
+            run = client.create_run(experiment_id, run_name=self._config.name or self._run_dir.name)
+            self._state = {"run_id": run.info.run_id, "sent": 0}
+            self._save_state()
+            params = [Param(name, str(value)[:6000]) for name, value in self._params.items()]
+            client.log_batch(run.info.run_id, params=params)
+            client.log_artifact(run.info.run_id, str(self._run_dir / "config.yaml"))
+        else:
+            client.update_run(self._state["run_id"], status="RUNNING")
+        client.log_batch(self._state["run_id"], tags=[RunTag(name, value) for name, value in self._tags.items()])
+        return client
+
+    def _send(self, client: Any, lines: list[str]) -> None:
+        from mlflow.entities import Metric
+        from PIL import Image
+
+        run_id, records = self._state["run_id"], [json.loads(line) for line in lines]
+        batch = [Metric(name, value, r["time"], r["step"]) for r in records for name, value in r.get("metrics", {}).items()]
+        for start in range(0, len(batch), 1000):
+            client.log_batch(run_id, metrics=batch[start : start + 1000])
+        for record in records:
+            if "image" in record:
+                name, path = record["image"]
+                client.log_image(run_id, Image.open(self._run_dir / path), key=name, step=record["step"])
+        self._state["sent"] += len(lines)
+        self._save_state()
+
+    def _save_state(self) -> None:
+        partial = self._state_file.with_suffix(".partial")
+        partial.write_text(json.dumps(self._state))
+        partial.replace(self._state_file)

@@ -1,0 +1,1 @@
+"""Backbones from diffusers, behind the interface that the denoiser calls."""

@@ -1,0 +1,30 @@
+"""Sample grids while training, by the averaged weights."""
+
+from __future__ import annotations
+
+from trainer import build
+from trainer.evaluation.grids import save_grid
+from trainer.generate import generate
+
+
+class Preview:
+    """A second network on rank 0 that holds the averaged weights; made when the first picture is."""
+
+    def __init__(self, run: build.Run) -> None:
+        self._run = run
+        self._network = None
+
+    def log(self, step: int) -> None:
+        """Samples 16 images with the same seeds each time, and logs them. A collective: the weights are gathered."""
+        run = self._run
+        with run.engine.replaced(run.ema.shadow):
+            average = run.engine.weights()
+        if run.logger is None:
+            return
+        if self._network is None:
+            self._network = build.denoiser(run.config, run.loader.index.shape).to(run.ranks.device)
+        self._network.load_state_dict(average, strict=False)
+        images = generate(self._network, 16, run.loader.index.shape, seed=0, steps=18, sampler="ddim", progress=False)
+        path = run.directory / "samples" / f"step-{step:08d}.png"
+        save_grid(images, path, columns=4)
+        run.logger.image(step, "samples", path)

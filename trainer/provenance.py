@@ -1,0 +1,41 @@
+"""What a run was made with: the code's revision and the packages' versions."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import trainer
+
+PACKAGES = ("torch", "deepspeed", "diffusers", "peft", "webdataset", "xformers", "mlflow", "submitit", "numpy")
+
+
+def tags() -> dict[str, str]:
+    """Tags for a run: git revision (with "+changes" where files differ from it), and versions."""
+    found = {f"version.{name}": _version(name) for name in PACKAGES}
+    return {
+        "git.revision": _revision(),
+        "version.ambient-trainer": trainer.__version__,
+        "version.python": platform.python_version(),
+        **found,
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _revision() -> str:
+    def git(*arguments: str) -> str:
+        folder = Path(trainer.__file__).parent
+        return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

@@ -1,0 +1,56 @@
+"""`python -m trainer.train CONFIG [key.path=value ...]`: trains a run, or goes on with it."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+from trainer import errors
+
+EXAMPLE = """examples:
+  python -m trainer.train configs/quickstart.yaml optimizer.lr=3e-4
+  torchrun --nproc_per_node 2 -m trainer.train configs/quickstart.yaml engine.zero_stage=2
+
+Started again with the same run_dir, it goes on from the last checkpoint.
+Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 75 interrupted with a checkpoint saved.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m trainer.train", description="Trains a diffusion model from corrupted images alone.",
+                                epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    p.add_argument("config", metavar="CONFIG", type=Path, help="a YAML file; see configs/")
+    p.add_argument("overrides", metavar="key.path=value", nargs="*", help="replaces a field of the file, such as steps=100")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    from trainer.config import load  # imports from here on take seconds, which --help should not
+
+    config = load(args.config, args.overrides)
+    from trainer import build, distributed
+    from trainer.loop import train
+
+    stopped: list[int] = []
+    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        signal.signal(name, lambda number, frame: stopped.append(number))
+    run = build.run(config, distributed.init())
+    if run.ranks.is_main and run.state.step:
+        print(f"{run.directory}: {'already done' if run.state.step >= config.steps else 'going on'} at step {run.state.step} of {config.steps}", file=sys.stderr)
+    finished, status = False, "FAILED"
+    try:
+        finished = train(run, stop=lambda: bool(stopped))
+        status = "FINISHED" if finished else "KILLED"
+    finally:
+        if run.logger:
+            run.logger.close(status)
+    if run.ranks.is_main:
+        print(f"{run.directory}: {run.state.step} steps, {run.state.evaluations} network evaluations, {run.state.seconds:.0f} s of training" + ("" if finished else "; interrupted, run it again to go on"))
+    return errors.DONE if finished else errors.INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run(main))
