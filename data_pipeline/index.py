@@ -59,7 +59,9 @@ def read_index(folder: Path) -> ShardIndex:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such shard folder; make it with `python -m data_pipeline.shard SOURCE {folder}`")
     if not path.is_file():
-        raise UserError(f"{folder}: no {NAME} in it, so the shards are not complete; run `python -m data_pipeline.shard` again")
+        raise UserError(
+            f"{folder}: no {NAME} in it, so the shards are not complete; run `python -m data_pipeline.shard` again"
+        )
     try:
         data = json.loads(path.read_text())
         if data["format"] != FORMAT:
@@ -77,5 +79,7 @@ def read_index(folder: Path) -> ShardIndex:
         raise UserError(f"{path}: a shard's name has a folder in it, which no index that we write has")
     missing = [shard.name for shard in index.shards if not (folder / shard.name).is_file()]
     if missing or not index.shards:
-        raise UserError(f"{folder}: {len(missing)} of {len(index.shards)} shards are missing{', first ' + missing[0] if missing else ''}")
+        raise UserError(
+            f"{folder}: {len(missing)} of {len(index.shards)} shards are missing{', first ' + missing[0] if missing else ''}"
+        )
     return index

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import webdataset as wds
 from torch.utils.data import get_worker_info
+from webdataset.compat import WebLoader
+from webdataset.pipeline import DataPipeline
 
 from data_pipeline.index import read_index
 from data_pipeline.order import Address, Order
@@ -71,13 +72,14 @@ class Loader:
         """Endless micro-batches from a position on: the global count of samples that training has consumed."""
         assert samples_consumed % self.layout.batch_size == 0, "a position is a step's border"
         first_step = samples_consumed // self.layout.batch_size
-        pipeline = wds.DataPipeline(_Addresses(self.order, self.layout, first_step), self._read, self._batch)
+        pipeline = DataPipeline(_Addresses(self.order, self.layout, first_step), self._read, self._batch)
         pinned = self.device.type == "cuda"
-        loader = wds.WebLoader(pipeline, batch_size=None, num_workers=self.config.workers, pin_memory=pinned)
+        loader = WebLoader(pipeline, batch_size=None, num_workers=self.config.workers, pin_memory=pinned)
         for item in loader:
             if isinstance(item, UserError):  # carried as a value: a worker would wrap it in its traceback
                 raise item
-            yield Batch(*item).to(self.device)
+            x_n, sigma_n, conditioning, keys = item
+            yield Batch(x_n, sigma_n, conditioning, tuple(keys)).to(self.device)
 
     def _read(self, addresses: Iterator[list[Address]]) -> Iterator[list[Any] | UserError]:
         reader = ShardReader(Path(self.config.shards), self.index, open_shards=2 * self.config.group)

@@ -39,7 +39,9 @@ class Order:
         shards, group_ends = _epoch(self, epoch)
         g = int(np.searchsorted(group_ends, offset, side="right"))
         start = int(group_ends[g - 1]) if g else 0
-        shard, row = _group(self, epoch, g, tuple(shards[g * self.group : (g + 1) * self.group].tolist()))[offset - start]
+        shard, row = _group(self, epoch, g, tuple(shards[g * self.group : (g + 1) * self.group].tolist()))[
+            offset - start
+        ]
         return Address(epoch, int(shard), int(row))
 
 

@@ -52,7 +52,9 @@ class ShardReader:
                 with tarfile.open(fileobj=file) as tar:
                     for member in tar:
                         key, _, extension = member.name.partition(".")
-                        samples.setdefault(key, {})[extension] = slice(member.offset_data, member.offset_data + member.size)
+                        samples.setdefault(key, {})[extension] = slice(
+                            member.offset_data, member.offset_data + member.size
+                        )
         except (OSError, tarfile.TarError) as error:
             raise UserError(f"{path}: cannot be read: {error}") from None
         if len(samples) != shard.samples:

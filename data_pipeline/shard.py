@@ -31,12 +31,20 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("source", metavar="SOURCE", help="a folder of images, or packaged:digits|fashion|emoji|faces[/train|/test]")
+    p.add_argument(
+        "source", metavar="SOURCE", help="a folder of images, or packaged:digits|fashion|emoji|faces[/train|/test]"
+    )
     p.add_argument("output", metavar="OUTPUT", type=Path, help="the folder to write the shards to")
-    p.add_argument("--corruption", choices=["gaussian"], default="gaussian", help="what to do to each image (default: gaussian)")
+    p.add_argument(
+        "--corruption", choices=["gaussian"], default="gaussian", help="what to do to each image (default: gaussian)"
+    )
     p.add_argument("--sigma", type=float, required=True, help="standard deviation of the noise, for images in [-1, 1]")
-    p.add_argument("--seed", type=int, default=0, help="seed of the noise; with the image's key it decides every draw (default: 0)")
-    p.add_argument("--size", type=int, help="crop to a square and resize to this many pixels (default: as the images are)")
+    p.add_argument(
+        "--seed", type=int, default=0, help="seed of the noise; with the image's key it decides every draw (default: 0)"
+    )
+    p.add_argument(
+        "--size", type=int, help="crop to a square and resize to this many pixels (default: as the images are)"
+    )
     p.add_argument("--channels", type=int, choices=[1, 3], help="grey or colour (default: as the first image)")
     p.add_argument("--limit", type=int, help="use the first LIMIT images only")
     p.add_argument("--shard-size", type=int, default=1000, help="samples a shard (default: 1000)")
@@ -59,10 +67,14 @@ def shard(source_name: str, output: Path, corruption: Corruption, *, seed: int =
     }  # fmt: skip
     if (output / NAME).is_file():
         index = read_index(output)
-        differing = sorted(name for name in request.keys() | index.request.keys() if request.get(name) != index.request.get(name))
+        differing = sorted(
+            name for name in request.keys() | index.request.keys() if request.get(name) != index.request.get(name)
+        )
         if differing:
             name = differing[0]
-            raise UserError(f"{output} holds shards made with {name}={index.request.get(name)}, not {request.get(name)}: choose another OUTPUT")
+            raise UserError(
+                f"{output} holds shards made with {name}={index.request.get(name)}, not {request.get(name)}: choose another OUTPUT"
+            )
         print(f"{output}: {index.samples} samples are already there", file=sys.stderr)
         return index
     if output.exists() and any(path for path in output.iterdir() if not path.name.endswith((".partial", ".tar"))):
@@ -82,7 +94,9 @@ def shard(source_name: str, output: Path, corruption: Corruption, *, seed: int =
         for key, x0 in tqdm(_clean(source, count, size, channels), total=count, desc=f"shard {output}", unit="img"):
             shape = shape or x0.shape
             if x0.shape != shape:
-                raise UserError(f"{key}: {x0.shape[2]}x{x0.shape[1]} pixels, the first image has {shape[2]}x{shape[1]}: give --size")
+                raise UserError(
+                    f"{key}: {x0.shape[2]}x{x0.shape[1]} pixels, the first image has {shape[2]}x{shape[1]}: give --size"
+                )
             x_n, sigma_n = corruption(x0, generator_of(seed, key))
             sigmas.append(sigma_n)
             yield key, x_n, sigma_n
@@ -104,7 +118,9 @@ def main(argv: list[str] | None = None) -> int:
     index = shard(args.source, args.output, Gaussian(args.sigma), seed=args.seed, size=args.size,
                   channels=args.channels, limit=args.limit, shard_size=args.shard_size)  # fmt: skip
     total = sum(s.bytes for s in index.shards)
-    print(f"{args.output}: {index.samples} observations {index.shape}, {len(index.shards)} shards, {total / 1e6:.1f} MB, sigma_n {index.sigma_min:g} to {index.sigma_max:g}")
+    print(
+        f"{args.output}: {index.samples} observations {index.shape}, {len(index.shards)} shards, {total / 1e6:.1f} MB, sigma_n {index.sigma_min:g} to {index.sigma_max:g}"
+    )
     return errors.DONE
 
 

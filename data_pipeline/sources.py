@@ -36,7 +36,9 @@ def open_source(name: str) -> Source:
         return Source([f"{set_name}-{split or 'all'}-{i:06d}" for i in range(len(images))], images.__getitem__)
     folder = Path(name)
     if not folder.is_dir():
-        raise UserError(f"SOURCE {name}: no such folder; give a folder of images or packaged:{{{','.join(packaged.SETS)}}}")
+        raise UserError(
+            f"SOURCE {name}: no such folder; give a folder of images or packaged:{{{','.join(packaged.SETS)}}}"
+        )
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise UserError(f"SOURCE {name}: no image in it; looked for {' '.join(sorted(SUFFIXES))}")
@@ -49,7 +51,9 @@ def open_source(name: str) -> Source:
         try:
             with Image.open(paths[i]) as image:
                 if image.mode.startswith(("I", "F")):
-                    raise UserError(f"{paths[i]}: mode {image.mode} (more than 8 bits a channel) is not read yet: convert it to 8 bits")
+                    raise UserError(
+                        f"{paths[i]}: mode {image.mode} (more than 8 bits a channel) is not read yet: convert it to 8 bits"
+                    )
                 upright = ImageOps.exif_transpose(image)
                 grey = upright.mode in ("1", "L", "LA")
                 return np.asarray(upright.convert("L" if grey else "RGB"))
@@ -65,4 +69,5 @@ def prepare(image: NDArray[np.uint8], size: int | None, channels: int) -> Array:
     if size is not None:
         picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
     pixels = np.asarray(picture, dtype=np.float32).reshape(picture.height, picture.width, channels)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1)) / np.float32(127.5) - np.float32(1)
+    pixels = pixels / np.float32(127.5) - np.float32(1)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import webdataset as wds
+from webdataset.writer import TarWriter
 
 from data_pipeline.corruption import Array
 from data_pipeline.index import Shard
@@ -27,9 +27,11 @@ def write_shards(folder: Path, samples: Iterable[tuple[str, Array, float]], per_
     while chunk := list(islice(iterator, per_shard)):
         name = f"shard-{len(shards):06d}.tar"
         buffer = BytesIO()
-        with wds.TarWriter(buffer, encoder=False, mtime=0) as tar:  # pyright: ignore[reportArgumentType]
+        with TarWriter(buffer, encoder=False, mtime=0) as tar:  # pyright: ignore[reportArgumentType]
             for key, x_n, sigma_n in chunk:
-                tar.write({"__key__": key, OBSERVATION: npy_bytes(x_n), META: json.dumps({"sigma_n": sigma_n}).encode()})
+                tar.write(
+                    {"__key__": key, OBSERVATION: npy_bytes(x_n), META: json.dumps({"sigma_n": sigma_n}).encode()}
+                )
         data = buffer.getvalue()
         partial = folder / f".{name}.partial"
         with partial.open("wb") as file:

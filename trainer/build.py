@@ -51,7 +51,9 @@ def denoiser(config: RunConfig, shape: tuple[int, int, int]) -> Denoiser:
     """The network with fresh weights, the same on every rank and machine. shape: (C, H, W) of an observation."""
     halvings = 2 ** (len(config.model.channels) - 1)
     if shape[1] % halvings or shape[2] % halvings:
-        raise UserError(f"model.channels has {len(config.model.channels)} resolutions, so image sides must be multiples of {halvings}; the shards have {shape[2]}x{shape[1]}: shard with another --size, or give fewer channels")
+        raise UserError(
+            f"model.channels has {len(config.model.channels)} resolutions, so image sides must be multiples of {halvings}; the shards have {shape[2]}x{shape[1]}: shard with another --size, or give fewer channels"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return Denoiser(UNet2D(config.model, shape[0], shape[1]), config.process, config.prediction)
@@ -81,7 +83,9 @@ def run(config: RunConfig, ranks: Ranks) -> Run:
         engine.load(average, {}, state.step)
         ema.shadow = [t.clone() for t in engine.masters]
         engine.load(weights, moments, state.step)
-        pool.load_state_dict({name: value.to(ranks.device) for name, value in read_pool(path, layout.first_row(0), layout.rows).items()})
+        pool.load_state_dict(
+            {name: value.to(ranks.device) for name, value in read_pool(path, layout.first_row(0), layout.rows).items()}
+        )
     return Run(
         config, directory, ranks, layout, loader, network, engine, ema,
         ambient=AmbientLoss(config.levels, config.weight, config.process),
@@ -100,14 +104,18 @@ def _layout(config: RunConfig, ranks: Ranks) -> Layout:
         raise UserError(f"batch_size {config.batch_size}: must be a multiple of the {ranks.world} ranks")
     micro = min(config.micro_batch_size or rows, rows)
     if rows % micro:
-        raise UserError(f"micro_batch_size {config.micro_batch_size}: must divide the {rows} samples that each of {ranks.world} ranks has of batch_size {config.batch_size}")
+        raise UserError(
+            f"micro_batch_size {config.micro_batch_size}: must divide the {rows} samples that each of {ranks.world} ranks has of batch_size {config.batch_size}"
+        )
     return Layout(config.batch_size, micro, ranks.rank, ranks.world)
 
 
 def _check_levels(config: RunConfig, loader: Loader) -> None:
     highest = loader.index.sigma_max * config.data.sigma_scale
     if highest >= config.process.sigma_max:
-        raise UserError(f"process.sigma_max {config.process.sigma_max:g}: must be above the data's highest sigma_n {highest:g} ({config.data.shards})")
+        raise UserError(
+            f"process.sigma_max {config.process.sigma_max:g}: must be above the data's highest sigma_n {highest:g} ({config.data.shards})"
+        )
 
 
 def _claim(config: RunConfig, directory: Path, ranks: Ranks) -> None:
@@ -117,7 +125,9 @@ def _claim(config: RunConfig, directory: Path, ranks: Ranks) -> None:
         old, new = dict(flatten(to_data(load(path)))), dict(flatten(to_data(config)))
         for name in sorted(old.keys() | new.keys()):
             if old.get(name) != new.get(name) and not name.startswith((*MAY_CHANGE, "run_dir")):
-                raise UserError(f"{directory} holds a run with {name}={old.get(name)}, not {new.get(name)}: choose another run_dir")
+                raise UserError(
+                    f"{directory} holds a run with {name}={old.get(name)}, not {new.get(name)}: choose another run_dir"
+                )
     ranks.barrier()
     if ranks.is_main:
         try:

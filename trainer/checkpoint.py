@@ -1,7 +1,7 @@
 """Checkpoints: safetensors and JSON, whole or absent, for any number of ranks.
 
-    RUN_DIR/checkpoints/step-00000600/   weights, ema, optimizer, pool-R-of-W (.safetensors), state.json
-    RUN_DIR/checkpoints/latest           the name of the newest whole one
+RUN_DIR/checkpoints/step-00000600/   weights, ema, optimizer, pool-R-of-W (.safetensors), state.json
+RUN_DIR/checkpoints/latest           the name of the newest whole one
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ class Checkpoints:
             return None
         path = self.folder / pointer.read_text().strip()
         if not (path / "state.json").is_file():
-            raise UserError(f"{pointer} names {path.name}, which is not there: write into it the name of a folder beside it that is")
+            raise UserError(
+                f"{pointer} names {path.name}, which is not there: write into it the name of a folder beside it that is"
+            )
         return path
 
     def save(self, ranks: Ranks, state: TrainState, weights: State, ema: State, moments: State, pool: State) -> Path:
@@ -82,7 +84,9 @@ class Checkpoints:
         except (OSError, SafetensorError) as caught:
             error = caught
         if ranks.any({"failed": error is not None})["failed"]:
-            raise WorkFailed(f"cannot write the checkpoint {final} ({error or 'another rank failed'}); the last good one is {self.latest()}")
+            raise WorkFailed(
+                f"cannot write the checkpoint {final} ({error or 'another rank failed'}); the last good one is {self.latest()}"
+            )
         if ranks.is_main:
             _sync(partial)
             shutil.rmtree(final, ignore_errors=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -65,7 +64,9 @@ class RunConfig:
         if min(self.steps, self.batch_size, self.micro_batch_size or 1, self.threads or 1) < 1:
             raise ValueError("steps, batch_size, micro_batch_size and threads must be at least 1")
         if self.data.sigma_scale == 0 and self.consistency is not None:
-            raise ValueError("data.sigma_scale=0 takes every image for clean, so there is no level for consistency: set consistency to null")
+            raise ValueError(
+                "data.sigma_scale=0 takes every image for clean, so there is no level for consistency: set consistency to null"
+            )
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -126,7 +127,11 @@ def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
     merged = dict(low)
     for name, value in high.items():
         below = merged.get(name)
-        if isinstance(below, dict) and isinstance(value, dict) and value.get("kind", below.get("kind")) == below.get("kind"):
+        if (
+            isinstance(below, dict)
+            and isinstance(value, dict)
+            and value.get("kind", below.get("kind")) == below.get("kind")
+        ):
             merged[name] = _merge(below, value)
         else:
             merged[name] = value
@@ -174,7 +179,19 @@ def _dataclasses_in(kind: Any) -> Iterator[Any]:
 
 
 def _explain(error: Any, data: dict[str, Any]) -> str:
-    tags = {"ve", "vp_table", "vp_cosine", "flow", "log_normal", "log_uniform", "uniform_time", "uniform", "edm", "min_snr", "soft_min_snr"}
+    tags = {
+        "ve",
+        "vp_table",
+        "vp_cosine",
+        "flow",
+        "log_normal",
+        "log_uniform",
+        "uniform_time",
+        "uniform",
+        "edm",
+        "min_snr",
+        "soft_min_snr",
+    }
     location = [str(part) for i, part in enumerate(error["loc"]) if not (part in tags and i > 0)]
     name = ".".join(location) or "configuration"
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):

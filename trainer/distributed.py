@@ -50,7 +50,9 @@ def init() -> Ranks:
     if not all(name in os.environ for name in names):
         given = [name for name in names if name in os.environ]
         if given and "WORLD_SIZE" in given and os.environ["WORLD_SIZE"] != "1":
-            raise UserError(f"the environment has {', '.join(given)} but not {', '.join(set(names) - set(given))}: start with torchrun, or set all four")
+            raise UserError(
+                f"the environment has {', '.join(given)} but not {', '.join(set(names) - set(given))}: start with torchrun, or set all four"
+            )
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

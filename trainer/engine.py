@@ -25,7 +25,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 
 from trainer.engine_config import EngineConfig, OptimizerConfig
 
-deepspeed.ops.__compatible_ops__ = {}  # skips probing for compilers: no fused operator of theirs is used
+setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010  # skips probing for compilers: no fused operator of theirs is used
 deepspeed_logger.setLevel(logging.WARNING)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -36,10 +36,24 @@ State = dict[str, Tensor]
 class Engine:
     """A module under DeepSpeed. Call it as the module; then `backward`, and `step` once a micro-batch."""
 
-    def __init__(self, module: nn.Module, config: EngineConfig, optimizer: OptimizerConfig, micro_batch_size: int, accumulation: int, world: int) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        config: EngineConfig,
+        optimizer: OptimizerConfig,
+        micro_batch_size: int,
+        accumulation: int,
+        world: int,
+    ) -> None:
         self.module, self.config, self.optimizer_config = module, config, optimizer
         self._named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        client = torch.optim.AdamW(self._named.values(), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay)
+        client = torch.optim.AdamW(
+            self._named.values(),
+            lr=optimizer.lr,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+        )
         settings: dict[str, Any] = {
             "train_batch_size": micro_batch_size * accumulation * world,
             "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -53,7 +67,9 @@ class Engine:
             "steps_per_print": 2**31,
         }
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-        self._engine, self._zero, _, _ = deepspeed.initialize(model=module, optimizer=client, config=settings)
+        made = deepspeed.initialize(model=module, optimizer=client, config=settings)
+        self._engine: Any = made[0]
+        self._zero: Any = made[1]  # ZeRO's optimizer around ours; at stage 0 ours itself
         self.grad_norm = torch.zeros(())
 
     def __call__(self, *args: Any) -> Any:
@@ -70,7 +86,9 @@ class Engine:
             for group in self._zero.param_groups:
                 group["lr"] = self.optimizer_config.rate(number)
             if self.config.zero_stage == 0:  # here DeepSpeed clips without telling the norm
-                self.grad_norm = nn.utils.clip_grad_norm_(self._named.values(), self.optimizer_config.clip or float("inf"))
+                self.grad_norm = nn.utils.clip_grad_norm_(
+                    self._named.values(), self.optimizer_config.clip or float("inf")
+                )
         self._engine.step()
         if last and self.config.zero_stage:
             self.grad_norm = torch.as_tensor(self._engine.get_global_grad_norm())
@@ -108,15 +126,22 @@ class Engine:
             return {f"{m}.{name}": _cpu(state[p][m]) for m in MOMENTS for name, p in self._named.items() if p in state}
         if not any(self._base.state.get(flat) for flat in self._flat()):
             return {}
-        return {f"{m}.{name}": _cpu(safe_get_full_optimizer_state(p, m)) for m in MOMENTS for name, p in self._named.items()}
+        return {
+            f"{m}.{name}": _cpu(safe_get_full_optimizer_state(p, m)) for m in MOMENTS for name, p in self._named.items()
+        }
 
     def load(self, weights: State, moments: State, steps: int) -> None:
         """Restores what `weights` and `moments` gave after `steps` steps, on any number of ranks and any stage."""
         if missing := self._named.keys() ^ weights.keys():
-            raise ValueError(f"the checkpoint's parameters are not this model's: {sorted(missing)[0]} and {len(missing) - 1} more")
+            raise ValueError(
+                f"the checkpoint's parameters are not this model's: {sorted(missing)[0]} and {len(missing) - 1} more"
+            )
         if self.config.zero_stage and moments:
             for flat in self._flat():
-                self._base.state[flat] = {"step": torch.tensor(float(steps)), **{m: torch.zeros_like(flat) for m in MOMENTS}}
+                self._base.state[flat] = {
+                    "step": torch.tensor(float(steps)),
+                    **{m: torch.zeros_like(flat) for m in MOMENTS},
+                }
             if self.config.zero_stage < 3:
                 self._zero._lazy_init_hp_params_optimizer_state()
         for name, p in self._named.items():
@@ -154,7 +179,11 @@ class Engine:
         return self._zero.optimizer
 
     def _flat(self) -> list[Tensor]:
-        return self._zero.fp32_partitioned_groups_flat if self.config.zero_stage == 3 else self._zero.single_partition_of_fp32_groups
+        return (
+            self._zero.fp32_partitioned_groups_flat
+            if self.config.zero_stage == 3
+            else self._zero.single_partition_of_fp32_groups
+        )
 
 
 def _cpu(value: Tensor | None) -> Tensor:

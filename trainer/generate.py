@@ -38,7 +38,9 @@ def generate(
         for first in range(0, number, batch_size):
             like = torch.empty(min(batch_size, number - first), *shape, device=device)
             x = AddressedNoise(seed, -1, first).normal("sample.start", like) * levels[0].to(like)
-            images.append(sample(denoiser, x, levels, {}, sampler, lambda i, first=first: AddressedNoise(seed, i, first)).cpu())
+            images.append(
+                sample(denoiser, x, levels, {}, sampler, lambda i, first=first: AddressedNoise(seed, i, first)).cpu()
+            )
             bar.update(len(like))
     denoiser.train(was_training)
     return torch.cat(images)

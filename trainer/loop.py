@@ -50,7 +50,9 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
         run.state = TrainState(done, done * layout.batch_size, before.evaluations + evaluations, seconds)
         flags = ranks.any({"stop": stop(), "not_finite": not bool(finite)})
         if flags["not_finite"]:
-            raise WorkFailed(f"the loss is not finite at step {done}; samples of rank {ranks.rank}: {' '.join(keys[:8])}...; the last good checkpoint is {run.checkpoints.latest() or 'none'}; try a lower optimizer.lr or consistency.weight")
+            raise WorkFailed(
+                f"the loss is not finite at step {done}; samples of rank {ranks.rank}: {' '.join(keys[:8])}...; the last good checkpoint is {run.checkpoints.latest() or 'none'}; try a lower optimizer.lr or consistency.weight"
+            )
 
         bar.update()
         if done % config.logging.every == 0 or done == config.steps:

@@ -48,7 +48,9 @@ class MLflowLogger:
     def __init__(self, config: LoggingConfig, run_dir: Path, params: dict[str, Any], tags: dict[str, str]) -> None:
         self._config, self._run_dir, self._params, self._tags = config, run_dir, params, tags
         self._records, self._state_file = run_dir / "metrics.jsonl", run_dir / "mlflow.json"
-        self._state: dict[str, Any] = json.loads(self._state_file.read_text()) if self._state_file.is_file() else {"run_id": None, "sent": 0}
+        self._state: dict[str, Any] = (
+            json.loads(self._state_file.read_text()) if self._state_file.is_file() else {"run_id": None, "sent": 0}
+        )
         lines = self._mend()
         self.last_step = max((json.loads(line)["step"] for line in lines), default=0)
         self._file = self._records.open("a")
@@ -66,7 +68,9 @@ class MLflowLogger:
 
     def image(self, step: int, name: str, path: Path) -> None:
         """Records a picture at a step; path: a PNG inside the run directory."""
-        self._record({"step": step, "time": int(time.time() * 1000), "image": [name, str(path.relative_to(self._run_dir))]})
+        self._record(
+            {"step": step, "time": int(time.time() * 1000), "image": [name, str(path.relative_to(self._run_dir))]}
+        )
 
     def close(self, status: Status, patience: float = 60.0) -> None:
         """Sends what is left, and waits for that at most `patience` seconds."""
@@ -74,7 +78,10 @@ class MLflowLogger:
             self._queue.put(status)
             self._thread.join(patience)
             if self._thread.is_alive():
-                print(f"MLflow at {self._config.uri(self._run_dir)} does not answer ({self._problem or 'slow'}): the records wait in {self._records} and are sent when this run is started again", file=sys.stderr)
+                print(
+                    f"MLflow at {self._config.uri(self._run_dir)} does not answer ({self._problem or 'slow'}): the records wait in {self._records} and are sent when this run is started again",
+                    file=sys.stderr,
+                )
         self._file.close()
 
     def _record(self, record: dict[str, Any]) -> None:
@@ -123,7 +130,11 @@ class MLflowLogger:
             except Exception as error:  # whatever the server does, training goes on
                 if not self._problem:
                     self._problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                    print(f"MLflow: {self._problem}; training goes on, the records wait in {self._records}", file=sys.stderr, flush=True)
+                    print(
+                        f"MLflow: {self._problem}; training goes on, the records wait in {self._records}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                 time.sleep(wait)
                 wait = min(60.0, wait * 2)
 
@@ -139,7 +150,11 @@ class MLflowLogger:
         if self._state["run_id"] is None:
             experiment = client.get_experiment_by_name(self._config.experiment)
             artifacts = None if self._config.tracking_uri else (self._run_dir.resolve().parent / "mlartifacts").as_uri()
-            experiment_id = experiment.experiment_id if experiment else client.create_experiment(self._config.experiment, artifact_location=artifacts)
+            experiment_id = (
+                experiment.experiment_id
+                if experiment
+                else client.create_experiment(self._config.experiment, artifact_location=artifacts)
+            )
             run = client.create_run(experiment_id, run_name=self._config.name or self._run_dir.name)
             self._state = {"run_id": run.info.run_id, "sent": 0}
             self._save_state()
@@ -156,7 +171,9 @@ class MLflowLogger:
         from PIL import Image
 
         run_id, records = self._state["run_id"], [json.loads(line) for line in lines]
-        batch = [Metric(name, value, r["time"], r["step"]) for r in records for name, value in r.get("metrics", {}).items()]
+        batch = [
+            Metric(name, value, r["time"], r["step"]) for r in records for name, value in r.get("metrics", {}).items()
+        ]
         for start in range(0, len(batch), 1000):
             client.log_batch(run_id, metrics=batch[start : start + 1000])
         for record in records:

@@ -22,7 +22,9 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m trainer.train", description="Trains a diffusion model from corrupted images alone.",
                                 epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     p.add_argument("config", metavar="CONFIG", type=Path, help="a YAML file; see configs/")
-    p.add_argument("overrides", metavar="key.path=value", nargs="*", help="replaces a field of the file, such as steps=100")
+    p.add_argument(
+        "overrides", metavar="key.path=value", nargs="*", help="replaces a field of the file, such as steps=100"
+    )
     return p
 
 
@@ -39,7 +41,10 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(name, lambda number, frame: stopped.append(number))
     run = build.run(config, distributed.init())
     if run.ranks.is_main and run.state.step:
-        print(f"{run.directory}: {'already done' if run.state.step >= config.steps else 'going on'} at step {run.state.step} of {config.steps}", file=sys.stderr)
+        print(
+            f"{run.directory}: {'already done' if run.state.step >= config.steps else 'going on'} at step {run.state.step} of {config.steps}",
+            file=sys.stderr,
+        )
     finished, status = False, "FAILED"
     try:
         finished = train(run, stop=lambda: bool(stopped))
@@ -48,7 +53,10 @@ def main(argv: list[str] | None = None) -> int:
         if run.logger:
             run.logger.close(status)
     if run.ranks.is_main:
-        print(f"{run.directory}: {run.state.step} steps, {run.state.evaluations} network evaluations, {run.state.seconds:.0f} s of training" + ("" if finished else "; interrupted, run it again to go on"))
+        print(
+            f"{run.directory}: {run.state.step} steps, {run.state.evaluations} network evaluations, {run.state.seconds:.0f} s of training"
+            + ("" if finished else "; interrupted, run it again to go on")
+        )
     return errors.DONE if finished else errors.INTERRUPTED
 
 

@@ -137,7 +137,9 @@ class ParticlePool:
         """state: as `state_dict` gives it, for this rank's rows."""
         for name, value in state.items():
             if value.shape[:2] != (self.rows, self.depth):
-                raise ValueError(f"the particle pool to load is {tuple(value.shape[:2])}, this one is {(self.rows, self.depth)}")
+                raise ValueError(
+                    f"the particle pool to load is {tuple(value.shape[:2])}, this one is {(self.rows, self.depth)}"
+                )
             self._state[name] = value.clone()
 
     def _empty(self, batch: Batch) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ class Denoise(Protocol):
 
 
 class Denoiser(nn.Module):
-    """h(x_t, sigma_t), an estimate of E[x0 | x_t], computed in float32 around the backbone.
+    """h(x_t, sigma_t), an estimate of E[x0 | x_t], computed in float32 (float64 for float64) around the backbone.
 
     backbone: called as `backbone(input (B, *D), time (B,), conditioning)`, returns (B, *D) in any float dtype.
     `evaluations` counts the samples that went through the network, the unit of cost.
@@ -35,9 +35,10 @@ class Denoiser(nn.Module):
     def forward(self, x_t: Tensor, sigma_t: Tensor, conditioning: Conditioning) -> Tensor:
         self.evaluations += x_t.shape[0]
         with torch.autocast(x_t.device.type, enabled=False):
-            x_t, sigma_t = x_t.float(), sigma_t.float()
+            dtype = torch.promote_types(x_t.dtype, torch.float32)
+            x_t, sigma_t = x_t.to(dtype), sigma_t.to(dtype)
             sigma = expand(sigma_t, x_t)
             network_input, time = self.process.input_scale(sigma) * x_t, self.process.time(sigma_t)
         output = self.backbone(network_input, time, conditioning)
         with torch.autocast(x_t.device.type, enabled=False):
-            return to_h(self.prediction, output.float(), x_t, sigma)
+            return to_h(self.prediction, output.to(dtype), x_t, sigma)

@@ -30,8 +30,8 @@ class LogNormal:
         mirror = z_low > 0
         left, right = torch.where(mirror, -z_high, z_low), torch.where(mirror, -z_low, z_high)
         p = torch.where(mirror, 1 - u.double(), u.double())
-        p_left, p_right = torch.special.ndtr(left), torch.special.ndtr(right)
-        z = torch.special.ndtri(p_left + p * (p_right - p_left))
+        p_left, p_right = _ndtr(left), _ndtr(right)
+        z = _ndtri(p_left + p * (p_right - p_left))
         z = torch.where(mirror, -z, z)
         return _rounded((self.mean + self.std * z).exp(), low, high, u)
 
@@ -68,6 +68,16 @@ process.sigma_max; that is checked once, against the data's index, not in each s
 def _bounds(lower: Tensor, process: Process) -> tuple[Tensor, Tensor]:
     low = lower.double().clamp(min=process.sigma_min)
     return low, torch.full_like(low, process.sigma_max)
+
+
+def _ndtr(z: Tensor) -> Tensor:
+    """The normal distribution function."""
+    return torch.special.ndtr(z)  # pyright: ignore
+
+
+def _ndtri(p: Tensor) -> Tensor:
+    """The inverse of `_ndtr`."""
+    return torch.special.ndtri(p)  # pyright: ignore
 
 
 def _rounded(sigma: Tensor, low: Tensor, high: Tensor, u: Tensor) -> Tensor:

@@ -41,6 +41,11 @@ class Process(Protocol):
         ...
 
 
+def _check_range(sigma_min: float, sigma_max: float) -> None:
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(f"need 0 < sigma_min < sigma_max; got {sigma_min:g} and {sigma_max:g}")
+
+
 @dataclass(frozen=True)
 class VE:
     """Variance exploding (Song et al. 2021; Karras et al. 2022, eq. 7): x_t = x0 + sigma_t z.
@@ -53,6 +58,9 @@ class VE:
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_range(self.sigma_min, self.sigma_max)
 
     def input_scale(self, sigma: Tensor) -> Tensor:
         return (sigma.square() + self.sigma_data**2).rsqrt()
@@ -76,7 +84,7 @@ class VPTable:
     """The discrete DDPM of Stable Diffusion and SDXL ("scaled linear" betas), time continuous by interpolation.
 
     Timestep i of the table has sigma = (VP sigma) / (VP alpha); between timesteps ln(sigma) is interpolated linearly,
-    as diffusers' Euler scheduler does. SDXL's timesteps 100 / 500 / 800 are VE sigma 0.344 / 1.62 / 5.06.
+    as diffusers' Euler scheduler does. SDXL's timesteps 100 / 500 / 800 are VE sigma 0.344 / 1.62 / 5.11.
     """
 
     kind: Literal["vp_table"] = "vp_table"
@@ -121,6 +129,9 @@ class VPCosine:
     sigma_max: float = 80.0
     offset: float = 0.008
 
+    def __post_init__(self) -> None:
+        _check_range(self.sigma_min, self.sigma_max)
+
     def input_scale(self, sigma: Tensor) -> Tensor:
         return (sigma.square() + 1).rsqrt()
 
@@ -143,6 +154,9 @@ class Flow:
     kind: Literal["flow"] = "flow"
     sigma_min: float = 0.002
     sigma_max: float = 80.0
+
+    def __post_init__(self) -> None:
+        _check_range(self.sigma_min, self.sigma_max)
 
     def input_scale(self, sigma: Tensor) -> Tensor:
         return 1 / (1 + sigma)

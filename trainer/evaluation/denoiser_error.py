@@ -13,7 +13,9 @@ from trainer.diffusion.noise import AddressedNoise
 
 
 @torch.no_grad()
-def denoiser_error(denoiser: Denoise, x0: Tensor, levels: Sequence[float], seed: int = 0, batch_size: int = 128) -> list[float]:
+def denoiser_error(
+    denoiser: Denoise, x0: Tensor, levels: Sequence[float], seed: int = 0, batch_size: int = 128
+) -> list[float]:
     """mean ||h(x0 + sigma z, sigma) - x0||^2 over pixels and images, for each level.
 
     x0: (N, C, H, W) clean images in [-1, 1], which training never saw. The noise is the same for every model.

@@ -1,0 +1,40 @@
+# make quickstart   real images, corrupted, to a trained model and one picture   (DATASET=digits|fashion|emoji|faces)
+# make test         the tests          make lint, make types, make format
+PYTHON ?= python3
+VENV ?= .venv
+DATASET ?= digits
+BIN := $(VENV)/bin
+
+.PHONY: install dev quickstart test lint types format clean
+install: $(VENV)/.installed
+dev: $(VENV)/.installed-dev
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[datasets]'
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+quickstart: install
+	$(BIN)/python -m trainer.quickstart --dataset $(DATASET)
+
+test: dev
+	$(BIN)/python -m pytest
+
+lint: dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: dev
+	$(BIN)/pyright
+
+format: dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

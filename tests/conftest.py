@@ -1,0 +1,63 @@
+"""Shards of small pictures, tiny runs, and commands called as a user calls them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two ranks on two cores, and sums in one order
+
+from data_pipeline.corruption import Gaussian
+from data_pipeline.shard import shard
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "tests" / "tiny.yaml"
+
+Outcome = tuple[int, str]
+"""Exit code, and all that was printed."""
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 pictures of 16x16 grey pixels: discs."""
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(0)
+    grid = np.arange(16)
+    for i in range(60):
+        x, y, radius = generator.uniform(4, 12), generator.uniform(4, 12), generator.uniform(2, 5)
+        disc = ((grid[None] - x) ** 2 + (grid[:, None] - y) ** 2 < radius**2) * generator.integers(120, 256)
+        Image.fromarray(disc.astype(np.uint8)).save(folder / f"disc {i:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pictures at sigma_n 0.4, in 8 shards."""
+    folder = tmp_path_factory.mktemp("shards") / "sigma0.4"
+    shard(str(pictures), folder, Gaussian(0.4), shard_size=8)
+    return folder
+
+
+@pytest.fixture
+def train(shards: Path, tmp_path: Path) -> Callable[..., Outcome]:
+    """Runs `trainer.train` on the tiny configuration in a process of its own, or in several by torchrun."""
+
+    def call(name: str, *overrides: str, ranks: int = 1) -> Outcome:
+        launcher = ["-m", "trainer.train"]
+        if ranks > 1:
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), *launcher]
+        run_dir, data = f"run_dir={tmp_path / name}", f"data.shards={shards}"
+        result = subprocess.run(
+            [sys.executable, *launcher, str(TINY), run_dir, data, *overrides],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
+        )  # fmt: skip
+        return result.returncode, result.stdout
+
+    return call

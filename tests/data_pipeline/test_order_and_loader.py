@@ -1,0 +1,166 @@
+"""The order is a pure function of (seed, epoch); any rank, worker and cut sees the same global sequence."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.index import NAME, read_index
+from data_pipeline.loader import DataConfig, Layout, Loader
+from data_pipeline.order import Order
+from data_pipeline.reader import decode
+from data_pipeline.writer import npy_bytes
+from trainer.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+@settings(max_examples=60, deadline=None)
+@given(counts=st.lists(st.integers(1, 30), min_size=1, max_size=20), group=st.integers(1, 25), seed=st.integers(0, 99))
+def test_every_sample_exactly_once_an_epoch(counts: list[int], group: int, seed: int) -> None:
+    order, total = Order(tuple(counts), seed, group), sum(counts)
+    everything = {(shard, row) for shard, count in enumerate(counts) for row in range(count)}
+    for epoch in range(3):
+        addresses = [order.at(epoch * total + i) for i in range(total)]
+        assert {a.epoch for a in addresses} == {epoch}
+        assert {(a.shard, a.row) for a in addresses} == everything
+
+
+def test_epochs_and_seeds_have_different_orders_and_reading_stays_within_a_group() -> None:
+    order = Order((10,) * 40, seed=3, group=4)
+    first = [order.at(i) for i in range(400)]
+    second = [order.at(400 + i) for i in range(400)]
+    other = [Order((10,) * 40, seed=4, group=4).at(i) for i in range(400)]
+    rows = [[(a.shard, a.row) for a in epoch] for epoch in (first, second, other)]
+    assert rows[0] != rows[1] != rows[2]
+    for start in range(0, 400, 40):
+        assert len({a.shard for a in first[start : start + 40]}) == 4
+
+
+def keys_of(shards: Path, layout: Layout, workers: int, start: int, micro_batches: int) -> list[tuple[str, ...]]:
+    loader = Loader(DataConfig(str(shards), workers=workers, group=3), layout, seed=5, device=CPU)
+    return [batch.keys for batch in islice(loader.stream(start), micro_batches)]
+
+
+def test_ranks_micro_batches_and_workers_share_one_global_sequence(shards: Path) -> None:
+    """60 samples, batches of 8: the 16 steps cross two ends of epochs, none of them at a batch's end."""
+    whole = sum(keys_of(shards, Layout(8, 8, 0, 1), 0, 0, 16), ())
+    assert len(set(whole[:60])) == len(set(whole[60:120])) == 60
+    for world, micro, workers in [(1, 2, 3), (2, 4, 0), (4, 1, 2)]:
+        ranks = [
+            keys_of(shards, Layout(8, micro, rank, world), workers, 0, 16 * (8 // world // micro))
+            for rank in range(world)
+        ]
+        per_step = 8 // world // micro
+        steps = [
+            key
+            for step in range(16)
+            for rank in range(world)
+            for part in ranks[rank][step * per_step : (step + 1) * per_step]
+            for key in part
+        ]
+        assert tuple(steps) == whole
+
+
+@settings(max_examples=12, deadline=None)
+@given(cut=st.integers(0, 40), world=st.sampled_from([1, 2, 4, 8]))
+def test_a_stream_resumed_at_any_step_on_any_world_goes_on(shards: Path, cut: int, world: int) -> None:
+    uncut = keys_of(shards, Layout(8, 8, 0, 1), 0, 0, cut + 3)
+    ranks = [keys_of(shards, Layout(8, 8 // world, r, world), 0, cut * 8, 3) for r in range(world)]
+    resumed = [sum((rank[step] for rank in ranks), ()) for step in range(3)]
+    assert resumed == uncut[cut:]
+
+
+def test_batches_hold_what_the_shards_hold(shards: Path) -> None:
+    batch = next(Loader(DataConfig(str(shards), sigma_scale=0.5, workers=0), Layout(8, 8, 0, 1), 0, CPU).stream(0))
+    assert batch.x_n.shape == (8, 1, 16, 16)
+    assert batch.x_n.dtype == batch.sigma_n.dtype == torch.float32
+    torch.testing.assert_close(batch.sigma_n, torch.full((8,), 0.2), msg="half of the recorded 0.4")
+
+
+def damaged(shards: Path, folder: Path, what: str) -> Path:
+    shutil.copytree(shards, folder)
+    first = folder / "shard-000000.tar"
+    index = json.loads((folder / NAME).read_text())
+    if what == "missing shard":
+        first.unlink()
+    elif what == "truncated shard":
+        os.truncate(first, 2000)
+    elif what == "wrong format":
+        index["format"] = 99
+    elif what == "no index":
+        (folder / NAME).unlink()
+        return folder
+    elif what == "wrong count":
+        index["shards"][0]["samples"] = 7
+    elif what == "path in a name":
+        index["shards"][0]["name"] = "../shard-000000.tar"
+    (folder / NAME).write_text(json.dumps(index) if what != "broken index" else "{")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("missing shard", "1 of 8 shards are missing, first shard-000000.tar"),
+        ("truncated shard", "2000 bytes, the index says"),
+        ("wrong format", "format 99"),
+        ("no index", "not complete"),
+        ("wrong count", "8 samples, the index says 7"),
+        ("path in a name", "has a folder in it"),
+        ("broken index", "not a shard index"),
+    ],
+)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_shards_are_named(what: str, message: str, workers: int, shards: Path, tmp_path: Path) -> None:
+    folder = damaged(shards, tmp_path / "damaged", what)
+    with pytest.raises(UserError, match=message):
+        list(islice(Loader(DataConfig(str(folder), workers=workers), Layout(8, 8, 0, 1), 0, CPU).stream(0), 10))
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        ({"json": b'{"sigma_n": -1}'}, "sigma_n is -1.0"),
+        ({"json": b'{"sigma_n": NaN}'}, "sigma_n is nan"),
+        ({"json": b"{}"}, "cannot be decoded"),
+        ({"json": b"["}, "cannot be decoded"),
+        ({"x_n.npy": b"no npy"}, "cannot be decoded"),
+        ({"x_n.npy": npy_bytes(np.zeros((3, 4, 4), np.float32))}, r"float16 \(3, 4, 4\), the index says"),
+        ({"x_n.npy": npy_bytes(np.full((1, 4, 4), np.nan, np.float32))}, "NaN or Inf"),
+        ({"x_n.npy": None}, "cannot be decoded"),
+    ],
+)
+def test_a_bad_sample_is_named_with_its_key(sample: dict[str, bytes | None], message: str) -> None:
+    good = {"__key__": "seven", "x_n.npy": npy_bytes(np.zeros((1, 4, 4), np.float32)), "json": b'{"sigma_n": 0.1}'}
+    raw = {name: value for name, value in (good | sample).items() if value is not None}
+    with pytest.raises(UserError, match=f"sample seven: .*{message}"):
+        decode(raw, (1, 4, 4))  # pyright: ignore[reportArgumentType]
+
+
+def test_a_pickled_array_is_never_unpickled(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, (f"touch {tmp_path / 'sprung'}",)
+
+    file = tmp_path / "trap.npy"
+    np.save(file, np.array([Trap()], dtype=object), allow_pickle=True)
+    with pytest.raises(UserError, match="sample trap"):
+        decode({"__key__": "trap", "x_n.npy": file.read_bytes(), "json": b'{"sigma_n": 0.1}'}, (1, 4, 4))
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_read_index_gives_back_what_was_written(shards: Path) -> None:
+    index = read_index(shards)
+    assert index.samples == 60
+    assert index.shape == (1, 16, 16)
+    assert index.sigma_min == index.sigma_max == 0.4

@@ -1,0 +1,136 @@
+"""Shards hold observations alone, drawn once per image, and the same bytes each time."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipeline.corruption import Gaussian, generator_of
+from data_pipeline.index import NAME, read_index
+from data_pipeline.shard import main, shard
+from data_pipeline.sources import open_source, prepare
+from trainer import errors
+from trainer.errors import UserError
+
+
+def observations(folder: Path) -> dict[str, np.ndarray]:
+    found: dict[str, np.ndarray] = {}
+    for entry in read_index(folder).shards:
+        with tarfile.open(folder / entry.name) as tar:
+            for member in tar:
+                if member.name.endswith(".x_n.npy"):
+                    file = tar.extractfile(member)
+                    assert file is not None
+                    found[member.name.removesuffix(".x_n.npy")] = np.load(BytesIO(file.read()))
+    return found
+
+
+def test_an_observation_is_the_image_plus_the_noise_of_its_key(pictures: Path, shards: Path) -> None:
+    source, stored = open_source(str(pictures)), observations(shards)
+    assert list(stored) == list(source.keys)
+    residuals: list[np.ndarray] = []
+    for i, key in enumerate(source.keys):
+        x0 = prepare(source.read(i), None, 1)
+        assert stored[key].dtype == np.float16
+        z = generator_of(0, key).standard_normal(x0.shape, dtype=np.float32)
+        np.testing.assert_allclose(stored[key], x0 + 0.4 * z, atol=2e-3)
+        residuals.append(stored[key] - x0)
+    noise = np.concatenate([r.ravel() for r in residuals])
+    assert abs(noise.std() - 0.4) < 0.01, "the noise is as strong as it says"
+    assert noise.max() > 1.2, "and was not clipped"
+
+
+def test_no_clean_image_is_in_any_file(pictures: Path, shards: Path) -> None:
+    source = open_source(str(pictures))
+    everything = b"".join(path.read_bytes() for path in sorted(shards.iterdir()))
+    for i in range(len(source)):
+        x0 = prepare(source.read(i), None, 1)
+        row = int(x0[0].var(axis=1).argmax())  # rows through the disc; empty ones are zeros, as padding is
+        middle = x0[0, row : row + 2]
+        forms = [middle.astype(t).tobytes() for t in (np.float16, np.float32, np.float64)]
+        forms += [source.read(i)[row : row + 2].tobytes(), (pictures / f"disc {i:02d}.png").read_bytes()[60:100]]
+        assert not any(form in everything for form in forms)
+
+
+def test_the_same_request_gives_the_same_bytes_and_another_seed_others(
+    pictures: Path, shards: Path, tmp_path: Path
+) -> None:
+    shard(str(pictures), tmp_path / "again", Gaussian(0.4), shard_size=8)
+    shard(str(pictures), tmp_path / "seed1", Gaussian(0.4), shard_size=8, seed=1)
+    names = sorted(path.name for path in shards.iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "again").iterdir())
+    assert all((shards / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in names)
+    assert not any((shards / name).read_bytes() == (tmp_path / "seed1" / name).read_bytes() for name in names)
+
+
+def test_plain_webdataset_reads_the_shards(shards: Path) -> None:
+    from webdataset.compat import WebDataset
+
+    urls = [str(shards / entry.name) for entry in read_index(shards).shards]
+    samples = list(WebDataset(urls, shardshuffle=False, empty_check=False))
+    assert len(samples) == 60
+    assert json.loads(samples[0]["json"]) == {"sigma_n": 0.4}
+
+
+def test_a_second_call_reuses_and_another_request_is_refused(pictures: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    shard(str(pictures), output, Gaussian(0.4))
+    before = (output / NAME).stat().st_mtime_ns
+    shard(str(pictures), output, Gaussian(0.4))
+    assert (output / NAME).stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="holds shards made with corruption"):
+        shard(str(pictures), output, Gaussian(0.5))
+
+
+def test_an_interrupted_call_leaves_no_index_and_the_next_call_completes(pictures: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    for i, path in enumerate(sorted(pictures.iterdir())[:20]):
+        (bad / f"{i:02d}.png").write_bytes(path.read_bytes() if i != 15 else b"not a picture")
+    with pytest.raises(UserError, match=r"15\.png: cannot be read as an image"):
+        shard(str(bad), tmp_path / "out", Gaussian(0.4), shard_size=8)
+    with pytest.raises(UserError, match="not complete"):
+        read_index(tmp_path / "out")
+    (bad / "15.png").unlink()
+    assert shard(str(bad), tmp_path / "out", Gaussian(0.4), shard_size=8).samples == 19
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["{pictures}", "{out}", "--sigma", "-0.5"], "--sigma -0.5"),
+        (["{pictures}", "{out}", "--sigma", "nan"], "--sigma nan"),
+        (["{tmp}/nowhere", "{out}", "--sigma", "0.5"], "no such folder"),
+        (["{tmp}/empty", "{out}", "--sigma", "0.5"], "no image in it"),
+        (["packaged:cats", "{out}", "--sigma", "0.5"], "no such set; there are digits"),
+        (["packaged:digits/half", "{out}", "--sigma", "0.5"], "must be train, test or all"),
+        (["{pictures}", "{out}", "--sigma", "0.5", "--size", "0"], "--size 0"),
+        (["{pictures}", "{out}", "--sigma", "0.5", "--limit", "0"], "--limit 0"),
+        (["{pictures}", "{pictures}", "--sigma", "0.5"], "holds other files"),
+        (["{tmp}/sizes", "{out}", "--sigma", "0.5"], "give --size"),
+        (["{tmp}/alike", "{out}", "--sigma", "0.5"], "would both be named a__b_png"),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_exit_code_2(
+    arguments: list[str], expected: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "sizes").mkdir()
+    (tmp_path / "alike").mkdir()
+    Image.new("L", (16, 16)).save(tmp_path / "sizes" / "a.png")
+    Image.new("L", (16, 20)).save(tmp_path / "sizes" / "b.png")
+    (tmp_path / "alike" / "a").mkdir()
+    Image.new("L", (16, 16)).save(tmp_path / "alike" / "a" / "b.png")
+    Image.new("L", (16, 16)).save(tmp_path / "alike" / "a__b.png")
+    filled = [a.format(pictures=pictures, out=tmp_path / "out", tmp=tmp_path) for a in arguments]
+    assert errors.run(lambda: main(filled)) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: ")
+    assert expected in message
+    assert not (tmp_path / "out" / NAME).exists()
