@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -46,18 +47,32 @@ def shards(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def train(shards: Path, tmp_path: Path) -> Callable[..., Outcome]:
-    """Runs `trainer.train` on the tiny configuration in a process of its own, or in several by torchrun."""
+def train(shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Runs `trainer.train` on the tiny configuration: one rank in this process, which saves seconds of imports, more
+    by torchrun."""
 
     def call(name: str, *overrides: str, ranks: int = 1) -> Outcome:
-        launcher = ["-m", "trainer.train"]
-        if ranks > 1:
-            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), *launcher]
-        run_dir, data = f"run_dir={tmp_path / name}", f"data.shards={shards}"
+        arguments = [str(TINY), f"run_dir={tmp_path / name}", f"data.shards={shards}", *overrides]
+        if ranks == 1:
+            return in_process(arguments)
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
         result = subprocess.run(
-            [sys.executable, *launcher, str(TINY), run_dir, data, *overrides],
+            [*launcher, "-m", "trainer.train", *arguments],
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
         )  # fmt: skip
         return result.returncode, result.stdout
+
+    def in_process(arguments: list[str]) -> Outcome:
+        from trainer import errors
+        from trainer.train import main
+
+        capfd.readouterr()
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
+        try:
+            code = errors.run(lambda: main(arguments))
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return code, "".join(capfd.readouterr())
 
     return call

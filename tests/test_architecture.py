@@ -16,7 +16,14 @@ ALLOWED = {
     "trainer.errors": (),
     "trainer.diffusion": ("trainer.diffusion",),
     "trainer.models": ("trainer.diffusion", "trainer.models", "trainer.errors"),
-    "trainer.evaluation": ("trainer.diffusion", "trainer.evaluation", "trainer.errors", "data_pipeline"),
+    "trainer.evaluation": (
+        "trainer.diffusion",
+        "trainer.evaluation",
+        "trainer.errors",
+        "trainer.generate",
+        "trainer.restore",
+        "data_pipeline",
+    ),
     "data_pipeline": ("data_pipeline", "trainer.diffusion", "trainer.errors"),
     "slurm": ("slurm", "trainer", "data_pipeline"),
 }

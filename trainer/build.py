@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from data_pipeline.loader import Layout, Loader
+from trainer import networks
 from trainer.checkpoint import Checkpoints, TrainState, read_pool, read_state, read_tensors
 from trainer.config import RunConfig, flatten, load, to_data, to_yaml
 from trainer.diffusion.ambient import AmbientLoss
@@ -19,7 +20,6 @@ from trainer.ema import EMA
 from trainer.engine import Engine
 from trainer.errors import UserError
 from trainer.mlflow_logger import MLflowLogger
-from trainer.models.unet2d import UNet2D
 from trainer.provenance import tags
 
 MAY_CHANGE = ("steps", "threads", "micro_batch_size", "data.workers", "engine.", "checkpoint.", "logging.")
@@ -47,18 +47,6 @@ class Run:
     state: TrainState
 
 
-def denoiser(config: RunConfig, shape: tuple[int, int, int]) -> Denoiser:
-    """The network with fresh weights, the same on every rank and machine. shape: (C, H, W) of an observation."""
-    halvings = 2 ** (len(config.model.channels) - 1)
-    if shape[1] % halvings or shape[2] % halvings:
-        raise UserError(
-            f"model.channels has {len(config.model.channels)} resolutions, so image sides must be multiples of {halvings}; the shards have {shape[2]}x{shape[1]}: shard with another --size, or give fewer channels"
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return Denoiser(UNet2D(config.model, shape[0], shape[1]), config.process, config.prediction)
-
-
 def run(config: RunConfig, ranks: Ranks) -> Run:
     """Builds a run, new or from its last checkpoint. A collective. Raises UserError for what does not fit together."""
     if config.threads:
@@ -70,12 +58,12 @@ def run(config: RunConfig, ranks: Ranks) -> Run:
     checkpoints = Checkpoints(directory, config.checkpoint)
     _claim(config, directory, ranks)
 
-    network = denoiser(config, loader.index.shape).to(ranks.device)
+    network = networks.denoiser(config, loader.index.shape).to(ranks.device)
     engine = Engine(network, config.engine, config.optimizer, layout.micro_batch_size, layout.accumulation, ranks.world)
     sigma_min = config.process.sigma_min
     c = config.consistency
     pool = ParticlePool(layout.rows, c.pool_depth if c else 1, sigma_min)
-    state, ema = TrainState(0, 0, 0, 0.0), EMA(config.ema, engine.masters)
+    state, ema = TrainState(0, 0, 0, 0.0, loader.index.shape), EMA(config.ema, engine.masters)
     if (path := checkpoints.latest()) is not None:
         state = read_state(path)
         average = read_tensors(path, "ema")

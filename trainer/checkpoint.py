@@ -39,12 +39,13 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class TrainState:
     """Where training is. step: optimiser steps done. samples: position in the data. evaluations: network evaluations
-    of samples so far, over all ranks. seconds: time spent training, over all starts."""
+    of samples so far, over all ranks. seconds: time spent training, over all starts. shape: (C, H, W) of an image."""
 
     step: int
     samples: int
     evaluations: int
     seconds: float
+    shape: tuple[int, int, int]
 
 
 class Checkpoints:
@@ -107,7 +108,7 @@ def read_state(path: Path) -> TrainState:
         data = json.loads((path / "state.json").read_text())
         if data.pop("format") != FORMAT:
             raise UserError(f"{path}: another format of checkpoint; this version reads {FORMAT}")
-        return TrainState(**data)
+        return TrainState(**{**data, "shape": tuple(data["shape"])})
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path / 'state.json'}: not a checkpoint's state: {error}") from None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -47,22 +46,19 @@ class Ranks:
 def init() -> Ranks:
     """Joins the group that torchrun, deepspeed or srun describe in the environment, or makes one of this process alone."""
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    if not all(name in os.environ for name in names):
-        given = [name for name in names if name in os.environ]
-        if given and "WORLD_SIZE" in given and os.environ["WORLD_SIZE"] != "1":
-            raise UserError(
-                f"the environment has {', '.join(given)} but not {', '.join(set(names) - set(given))}: start with torchrun, or set all four"
-            )
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    given = [name for name in names if name in os.environ]
+    alone = len(given) < len(names)
+    if alone and os.environ.get("WORLD_SIZE", "1") != "1":
+        missing = [name for name in names if name not in given]
+        raise UserError(f"the environment has WORLD_SIZE but not {', '.join(missing)}: start with torchrun, or set all four")
+    rank, world = (0, 1) if alone else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        store = dist.HashStore() if alone else None  # no port to collide on
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return Ranks(rank, world, device)

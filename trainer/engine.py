@@ -66,6 +66,7 @@ class Engine:
             "torch_autocast": {"enabled": config.precision == "bf16", "dtype": "bfloat16"},
             "steps_per_print": 2**31,
         }
+        os.environ.setdefault("LOCAL_RANK", "0")  # it asks for one, also of a process alone
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         made = deepspeed.initialize(model=module, optimizer=client, config=settings)
         self._engine: Any = made[0]

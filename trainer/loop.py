@@ -47,7 +47,7 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
         done = step + 1
         evaluations = (run.denoiser.evaluations - evaluations_before) * ranks.world
         seconds = before.seconds + time.perf_counter() - begun
-        run.state = TrainState(done, done * layout.batch_size, before.evaluations + evaluations, seconds)
+        run.state = TrainState(done, done * layout.batch_size, before.evaluations + evaluations, seconds, before.shape)
         flags = ranks.any({"stop": stop(), "not_finite": not bool(finite)})
         if flags["not_finite"]:
             raise WorkFailed(

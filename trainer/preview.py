@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from trainer import build
+from trainer import networks
+from trainer.build import Run
 from trainer.evaluation.grids import save_grid
 from trainer.generate import generate
 
@@ -10,7 +11,7 @@ from trainer.generate import generate
 class Preview:
     """A second network on rank 0 that holds the averaged weights; made when the first picture is."""
 
-    def __init__(self, run: build.Run) -> None:
+    def __init__(self, run: Run) -> None:
         self._run = run
         self._network = None
 
@@ -22,9 +23,9 @@ class Preview:
         if run.logger is None:
             return
         if self._network is None:
-            self._network = build.denoiser(run.config, run.loader.index.shape).to(run.ranks.device)
+            self._network = networks.denoiser(run.config, run.state.shape).to(run.ranks.device)
         self._network.load_state_dict(average, strict=False)
-        images = generate(self._network, 16, run.loader.index.shape, seed=0, steps=18, sampler="ddim", progress=False)
+        images = generate(self._network, 16, run.state.shape, seed=0, steps=18, sampler="ddim", progress=False)
         path = run.directory / "samples" / f"step-{step:08d}.png"
         save_grid(images, path, columns=4)
         run.logger.image(step, "samples", path)

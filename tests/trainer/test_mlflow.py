@@ -1,0 +1,87 @@
+"""What MLflow has of a run: once each, also after a resume, and nothing lost when the server is away."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Outcome
+from trainer.mlflow_logger import LoggingConfig, MLflowLogger
+
+Train = Callable[..., Outcome]
+
+
+def client_of(folder: Path):
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
+
+
+def test_a_resumed_run_is_one_run_with_each_step_once(train: Train, tmp_path: Path) -> None:
+    settings = ("logging.enabled=true", "logging.sample_every=3", "logging.experiment=test")
+    for steps in (4, 6):  # the first part logs steps that lie after its last checkpoint but one
+        code, output = train("run", f"steps={steps}", *settings)
+        assert code == 0, output
+    client = client_of(tmp_path)
+    experiment = client.get_experiment_by_name("test")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "run"
+    for name in ("optimizer.lr", "data.shards", "process.kind", "consistency.weight"):
+        assert name in run.data.params
+    assert run.data.params["optimizer.lr"] == "0.001"
+    for name in ("git.revision", "version.torch", "version.deepspeed"):
+        assert run.data.tags[name]
+    steps_of = {name: [m.step for m in client.get_metric_history(run.info.run_id, name)] for name in run.data.metrics}
+    for name in (
+        "loss/ambient",
+        "optimizer/gradient_norm",
+        "optimizer/learning_rate",
+        "speed/images_per_second",
+        "speed/network_evaluations_per_second",
+        "speed/share_waiting_for_data",
+        "memory/process_gb",
+    ):
+        assert steps_of[name] == [1, 2, 3, 4, 5, 6], name
+    assert steps_of["loss/consistency"] == [3, 5]
+    bands = [name for name in steps_of if name.startswith("loss_ambient_by_sigma/")]
+    assert {"loss_ambient_by_sigma/0.5-1", "loss_ambient_by_sigma/1-2"} <= set(bands)
+    assert not any(name.endswith(("/0-0.05", "/0.05-0.1", "/0.1-0.2")) for name in bands), "no level below sigma_n"
+    images = [item.path for item in client.list_artifacts(run.info.run_id, "images")]
+    assert any("step_3" in path or "%3" in path or "step%3" in path for path in images) or len(images) >= 2
+    names = [item.path for item in client.list_artifacts(run.info.run_id)]
+    assert "config.yaml" in names
+
+
+def test_records_wait_for_a_server_that_is_away(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text("a: 1\n")
+    away = LoggingConfig(tracking_uri=f"sqlite:///{tmp_path}/config.yaml/mlflow.db")
+    logger = MLflowLogger(away, tmp_path, {"a": 1}, {})
+    for step in (1, 2, 3):
+        logger.metrics(step, {"loss": float(step)})
+    logger.close("KILLED", patience=8)
+    assert "the records wait in" in capsys.readouterr().err
+
+    here = LoggingConfig(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    logger = MLflowLogger(here, tmp_path, {"a": 1}, {})
+    assert logger.last_step == 3
+    logger.metrics(3, {"loss": 99.0})  # logged before: left as it is
+    logger.metrics(4, {"loss": 4.0})
+    logger.close("FINISHED")
+    run_id = json.loads((tmp_path / "mlflow.json").read_text())["run_id"]
+    history = client_of(tmp_path).get_metric_history(run_id, "loss")
+    assert [(m.step, m.value) for m in history] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
+
+
+def test_a_line_cut_off_by_a_crash_is_dropped(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 0, "metrics": {"loss": 1.0}}\n{"step": 2, "ti')
+    logger = MLflowLogger(LoggingConfig(enabled=False), tmp_path, {}, {})
+    assert logger.last_step == 1
+    logger.metrics(2, {"loss": 2.0})
+    logger.close("FINISHED")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2]

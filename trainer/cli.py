@@ -1,0 +1,48 @@
+"""The console script `ambient`: each subcommand is also `python -m ...`."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from importlib import import_module
+
+import trainer
+from trainer import errors
+from trainer.errors import UserError
+
+COMMANDS = {
+    "shard": ("data_pipeline.shard", "corrupt images once, and write them as shards"),
+    "train": ("trainer.train", "train a run, or go on with it"),
+    "sample": ("trainer.sample", "draw images from a run"),
+    "quickstart": ("trainer.quickstart", "all of it on a packaged set of images, in minutes"),
+}
+
+
+def usage() -> str:
+    lines = "\n".join(f"  {name:<12}{about}" for name, (_, about) in COMMANDS.items())
+    return (
+        f"usage: ambient COMMAND ...\n\nTrains diffusion models from corrupted images alone.\n\n{lines}\n\n"
+        "example:\n  ambient shard packaged:digits data/digits --sigma 0.5\n\n"
+        "`ambient COMMAND --help` says more; `ambient --version` prints the version."
+    )
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return errors.DONE if argv else errors.BAD_REQUEST
+    if argv[0] == "--version":
+        print(trainer.__version__)
+        return errors.DONE
+    if argv[0] not in COMMANDS:
+        close = difflib.get_close_matches(argv[0], COMMANDS, 1)
+        raise UserError(
+            f"{argv[0]}: no such command; "
+            + (f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}")
+        )
+    return import_module(COMMANDS[argv[0]][0]).main(argv[1:])
+
+
+def script() -> None:
+    """The console script's entry."""
+    sys.exit(errors.run(lambda: main(sys.argv[1:])))

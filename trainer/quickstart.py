@@ -1,0 +1,144 @@
+"""`make quickstart`: real images, corrupted; two trainings on the noisy images alone; one picture of both."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer import errors
+from trainer.errors import UserError, WorkFailed
+
+SIGMA = 0.5
+SIZES = {"digits": 28, "fashion": 28, "emoji": 32, "faces": 32}
+LEVELS = (0.05, 0.1, 0.25, 0.35, 0.5, 0.7, 1.0, 2.0)
+"""Where the denoisers are compared; 0.25 is half of sigma_n."""
+EXAMPLE = """examples:
+  python -m trainer.quickstart
+  python -m trainer.quickstart --dataset fashion --out fashion.png
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m trainer.quickstart",
+        description="Corrupts a packaged set of images, trains on the noisy images alone with the ambient and consistency losses, "
+        "trains a naive model that takes them for clean with the same number of network evaluations, and draws one picture of both.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    p.add_argument(
+        "--dataset", choices=sorted(SIZES), default="digits", help="a packaged set of images (default: digits)"
+    )
+    p.add_argument(
+        "--config", type=Path, default=Path("configs/quickstart.yaml"), help="default: configs/quickstart.yaml"
+    )
+    p.add_argument("--steps", type=int, help="optimiser steps (default: the configuration's)")
+    p.add_argument("--out", type=Path, default=Path("quickstart.png"), help="the picture (default: quickstart.png)")
+    p.add_argument("--folder", type=Path, default=Path("runs"), help="where runs and shards go (default: runs)")
+    p.add_argument("--started", type=float, help=argparse.SUPPRESS)  # `make` counts the installation, too
+    return p
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a quickstart's things are."""
+
+    shards: Path
+    ours: Path
+    naive: Path
+
+    @property
+    def database(self) -> Path:
+        return self.ours.parent / "mlflow.db"
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    if args.steps is not None and args.steps < 1:
+        raise UserError(f"--steps {args.steps}: must be at least 1")
+    if args.out.suffix.lower() != ".png":
+        raise UserError(f"--out {args.out}: must end in .png")
+    if not args.config.is_file():
+        raise UserError(f"--config {args.config}: no such file; start it from the project's folder")
+    started = args.started or time.time()
+    runs = args.folder / f"quickstart-{args.dataset}"
+    places = Places(runs / "shards", runs / "ambient", runs / "naive")
+
+    _say("1/4  shards of noisy images; no clean image is written")
+    _python(
+        "data_pipeline.shard",
+        f"packaged:{args.dataset}/train",
+        str(places.shards),
+        "--sigma",
+        str(SIGMA),
+        "--size",
+        str(SIZES[args.dataset]),
+    )
+    _say("2/4  training on them: ambient loss, and consistency")
+    common = [str(args.config), f"data.shards={places.shards}", f"logging.experiment=quickstart-{args.dataset}"]
+    _python("trainer.train", *common, f"run_dir={places.ours}", *([f"steps={args.steps}"] if args.steps else []))
+    from trainer.restore import restore
+
+    ours = restore(places.ours)
+    _say("3/4  naive training, which takes them for clean, with as many network evaluations")
+    steps = ours.state.evaluations // ours.config.batch_size
+    _python(
+        "trainer.train", *common, f"run_dir={places.naive}", f"steps={steps}", "consistency=null", "data.sigma_scale=0"
+    )
+    _say("4/4  samples, and the denoisers' error against held-out clean images")
+    from trainer.evaluation.comparison import compare
+
+    error_ours, error_naive = compare(ours, restore(places.naive), f"packaged:{args.dataset}/test", LEVELS, args.out)
+    half = LEVELS.index(SIGMA / 2)
+    print(_summary(args.out, places))
+    print(json.dumps({
+        "picture": str(args.out), "minutes": round((time.time() - started) / 60, 2),
+        "mse_at_half_sigma": {"ours": round(error_ours[half], 5), "naive": round(error_naive[half], 5)},
+    }))  # fmt: skip
+    return errors.DONE
+
+
+def _python(module: str, *arguments: str) -> None:
+    """Runs a command as a user would type it, and shows it."""
+    command = ["-m", module, *arguments]
+    print(f"$ python {shlex.join(command)}", flush=True)
+    code = subprocess.run([sys.executable, *command]).returncode
+    if code == errors.INTERRUPTED:
+        raise WorkFailed("interrupted; run it again to go on")
+    if code:
+        raise WorkFailed(f"`python {shlex.join(command)}` ended with exit code {code}")
+
+
+def _say(text: str) -> None:
+    print(f"\n== {text}", flush=True)
+
+
+def _summary(picture: Path, places: Places) -> str:
+    run_ids = [_run_id(path) for path in (places.ours, places.naive)]
+    server = shlex.join([str(Path(sys.executable).parent / "mlflow"), "server", "--backend-store-uri", f"sqlite:///{places.database.resolve()}", "--port", "5000"])  # fmt: skip
+    return (
+        (
+            f"\nshards      {places.shards}\nruns        {places.ours}  {places.naive}\npicture     {picture}\n"
+            f"more images python -m trainer.sample {places.ours} --num 64\n"
+            f"charts      {server}\n"
+            f"            then open http://127.0.0.1:5000/#/compare-runs?runs={json.dumps(run_ids, separators=(',', ':'))}&experiments=[%221%22]\n"
+        )
+        .replace('["', "[%22")
+        .replace('","', "%22,%22")
+        .replace('"]', "%22]")
+    )
+
+
+def _run_id(run_dir: Path) -> str | None:
+    path = run_dir / "mlflow.json"
+    return json.loads(path.read_text())["run_id"] if path.is_file() else None
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run(main))

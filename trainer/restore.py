@@ -1,0 +1,39 @@
+"""A finished or running run, read back for use: no engine, no ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from trainer import networks
+from trainer.checkpoint import Checkpoints, TrainState, read_state, read_tensors
+from trainer.config import RunConfig, load
+from trainer.diffusion.denoiser import Denoiser
+from trainer.errors import UserError
+
+
+@dataclass(frozen=True)
+class Restored:
+    """config and state of the run, and its denoiser with the averaged weights, ready to evaluate."""
+
+    config: RunConfig
+    state: TrainState
+    denoiser: Denoiser
+
+
+def restore(run_dir: Path) -> Restored:
+    """From the last checkpoint. Raises UserError when there is none."""
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{run_dir}: not a run directory: no config.yaml in it")
+    config = load(run_dir / "config.yaml")
+    path = Checkpoints(run_dir, config.checkpoint).latest()
+    if path is None:
+        raise UserError(
+            f"{run_dir}: no checkpoint yet; train it with `python -m trainer.train {run_dir / 'config.yaml'}`"
+        )
+    state = read_state(path)
+    denoiser = networks.denoiser(config, state.shape)
+    denoiser.load_state_dict(read_tensors(path, "ema"))
+    return Restored(config, state, denoiser.to("cuda" if torch.cuda.is_available() else "cpu").eval())

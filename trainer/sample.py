@@ -1,0 +1,63 @@
+"""`python -m trainer.sample RUN_DIR`: draws images from a run's averaged weights."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import get_args
+
+from trainer import errors
+from trainer.diffusion.sampling import Sampler
+from trainer.errors import UserError
+
+EXAMPLE = """examples:
+  python -m trainer.sample runs/quickstart-digits/ambient --num 64
+  python -m trainer.sample runs/mine --num 16 --sampler ancestral --steps 200 --out mine.png
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m trainer.sample",
+        description="Draws images from the averaged weights of a run's last checkpoint, into one PNG.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the folder of a run")
+    p.add_argument("--num", type=int, default=64, help="how many images (default: 64)")
+    p.add_argument("--seed", type=int, default=0, help="image i depends on the seed and i alone (default: 0)")
+    p.add_argument("--steps", type=int, default=40, help="noise levels on the way down (default: 40)")
+    p.add_argument("--sampler", choices=get_args(Sampler), default="heun", help="default: heun")
+    p.add_argument("--stop-at", type=float, metavar="SIGMA", help="end at this noise level with E[x0 | x], such as sigma_n for a model without consistency")  # fmt: skip
+    p.add_argument("--out", type=Path, help="the PNG to write (default: RUN_DIR/samples.png)")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    for name in ("num", "steps"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+    out = args.out or args.run_dir / "samples.png"
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out {out}: must end in .png")
+    from trainer.evaluation.grids import save_grid  # imports from here on take seconds, which --help should not
+    from trainer.generate import generate
+    from trainer.restore import restore
+
+    run = restore(args.run_dir)
+    process = run.config.process
+    if args.stop_at is not None and not process.sigma_min <= args.stop_at < process.sigma_max:
+        raise UserError(
+            f"--stop-at {args.stop_at:g}: must be from {process.sigma_min:g} to below {process.sigma_max:g}"
+        )
+    images = generate(run.denoiser, args.num, run.state.shape, seed=args.seed, steps=args.steps, sampler=args.sampler,
+                      stop_at=args.stop_at)  # fmt: skip
+    save_grid(images, out, columns=max(1, round(args.num**0.5)))
+    print(f"{out}: {args.num} images of step {run.state.step}")
+    return errors.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run(main))
