@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 DATASET ?= digits
+STARTED := $(shell date +%s)
 BIN := $(VENV)/bin
 
 .PHONY: install dev quickstart test lint types format clean
@@ -20,7 +21,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 quickstart: install
-	$(BIN)/python -m trainer.quickstart --dataset $(DATASET)
+	$(BIN)/python -m trainer.quickstart --dataset $(DATASET) --started $(STARTED)
 
 test: dev
 	$(BIN)/python -m pytest

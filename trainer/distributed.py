@@ -50,7 +50,9 @@ def init() -> Ranks:
     alone = len(given) < len(names)
     if alone and os.environ.get("WORLD_SIZE", "1") != "1":
         missing = [name for name in names if name not in given]
-        raise UserError(f"the environment has WORLD_SIZE but not {', '.join(missing)}: start with torchrun, or set all four")
+        raise UserError(
+            f"the environment has WORLD_SIZE but not {', '.join(missing)}: start with torchrun, or set all four"
+        )
     rank, world = (0, 1) if alone else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -19,9 +19,9 @@ from trainer.diffusion.process import Process
 class LogNormal:
     """ln(sigma) ~ N(mean, std^2) (Karras et al. 2022, table 1), truncated."""
 
-    kind: Literal["log_normal"] = "log_normal"
     mean: float = -1.2
     std: float = 1.2
+    kind: Literal["log_normal"] = "log_normal"
 
     def sample(self, u: Tensor, lower: Tensor, process: Process) -> Tensor:
         low, high = _bounds(lower, process)
@@ -102,8 +102,8 @@ class Uniform:
 class EDM:
     """w = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 (Karras et al. 2022, table 1)."""
 
-    kind: Literal["edm"] = "edm"
     sigma_data: float = 0.5
+    kind: Literal["edm"] = "edm"
 
     def __call__(self, sigma: Tensor) -> Tensor:
         return (sigma.square() + self.sigma_data**2) / (sigma * self.sigma_data).square()
@@ -113,8 +113,8 @@ class EDM:
 class MinSNR:
     """w = min(SNR, gamma) (Hang et al. 2023, eq. 8)."""
 
-    kind: Literal["min_snr"] = "min_snr"
     gamma: float = 5.0
+    kind: Literal["min_snr"] = "min_snr"
 
     def __call__(self, sigma: Tensor) -> Tensor:
         return sigma.square().reciprocal().clamp(max=self.gamma)
@@ -124,8 +124,8 @@ class MinSNR:
 class SoftMinSNR:
     """w = SNR gamma / (SNR + gamma), a smooth min-SNR (Crowson et al. 2024, sec. 3.4)."""
 
-    kind: Literal["soft_min_snr"] = "soft_min_snr"
     gamma: float = 4.0
+    kind: Literal["soft_min_snr"] = "soft_min_snr"
 
     def __call__(self, sigma: Tensor) -> Tensor:
         return self.gamma / (1 + self.gamma * sigma.square())

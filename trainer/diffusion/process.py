@@ -54,10 +54,10 @@ class VE:
     stretched to [0, 1000], so that the usual sinusoidal embedding resolves it.
     """
 
-    kind: Literal["ve"] = "ve"
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     sigma_data: float = 0.5
+    kind: Literal["ve"] = "ve"
 
     def __post_init__(self) -> None:
         _check_range(self.sigma_min, self.sigma_max)
@@ -87,10 +87,10 @@ class VPTable:
     as diffusers' Euler scheduler does. SDXL's timesteps 100 / 500 / 800 are VE sigma 0.344 / 1.62 / 5.11.
     """
 
-    kind: Literal["vp_table"] = "vp_table"
     beta_start: float = 0.00085
     beta_end: float = 0.012
     steps: int = 1000
+    kind: Literal["vp_table"] = "vp_table"
 
     def _table(self, device: torch.device) -> Tensor:
         return _log_sigma_table(self.beta_start, self.beta_end, self.steps, device)
@@ -124,10 +124,10 @@ class VPTable:
 class VPCosine:
     """Variance preserving with the cosine schedule of Nichol & Dhariwal 2021 (eq. 17), in continuous time."""
 
-    kind: Literal["vp_cosine"] = "vp_cosine"
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     offset: float = 0.008
+    kind: Literal["vp_cosine"] = "vp_cosine"
 
     def __post_init__(self) -> None:
         _check_range(self.sigma_min, self.sigma_max)
@@ -151,9 +151,9 @@ class VPCosine:
 class Flow:
     """Rectified flow (Liu et al. 2023; Stable Diffusion 3, Flux): the network sees (1 - t) x0 + t z, sigma = t / (1 - t)."""
 
-    kind: Literal["flow"] = "flow"
     sigma_min: float = 0.002
     sigma_max: float = 80.0
+    kind: Literal["flow"] = "flow"
 
     def __post_init__(self) -> None:
         _check_range(self.sigma_min, self.sigma_max)

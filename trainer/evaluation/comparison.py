@@ -32,7 +32,9 @@ def compare(
     batch = next(Loader(ours.config.data, Layout(COLUMNS, COLUMNS, 0, 1), 0, device).stream(0))
     with torch.no_grad():
         estimates = ours.denoiser(batch.x_n, batch.sigma_n, {})
-    samples = [generate(run.denoiser, 2 * COLUMNS, shape, seed=0, steps=30) for run in (ours, naive)]
+    samples = [
+        generate(run.denoiser, 2 * COLUMNS, shape, seed=0, steps=100, sampler="ancestral") for run in (ours, naive)
+    ]
     sigma_n = float(batch.sigma_n[0])
     rows = {
         f"noisy training images, sigma {sigma_n:g}: all that training sees": batch.x_n,
@@ -64,7 +66,8 @@ def _draw(
     from matplotlib import pyplot as plt
 
     figure = plt.figure(figsize=(14, 6.2), layout="constrained")
-    pictures, plot = figure.subfigures(1, 2, width_ratios=[2.1, 1])
+    halves = figure.add_gridspec(1, 2, width_ratios=[2.1, 1])
+    pictures, plot = figure.add_subfigure(halves[0]), figure.add_subfigure(halves[1])
     heights = [-(-len(images) // COLUMNS) for images in rows.values()]
     axes = pictures.subplots(len(rows), 1, height_ratios=heights)
     for axis, (title, images) in zip(axes, rows.items(), strict=True):

@@ -17,12 +17,12 @@ class UNet2DConfig:
     """channels: width of each resolution, the first at full size, each next at half. layers: residual blocks a resolution.
     attention: at which resolutions (0 is full size) self-attention follows each block; the middle one has it if any has."""
 
-    kind: Literal["unet2d"] = "unet2d"
     channels: tuple[int, ...] = (32, 64, 128)
     layers: int = 1
     attention: tuple[int, ...] = ()
     head_dim: int = 32
     norm_groups: int = 8
+    kind: Literal["unet2d"] = "unet2d"
 
     def __post_init__(self) -> None:
         if not self.channels or any(c < 1 or c % self.norm_groups for c in self.channels):
