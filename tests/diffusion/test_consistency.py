@@ -101,7 +101,7 @@ def test_the_gradient_moves_the_low_side_only_unless_both_are_asked_for() -> Non
         denoiser = Denoiser(Scale(), VPCosine(), "x0")
         loss = ConsistencyLoss(Uniform(), sigma_min=0.01, gradient=side)
         terms, children = loss(denoiser, particles_at(x_t, 0.8), AddressedNoise(0, 0))
-        (gradients[side],) = torch.autograd.grad(terms.loss.mean(), denoiser.parameters())
+        (gradients[side],) = torch.autograd.grad(terms.loss.mean(), tuple(denoiser.parameters()))
         assert denoiser.evaluations == 3 * 64, "one at x_t and one for each child, nothing recomputed"
         assert not children.x.requires_grad
 
