@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -108,7 +109,12 @@ def _python(module: str, *arguments: str) -> None:
     """Runs a command as a user would type it, and shows it."""
     command = ["-m", module, *arguments]
     print(f"$ python {shlex.join(command)}", flush=True)
-    code = subprocess.run([sys.executable, *command]).returncode
+    process = subprocess.Popen([sys.executable, *command])
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the command, which saves; wait for that
+    try:
+        code = process.wait()
+    finally:
+        signal.signal(signal.SIGINT, handler)
     if code == errors.INTERRUPTED:
         raise WorkFailed("interrupted; run it again to go on")
     if code:
