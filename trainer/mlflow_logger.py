@@ -156,7 +156,7 @@ class MLflowLogger:
                 else client.create_experiment(self._config.experiment, artifact_location=artifacts)
             )
             run = client.create_run(experiment_id, run_name=self._config.name or self._run_dir.name)
-            self._state = {"run_id": run.info.run_id, "sent": 0}
+            self._state = {"experiment_id": experiment_id, "run_id": run.info.run_id, "sent": 0}
             self._save_state()
             params = [Param(name, str(value)[:6000]) for name, value in self._params.items()]
             client.log_batch(run.info.run_id, params=params)

@@ -11,13 +11,14 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from trainer import errors
 from trainer.errors import UserError, WorkFailed
 
 SIGMA = 0.5
 SIZES = {"digits": 28, "fashion": 28, "emoji": 32, "faces": 32}
-LEVELS = (0.05, 0.1, 0.25, 0.35, 0.5, 0.7, 1.0, 2.0)
+LEVELS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0)
 """Where the denoisers are compared; 0.25 is half of sigma_n."""
 EXAMPLE = """examples:
   python -m trainer.quickstart
@@ -126,24 +127,26 @@ def _say(text: str) -> None:
 
 
 def _summary(picture: Path, places: Places) -> str:
-    run_ids = [_run_id(path) for path in (places.ours, places.naive)]
-    server = shlex.join([str(Path(sys.executable).parent / "mlflow"), "server", "--backend-store-uri", f"sqlite:///{places.database.resolve()}", "--port", "5000"])  # fmt: skip
-    return (
-        (
-            f"\nshards      {places.shards}\nruns        {places.ours}  {places.naive}\npicture     {picture}\n"
-            f"more images python -m trainer.sample {places.ours} --num 64\n"
-            f"charts      {server}\n"
-            f"            then open http://127.0.0.1:5000/#/compare-runs?runs={json.dumps(run_ids, separators=(',', ':'))}&experiments=[%221%22]\n"
-        )
-        .replace('["', "[%22")
-        .replace('","', "%22,%22")
-        .replace('"]', "%22]")
+    mlflow = str(Path(sys.executable).parent / "mlflow")
+    server = shlex.join(
+        [mlflow, "server", "--backend-store-uri", f"sqlite:///{places.database.resolve()}", "--port", "5000"]
     )
-
-
-def _run_id(run_dir: Path) -> str | None:
-    path = run_dir / "mlflow.json"
-    return json.loads(path.read_text())["run_id"] if path.is_file() else None
+    lines = {
+        "shards": places.shards,
+        "runs": f"{places.ours}  {places.naive}",
+        "picture": picture,
+        "more images": f"python -m trainer.sample {places.ours} --num 64",
+        "charts": server,
+    }
+    states = [path / "mlflow.json" for path in (places.ours, places.naive)]
+    if all(path.is_file() for path in states):  # absent with logging.enabled=false
+        runs = [json.loads(path.read_text()) for path in states]
+        query = {"runs": [run["run_id"] for run in runs], "experiments": [runs[0]["experiment_id"]]}
+        encoded = "&".join(
+            f"{name}={quote(json.dumps(values, separators=(',', ':')))}" for name, values in query.items()
+        )
+        lines["then open"] = f"http://127.0.0.1:5000/#/compare-runs?{encoded}"
+    return "\n" + "\n".join(f"{name:<12}{value}" for name, value in lines.items()) + "\n"
 
 
 if __name__ == "__main__":
