@@ -65,6 +65,8 @@ def shard(source_name: str, output: Path, corruption: Corruption, *, seed: int =
         "corruption": asdict(corruption), "seed": seed, "size": size, "channels": channels, "limit": limit,
         "shard_size": shard_size,
     }  # fmt: skip
+    if output.exists() and not output.is_dir():
+        raise UserError(f"OUTPUT {output}: is a file; give a folder")
     if (output / NAME).is_file():
         index = read_index(output)
         differing = sorted(

@@ -34,3 +34,8 @@ def run(main: Callable[[], int]) -> int:
     except BrokenPipeError:  # `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
+    except OSError as error:  # a full disk, a folder without permission
+        if error.filename is None:
+            raise
+        print(f"failed: {error.filename}: {error.strerror}", file=sys.stderr)
+        return FAILED

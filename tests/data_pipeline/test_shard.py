@@ -113,6 +113,7 @@ def test_an_interrupted_call_leaves_no_index_and_the_next_call_completes(picture
         (["{pictures}", "{out}", "--sigma", "0.5", "--size", "0"], "--size 0"),
         (["{pictures}", "{out}", "--sigma", "0.5", "--limit", "0"], "--limit 0"),
         (["{pictures}", "{pictures}", "--sigma", "0.5"], "holds other files"),
+        (["{pictures}", "{tmp}/sizes/a.png", "--sigma", "0.5"], "is a file; give a folder"),
         (["{tmp}/sizes", "{out}", "--sigma", "0.5"], "give --size"),
         (["{tmp}/alike", "{out}", "--sigma", "0.5"], "would both be named a__b_png"),
     ],
@@ -134,3 +135,10 @@ def test_a_wrong_request_is_one_line_and_exit_code_2(
     assert message.startswith("error: ")
     assert expected in message
     assert not (tmp_path / "out" / NAME).exists()
+
+
+def test_a_disk_that_refuses_is_one_line(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    arguments = [str(pictures), str(tmp_path / "file" / "out"), "--sigma", "0.5"]
+    assert errors.run(lambda: main(arguments)) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == f"failed: {tmp_path / 'file' / 'out'}: Not a directory"
