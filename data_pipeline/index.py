@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,6 +76,11 @@ def read_index(folder: Path) -> ShardIndex:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not a shard index ({type(error).__name__}: {error}): shard again") from None
+    counts = [number for shard in index.shards for number in (shard.samples, shard.bytes)]
+    if len(index.shape) != 3 or any(not isinstance(n, int) or n < 1 for n in [*index.shape, *counts]):
+        raise UserError(f"{path}: shape, samples and bytes must be whole numbers, at least 1: shard again")
+    if not 0 <= index.sigma_min <= index.sigma_max < math.inf or any(not isinstance(s.name, str) for s in index.shards):
+        raise UserError(f"{path}: a level that is not a number, or a name that is not text: shard again")
     if any(os.path.basename(shard.name) != shard.name for shard in index.shards):
         raise UserError(f"{path}: a shard's name has a folder in it, which no index that we write has")
     missing = [shard.name for shard in index.shards if not (folder / shard.name).is_file()]

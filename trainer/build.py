@@ -56,7 +56,8 @@ def run(config: RunConfig, ranks: Ranks) -> Run:
     _check_levels(config, loader)
     directory = Path(config.run_dir)
     checkpoints = Checkpoints(directory, config.checkpoint)
-    _claim(config, directory, ranks)
+    _refuse_another_run(config, directory)
+    ranks.barrier()
 
     network = networks.denoiser(config, loader.index.shape).to(ranks.device)
     engine = Engine(network, config.engine, config.optimizer, layout.micro_batch_size, layout.accumulation, ranks.world)
@@ -74,6 +75,7 @@ def run(config: RunConfig, ranks: Ranks) -> Run:
         pool.load_state_dict(
             {name: value.to(ranks.device) for name, value in read_pool(path, layout.first_row(0), layout.rows).items()}
         )
+    _claim(config, directory, ranks)
     return Run(
         config, directory, ranks, layout, loader, network, engine, ema,
         ambient=AmbientLoss(config.levels, config.weight, config.process),
@@ -106,8 +108,7 @@ def _check_levels(config: RunConfig, loader: Loader) -> None:
         )
 
 
-def _claim(config: RunConfig, directory: Path, ranks: Ranks) -> None:
-    """Writes config.yaml into a new run directory; refuses one that holds another run."""
+def _refuse_another_run(config: RunConfig, directory: Path) -> None:
     path = directory / "config.yaml"
     if path.is_file():
         old, new = dict(flatten(to_data(load(path)))), dict(flatten(to_data(config)))
@@ -116,11 +117,13 @@ def _claim(config: RunConfig, directory: Path, ranks: Ranks) -> None:
                 raise UserError(
                     f"{directory} holds a run with {name}={old.get(name)}, not {new.get(name)}: choose another run_dir"
                 )
-    ranks.barrier()
+
+
+def _claim(config: RunConfig, directory: Path, ranks: Ranks) -> None:
+    """Writes config.yaml, once all that it asks for could be built."""
     if ranks.is_main:
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            path.write_text(to_yaml(config))
+            (directory / "config.yaml").write_text(to_yaml(config))
         except OSError as error:
             raise UserError(f"run_dir {directory}: cannot be written: {error.strerror}") from None
     ranks.barrier()

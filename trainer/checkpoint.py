@@ -114,7 +114,7 @@ def read_state(path: Path) -> TrainState:
 
 
 def read_tensors(path: Path, name: str) -> State:
-    """name: weights, ema or optimizer. Raises UserError for a missing or torn file."""
+    """name: of the file, such as weights. Raises UserError for a missing or torn file."""
     file = path / f"{name}.safetensors"
     try:
         return load_file(file)
@@ -124,7 +124,7 @@ def read_tensors(path: Path, name: str) -> State:
 
 def read_pool(path: Path, first_row: int, rows: int) -> State:
     """The rows of the global pool that this rank holds now, whatever the number of ranks that wrote them."""
-    parts = [load_file(file) for file in sorted(path.glob("pool-*.safetensors"))]
+    parts = [read_tensors(path, file.stem) for file in sorted(path.glob("pool-*.safetensors"))]
     if not parts:
         return {}
     whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -63,6 +63,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if min(self.steps, self.batch_size, self.micro_batch_size or 1, self.threads or 1) < 1:
             raise ValueError("steps, batch_size, micro_batch_size and threads must be at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed {self.seed} must be from 0 to 2^63 - 1")
         if self.data.sigma_scale == 0 and self.consistency is not None:
             raise ValueError(
                 "data.sigma_scale=0 takes every image for clean, so there is no level for consistency: set consistency to null"

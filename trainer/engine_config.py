@@ -27,6 +27,8 @@ class OptimizerConfig:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
+        if not all(0 <= beta < 1 for beta in self.betas) or not self.eps > 0 or not self.weight_decay >= 0:
+            raise ValueError("need betas from 0 to below 1, eps > 0 and weight_decay >= 0")
         if not self.lr > 0 or self.clip < 0 or self.warmup_steps < 0:
             raise ValueError("need lr > 0, clip >= 0 and warmup_steps >= 0")
 

@@ -30,51 +30,53 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
     batches = run.loader.stream(before.samples)
     bar = tqdm(total=config.steps, initial=before.step, desc=run.directory.name, unit="step", disable=not ranks.is_main)
 
-    for step in range(before.step, config.steps):
-        finite = torch.ones((), dtype=torch.bool, device=ranks.device)
-        keys: list[str] = []
-        for micro in range(layout.accumulation):
-            asked = time.perf_counter()
-            batch = next(batches)
-            meter.waited(time.perf_counter() - asked)
-            loss = _loss(run, batch, step, micro, meter)
-            finite &= loss.isfinite()
-            keys += batch.keys
-            engine.backward(loss)
-            engine.step(step)
-        run.ema.update(engine.masters, step + 1)
+    with bar:  # closed on errors, too, so that they stand on a line of their own
+        for step in range(before.step, config.steps):
+            finite = torch.ones((), dtype=torch.bool, device=ranks.device)
+            keys: list[str] = []
+            for micro in range(layout.accumulation):
+                asked = time.perf_counter()
+                batch = next(batches)
+                meter.waited(time.perf_counter() - asked)
+                loss = _loss(run, batch, step, micro, meter)
+                finite &= loss.isfinite()
+                keys += batch.keys
+                engine.backward(loss)
+                engine.step(step)
+            run.ema.update(engine.masters, step + 1)
 
-        done = step + 1
-        evaluations = (run.denoiser.evaluations - evaluations_before) * ranks.world
-        seconds = before.seconds + time.perf_counter() - begun
-        run.state = TrainState(done, done * layout.batch_size, before.evaluations + evaluations, seconds, before.shape)
-        flags = ranks.any({"stop": stop(), "not_finite": not bool(finite)})
-        if flags["not_finite"]:
-            raise WorkFailed(
-                f"the loss is not finite at step {done}; samples of rank {ranks.rank}: {' '.join(keys[:8])}...; the last good checkpoint is {run.checkpoints.latest() or 'none'}; try a lower optimizer.lr or consistency.weight"
+            done = step + 1
+            evaluations = (run.denoiser.evaluations - evaluations_before) * ranks.world
+            seconds = before.seconds + time.perf_counter() - begun
+            run.state = TrainState(
+                done, done * layout.batch_size, before.evaluations + evaluations, seconds, before.shape
             )
+            flags = ranks.any({"stop": stop(), "not_finite": not bool(finite)})
+            if flags["not_finite"]:
+                raise WorkFailed(
+                    f"the loss is not finite at step {done}; samples of rank {ranks.rank}: {' '.join(keys[:8])}...; the last good checkpoint is {run.checkpoints.latest() or 'none'}; try a lower optimizer.lr or consistency.weight"
+                )
 
-        bar.update()
-        if done % config.logging.every == 0 or done == config.steps:
-            report = meter.report(evaluations - last_report[0], (done - last_report[1]) * layout.batch_size)
-            last_report = (evaluations, done)
-            report |= {
-                "optimizer/learning_rate": config.optimizer.rate(step),
-                "optimizer/gradient_norm": float(engine.grad_norm),
-                "progress/network_evaluations": float(run.state.evaluations),
-                "progress/seconds": run.state.seconds,
-            }
-            bar.set_postfix(loss=f"{report['loss/ambient']:.3f}", refresh=False)
-            if run.logger:
-                run.logger.metrics(done, report)
-        if config.logging.sample_every and (done % config.logging.sample_every == 0 or done == config.steps):
-            preview.log(done)
-        if done % config.checkpoint.every == 0 or done == config.steps or flags["stop"]:
-            save(run)
-            saved_at = done
-        if flags["stop"]:
-            break
-    bar.close()
+            bar.update()
+            if done % config.logging.every == 0 or done == config.steps:
+                report = meter.report(evaluations - last_report[0], (done - last_report[1]) * layout.batch_size)
+                last_report = (evaluations, done)
+                report |= {
+                    "optimizer/learning_rate": config.optimizer.rate(step),
+                    "optimizer/gradient_norm": float(engine.grad_norm),
+                    "progress/network_evaluations": float(run.state.evaluations),
+                    "progress/seconds": run.state.seconds,
+                }
+                bar.set_postfix(loss=f"{report['loss/ambient']:.3f}", refresh=False)
+                if run.logger:
+                    run.logger.metrics(done, report)
+            if config.logging.sample_every and (done % config.logging.sample_every == 0 or done == config.steps):
+                preview.log(done)
+            if done % config.checkpoint.every == 0 or done == config.steps or flags["stop"]:
+                save(run)
+                saved_at = done
+            if flags["stop"]:
+                break
     assert saved_at == run.state.step, "nothing done is left unsaved"
     return run.state.step >= config.steps
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from trainer.errors import UserError
+
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
@@ -48,11 +50,16 @@ class MLflowLogger:
     def __init__(self, config: LoggingConfig, run_dir: Path, params: dict[str, Any], tags: dict[str, str]) -> None:
         self._config, self._run_dir, self._params, self._tags = config, run_dir, params, tags
         self._records, self._state_file = run_dir / "metrics.jsonl", run_dir / "mlflow.json"
-        self._state: dict[str, Any] = (
-            json.loads(self._state_file.read_text()) if self._state_file.is_file() else {"run_id": None, "sent": 0}
-        )
-        lines = self._mend()
-        self.last_step = max((json.loads(line)["step"] for line in lines), default=0)
+        try:
+            self._state: dict[str, Any] = {"run_id": None, "sent": 0}
+            if self._state_file.is_file():
+                self._state = json.loads(self._state_file.read_text())
+            lines = self._mend()
+            self.last_step = max((json.loads(line)["step"] for line in lines), default=0)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{run_dir}: metrics.jsonl or mlflow.json is damaged ({error}): mend it or move it away"
+            ) from None
         self._file = self._records.open("a")
         self._queue: queue.SimpleQueue[str | Status] = queue.SimpleQueue()
         for line in lines[self._state["sent"] :]:

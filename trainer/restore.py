@@ -35,5 +35,10 @@ def restore(run_dir: Path) -> Restored:
         )
     state = read_state(path)
     denoiser = networks.denoiser(config, state.shape)
-    denoiser.load_state_dict(read_tensors(path, "ema"))
+    try:
+        denoiser.load_state_dict(read_tensors(path, "ema"))
+    except RuntimeError:
+        raise UserError(
+            f"{path}: these weights are not of the model in {run_dir / 'config.yaml'}; was it edited?"
+        ) from None
     return Restored(config, state, denoiser.to("cuda" if torch.cuda.is_available() else "cpu").eval())

@@ -40,8 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     out = args.out or args.run_dir / "samples.png"
-    if out.suffix.lower() != ".png":
-        raise UserError(f"--out {out}: must end in .png")
+    if out.suffix.lower() != ".png" or out.is_dir():
+        raise UserError(f"--out {out}: must be a file that ends in .png")
     from trainer.evaluation.grids import save_grid  # imports from here on take seconds, which --help should not
     from trainer.generate import generate
     from trainer.restore import restore

@@ -6,15 +6,20 @@ import argparse
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer import errors
+
+if TYPE_CHECKING:
+    from trainer.build import Run
 
 EXAMPLE = """examples:
   python -m trainer.train configs/quickstart.yaml optimizer.lr=3e-4
   torchrun --nproc_per_node 2 -m trainer.train configs/quickstart.yaml engine.zero_stage=2
 
 Started again with the same run_dir, it goes on from the last checkpoint.
-Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 75 interrupted with a checkpoint saved.
+Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 75 interrupted with a checkpoint saved
+(torchrun itself ends with 1 whenever a rank does not end with 0).
 """
 
 
@@ -34,12 +39,21 @@ def main(argv: list[str] | None = None) -> int:
 
     config = load(args.config, args.overrides)
     from trainer import build, distributed
-    from trainer.loop import train
+    from trainer.lock import exclusive
 
     stopped: list[int] = []
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(name, lambda number, frame: stopped.append(number))
-    run = build.run(config, distributed.init())
+    ranks = distributed.init()
+    with exclusive(Path(config.run_dir), ranks):
+        return _train(build.run(config, ranks), stopped)
+
+
+def _train(run: Run, stopped: list[int]) -> int:
+    """stopped: the signals that came so far."""
+    from trainer.loop import train
+
+    config = run.config
     if run.ranks.is_main and run.state.step:
         print(
             f"{run.directory}: {'already done' if run.state.step >= config.steps else 'going on'} at step {run.state.step} of {config.steps}",

@@ -102,6 +102,12 @@ def damaged(shards: Path, folder: Path, what: str) -> Path:
         return folder
     elif what == "wrong count":
         index["shards"][0]["samples"] = 7
+    elif what == "no samples":
+        index["shards"][0]["samples"] = 0
+    elif what == "two dimensions":
+        index["shape"] = [3, 64]
+    elif what == "no level":
+        index["sigma_max"] = float("nan")
     elif what == "path in a name":
         index["shards"][0]["name"] = "../shard-000000.tar"
     (folder / NAME).write_text(json.dumps(index) if what != "broken index" else "{")
@@ -118,6 +124,9 @@ def damaged(shards: Path, folder: Path, what: str) -> Path:
         ("wrong count", "8 samples, the index says 7"),
         ("path in a name", "has a folder in it"),
         ("broken index", "not a shard index"),
+        ("no samples", "must be whole numbers"),
+        ("two dimensions", "must be whole numbers"),
+        ("no level", "a level that is not a number"),
     ],
 )
 @pytest.mark.parametrize("workers", [0, 1])

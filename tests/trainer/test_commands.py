@@ -42,7 +42,7 @@ def test_sample_writes_a_grid(train: Train, tmp_path: Path) -> None:
     [
         (["{run}", "--num", "0"], "--num 0: must be at least 1"),
         (["{run}", "--stop-at", "30"], "--stop-at 30: must be from 0.05 to below 20"),
-        (["{run}", "--out", "grid.txt"], "must end in .png"),
+        (["{run}", "--out", "grid.txt"], "must be a file that ends in .png"),
         (["{tmp}/nowhere"], "not a run directory"),
     ],
 )

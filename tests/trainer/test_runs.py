@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT, TINY, Outcome
+from trainer.distributed import Ranks
+from trainer.lock import exclusive
 
 Train = Callable[..., Outcome]
 
@@ -148,6 +150,20 @@ def test_another_run_in_the_same_directory_is_refused(train: Train) -> None:
     assert code == 2
     assert "holds a run with optimizer.lr=0.001, not 0.5: choose another run_dir" in output
     assert "Traceback" not in output
+
+
+def test_a_start_that_failed_does_not_claim_the_directory(train: Train) -> None:
+    assert train("run", "model.channels=[8,8,8,8,8,8]")[0] == 2
+    code, output = train("run", "steps=1")
+    assert code == 0, output
+
+
+def test_two_trainings_in_one_directory_are_refused(train: Train, tmp_path: Path) -> None:
+    with exclusive(tmp_path / "run", Ranks(0, 1, torch.device("cpu"))):
+        code, output = train("run", "steps=1")
+    assert code == 2
+    assert "another process trains in it" in output
+    assert train("run", "steps=1")[0] == 0
 
 
 def test_old_checkpoints_go_and_a_torn_one_is_named(train: Train, tmp_path: Path) -> None:

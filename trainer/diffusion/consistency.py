@@ -32,8 +32,8 @@ class ConsistencyConfig:
     pool_depth: int = 4
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio < 1 or self.weight < 0 or self.pool_depth < 1:
-            raise ValueError("need 0 < ratio < 1, weight >= 0 and pool_depth >= 1")
+        if not 0 < self.ratio < 1 or not 0 <= self.weight < float("inf") or self.pool_depth < 1:
+            raise ValueError("need 0 < ratio < 1, a finite weight >= 0 and pool_depth >= 1")
         self.schedule()
 
     def schedule(self) -> StepSchedule:

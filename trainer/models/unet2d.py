@@ -25,6 +25,8 @@ class UNet2DConfig:
     kind: Literal["unet2d"] = "unet2d"
 
     def __post_init__(self) -> None:
+        if min(self.layers, self.head_dim, self.norm_groups) < 1:
+            raise ValueError("layers, head_dim and norm_groups must be at least 1")
         if not self.channels or any(c < 1 or c % self.norm_groups for c in self.channels):
             raise ValueError(f"channels {list(self.channels)} must be multiples of norm_groups {self.norm_groups}")
         if any(not 0 <= level < len(self.channels) for level in self.attention):

@@ -1,0 +1,33 @@
+"""One training at a time in a run directory."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from trainer.distributed import Ranks
+from trainer.errors import UserError
+
+
+@contextmanager
+def exclusive(directory: Path, ranks: Ranks) -> Iterator[None]:
+    """Holds a lock on the directory, on rank 0. Raises UserError where another process on this machine, or on a file
+    system with locks, holds it. The system frees it when the process ends, however it ends."""
+    if not ranks.is_main:
+        yield
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = (directory / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"run_dir {directory}: cannot be written: {error.strerror}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"run_dir {directory}: another process trains in it: wait for it, or choose another"
+            ) from None
+        yield
