@@ -17,7 +17,7 @@ from trainer.diffusion.denoiser import Denoiser
 from trainer.diffusion.interleave import StepSchedule
 from trainer.distributed import Ranks
 from trainer.ema import EMA
-from trainer.engine import Engine
+from trainer.engine import Engine, State
 from trainer.errors import UserError
 from trainer.mlflow_logger import MLflowLogger
 from trainer.provenance import tags
@@ -45,6 +45,11 @@ class Run:
     checkpoints: Checkpoints
     logger: MLflowLogger | None
     state: TrainState
+
+    def averaged_weights(self) -> State:
+        """The averaged weights, whole. A collective."""
+        with self.engine.replaced(self.ema.shadow):
+            return self.engine.weights()
 
 
 def run(config: RunConfig, ranks: Ranks) -> Run:

@@ -98,7 +98,5 @@ def _loss(run: Run, batch: Batch, step: int, micro: int, meter: Meter) -> torch.
 
 def save(run: Run) -> None:
     """Writes a checkpoint of the run as it is now. A collective."""
-    engine = run.engine
-    with engine.replaced(run.ema.shadow):
-        average = engine.weights()
-    run.checkpoints.save(run.ranks, run.state, engine.weights(), average, engine.moments(), run.pool.state_dict())
+    weights, average, moments = run.engine.weights(), run.averaged_weights(), run.engine.moments()
+    run.checkpoints.save(run.ranks, run.state, weights, average, moments, run.pool.state_dict())

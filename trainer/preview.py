@@ -18,8 +18,7 @@ class Preview:
     def log(self, step: int) -> None:
         """Samples 16 images with the same seeds each time, and logs them. A collective: the weights are gathered."""
         run = self._run
-        with run.engine.replaced(run.ema.shadow):
-            average = run.engine.weights()
+        average = run.averaged_weights()
         if run.logger is None:
             return
         if self._network is None:

@@ -11,9 +11,9 @@ from torch import Tensor
 Conditioning = Mapping[str, Tensor]
 
 
-def expand(sigma_B: Tensor, like: Tensor) -> Tensor:
-    """Views a (B,) tensor as (B, 1, ..., 1), to broadcast against `like` of shape (B, *D)."""
-    return sigma_B.reshape(-1, *([1] * (like.ndim - 1)))
+def expand(value_B: Tensor, like: Tensor) -> Tensor:
+    """Views a (B,) tensor, levels or a mask, as (B, 1, ..., 1), to broadcast against `like` of shape (B, *D)."""
+    return value_B.reshape(-1, *([1] * (like.ndim - 1)))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trainer.diffusion.ambient import LossTerms
-from trainer.diffusion.batch import Batch, Conditioning
+from trainer.diffusion.batch import Batch, Conditioning, expand
 from trainer.diffusion.denoiser import Denoise
 from trainer.diffusion.interleave import StepSchedule
 from trainer.diffusion.levels import Weight
@@ -112,10 +112,10 @@ class ParticlePool:
         state, rows = self._state, torch.arange(first_row, first_row + len(batch), device=batch.x_n.device)
         slot = (noise.uniform("pool.slot", batch.sigma_n) * self.depth).long().clamp(max=self.depth - 1)
         dead = state["sigma"][rows, slot] <= self.sigma_min * (1 + 1e-6)
-        x = torch.where(_like(dead, batch.x_n), batch.x_n, state["x"][rows, slot])
+        x = torch.where(expand(dead, batch.x_n), batch.x_n, state["x"][rows, slot])
         sigma = torch.where(dead, batch.sigma_n, state["sigma"][rows, slot])
         conditioning = {
-            name: torch.where(_like(dead, value), value, state[f"conditioning.{name}"][rows, slot])
+            name: torch.where(expand(dead, value), value, state[f"conditioning.{name}"][rows, slot])
             for name, value in batch.conditioning.items()
         }
         active = sigma > self.sigma_min * (1 + 1e-6)
@@ -151,7 +151,3 @@ class ParticlePool:
             "sigma": slots(batch.sigma_n),
             **{f"conditioning.{name}": slots(value) for name, value in batch.conditioning.items()},
         }
-
-
-def _like(mask: Tensor, value: Tensor) -> Tensor:
-    return mask.reshape(-1, *([1] * (value.ndim - 1)))

@@ -7,6 +7,7 @@ a resumed run draws what it would have drawn, and a run on two ranks draws what 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,20 +46,21 @@ class AddressedNoise:
 
     def normal(self, purpose: str, like: Tensor) -> Tensor:
         out = torch.empty_like(like)
-        generator = torch.Generator(device=like.device)
-        for i in range(like.shape[0]):
-            out[i : i + 1].normal_(generator=generator.manual_seed(self._address(purpose, i)))
+        for row, generator in self._rows(purpose, out):
+            row.normal_(generator=generator)
         return out
 
     def uniform(self, purpose: str, like: Tensor) -> Tensor:
         out = torch.empty_like(like)
-        generator = torch.Generator(device=like.device)
-        for i in range(like.shape[0]):
-            out[i : i + 1].uniform_(generator=generator.manual_seed(self._address(purpose, i)))
+        for row, generator in self._rows(purpose, out):
+            row.uniform_(generator=generator)
         return out
 
-    def _address(self, purpose: str, row: int) -> int:
-        return address(self.seed, self.step, purpose, self.first_row + row)
+    def _rows(self, purpose: str, out: Tensor) -> Iterator[tuple[Tensor, torch.Generator]]:
+        """Each row of `out`, (1, *D), with the generator seeded by its address."""
+        generator = torch.Generator(device=out.device)
+        for i in range(out.shape[0]):
+            yield out[i : i + 1], generator.manual_seed(address(self.seed, self.step, purpose, self.first_row + i))
 
 
 @dataclass(frozen=True)
