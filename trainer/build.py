@@ -9,12 +9,14 @@ import torch
 
 from data_pipeline.loader import Layout, Loader
 from trainer import networks
+from trainer.budget import Budget
 from trainer.checkpoint import Checkpoints, TrainState, read_pool, read_state, read_tensors
 from trainer.config import RunConfig, flatten, load, to_data, to_yaml
-from trainer.diffusion.ambient import AmbientLoss
-from trainer.diffusion.consistency import ConsistencyLoss, ParticlePool
+from trainer.diffusion.ambient import NEAREST, AmbientLoss
+from trainer.diffusion.consistency import ConsistencyConfig, ConsistencyLoss
 from trainer.diffusion.denoiser import Denoiser
 from trainer.diffusion.interleave import StepSchedule
+from trainer.diffusion.particles import ParticlePool
 from trainer.distributed import Ranks
 from trainer.ema import EMA
 from trainer.engine import Engine, State
@@ -28,7 +30,10 @@ MAY_CHANGE = ("steps", "threads", "micro_batch_size", "data.workers", "engine.",
 
 @dataclass
 class Run:
-    """All that the loop needs. Losses see a Denoise; here it is the engine around the denoiser."""
+    """All that the loop needs. Losses see a Denoise; here it is the engine around the denoiser.
+
+    stride: consistency takes every stride-th row of the batch. budget: present until it has chosen the schedule's period.
+    """
 
     config: RunConfig
     directory: Path
@@ -41,7 +46,9 @@ class Run:
     ambient: AmbientLoss
     consistency: ConsistencyLoss | None
     pool: ParticlePool
+    stride: int
     schedule: StepSchedule
+    budget: Budget | None
     checkpoints: Checkpoints
     logger: MLflowLogger | None
     state: TrainState
@@ -68,7 +75,9 @@ def run(config: RunConfig, ranks: Ranks) -> Run:
     engine = Engine(network, config.engine, config.optimizer, layout.micro_batch_size, layout.accumulation, ranks.world)
     sigma_min = config.process.sigma_min
     c = config.consistency
-    pool = ParticlePool(layout.rows, c.pool_depth if c else 1, sigma_min)
+    stride = _stride(config, layout)
+    born_up_to = config.process.sigma_max if c and c.where == "everywhere" else None
+    pool = ParticlePool(layout.rows // stride, c.pool_depth if c else 1, sigma_min, born_up_to)
     state, ema = TrainState(0, 0, 0, 0.0, loader.index.shape), EMA(config.ema, engine.masters)
     if (path := checkpoints.latest()) is not None:
         state = read_state(path)
@@ -77,20 +86,27 @@ def run(config: RunConfig, ranks: Ranks) -> Run:
         engine.load(average, {}, state.step)
         ema.shadow = [t.clone() for t in engine.masters]
         engine.load(weights, moments, state.step)
-        pool.load_state_dict(
-            {name: value.to(ranks.device) for name, value in read_pool(path, layout.first_row(0), layout.rows).items()}
-        )
+        rows = read_pool(path, layout.first_row(0) // stride, pool.rows)
+        pool.load_state_dict({name: value.to(ranks.device) for name, value in rows.items()})
+    budget = _budget(c, state)
     _claim(config, directory, ranks)
     return Run(
         config, directory, ranks, layout, loader, network, engine, ema,
-        ambient=AmbientLoss(config.levels, config.weight, config.process),
-        consistency=ConsistencyLoss(config.weight, sigma_min, c.ratio, c.gradient) if c else None,
+        ambient=AmbientLoss(config.levels, config.weight, config.process, config.ambient),
+        consistency=ConsistencyLoss(config.weight, sigma_min, c.ratio, c.steps, c.gradient) if c else None,
         pool=pool,
-        schedule=c.schedule() if c else StepSchedule(1, 0),
+        stride=stride,
+        schedule=budget.schedule if budget else c.schedule(state.period or c.period) if c else StepSchedule(1, 0),
+        budget=budget,
         checkpoints=checkpoints,
-        logger=MLflowLogger(config.logging, directory, dict(flatten(to_data(config))), tags()) if ranks.is_main else None,
+        logger=_logger(config, directory, engine) if ranks.is_main else None,
         state=state,
     )  # fmt: skip
+
+
+def _logger(config: RunConfig, directory: Path, engine: Engine) -> MLflowLogger:
+    parameters = dict(flatten(to_data(config)))
+    return MLflowLogger(config.logging, directory, parameters, {**tags(), "engine.precision": engine.precision})
 
 
 def _layout(config: RunConfig, ranks: Ranks) -> Layout:
@@ -105,9 +121,25 @@ def _layout(config: RunConfig, ranks: Ranks) -> Layout:
     return Layout(config.batch_size, micro, ranks.rank, ranks.world)
 
 
+def _stride(config: RunConfig, layout: Layout) -> int:
+    particles = config.consistency.batch_size if config.consistency else None
+    stride = config.batch_size // (particles or config.batch_size)
+    if layout.micro_batch_size % stride:
+        raise UserError(
+            f"consistency.batch_size {particles}: takes every {stride}th sample, so the {layout.micro_batch_size} samples of a micro-batch must be a multiple of {stride}"
+        )
+    return stride
+
+
+def _budget(config: ConsistencyConfig | None, state: TrainState) -> Budget | None:
+    if config is None or config.overhead_budget is None or state.period is not None:
+        return None
+    return Budget(config.overhead_budget, config.start, config.end)
+
+
 def _check_levels(config: RunConfig, loader: Loader) -> None:
     highest = loader.index.sigma_max * config.data.sigma_scale
-    if highest >= config.process.sigma_max:
+    if highest * NEAREST >= config.process.sigma_max:
         raise UserError(
             f"process.sigma_max {config.process.sigma_max:g}: must be above the data's highest sigma_n {highest:g} ({config.data.shards})"
         )

@@ -39,13 +39,15 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class TrainState:
     """Where training is. step: optimiser steps done. samples: position in the data. evaluations: network evaluations
-    of samples so far, over all ranks. seconds: time spent training, over all starts. shape: (C, H, W) of an image."""
+    of samples so far, over all ranks. seconds: time spent training, over all starts. shape: (C, H, W) of an image.
+    period: of consistency, once a budget has chosen it."""
 
     step: int
     samples: int
     evaluations: int
     seconds: float
     shape: tuple[int, int, int]
+    period: int | None = None
 
 
 class Checkpoints:

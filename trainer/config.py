@@ -20,6 +20,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from data_pipeline.loader import DataConfig
 from trainer.checkpoint import CheckpointConfig
+from trainer.diffusion.ambient import AmbientConfig
 from trainer.diffusion.consistency import ConsistencyConfig
 from trainer.diffusion.levels import EDM, Levels, LogNormal, Weight
 from trainer.diffusion.prediction import Prediction
@@ -53,6 +54,7 @@ class RunConfig:
     prediction: Prediction = "v"
     levels: Annotated[Levels, Field(discriminator="kind")] = field(default_factory=LogNormal)
     weight: Annotated[Weight, Field(discriminator="kind")] = field(default_factory=EDM)
+    ambient: AmbientConfig = field(default_factory=AmbientConfig)
     consistency: ConsistencyConfig | None = field(default_factory=ConsistencyConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -61,6 +63,9 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
+        particles = self.consistency.batch_size if self.consistency else None
+        if particles and self.batch_size % particles:
+            raise ValueError(f"consistency.batch_size {particles} must divide batch_size {self.batch_size}")
         if min(self.steps, self.batch_size, self.micro_batch_size or 1, self.threads or 1) < 1:
             raise ValueError("steps, batch_size, micro_batch_size and threads must be at least 1")
         if not 0 <= self.seed < 2**63:

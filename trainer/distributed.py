@@ -38,6 +38,12 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
+    def max(self, values: torch.Tensor) -> torch.Tensor:
+        """The largest over ranks, in place. A collective."""
+        if self.world > 1:
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()

@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,18 @@ State = dict[str, Tensor]
 """Whole float32 CPU tensors of the trainable parameters, by name."""
 
 
+def resolve_precision(wanted: Literal["fp32", "bf16", "auto"]) -> Literal["fp32", "bf16"]:
+    """What `auto` is on this machine."""
+    if wanted != "auto":
+        return wanted
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        known = getattr(torch.cpu, "get_capabilities", dict[str, bool])()
+        native = known.get("avx512_bf16", False) or known.get("amx_bf16", False)
+    return "bf16" if native else "fp32"
+
+
 class Engine:
     """A module under DeepSpeed. Call it as the module; then `backward`, and `step` once a micro-batch."""
 
@@ -46,6 +58,7 @@ class Engine:
         world: int,
     ) -> None:
         self.module, self.config, self.optimizer_config = module, config, optimizer
+        self.precision = resolve_precision(config.precision)
         self._named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         client = torch.optim.AdamW(
             self._named.values(),
@@ -63,7 +76,7 @@ class Engine:
             # A plain torch optimiser: DeepSpeed's own would compile for a minute at the first start.
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
-            "torch_autocast": {"enabled": config.precision == "bf16", "dtype": "bfloat16"},
+            "torch_autocast": {"enabled": self.precision == "bf16", "dtype": "bfloat16"},
             "steps_per_print": 2**31,
         }
         os.environ.setdefault("LOCAL_RANK", "0")  # it asks for one, also of a process alone

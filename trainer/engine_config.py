@@ -9,10 +9,11 @@ from typing import Literal
 @dataclass(frozen=True)
 class EngineConfig:
     """zero_stage: what DeepSpeed shards over ranks: 0 nothing, 1 the optimiser, 2 and gradients, 3 and parameters.
-    precision: of the network's arithmetic; bf16 is by autocast, around float32 weights."""
+    precision: of the network's arithmetic; bf16 is by autocast, around float32 weights; auto is bf16 where the device
+    multiplies it natively, else fp32 (a CPU that emulates bf16 takes ten times as long)."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 
@@ -32,24 +33,27 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
 
     with bar:  # closed on errors, too, so that they stand on a line of their own
         for step in range(before.step, config.steps):
+            started, waited = time.perf_counter(), 0.0
             finite = torch.ones((), dtype=torch.bool, device=ranks.device)
             keys: list[str] = []
             for micro in range(layout.accumulation):
                 asked = time.perf_counter()
                 batch = next(batches)
-                meter.waited(time.perf_counter() - asked)
+                waited += time.perf_counter() - asked
                 loss = _loss(run, batch, step, micro, meter)
                 finite &= loss.isfinite()
                 keys += batch.keys
                 engine.backward(loss)
                 engine.step(step)
             run.ema.update(engine.masters, step + 1)
+            meter.waited(waited)
+            period = _spend(run, step, started + waited)
 
             done = step + 1
             evaluations = (run.denoiser.evaluations - evaluations_before) * ranks.world
             seconds = before.seconds + time.perf_counter() - begun
             run.state = TrainState(
-                done, done * layout.batch_size, before.evaluations + evaluations, seconds, before.shape
+                done, done * layout.batch_size, before.evaluations + evaluations, seconds, before.shape, period
             )
             flags = ranks.any({"stop": stop(), "not_finite": not bool(finite)})
             if flags["not_finite"]:
@@ -67,6 +71,8 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
                     "progress/network_evaluations": float(run.state.evaluations),
                     "progress/seconds": run.state.seconds,
                 }
+                if run.consistency:
+                    report["consistency/period"] = run.schedule.scale
                 bar.set_postfix(loss=f"{report['loss/ambient']:.3f}", refresh=False)
                 if run.logger:
                     run.logger.metrics(done, report)
@@ -82,18 +88,40 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
 
 
 def _loss(run: Run, batch: Batch, step: int, micro: int, meter: Meter) -> torch.Tensor:
-    """The ambient loss and, at the steps that the schedule says, the consistency loss of as many particles."""
-    noise = AddressedNoise(run.config.seed, step, run.layout.first_row(micro))
-    terms = run.ambient(run.engine, batch, noise)
+    """The ambient loss and, at the steps that the schedule says, the consistency loss of the batch's particles."""
+    first_row = run.layout.first_row(micro)
+    terms = run.ambient(run.engine, batch, AddressedNoise(run.config.seed, step, first_row))
     meter.add("ambient", terms)
     loss = terms.loss.mean()
     if run.consistency and run.config.consistency and run.schedule.has_consistency(step):
-        slots, particles = run.pool.take(batch, noise, micro * run.layout.micro_batch_size)
+        noise = AddressedNoise(run.config.seed, step, first_row // run.stride)
+        first_particle = micro * run.layout.micro_batch_size // run.stride
+        slots, particles = run.pool.take(batch.every(run.stride), noise, first_particle)
         terms, children = run.consistency(run.engine, particles, noise)
         run.pool.put(slots, children)
         meter.add("consistency", terms)
         loss = loss + run.config.consistency.weight * run.schedule.scale * terms.loss.mean()
     return loss
+
+
+def _spend(run: Run, step: int, started: float) -> int | None:
+    """Gives the budget, if it has not chosen yet, this step's time; returns the period that it chose, now or before."""
+    c, ranks = run.config.consistency, run.ranks
+    if run.budget is None or c is None:
+        return run.state.period
+    if ranks.device.type == "cuda":
+        torch.cuda.synchronize()
+    choice = run.budget.observe(step, time.perf_counter() - started, ranks)
+    if choice is None:
+        return None
+    run.budget, run.schedule = None, c.schedule(choice.period)
+    if ranks.is_main:
+        tqdm.write(
+            f"consistency.overhead_budget {c.overhead_budget:g}: consistency at every {choice.period}th step from now on; "
+            f"a step takes {choice.ambient_seconds:.3g} s, one with consistency {choice.consistency_seconds:.3g} s",
+            file=sys.stderr,
+        )
+    return choice.period
 
 
 def save(run: Run) -> None:

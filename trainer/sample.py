@@ -13,6 +13,7 @@ from trainer.errors import UserError
 
 EXAMPLE = """examples:
   python -m trainer.sample runs/quickstart-digits/ambient --num 64
+  python -m trainer.sample runs/mine --guide runs/mine-short --guidance 1.5
   python -m trainer.sample runs/mine --num 16 --sampler ancestral --steps 200 --out mine.png
 """
 
@@ -30,6 +31,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, default=40, help="noise levels on the way down (default: 40)")
     p.add_argument("--sampler", choices=get_args(Sampler), default="heun", help="default: heun")
     p.add_argument("--stop-at", type=float, metavar="SIGMA", help="end at this noise level with E[x0 | x], such as sigma_n for a model without consistency")  # fmt: skip
+    p.add_argument("--guide", type=Path, metavar="RUN_DIR", help="a worse run of the same images, such as a shorter one, to be led away from (autoguidance)")  # fmt: skip
+    p.add_argument("--guidance", type=float, metavar="SCALE", help="how far: 1 is none (default: 1.5 with --guide)")
     p.add_argument("--out", type=Path, help="the PNG to write (default: RUN_DIR/samples.png)")
     return p
 
@@ -39,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("num", "steps"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+    if args.guidance is not None and (args.guide is None or not 0 < args.guidance < 100):
+        raise UserError(f"--guidance {args.guidance:g}: needs --guide, and a scale above 0 and below 100")
     out = args.out or args.run_dir / "samples.png"
     if out.suffix.lower() != ".png" or out.is_dir():
         raise UserError(f"--out {out}: must be a file that ends in .png")
@@ -52,8 +57,13 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(
             f"--stop-at {args.stop_at:g}: must be from {process.sigma_min:g} to below {process.sigma_max:g}"
         )
+    guide = restore(args.guide) if args.guide else None
+    if guide and guide.state.shape != run.state.shape:
+        raise UserError(
+            f"--guide {args.guide}: its images are {guide.state.shape}, those of {args.run_dir} {run.state.shape}"
+        )
     images = generate(run.denoiser, args.num, run.state.shape, seed=args.seed, steps=args.steps, sampler=args.sampler,
-                      stop_at=args.stop_at)  # fmt: skip
+                      stop_at=args.stop_at, guide=guide and guide.denoiser, guidance=args.guidance or 1.5)  # fmt: skip
     save_grid(images, out, columns=max(1, round(args.num**0.5)))
     print(f"{out}: {args.num} images of step {run.state.step}")
     return errors.DONE

@@ -59,6 +59,8 @@ def _train(run: Run, stopped: list[int]) -> int:
             f"{run.directory}: {'already done' if run.state.step >= config.steps else 'going on'} at step {run.state.step} of {config.steps}",
             file=sys.stderr,
         )
+    if run.ranks.is_main and config.engine.precision != run.engine.precision:
+        print(f"engine.precision {config.engine.precision}: {run.engine.precision} on this machine", file=sys.stderr)
     finished, status = False, "FAILED"
     try:
         finished = train(run, stop=lambda: bool(stopped))

@@ -7,35 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.mixtures import Mixture
 from trainer.diffusion.batch import Conditioning, expand
 from trainer.diffusion.process import Process
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """Isotropic Gaussians in D dimensions. means: (M, D); stds, weights: (M,)."""
-
-    means: Tensor
-    stds: Tensor
-    weights: Tensor
-
-    def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        which = torch.multinomial(self.weights, n, replacement=True, generator=generator)
-        z = torch.randn(n, self.means.shape[1], generator=generator, dtype=self.means.dtype)
-        return self.means[which] + self.stds[which, None] * z
-
-    def posterior_mean(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """E[x0 | x0 + sigma z = x]. x: (B, D); sigma: (B,)."""
-        variance = self.stds**2 + sigma[:, None] ** 2  # (B, M)
-        squared = (x[:, None] - self.means).square().sum(2)
-        dimension = x.shape[1]
-        log_weight = self.weights.log() - squared / (2 * variance) - dimension / 2 * variance.log()
-        responsibility = log_weight.softmax(1)
-        shrink = (self.stds**2 / variance)[..., None]  # (B, M, 1)
-        return (responsibility[..., None] * (self.means + shrink * (x[:, None] - self.means))).sum(1)
-
-    def denoiser(self, x_t: Tensor, sigma_t: Tensor, conditioning: Conditioning) -> Tensor:
-        return self.posterior_mean(x_t, sigma_t)
 
 
 def gaussian(mean: float = 0.7, std: float = 0.6, dimension: int = 1) -> Mixture:

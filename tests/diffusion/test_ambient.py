@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.diffusion.known import Linear, OneLevel, gaussian, noisy, three_gaussians
-from trainer.diffusion.ambient import AmbientLoss, e_x0_from_e_xn, further_noised
+from trainer.diffusion.ambient import NEAREST, AmbientConfig, AmbientLoss, e_x0_from_e_xn, further_noised
 from trainer.diffusion.batch import Batch
 from trainer.diffusion.denoiser import Denoiser
 from trainer.diffusion.levels import EDM, LogUniform, Uniform
@@ -19,13 +19,13 @@ from trainer.diffusion.process import VE, AnyProcess, Flow, VPCosine, VPTable
 PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
 
 
-def fitted_error(process: AnyProcess, prediction: Prediction, n: int) -> float:
+def fitted_error(process: AnyProcess, prediction: Prediction, n: int, pairs: bool = False) -> float:
     """Minimises the loss over a linear network by its normal equations; the largest error of h near the data."""
     generator = torch.Generator().manual_seed(n)
     data, sigma_t = gaussian(), 1.1
     sigma_n = torch.where(torch.arange(n) % 4 == 0, 0.0, torch.where(torch.arange(n) % 4 == 1, 0.3, 0.9)).double()
     batch = Batch(noisy(data.sample(n, generator), sigma_n, generator), sigma_n)
-    loss = AmbientLoss(OneLevel(sigma_t), Uniform(), process)  # pyright: ignore[reportArgumentType]
+    loss = AmbientLoss(OneLevel(sigma_t), Uniform(), process, AmbientConfig(pairs=pairs))  # pyright: ignore[reportArgumentType]
     network = Linear()
     denoiser = Denoiser(network, process, prediction)
 
@@ -48,6 +48,11 @@ def fitted_error(process: AnyProcess, prediction: Prediction, n: int) -> float:
 def test_minimiser_on_a_gaussian_is_the_clean_posterior_mean(process: AnyProcess, prediction: Prediction) -> None:
     for n in (4_000, 400_000):
         assert fitted_error(process, prediction, n) < 8 / n**0.5
+
+
+def test_minimiser_of_pairs_is_the_clean_posterior_mean() -> None:
+    for n in (4_000, 400_000):
+        assert fitted_error(VPCosine(), "v", n, pairs=True) < 8 / n**0.5
 
 
 @pytest.mark.parametrize("n", [40_000, 1_000_000])
@@ -123,3 +128,64 @@ def test_double_tweedie_recovers_the_clean_mean_from_the_noisy_one() -> None:
     e_xn = mean + (std**2 + sigma_n**2) / (std**2 + sigma_t**2) * (x - mean)
     got = e_x0_from_e_xn(e_xn, x, torch.tensor(sigma_n, dtype=torch.float64), sigma_t)
     torch.testing.assert_close(got, gaussian(mean, std).posterior_mean(x, sigma_t.expand(20)))
+
+
+@pytest.mark.parametrize("ratio", [NEAREST, 1.1, 2.0, 10.0])
+def test_pairs_estimate_the_clean_loss_of_any_denoiser_and_close_to_the_boundary_far_more_sharply(ratio: float) -> None:
+    generator, n, sigma = torch.Generator().manual_seed(0), 200_000, 0.4
+    data = three_gaussians()
+    x0 = data.sample(n, generator)
+    sigma_n = torch.full((n,), sigma, dtype=torch.float64)
+    sigma_t = ratio * sigma_n
+    x_n = noisy(x0, sigma_n, generator)
+    z = torch.randn(n, 2, generator=generator, dtype=torch.float64)
+
+    def h(x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(1.3 * x) + 0.2 * x.square()
+
+    x_t = torch.cat([further_noised(x_n, sigma_n, sigma_t, sign * z) for sign in (1, -1)])
+    clean = (h(x_t) - torch.cat([x0, x0])).square().mean(1)
+    paired = AmbientLoss.paired(h(x_t), x_n, sigma_n, sigma_t, z)
+    standard_error = float(paired.std() + clean.std()) / n**0.5
+    assert abs(paired.mean() - clean.mean()) < 4 * standard_error
+    assert standard_error < 0.05 * clean.mean(), "the test would notice a bias"
+    a = 1 - ratio**-2
+    single = AmbientLoss.unweighted(h(x_t[:n]), x_n, sigma_n, sigma_t, z) / a  # the same weight on the error
+    if ratio < 1.2:
+        assert single.std() > 2 * paired.std()
+
+
+def test_pairs_cost_two_evaluations_a_sample_and_mix_clean_and_noisy() -> None:
+    generator = torch.Generator().manual_seed(3)
+    sigma_n = torch.tensor([0.0, 0.2, 0.5, 0.0])
+    batch = Batch(torch.randn(4, 2, generator=generator), sigma_n)
+    denoiser = Denoiser(torch.nn.Identity(), VPCosine(), "x0")
+    denoiser.backbone.forward = lambda x, time, conditioning: 0.5 * x  # pyright: ignore[reportIncompatibleMethodOverride]
+    loss = AmbientLoss(LogUniform(), EDM(), VPCosine(), AmbientConfig(pairs=True))
+    terms = loss(denoiser, batch, AddressedNoise(1, 5))
+    assert denoiser.evaluations == 8
+    assert terms.loss.shape == (4,)
+    assert terms.loss.isfinite().all()
+    assert (terms.sigma >= NEAREST * sigma_n).all()
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_a_share_of_the_levels_lies_close_above_each_samples_own(pairs: bool) -> None:
+    n = 40_000
+    sigma_n = torch.tensor([0.0, 0.3, 1.0, 70.0]).repeat(n // 4)
+    process = VPCosine()
+    loss = AmbientLoss(LogUniform(), EDM(), process, AmbientConfig(0.4, 1.5, pairs))
+    terms = loss(
+        lambda x, sigma, c: x, Batch(torch.zeros(n, 1), sigma_n), StreamNoise(torch.Generator().manual_seed(0))
+    )
+    sigma = terms.sigma[:n]
+    low = sigma_n * (NEAREST if pairs else 1)
+    assert (sigma >= low).all()
+    assert (sigma <= process.sigma_max).all()
+    for level in (0.3, 1.0):
+        mine = sigma[sigma_n == level]
+        lowest = level * (NEAREST if pairs else 1)
+        anyway = torch.tensor(1.5 * level / lowest).log() / torch.tensor(process.sigma_max / lowest).log()
+        assert abs((mine <= 1.5 * level).float().mean() - (0.4 + 0.6 * anyway)) < 0.02
+    clean = sigma[sigma_n == 0].log()
+    assert abs(clean.mean() - (torch.tensor(process.sigma_min).log() + torch.tensor(80.0).log()) / 2) < 0.1

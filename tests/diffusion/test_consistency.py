@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.diffusion.known import Mixture, gaussian, three_gaussians
+from tests.diffusion.known import Mixture, gaussian, noisy, three_gaussians
 from trainer.diffusion.batch import Batch, Conditioning
-from trainer.diffusion.consistency import ConsistencyLoss, ParticlePool, Particles
+from trainer.diffusion.consistency import ConsistencyLoss
 from trainer.diffusion.denoiser import Denoiser
 from trainer.diffusion.levels import Uniform
 from trainer.diffusion.noise import AddressedNoise, Noise, StreamNoise
+from trainer.diffusion.particles import ParticlePool, Particles
 from trainer.diffusion.process import VPCosine
 from trainer.diffusion.sampling import reverse_step
 
@@ -83,6 +85,46 @@ def test_the_loss_is_an_unbiased_estimate_of_the_squared_gap() -> None:
         assert error < 0.05 * gap, "the estimate is sharp enough to see a bias"
 
 
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_k_reverse_steps_cost_one_evaluation_and_two_more_for_each(steps: int) -> None:
+    denoiser = Denoiser(Scale(), VPCosine(), "x0")
+    asked: list[tuple[int, bool]] = []
+    denoiser.register_forward_hook(lambda m, arguments, out: asked.append((len(arguments[0]), out.requires_grad)))
+    x_t = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
+    loss = ConsistencyLoss(Uniform(), sigma_min=0.01, steps=steps)
+    terms, children = loss(denoiser, particles_at(x_t, 0.8), AddressedNoise(0, 0))
+    assert denoiser.evaluations == (1 + 2 * steps) * 16
+    assert asked == [(16, False)] + [(32, False)] * (steps - 1) + [(32, True)], "only the last has a gradient"
+    assert (children.sigma <= 0.8 * 0.7 ** (0.5 * steps)).all()
+    assert torch.equal(children.sigma, terms.sigma)
+
+
+def test_several_steps_are_unbiased_too() -> None:
+    data, n = gaussian(dimension=3), 400_000
+    generator = torch.Generator().manual_seed(0)
+    x_t = noisy(data.sample(n, generator), torch.full((n,), 0.8, dtype=torch.float64), generator)
+    terms, _ = ConsistencyLoss(Uniform(), 0.01, ratio=0.6, steps=3)(
+        data.denoiser, particles_at(x_t, 0.8), HalfStep(generator)
+    )
+    standard_error = float(terms.loss.std()) / n**0.5
+    assert abs(terms.loss.mean()) < 4 * standard_error
+
+
+def test_particles_of_everywhere_are_born_above_sigma_n_with_the_right_spread() -> None:
+    n, generator = 20_000, torch.Generator().manual_seed(0)
+    sigma_n = torch.tensor([0.0, 0.5]).repeat(n // 2)
+    batch = Batch(sigma_n[:, None] * torch.randn(n, 3, generator=generator), sigma_n)  # every clean image is 0
+    pool = ParticlePool(n, 1, sigma_min=0.05, sigma_max=20.0)
+    _, particles = pool.take(batch, StreamNoise(generator))
+    assert particles.active.all()
+    assert (particles.sigma >= sigma_n.clamp(min=0.05)).all()
+    for level in (0.0, 0.5):
+        born = particles.sigma[sigma_n == level]
+        assert born.log().mean() == pytest.approx(math.log(max(level, 0.05) * 20) / 2, abs=0.05)
+        relative = particles.x[sigma_n == level] / born[:, None]
+        assert relative.std() == pytest.approx(1, abs=0.02)
+
+
 class Scale(torch.nn.Module):
     """A network with one weight."""
 
@@ -108,11 +150,11 @@ def test_the_gradient_moves_the_low_side_only_unless_both_are_asked_for() -> Non
     # by hand: h_t is a constant for "low"
     weight = torch.tensor(0.3, requires_grad=True)
     noise, level = AddressedNoise(0, 0), torch.full((64,), 0.8)
-    s = level * 0.7 ** (noise.uniform("consistency.ratio", level) + 0.5)
+    s = level * 0.7 ** (noise.uniform("consistency.ratio.0", level) + 0.5)
     scale = VPCosine().input_scale
     h_t = (0.3 * scale(level)[:, None] * x_t).detach()
     one, two = (
-        reverse_step(x_t, h_t, level, s, noise.normal(f"consistency.child{i}", x_t)) * scale(s)[:, None] * weight
+        reverse_step(x_t, h_t, level, s, noise.normal(f"consistency.child{i}.0", x_t)) * scale(s)[:, None] * weight
         for i in (1, 2)
     )
     (expected,) = torch.autograd.grad(((h_t - one) * (h_t - two)).mean(), weight)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.diffusion.interleave import StepSchedule
+from trainer.diffusion.interleave import StepSchedule, period_within
 from trainer.diffusion.noise import AddressedNoise
 
 
@@ -60,3 +60,16 @@ def test_an_end_is_an_end() -> None:
     schedule = StepSchedule(4, 1, 10, 20)
     assert [step for step in range(40) if schedule.has_consistency(step)] == [13, 17]
     assert not any(map(StepSchedule(5, 0).has_consistency, range(50)))
+
+
+@given(budget=st.floats(0.01, 5), ambient=st.floats(1e-3, 10), more=st.floats(1.0, 10))
+def test_the_period_keeps_to_the_budget_and_no_shorter_one_does(budget: float, ambient: float, more: float) -> None:
+    consistency = ambient * more
+    period = period_within(budget, ambient, consistency)
+    assert (consistency - ambient) / period <= budget * ambient * (1 + 1e-9)
+    if period > 1:
+        assert (consistency - ambient) / (period - 1) > budget * ambient * (1 - 1e-9)
+
+
+def test_a_consistency_step_that_seems_faster_by_noise_gives_period_one() -> None:
+    assert period_within(0.2, 1.0, 0.9) == 1

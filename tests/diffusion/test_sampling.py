@@ -10,7 +10,7 @@ import torch
 from tests.diffusion.known import gaussian, three_gaussians
 from trainer.diffusion.levels import karras_levels
 from trainer.diffusion.noise import StreamNoise
-from trainer.diffusion.sampling import Sampler, reverse_step, sample
+from trainer.diffusion.sampling import Sampler, guided, reverse_step, sample
 
 
 @pytest.mark.parametrize("method", get_args(Sampler))
@@ -66,3 +66,15 @@ def test_passes_of_each_sampler() -> None:
 def test_ancestral_sampling_needs_noise() -> None:
     with pytest.raises(ValueError, match="noise_at"):
         sample(three_gaussians().denoiser, torch.zeros(1, 2), torch.tensor([1.0, 0.5]), {}, "ancestral")
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
+def test_guidance_between_two_gaussians_moves_the_mean_and_nothing_else(scale: float) -> None:
+    """Both denoisers are linear with the same slope, so the guided one is that of N(m_guide + scale (m - m_guide), std)."""
+    generator, n = torch.Generator().manual_seed(0), 20_000
+    data, worse = gaussian(mean=0.7, std=0.6, dimension=2), gaussian(mean=0.2, std=0.6, dimension=2)
+    levels, mean = karras_levels(60, 20.0, 0.002), 0.2 + scale * 0.5
+    x = mean + levels[0] * torch.randn(n, 2, generator=generator, dtype=torch.float64)
+    x = sample(guided(data.denoiser, worse.denoiser, scale), x, levels, {}, "heun")
+    assert abs(x.mean() - mean) < 0.03
+    assert abs(x.std() - 0.6) < 0.03

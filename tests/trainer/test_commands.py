@@ -37,6 +37,20 @@ def test_sample_writes_a_grid(train: Train, tmp_path: Path) -> None:
         assert picture.size == (2 * (3 * 17 + 1),) * 2
 
 
+def test_a_guide_changes_the_samples_unless_the_scale_is_one(train: Train, tmp_path: Path) -> None:
+    assert train("run")[0] == 0
+    assert train("short", "steps=3")[0] == 0
+    pictures: list[bytes] = []
+    for extra in ([], ["--guide", str(tmp_path / "short")], ["--guide", str(tmp_path / "short"), "--guidance", "1"]):
+        arguments = [str(tmp_path / "run"), "--num", "4", "--steps", "3", *extra, "--out", str(tmp_path / "out.png")]
+        assert errors.run(lambda arguments=arguments: sample.main(arguments)) == 0
+        with Image.open(tmp_path / "out.png") as picture:
+            pictures.append(picture.tobytes())
+    assert pictures[0] != pictures[1]
+    # h + 1 (g - h) rounds otherwise than g, by at most one grey value
+    assert max(abs(a - b) for a, b in zip(pictures[0], pictures[2], strict=True)) <= 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -44,6 +58,8 @@ def test_sample_writes_a_grid(train: Train, tmp_path: Path) -> None:
         (["{run}", "--stop-at", "30"], "--stop-at 30: must be from 0.05 to below 20"),
         (["{run}", "--out", "grid.txt"], "must be a file that ends in .png"),
         (["{tmp}/nowhere"], "not a run directory"),
+        (["{run}", "--guidance", "2"], "--guidance 2: needs --guide, and a scale above 0 and below 100"),
+        (["{run}", "--guide", "{tmp}/nowhere"], "nowhere: not a run directory"),
     ],
 )
 def test_a_wrong_request_to_sample_is_one_line(

@@ -193,3 +193,68 @@ def test_bf16_trains_close_to_fp32(train: Train, tmp_path: Path) -> None:
     assert full[6]["loss/ambient"] != half[6]["loss/ambient"]
     assert half[6]["loss/ambient"] == pytest.approx(full[6]["loss/ambient"], rel=0.05)
     assert all(value.dtype == torch.float32 for value in final(tmp_path / "bf16").values())
+
+
+@pytest.mark.distributed
+def test_fewer_particles_several_steps_everywhere_and_pairs_are_the_same_on_two_ranks_and_after_a_move(
+    train: Train, tmp_path: Path
+) -> None:
+    """Every option of the losses that depends on rows; the pool is split over ranks, and joined again."""
+    options = [
+        "consistency.batch_size=4", "consistency.steps=2", "consistency.where=everywhere", "ambient.pairs=true",
+        "ambient.boundary_share=0.5", "micro_batch_size=2",
+    ]  # fmt: skip
+    code, output = train("one", *options)
+    assert code == 0, output
+    code, output = train("two", *options, "steps=4", ranks=2)
+    assert code == 0, output
+    code, output = train("two", *options)
+    assert code == 0, output
+    one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
+    for step in one:
+        assert one[step].keys() == two[step].keys()
+        for name in one[step].keys() & {"loss/ambient", "loss/consistency"}:
+            assert two[step][name] == pytest.approx(one[step][name], rel=LOSS_TOLERANCE, abs=1e-5), (step, name)
+    a, b = final(tmp_path / "one"), final(tmp_path / "two")
+    assert max((a[key] - b[key]).abs().max() for key in a) < WEIGHT_TOLERANCE
+    state = json.loads(next((tmp_path / "one" / "checkpoints").glob("step-00000006/state.json")).read_text())
+    assert state["evaluations"] == 6 * 8 * 2 + 3 * 4 * (1 + 2 * 2), "pairs take 2 passes, 2 reverse steps 5"
+
+
+def test_particles_that_a_micro_batch_cannot_share_are_refused(train: Train) -> None:
+    code, output = train("run", "consistency.batch_size=1", "micro_batch_size=4")
+    assert code == 2
+    assert "consistency.batch_size 1: takes every 8th sample" in output
+
+
+BUDGET = ["consistency={weight: 0.05, overhead_budget: 0.5, start: 2, pool_depth: 2}"]
+
+
+def test_a_budget_chooses_a_period_once_and_the_checkpoint_keeps_it(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, output = train("run", *BUDGET, "steps=10")
+    assert code == 0, output
+    assert "overhead_budget" not in output, "it needs 16 steps"
+    code, output = train("run", *BUDGET, "steps=40")
+    assert code == 0, output
+    said = [line for line in output.splitlines() if "consistency.overhead_budget 0.5: consistency at every " in line]
+    assert len(said) == 1
+    chosen = int(said[0].split("every ")[1].split("th")[0])
+    records = curve(tmp_path / "run")
+    alternating = list(range(3, 11))
+    assert [("loss/consistency" in records[step]) for step in alternating] == [step % 2 == 0 for step in alternating]
+    kinds = [step for step in range(27, 41) if "loss/consistency" in records[step]]
+    assert kinds == [step for step in range(27, 41) if (step - 2) % chosen == 0]
+    assert records[40]["consistency/period"] == chosen
+    monkeypatch.setattr("trainer.budget.period_within", lambda *a: pytest.fail("the period is fixed"))
+    code, output = train("run", *BUDGET, "steps=44")
+    assert code == 0, output
+    assert curve(tmp_path / "run")[44]["consistency/period"] == chosen
+
+
+@pytest.mark.distributed
+def test_two_ranks_agree_on_the_period_of_the_slower_one(train: Train, tmp_path: Path) -> None:
+    code, output = train("run", *BUDGET, "steps=30", ranks=2)
+    assert code == 0, output
+    assert output.count("consistency.overhead_budget 0.5: consistency at every ") == 1

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.diffusion.batch import Batch, expand
+from trainer.diffusion.batch import Batch, expand, twice
 from trainer.diffusion.denoiser import Denoise
 from trainer.diffusion.levels import Levels, Weight
 from trainer.diffusion.noise import Noise
@@ -28,6 +28,25 @@ def further_noised(x_n: Tensor, sigma_n: Tensor, sigma_t: Tensor, z: Tensor) -> 
     return x_n + expand(gap, x_n) * z
 
 
+NEAREST = 1.005
+"""Pairs draw no level below NEAREST sigma_n, where their two points would be so close that rounding tells them apart."""
+
+
+@dataclass(frozen=True)
+class AmbientConfig:
+    """boundary_share: the share of samples whose level is drawn close above their sigma_n, log-uniform up to
+    boundary_ratio sigma_n, in the place of `levels`; what is learned there is what consistency carries down.
+    pairs: see AmbientLoss."""
+
+    boundary_share: float = 0.0
+    boundary_ratio: float = 1.5
+    pairs: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.boundary_share <= 1 or not NEAREST < self.boundary_ratio < float("inf"):
+            raise ValueError(f"need 0 <= boundary_share <= 1 and boundary_ratio above {NEAREST}")
+
+
 @dataclass(frozen=True)
 class AmbientLoss:
     """w(sigma_t) / a * || a h(x_t, sigma_t) + b x_t - x_n ||^2, averaged over a sample's elements.
@@ -38,18 +57,38 @@ class AmbientLoss:
     Since x_t - x_n = sigma_t sqrt(a) z, the residual divided by sqrt(a) is sqrt(a) (h - x_n) + b sigma_t z.
     That form has no division by a and no difference of near-equal numbers, so it is exact in float32 down to
     sigma_t = sigma_n, where it is finite and has no gradient. Its effective weight on ||h - E[x0 | x_t]||^2 is w a.
+
+    config.pairs takes each x_n twice, with z and with -z, and gives an unbiased estimate of the clean loss
+    w ||h - x0||^2, with effective weight w at every level (see `paired`); it costs 2 evaluations a sample.
     """
 
     levels: Levels
     weight: Weight
     process: Process
+    config: AmbientConfig = AmbientConfig()
 
     def __call__(self, denoiser: Denoise, batch: Batch, noise: Noise) -> LossTerms:
         x_n, sigma_n = batch.x_n, batch.sigma_n
-        u, z = noise.uniform("ambient.level", sigma_n), noise.normal("ambient.noise", x_n)
-        sigma_t = self.levels.sample(u, sigma_n, self.process)
-        h = denoiser(further_noised(x_n, sigma_n, sigma_t, z), sigma_t, batch.conditioning)
-        return LossTerms(self.weight(sigma_t) * self.unweighted(h, x_n, sigma_n, sigma_t, z), sigma_t)
+        sigma_t, z = self._sigma_t(sigma_n, noise), noise.normal("ambient.noise", x_n)
+        if not self.config.pairs:
+            h = denoiser(further_noised(x_n, sigma_n, sigma_t, z), sigma_t, batch.conditioning)
+            return LossTerms(self.weight(sigma_t) * self.unweighted(h, x_n, sigma_n, sigma_t, z), sigma_t)
+        x_t = torch.cat([further_noised(x_n, sigma_n, sigma_t, sign * z) for sign in (1, -1)])
+        h = denoiser(x_t, twice(sigma_t), {name: twice(value) for name, value in batch.conditioning.items()})
+        return LossTerms(self.weight(sigma_t) * self.paired(h, x_n, sigma_n, sigma_t, z), sigma_t)
+
+    def _sigma_t(self, sigma_n: Tensor, noise: Noise) -> Tensor:
+        lower = sigma_n * NEAREST if self.config.pairs else sigma_n
+        u = noise.uniform("ambient.level", sigma_n)
+        sigma_t = self.levels.sample(u, lower, self.process)
+        if self.config.boundary_share:
+            upper = (sigma_n * self.config.boundary_ratio).clamp(max=self.process.sigma_max)
+            near = (noise.uniform("ambient.boundary", sigma_n) < self.config.boundary_share) & (
+                sigma_n >= self.process.sigma_min
+            )
+            low = lower.clamp(min=self.process.sigma_min)
+            sigma_t = torch.where(near, torch.minimum(low * (upper / low) ** u, upper), sigma_t)
+        return sigma_t
 
     @staticmethod
     def unweighted(h: Tensor, x_n: Tensor, sigma_n: Tensor, sigma_t: Tensor, z: Tensor) -> Tensor:
@@ -58,6 +97,23 @@ class AmbientLoss:
         a = ((1 - ratio) * (1 + ratio)).clamp(min=0)
         residual = expand(a.sqrt(), h) * (h - x_n) + expand(ratio.square() * sigma_t, h) * z
         return residual.square().flatten(1).mean(1)
+
+    @staticmethod
+    def paired(h: Tensor, x_n: Tensor, sigma_n: Tensor, sigma_t: Tensor, z: Tensor) -> Tensor:
+        """An unbiased estimate of E ||h(x_t) - x0||^2, averaged over a sample's elements: (B,).
+
+        h: (2 B, *D), at x_n + sigma_t sqrt(a) z and then at x_n - sigma_t sqrt(a) z.
+
+        (||h+ - x_n||^2 + ||h- - x_n||^2) / 2 + b sigma_t <z, h+ - h-> / sqrt(a) - sigma_n^2 ||1||^2. It follows from
+        E[h x0] = E[h (x_n - b sigma_t z / sqrt(a))]. The noise of a single term, of order 1 / sqrt(a), cancels in the
+        pair; as a -> 0 this becomes Stein's unbiased risk estimate (Stein 1981), with a divergence by finite difference.
+        """
+        ratio = sigma_n / sigma_t
+        a = (1 - ratio) * (1 + ratio)
+        h_plus, h_minus = h.chunk(2)
+        fit = ((h_plus - x_n).square() + (h_minus - x_n).square()) / 2
+        slope = expand(ratio.square() * sigma_t / a.sqrt(), z) * z * (h_plus - h_minus)
+        return (fit + slope).flatten(1).mean(1) - sigma_n.square()
 
 
 def e_x0_from_e_xn(e_xn: Tensor, x_t: Tensor, sigma_n: Tensor, sigma_t: Tensor) -> Tensor:

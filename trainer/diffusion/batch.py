@@ -16,6 +16,11 @@ def expand(value_B: Tensor, like: Tensor) -> Tensor:
     return value_B.reshape(-1, *([1] * (like.ndim - 1)))
 
 
+def twice(value: Tensor) -> Tensor:
+    """(B, ...) to (2 B, ...): one after the other."""
+    return torch.cat([value, value])
+
+
 @dataclass(frozen=True)
 class Batch:
     """Observations with their noise levels; no clean image is in it.
@@ -33,6 +38,15 @@ class Batch:
 
     def __len__(self) -> int:
         return self.x_n.shape[0]
+
+    def every(self, stride: int) -> Batch:
+        """The samples 0, stride, 2 stride, ..."""
+        return Batch(
+            self.x_n[::stride],
+            self.sigma_n[::stride],
+            {name: value[::stride] for name, value in self.conditioning.items()},
+            self.keys[::stride],
+        )
 
     def to(self, device: torch.device) -> Batch:
         return Batch(

@@ -1,4 +1,4 @@
-"""Consistency: the loss below the data's noise level, and the particles that it is taken at."""
+"""Consistency: the loss below the data's noise level. Where its points come from: particles.py."""
 
 from __future__ import annotations
 
@@ -6,52 +6,55 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from trainer.diffusion.ambient import LossTerms
-from trainer.diffusion.batch import Batch, Conditioning, expand
+from trainer.diffusion.batch import twice
 from trainer.diffusion.denoiser import Denoise
 from trainer.diffusion.interleave import StepSchedule
 from trainer.diffusion.levels import Weight
 from trainer.diffusion.noise import Noise
+from trainer.diffusion.particles import Particles
 from trainer.diffusion.sampling import reverse_step
+
+DEFAULT_PERIOD = 8
 
 
 @dataclass(frozen=True)
 class ConsistencyConfig:
-    """weight: of the loss, before it is scaled by the schedule. period, count, start, end: see StepSchedule.
-    ratio, gradient: see ConsistencyLoss. pool_depth: particles for each row of the batch."""
+    """weight: of the loss, before it is scaled by the schedule.
+    period, count, start, end: consistency at `count` of every `period` steps (8 unless given), see StepSchedule.
+    overhead_budget: instead of a period: the share of time that consistency may add to training, such as 0.2. Both kinds
+    of step are then timed in the first steps from `start` on, the period follows, and stays for the rest of the run.
+    batch_size: particles a consistency step, over all ranks; None takes as many as there are samples.
+    steps, ratio, gradient: see ConsistencyLoss. where, pool_depth: see ParticlePool."""
 
     weight: float = 0.03
-    period: int = 8
+    period: int | None = None
+    overhead_budget: float | None = None
     count: int = 1
     start: int = 100
     end: int | None = None
+    batch_size: int | None = None
+    steps: int = 1
     ratio: float = 0.7
     gradient: Literal["low", "both"] = "low"
+    where: Literal["below", "everywhere"] = "below"
     pool_depth: int = 4
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio < 1 or not 0 <= self.weight < float("inf") or self.pool_depth < 1:
-            raise ValueError("need 0 < ratio < 1, a finite weight >= 0 and pool_depth >= 1")
-        self.schedule()
+        if not 0 < self.ratio < 1 or not 0 <= self.weight < float("inf"):
+            raise ValueError("need 0 < ratio < 1 and a finite weight >= 0")
+        if min(self.pool_depth, self.steps, self.batch_size or 1) < 1:
+            raise ValueError("pool_depth, steps and batch_size must be at least 1")
+        if self.overhead_budget is not None:
+            if not 0 < self.overhead_budget < float("inf"):
+                raise ValueError(f"overhead_budget {self.overhead_budget:g} must be above 0, such as 0.2")
+            if self.period is not None or self.count != 1:
+                raise ValueError("give overhead_budget, or period and count, not both: the budget chooses the period")
+        self.schedule(self.period)
 
-    def schedule(self) -> StepSchedule:
-        return StepSchedule(self.period, self.count, self.start, self.end)
-
-
-Slots = tuple[Tensor, Tensor]
-"""Rows and columns of a pool, both (B,) int64."""
-
-
-@dataclass(frozen=True)
-class Particles:
-    """Points of the reverse process. x: (B, *D); sigma: (B,), their levels; active: (B,), False where there is none."""
-
-    x: Tensor
-    sigma: Tensor
-    conditioning: Conditioning
-    active: Tensor
+    def schedule(self, period: int | None) -> StepSchedule:
+        return StepSchedule(period or DEFAULT_PERIOD, self.count, self.start, self.end)
 
 
 @dataclass(frozen=True)
@@ -63,91 +66,33 @@ class ConsistencyLoss:
     It can be negative in a batch; nothing is clamped.
 
     weight: w. ratio: a reverse step goes from t to about ratio * t (the exponent is uniform in [0.5, 1.5], so that every
-    level is visited). sigma_min: the lowest level. gradient: "low" moves only the low-noise side, which has to follow
-    what the data taught at t; "both" is the published loss. Cost: 3 evaluations a particle.
+    level is visited). steps: how many of them lie between x_t and x_s. sigma_min: the lowest level. gradient: "low" moves
+    only the low-noise side, which has to follow what the data taught at t; "both" moves both; points are constants.
+    Cost: 1 + 2 steps evaluations a particle: the one at x_t serves both children, and none is computed twice.
     """
 
     weight: Weight
     sigma_min: float
     ratio: float = 0.7
+    steps: int = 1
     gradient: Literal["low", "both"] = "low"
 
     def __call__(self, denoiser: Denoise, particles: Particles, noise: Noise) -> tuple[LossTerms, Particles]:
-        """The loss terms, and the particles one step further down (one child replaces its parent)."""
+        """The loss terms, and the particles `steps` steps further down (one child replaces its parent)."""
         x_t, t, conditioning = particles.x, particles.sigma, particles.conditioning
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.gradient == "both"):
             h_t = denoiser(x_t, t, conditioning)
-        exponent = noise.uniform("consistency.ratio", t) + 0.5
-        s = (t * self.ratio**exponent).clamp(min=self.sigma_min)
-        with torch.no_grad():
-            parent = h_t.detach()
-            child_1 = reverse_step(x_t, parent, t, s, noise.normal("consistency.child1", x_t))
-            child_2 = reverse_step(x_t, parent, t, s, noise.normal("consistency.child2", x_t))
-        twice = {name: torch.cat([value, value]) for name, value in conditioning.items()}
-        h_1, h_2 = denoiser(torch.cat([child_1, child_2]), torch.cat([s, s]), twice).chunk(2)
+        x, h, sigma = twice(x_t), twice(h_t.detach()), t
+        both = {name: twice(value) for name, value in conditioning.items()}
+        for i in range(self.steps):
+            exponent = noise.uniform(f"consistency.ratio.{i}", t) + 0.5
+            s = (sigma * self.ratio**exponent).clamp(min=self.sigma_min)
+            with torch.no_grad():
+                if i > 0:
+                    h = denoiser(x, twice(sigma), both)
+                z = torch.cat([noise.normal(f"consistency.child{child}.{i}", x_t) for child in (1, 2)])
+                x, sigma = reverse_step(x, h, twice(sigma), twice(s), z), s
+        h_1, h_2 = denoiser(x, twice(sigma), both).chunk(2)
         inner = ((h_t - h_1) * (h_t - h_2)).flatten(1).mean(1)
-        terms = LossTerms(torch.where(particles.active, self.weight(s) * inner, torch.zeros_like(inner)), s)
-        return terms, Particles(child_1, s, conditioning, particles.active)
-
-
-class ParticlePool:
-    """Particles on their way down from sigma_n, `depth` of them for each row of the batch.
-
-    A consistency step takes one particle of each row, and puts one child back. A particle at the lowest level is born
-    again from the batch's observation in its row, x_n at sigma_n; a clean observation (sigma_n at or below sigma_min)
-    has no level to fill and gives none. Rows are rows of the global batch: a rank holds its own, so the union over ranks
-    does not depend on their number, and a checkpoint can be split anew.
-    """
-
-    def __init__(self, rows: int, depth: int, sigma_min: float) -> None:
-        self.rows = rows
-        self.depth = depth
-        self.sigma_min = sigma_min
-        self._state: dict[str, Tensor] = {}
-
-    def take(self, batch: Batch, noise: Noise, first_row: int = 0) -> tuple[Slots, Particles]:
-        """One particle from each of the rows `first_row` to `first_row + len(batch)` of this pool, and where it was."""
-        if not self._state:
-            self._state = self._empty(batch)
-        state, rows = self._state, torch.arange(first_row, first_row + len(batch), device=batch.x_n.device)
-        slot = (noise.uniform("pool.slot", batch.sigma_n) * self.depth).long().clamp(max=self.depth - 1)
-        dead = state["sigma"][rows, slot] <= self.sigma_min * (1 + 1e-6)
-        x = torch.where(expand(dead, batch.x_n), batch.x_n, state["x"][rows, slot])
-        sigma = torch.where(dead, batch.sigma_n, state["sigma"][rows, slot])
-        conditioning = {
-            name: torch.where(expand(dead, value), value, state[f"conditioning.{name}"][rows, slot])
-            for name, value in batch.conditioning.items()
-        }
-        active = sigma > self.sigma_min * (1 + 1e-6)
-        # A network cannot be asked about level 0: inactive rows are computed at sigma_min, and their loss is not counted.
-        return (rows, slot), Particles(x, sigma.clamp(min=self.sigma_min), conditioning, active)
-
-    def put(self, slots: Slots, particles: Particles) -> None:
-        """Stores the particles in the slots they were taken from; an inactive one leaves its slot empty."""
-        self._state["x"][slots] = particles.x
-        self._state["sigma"][slots] = torch.where(particles.active, particles.sigma, torch.zeros_like(particles.sigma))
-        for name, value in particles.conditioning.items():
-            self._state[f"conditioning.{name}"][slots] = value
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Tensors (R, K, ...) of this rank's rows; empty before the first step."""
-        return dict(self._state)
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """state: as `state_dict` gives it, for this rank's rows."""
-        for name, value in state.items():
-            if value.shape[:2] != (self.rows, self.depth):
-                raise ValueError(
-                    f"the particle pool to load is {tuple(value.shape[:2])}, this one is {(self.rows, self.depth)}"
-                )
-            self._state[name] = value.clone()
-
-    def _empty(self, batch: Batch) -> dict[str, Tensor]:
-        def slots(value: Tensor) -> Tensor:
-            return value.new_zeros(self.rows, self.depth, *value.shape[1:])
-
-        return {
-            "x": slots(batch.x_n),
-            "sigma": slots(batch.sigma_n),
-            **{f"conditioning.{name}": slots(value) for name, value in batch.conditioning.items()},
-        }
+        terms = LossTerms(torch.where(particles.active, self.weight(sigma) * inner, torch.zeros_like(inner)), sigma)
+        return terms, Particles(x.chunk(2)[0], sigma, conditioning, particles.active)

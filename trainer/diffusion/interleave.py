@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -32,3 +33,12 @@ class StepSchedule:
     @property
     def scale(self) -> float:
         return self.period / self.count if self.count else 0.0
+
+
+def period_within(budget: float, ambient_seconds: float, consistency_seconds: float) -> int:
+    """The shortest period at which consistency adds at most `budget` times the time of ambient steps alone.
+
+    The arguments are times of one step of each kind; the second one includes the ambient loss.
+    """
+    added = max(0.0, consistency_seconds - ambient_seconds)
+    return max(1, math.ceil(added / (budget * ambient_seconds)))

@@ -25,6 +25,21 @@ def reverse_step(x_t: Tensor, h: Tensor, sigma_t: Tensor, sigma_s: Tensor, z: Te
     return h + expand(ratio.square(), h) * (x_t - h) + expand(std, h) * z
 
 
+def guided(denoiser: Denoise, guide: Denoise, scale: float) -> Denoise:
+    """guide + scale (denoiser - guide), a denoiser like any other, so every sampler takes it.
+
+    scale 1 is the denoiser, more leads away from the guide. Two guides are in use: the same network without its
+    conditioning (Ho & Salimans 2022, eq. 6, with w = scale - 1), and a worse version of the network, which needs no
+    conditioning (Karras et al. 2024, "Guiding a diffusion model with a bad version of itself", eq. 4). Cost: 2 passes.
+    """
+
+    def h(x_t: Tensor, sigma_t: Tensor, conditioning: Conditioning) -> Tensor:
+        away_from = guide(x_t, sigma_t, conditioning)
+        return away_from + scale * (denoiser(x_t, sigma_t, conditioning) - away_from)
+
+    return h
+
+
 @torch.no_grad()
 def sample(
     denoiser: Denoise,

@@ -1,0 +1,40 @@
+"""The period that a budget of time chooses, from times that are given."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from trainer.budget import COUNTED, WARM_UP, Budget, Choice
+from trainer.distributed import Ranks
+
+
+class TwoRanks(Ranks):
+    """The other rank is twice as slow."""
+
+    def max(self, values: torch.Tensor) -> torch.Tensor:
+        return values * 2
+
+
+def choose(share: float, ambient: float, consistency: float, ranks: Ranks) -> tuple[int, Choice]:
+    """Feeds steps that take these times, with a slow start and one hiccup, until a period is chosen."""
+    budget = Budget(share, start=10, end=None)
+    for step in range(200):
+        seconds = consistency if budget.schedule.has_consistency(step) else ambient
+        slow = 50.0 if step < 12 or step == 20 else 1.0
+        if (choice := budget.observe(step, seconds * slow, ranks)) is not None:
+            return step, choice
+    raise AssertionError("no choice")
+
+
+@pytest.mark.parametrize(("share", "period"), [(0.1, 20), (0.2, 10), (0.5, 4), (2.0, 1)])
+def test_the_period_follows_from_the_median_times_after_a_warm_up(share: float, period: int) -> None:
+    alone = Ranks(0, 1, torch.device("cpu"))
+    step, choice = choose(share, 0.1, 0.3, alone)
+    assert step == 10 + 2 * (WARM_UP + COUNTED) - 1
+    assert choice == Choice(0.1, 0.3, period)
+
+
+def test_all_ranks_take_the_slowest_ones_times() -> None:
+    _, choice = choose(0.2, 0.1, 0.3, TwoRanks(0, 2, torch.device("cpu")))
+    assert (choice.ambient_seconds, choice.consistency_seconds) == (0.2, 0.6)
