@@ -27,9 +27,10 @@ def generator_of(seed: int, key: str) -> np.random.Generator:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """x_n = x0 + sigma z, with sigma in the units of images in [-1, 1]."""
+    """x_n = x0 + sigma z, with sigma in the units of images in [-1, 1]; a share of the images stays clean."""
 
     sigma: float
+    clean_share: float = 0.0
     kind: Literal["gaussian"] = "gaussian"
 
     def __post_init__(self) -> None:
@@ -38,9 +39,13 @@ class Gaussian:
         if self.sigma > 1000:
             raise UserError(f"--sigma {self.sigma:g}: float16 observations hold sigma up to 1000")
 
+        if not 0 <= self.clean_share <= 1:
+            raise UserError(f"--clean-share {self.clean_share:g}: must be from 0 to 1")
+
     def __call__(self, x0: Array, generator: np.random.Generator) -> tuple[Array, float]:
         """x0: (C, H, W) float32 in [-1, 1]. Returns x_n, not clipped, and sigma_n."""
-        return x0 + np.float32(self.sigma) * generator.standard_normal(x0.shape, dtype=np.float32), self.sigma
+        x_n = x0 + np.float32(self.sigma) * generator.standard_normal(x0.shape, dtype=np.float32)
+        return (x0, 0.0) if generator.random() < self.clean_share else (x_n, self.sigma)
 
 
 Corruption = Gaussian

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 from webdataset.compat import WebLoader
 from webdataset.pipeline import DataPipeline
@@ -17,6 +18,7 @@ from data_pipeline.index import read_index
 from data_pipeline.order import Address, Order
 from data_pipeline.reader import ShardReader, decode
 from trainer.diffusion.batch import Batch
+from trainer.diffusion.noise import address
 from trainer.errors import UserError
 
 
@@ -24,12 +26,14 @@ from trainer.errors import UserError
 class DataConfig:
     """shards: the folder that `data_pipeline.shard` wrote. sigma_scale: what the training takes the recorded sigma_n
     for, as a factor: 1 trusts it, 0 takes noisy images for clean (the naive baseline), others study a wrong estimate.
-    workers: background processes that read, per rank; 0 reads in the training process. group: shards shuffled together."""
+    workers: background processes that read, per rank; 0 reads in the training process. group: shards shuffled together.
+    flip: mirrors every other image left to right, others in each epoch; for sets whose mirror images belong to them."""
 
     shards: str
     sigma_scale: float = 1.0
     workers: int = 1
     group: int = 16
+    flip: bool = False
 
     def __post_init__(self) -> None:
         if self.sigma_scale < 0 or self.workers < 0 or self.group < 1:
@@ -72,7 +76,7 @@ class Loader:
         """Endless micro-batches from a position on: the global count of samples that training has consumed."""
         assert samples_consumed % self.layout.batch_size == 0, "a position is a step's border"
         first_step = samples_consumed // self.layout.batch_size
-        pipeline = DataPipeline(_Addresses(self.order, self.layout, first_step), self._read, self._batch)
+        pipeline = DataPipeline(_Places(self.order, self.layout, first_step), self._read, self._batch)
         pinned = self.device.type == "cuda"
         loader = WebLoader(pipeline, batch_size=None, num_workers=self.config.workers, pin_memory=pinned)
         for item in loader:
@@ -81,13 +85,19 @@ class Loader:
             x_n, sigma_n, conditioning, keys = item
             yield Batch(x_n, sigma_n, conditioning, tuple(keys)).to(self.device)
 
-    def _read(self, addresses: Iterator[list[Address]]) -> Iterator[list[Any] | UserError]:
+    def _read(self, places: Iterator[list[Place]]) -> Iterator[list[Any] | UserError]:
         reader = ShardReader(Path(self.config.shards), self.index, open_shards=2 * self.config.group)
         try:
-            for micro_batch in addresses:
-                yield [decode(reader.read(address), self.index.shape) for address in micro_batch]
+            for micro_batch in places:
+                yield [self._sample(reader, place) for place in micro_batch]
         except UserError as error:
             yield error
+
+    def _sample(self, reader: ShardReader, place: Place) -> tuple[str, NDArray[np.float32], float]:
+        key, x_n, sigma_n = decode(reader.read(place.address), self.index.shape)
+        # The mirror image of Gaussian noise is Gaussian noise, so x_n may be mirrored for x0.
+        mirrored = self.config.flip and address(self.order.seed, "flip", place.position) % 2
+        return key, x_n[..., ::-1] if mirrored else x_n, sigma_n
 
     def _batch(self, micro_batches: Iterator[list[Any] | UserError]) -> Iterator[tuple[Any, ...] | UserError]:
         for samples in micro_batches:
@@ -99,20 +109,28 @@ class Loader:
             yield torch.from_numpy(np.stack(x_n)), scaled, {}, keys
 
 
-class _Addresses:
-    """The first stage: the addresses of each micro-batch of this rank, dealt to its workers in turn."""
+@dataclass(frozen=True)
+class Place:
+    """A position in the global sequence, and the sample that stands there."""
+
+    position: int
+    address: Address
+
+
+class _Places:
+    """The first stage: the places of each micro-batch of this rank, dealt to its workers in turn."""
 
     def __init__(self, order: Order, layout: Layout, first_step: int) -> None:
         self.order, self.layout, self.first_step = order, layout, first_step
 
-    def __call__(self) -> Iterator[list[Address]]:
+    def __call__(self) -> Iterator[list[Place]]:
         return iter(self)
 
-    def __iter__(self) -> Iterator[list[Address]]:
+    def __iter__(self) -> Iterator[list[Place]]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         while True:
             step, micro = divmod(number, self.layout.accumulation)
             first = (self.first_step + step) * self.layout.batch_size + self.layout.first_row(micro)
-            yield [self.order.at(first + i) for i in range(self.layout.micro_batch_size)]
+            yield [Place(p, self.order.at(p)) for p in range(first, first + self.layout.micro_batch_size)]
             number += workers

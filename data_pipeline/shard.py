@@ -27,7 +27,7 @@ EXAMPLE = """example:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m data_pipeline.shard",
-        description="Corrupts each image once, and writes the observations (never the clean images) as WebDataset shards.",
+        description="Corrupts each image once, and writes the observations (never the clean images, unless --clean-share asks for some) as WebDataset shards.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
         "--corruption", choices=["gaussian"], default="gaussian", help="what to do to each image (default: gaussian)"
     )
     p.add_argument("--sigma", type=float, required=True, help="standard deviation of the noise, for images in [-1, 1]")
+    p.add_argument("--clean-share", type=float, default=0.0, metavar="SHARE", help="this share of the images, drawn by key, is written clean, with sigma_n 0 (default: 0)")  # fmt: skip
     p.add_argument(
         "--seed", type=int, default=0, help="seed of the noise; with the image's key it decides every draw (default: 0)"
     )
@@ -117,7 +118,7 @@ def _clean(source: Source, count: int, size: int | None, channels: int) -> Itera
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    index = shard(args.source, args.output, Gaussian(args.sigma), seed=args.seed, size=args.size,
+    index = shard(args.source, args.output, Gaussian(args.sigma, args.clean_share), seed=args.seed, size=args.size,
                   channels=args.channels, limit=args.limit, shard_size=args.shard_size)  # fmt: skip
     total = sum(s.bytes for s in index.shards)
     print(

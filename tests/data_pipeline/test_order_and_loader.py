@@ -87,6 +87,25 @@ def test_batches_hold_what_the_shards_hold(shards: Path) -> None:
     torch.testing.assert_close(batch.sigma_n, torch.full((8,), 0.2), msg="half of the recorded 0.4")
 
 
+def test_flip_mirrors_about_half_others_in_each_epoch_and_the_same_on_any_ranks(shards: Path) -> None:
+    def seen(flip: bool, world: int) -> torch.Tensor:
+        config = DataConfig(str(shards), workers=0, flip=flip)
+        ranks = [
+            torch.stack(
+                [b.x_n for b in islice(Loader(config, Layout(12, 12 // world, r, world), 0, CPU).stream(0), 10)]
+            )
+            for r in range(world)
+        ]
+        return torch.cat(ranks, 1).flatten(0, 1)  # 120 observations, two epochs
+
+    plain, flipped = seen(False, 1), seen(True, 1)
+    mirrored = (flipped != plain).flatten(1).any(1)
+    assert torch.equal(flipped[mirrored], plain[mirrored].flip(-1))
+    assert 40 < mirrored.sum() < 80
+    assert torch.equal(seen(True, 2), flipped)
+    assert not torch.equal(mirrored[:60], mirrored[60:])
+
+
 def damaged(shards: Path, folder: Path, what: str) -> Path:
     shutil.copytree(shards, folder)
     first = folder / "shard-000000.tar"

@@ -13,6 +13,8 @@ from PIL import Image
 
 from data_pipeline.corruption import Gaussian, generator_of
 from data_pipeline.index import NAME, read_index
+from data_pipeline.order import Address
+from data_pipeline.reader import ShardReader
 from data_pipeline.shard import main, shard
 from data_pipeline.sources import open_source, prepare
 from trainer import errors
@@ -31,6 +33,12 @@ def observations(folder: Path) -> dict[str, np.ndarray]:
     return found
 
 
+def raw_samples(folder: Path) -> list[dict[str, bytes]]:
+    index = read_index(folder)
+    reader = ShardReader(folder, index, open_shards=2)
+    return [reader.read(Address(0, n, row)) for n, s in enumerate(index.shards) for row in range(s.samples)]  # pyright: ignore[reportReturnType]
+
+
 def test_an_observation_is_the_image_plus_the_noise_of_its_key(pictures: Path, shards: Path) -> None:
     source, stored = open_source(str(pictures)), observations(shards)
     assert list(stored) == list(source.keys)
@@ -44,6 +52,19 @@ def test_an_observation_is_the_image_plus_the_noise_of_its_key(pictures: Path, s
     noise = np.concatenate([r.ravel() for r in residuals])
     assert abs(noise.std() - 0.4) < 0.01, "the noise is as strong as it says"
     assert noise.max() > 1.2, "and was not clipped"
+
+
+def test_a_clean_share_leaves_the_other_observations_as_they_are(pictures: Path, shards: Path, tmp_path: Path) -> None:
+    shard(str(pictures), tmp_path / "some", Gaussian(0.4, clean_share=0.3), shard_size=8)
+    noisy, some, source = observations(shards), observations(tmp_path / "some"), open_source(str(pictures))
+    clean = [key for key in some if not np.array_equal(some[key], noisy[key])]
+    assert 10 <= len(clean) <= 27, "about 18 of 60"
+    for i, key in enumerate(source.keys):
+        if key in clean:
+            np.testing.assert_allclose(some[key], prepare(source.read(i), None, 1), atol=1e-3)
+    levels = {sample["__key__"]: json.loads(sample["json"])["sigma_n"] for sample in raw_samples(tmp_path / "some")}
+    assert {key for key, level in levels.items() if level == 0} == set(clean)
+    assert {level for level in levels.values() if level} == {0.4}
 
 
 def test_no_clean_image_is_in_any_file(pictures: Path, shards: Path) -> None:
@@ -105,6 +126,7 @@ def test_an_interrupted_call_leaves_no_index_and_the_next_call_completes(picture
     ("arguments", "expected"),
     [
         (["{pictures}", "{out}", "--sigma", "-0.5"], "--sigma -0.5"),
+        (["{pictures}", "{out}", "--sigma", "0.5", "--clean-share", "1.5"], "--clean-share 1.5: must be from 0 to 1"),
         (["{pictures}", "{out}", "--sigma", "nan"], "--sigma nan"),
         (["{tmp}/nowhere", "{out}", "--sigma", "0.5"], "no such folder"),
         (["{tmp}/empty", "{out}", "--sigma", "0.5"], "no image in it"),
