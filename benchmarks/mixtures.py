@@ -34,6 +34,9 @@ class Mixture:
         shrink = (self.stds**2 / variance)[..., None]  # (B, M, 1)
         return (responsibility[..., None] * (self.means + shrink * (x[:, None] - self.means))).sum(1)
 
+    def double(self) -> Mixture:
+        return Mixture(self.means.double(), self.stds.double(), self.weights.double())
+
     def denoiser(self, x_t: Tensor, sigma_t: Tensor, conditioning: Conditioning) -> Tensor:
         return self.posterior_mean(x_t, sigma_t)
 

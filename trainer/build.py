@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +67,7 @@ def run(config: RunConfig, ranks: Ranks) -> Run:
     layout = _layout(config, ranks)
     loader = Loader(config.data, layout, config.seed, ranks.device)
     _check_levels(config, loader)
+    _warn_of_few(config, loader, ranks)
     directory = Path(config.run_dir)
     checkpoints = Checkpoints(directory, config.checkpoint)
     _refuse_another_run(config, directory)
@@ -142,6 +144,18 @@ def _check_levels(config: RunConfig, loader: Loader) -> None:
     if highest * NEAREST >= config.process.sigma_max:
         raise UserError(
             f"process.sigma_max {config.process.sigma_max:g}: must be above the data's highest sigma_n {highest:g} ({config.data.shards})"
+        )
+
+
+FEW = 100
+"""Below so many images the ambient loss fails (arXiv 2404.10177, section 6)."""
+
+
+def _warn_of_few(config: RunConfig, loader: Loader, ranks: Ranks) -> None:
+    if loader.index.samples < FEW and loader.index.sigma_max * config.data.sigma_scale > 0 and ranks.is_main:
+        print(
+            f"warning: {config.data.shards} has {loader.index.samples} images; below about {FEW} training from noisy images fails: expect copies or blur, and give more images, or a share of clean ones",
+            file=sys.stderr,
         )
 
 

@@ -9,9 +9,10 @@ from collections.abc import Callable
 import torch
 from tqdm import tqdm
 
+from trainer import guard
 from trainer.build import Run
 from trainer.checkpoint import TrainState
-from trainer.diffusion.batch import Batch
+from trainer.diffusion.batch import Batch, variance
 from trainer.diffusion.noise import AddressedNoise
 from trainer.errors import WorkFailed
 from trainer.metrics import Meter
@@ -25,6 +26,7 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
     """
     config, ranks, engine, layout = run.config, run.ranks, run.engine, run.layout
     meter, preview = Meter(ranks), Preview(run)
+    collapse = guard.CollapseGuard(config.consistency) if config.consistency else None
     begun, before = time.perf_counter(), run.state
     evaluations_before, last_report = run.denoiser.evaluations, (0, before.step)
     saved_at = before.step
@@ -73,6 +75,10 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
                 }
                 if run.consistency:
                     report["consistency/period"] = run.schedule.scale
+                if collapse and guard.SPREAD in report:
+                    warning = collapse.observe(done, report[guard.SPREAD], report["loss/ambient"])
+                    if warning and ranks.is_main:
+                        tqdm.write(f"warning: {warning}", file=sys.stderr)
                 bar.set_postfix(loss=f"{report['loss/ambient']:.3f}", refresh=False)
                 if run.logger:
                     run.logger.metrics(done, report)
@@ -100,6 +106,8 @@ def _loss(run: Run, batch: Batch, step: int, micro: int, meter: Meter) -> torch.
         terms, children = run.consistency(run.engine, particles, noise)
         run.pool.put(slots, children)
         meter.add("consistency", terms)
+        if terms.h_variance is not None:
+            meter.ratio(guard.SPREAD, terms.h_variance, variance(batch.x_n) - batch.sigma_n.square().mean())
         loss = loss + run.config.consistency.weight * run.schedule.scale * terms.loss.mean()
     return loss
 

@@ -22,6 +22,7 @@ class Meter:
         self._ranks = ranks
         self._edges = torch.tensor(EDGES, device=ranks.device)
         self._sums: dict[str, torch.Tensor] = {}
+        self._ratios: dict[str, torch.Tensor] = {}
         self._waited = 0.0
         self._since = time.perf_counter()
 
@@ -32,6 +33,11 @@ class Meter:
         loss = terms.loss.detach().float()
         band = torch.bucketize(terms.sigma.float(), self._edges)
         self._sums[kind].index_add_(1, band, torch.stack([loss, torch.ones_like(loss)]))
+
+    def ratio(self, name: str, numerator: torch.Tensor, denominator: torch.Tensor) -> None:
+        """Files two scalars; the ratio of their sums is reported."""
+        both = torch.stack([numerator.detach().float(), denominator.detach().float()])
+        self._ratios[name] = self._ratios.get(name, 0) + both
 
     def waited(self, seconds: float) -> None:
         """Time spent waiting for data."""
@@ -51,13 +57,17 @@ class Meter:
             for band, t, n in zip(BANDS, total, count, strict=True):
                 if n > 0:
                     metrics[f"loss_{kind}_by_sigma/{band}"] = float(t / n)
+        for name, both in sorted(self._ratios.items()):
+            numerator, denominator = self._ranks.sum(both).tolist()
+            if denominator > 0:
+                metrics[name] = numerator / denominator
         metrics["speed/images_per_second"] = samples / seconds
         metrics["speed/network_evaluations_per_second"] = evaluations / seconds
         metrics["speed/share_waiting_for_data"] = self._waited / seconds
         metrics["memory/process_gb"] = _process_gb()
         if self._edges.is_cuda:
             metrics["memory/device_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        self._sums, self._waited, self._since = {}, 0.0, now
+        self._sums, self._ratios, self._waited, self._since = {}, {}, 0.0, now
         return metrics
 
 

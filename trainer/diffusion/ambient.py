@@ -16,10 +16,12 @@ from trainer.diffusion.process import Process
 
 @dataclass(frozen=True)
 class LossTerms:
-    """loss: (B,) float32, to be averaged; it may be negative for consistency. sigma: (B,), the level each term speaks of."""
+    """loss: (B,) float32, to be averaged; it may be negative for consistency. sigma: (B,), the level each term speaks of.
+    h_variance: a scalar, the variance of h over the samples, averaged over elements, where a loss has it at hand."""
 
     loss: Tensor
     sigma: Tensor
+    h_variance: Tensor | None = None
 
 
 def further_noised(x_n: Tensor, sigma_n: Tensor, sigma_t: Tensor, z: Tensor) -> Tensor:

@@ -21,6 +21,11 @@ def twice(value: Tensor) -> Tensor:
     return torch.cat([value, value])
 
 
+def variance(value: Tensor) -> Tensor:
+    """The unbiased variance over samples, averaged over elements: (B, *D) to a scalar; 0 for a single sample."""
+    return value.var(0).mean() if len(value) > 1 else value.new_zeros(())
+
+
 @dataclass(frozen=True)
 class Batch:
     """Observations with their noise levels; no clean image is in it.

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from trainer.diffusion.ambient import LossTerms
-from trainer.diffusion.batch import twice
+from trainer.diffusion.batch import twice, variance
 from trainer.diffusion.denoiser import Denoise
 from trainer.diffusion.interleave import StepSchedule
 from trainer.diffusion.levels import Weight
@@ -94,5 +94,6 @@ class ConsistencyLoss:
                 x, sigma = reverse_step(x, h, twice(sigma), twice(s), z), s
         h_1, h_2 = denoiser(x, twice(sigma), both).chunk(2)
         inner = ((h_t - h_1) * (h_t - h_2)).flatten(1).mean(1)
-        terms = LossTerms(torch.where(particles.active, self.weight(sigma) * inner, torch.zeros_like(inner)), sigma)
+        loss = torch.where(particles.active, self.weight(sigma) * inner, torch.zeros_like(inner))
+        terms = LossTerms(loss, sigma, variance(h_1.detach()))
         return terms, Particles(x.chunk(2)[0], sigma, conditioning, particles.active)

@@ -1,0 +1,201 @@
+"""Study 1: how close to the truth, and at what cost, where the truth is known.
+
+    python -m benchmarks.exactness            the whole study; resumable, result and picture are kept
+    python -m benchmarks.exactness --quick    one problem, in minutes; ends with one line of JSON
+
+Mixtures of Gaussians, whose denoiser is known in closed form. All methods of one problem and seed are trained in one
+process, in turns of 50 steps, so that their times can be compared. Errors are of h against E[x0 | x_t], in units of sigma.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).parent.parent))  # `python benchmarks/exactness.py` works, too
+
+import torch
+
+from benchmarks.mixtures import ring, scattered
+from benchmarks.official import OfficialConsistency
+from benchmarks.report import PICTURES, arguments, save, spread, table
+from benchmarks.toy import Method, Problem, Training, distance, error, error_below, train_together
+from trainer.diffusion.consistency import ConsistencyConfig
+
+WEIGHT = 0.03
+SHARES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+"""Levels at which errors are reported, in units of sigma_n."""
+
+PROBLEMS = [
+    *(Problem(f"ring 2-D, sigma_n {s}", ring(), s) for s in (0.1, 0.2, 0.4)),
+    *(Problem(f"scattered 16-D, sigma_n {s}", scattered(16), s) for s in (0.2, 0.4)),
+]
+QUICK = PROBLEMS[-1]
+
+
+def consistency(**fields: Any) -> ConsistencyConfig:
+    return ConsistencyConfig(**{"weight": WEIGHT, "start": 0, "pool_depth": 8, **fields})
+
+
+ORACLE, AMBIENT = Method("clean oracle", data="clean"), Method("ambient alone")
+
+
+def published(name: str, sampler_steps: int, with_grad: bool) -> Method:
+    loop = OfficialConsistency(sampler_steps, with_grad)
+    return Method(f"every step, published loop{name}", official=loop, consistency_weight=WEIGHT)
+
+
+PUBLISHED = [published("", 1, True), published(", low side", 1, False), published(", 2 sampler steps", 2, True)]
+EVERY, BUDGET = Method("every step, ours", consistency=consistency(period=1)), "budget 0.2"
+METHODS = [
+    ORACLE,
+    Method("naive", data="naive"),
+    AMBIENT,
+    *PUBLISHED,
+    EVERY,
+    *(Method(f"every {p}th step", consistency=consistency(period=p)) for p in (4, 16, 64)),
+    *(Method(f"budget {share}", consistency=consistency(overhead_budget=share)) for share in (0.1, 0.2, 0.5)),
+]
+NEEDED = [m for m in METHODS if m.name in (ORACLE.name, AMBIENT.name, PUBLISHED[0].name, EVERY.name, BUDGET)]
+
+Row = dict[str, Any]
+"""What was measured of one method on one problem with one seed."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    def add(p: argparse.ArgumentParser) -> None:
+        p.add_argument("--quick", action="store_true", help="one problem, five methods, two seeds")
+        p.add_argument("--steps", type=int, help="optimiser steps of each training (default: 3000; 1200 with --quick)")
+        p.add_argument("--jobs", type=int, default=1, help="trainings of other problems at the same time (default: 1)")
+        p.add_argument("--folder", type=Path, default=Path("runs/exactness"), help="where finished parts are kept")
+
+    args = arguments(__doc__, argv, add)
+    problems, methods, seeds = ([QUICK], NEEDED, 2) if args.quick else (PROBLEMS, METHODS, 3)
+    args.steps = args.steps or (1200 if args.quick else 3000)
+    tasks = [(problem, methods, seed, args.steps, None if args.quick else args.folder) for problem in problems for seed in range(seeds)]  # fmt: skip
+    if args.jobs == 1:
+        rows = [row for task in tasks for row in measure(*task)]
+    else:
+        with ProcessPoolExecutor(args.jobs) as pool:
+            rows = [row for part in pool.map(measure, *zip(*tasks, strict=True)) for row in part]
+    for problem in problems:
+        print(f"\n{problem.name}\n\n{report(rows, problem.name)}")
+    result = summary(rows)
+    if not args.quick:
+        print(f"\n{save('exactness', {'summary': result, 'rows': rows})}, {draw(rows)}")
+    print(json.dumps(result))
+    return 0
+
+
+def measure(problem: Problem, methods: Sequence[Method], seed: int, steps: int, folder: Path | None) -> list[Row]:
+    """Trains all methods on one problem with one seed, or reads what an earlier call measured."""
+    kept = folder / f"{problem.name.replace(' ', '_')}-{seed}-{steps}.json" if folder else None
+    if kept and kept.is_file():
+        return json.loads(kept.read_text())
+    torch.set_num_threads(1)
+    trainings = [Training(problem, of_length(method, steps), seed) for method in methods]
+    train_together(trainings, f"{problem.name}, seed {seed}")
+    rows: list[Row] = []
+    for t in trainings:
+        h = t.averaged()
+        rows.append({
+            "problem": problem.name, "method": t.method.name, "seed": seed, "seconds": t.seconds, "passes": t.passes,
+            "period": t.schedule.scale, "below": error_below(problem, h),
+            "errors": [error(problem, h, share * problem.sigma_n) for share in SHARES],
+            "distance": distance(problem, h, seed),
+        })  # fmt: skip
+    if kept:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_suffix(".partial")
+        partial.write_text(json.dumps(rows))
+        os.replace(partial, kept)
+    return rows
+
+
+def of_length(method: Method, steps: int) -> Method:
+    """Consistency starts after a tenth of the steps, in every method."""
+    c = method.consistency
+    return replace(method, steps=steps, consistency=replace(c, start=steps // 10) if c else None)
+
+
+def report(rows: Sequence[Row], problem: str) -> str:
+    """The table of one problem: mean and standard deviation over seeds."""
+    mine = [row for row in rows if row["problem"] == problem]
+    lines: list[list[str]] = []
+    for name in dict.fromkeys(row["method"] for row in mine):
+        of = [row for row in mine if row["method"] == name]
+        levels = [statistics.mean(row["errors"][i] for row in of) for i in range(len(SHARES))]
+        period = "/".join(f"{p:g}" for p in sorted({row["period"] for row in of}) if p)
+        lines.append([
+            name, period, spread([row["passes"] for row in of], 2) if len(of) < 2 else f"{statistics.mean(row['passes'] for row in of):.2f}",
+            spread([row["seconds"] / ambient_seconds(mine, row["seed"]) for row in of], 2),
+            spread([row["below"] for row in of]), *(f"{level:.3f}" for level in levels), spread([row["distance"] for row in of], 4),
+        ])  # fmt: skip
+    columns = ["method", "period", "passes a step", "time / ambient alone", "error below sigma_n"]
+    columns += [f"at {share:g} sigma_n" for share in SHARES] + ["sliced W1 of samples"]
+    return table(columns, lines)
+
+
+def ambient_seconds(rows: Sequence[Row], seed: int) -> float:
+    return next(row["seconds"] for row in rows if row["method"] == AMBIENT.name and row["seed"] == seed)
+
+
+def summary(rows: Sequence[Row]) -> dict[str, float]:
+    """A budget of 0.2 against: the time of the ambient loss alone and of the published loop (1 sampler step), and the error
+    below sigma_n of the best every-step method and of the clean oracle. Means of ratios over problems and seeds."""
+    ratios: dict[str, list[float]] = {}
+    for key in dict.fromkeys((row["problem"], row["seed"]) for row in rows):
+        by = {row["method"]: row for row in rows if (row["problem"], row["seed"]) == key}
+        ours, every = by[BUDGET], min(row["below"] for name, row in by.items() if name.startswith("every step"))
+        for name, value in {
+            "time_over_ambient": ours["seconds"] / by[AMBIENT.name]["seconds"],
+            "time_over_every_step": ours["seconds"] / by[PUBLISHED[0].name]["seconds"],
+            "error_over_every_step": ours["below"] / every,
+            "error_over_oracle": ours["below"] / by[ORACLE.name]["below"],
+        }.items():
+            ratios.setdefault(name, []).append(value)
+    return {name: round(statistics.mean(values), 3) for name, values in ratios.items()}
+
+
+def draw(rows: Sequence[Row]) -> Path:
+    """Error below sigma_n against time, for each problem."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    problems = list(dict.fromkeys(row["problem"] for row in rows))
+    figure, axes = plt.subplots(1, len(problems), figsize=(4 * len(problems), 4), layout="constrained", squeeze=False)
+    for axis, problem in zip(axes[0], problems, strict=True):
+        mine = [row for row in rows if row["problem"] == problem]
+        for number, name in enumerate(dict.fromkeys(row["method"] for row in mine)):
+            of = [row for row in mine if row["method"] == name]
+            times = [row["seconds"] / ambient_seconds(mine, row["seed"]) for row in of]
+            marker = "osD^v<>Px*hd"[number % 12]
+            axis.scatter(
+                times, [row["below"] for row in of], marker=marker, color=f"C{number % 10}", label=name, alpha=0.8
+            )
+        axis.set(title=problem, xlabel="time / ambient alone", xscale="log")
+        axis.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("error below sigma_n, in units of sigma")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    path = PICTURES / "exactness.png"
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""Study 3: the weight of the consistency loss over five orders of magnitude: quality, stability, cost, collapse.
+
+    python -m benchmarks.sensitivity          about an hour on one core; result and picture are kept
+
+On a mixture of Gaussians in 16-D; errors are of h against E[x0 | x_t], in units of sigma, and `spread` is the figure that
+the trainer watches (consistency/spread): the variance of h below sigma_n as a share of the clean data's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.mixtures import scattered
+from benchmarks.report import PICTURES, arguments, save, spread, table
+from benchmarks.toy import PROCESS, Method, Problem, Training, distance, error, error_below, train_together
+from trainer.diffusion.batch import variance
+from trainer.diffusion.consistency import ConsistencyConfig
+
+PROBLEM = Problem("scattered 16-D, sigma_n 0.3", scattered(), 0.3)
+WEIGHTS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+
+
+def main(argv: list[str] | None = None) -> int:
+    def add(p: argparse.ArgumentParser) -> None:
+        p.add_argument("--steps", type=int, default=2000, help="optimiser steps of each training (default: 2000)")
+        p.add_argument("--seeds", type=int, default=3, help="trainings of each (default: 3)")
+
+    args = arguments(__doc__, argv, add)
+    torch.set_num_threads(1)
+    methods = [Method("no consistency", steps=args.steps)]
+    methods += [
+        Method(f"{gradient}, {weight:g}", steps=args.steps, consistency=ConsistencyConfig(weight, period=8, start=args.steps // 10, gradient=gradient, pool_depth=8))
+        for gradient in ("low", "both")
+        for weight in WEIGHTS
+    ]  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    for seed in range(args.seeds):
+        trainings = [Training(PROBLEM, method, seed) for method in methods]
+        train_together(trainings, f"seed {seed}")
+        for t in trainings:
+            h = t.averaged()
+            rows.append({
+                "method": t.method.name, "seed": seed, "below": error_below(PROBLEM, h), "above": error(PROBLEM, h, 1.5 * PROBLEM.sigma_n),
+                "distance": distance(PROBLEM, h, seed), "spread": spread_of(t), "seconds": t.seconds,
+            })  # fmt: skip
+    lines = [
+        [name, *(spread([row[column] for row in rows if row["method"] == name], digits) for column, digits in
+                 (("below", 3), ("above", 3), ("distance", 3), ("spread", 2), ("seconds", 0)))]
+        for name in dict.fromkeys(row["method"] for row in rows)
+    ]  # fmt: skip
+    print(table(["gradient, weight", "error below sigma_n", "error at 1.5 sigma_n", "sliced W1 of samples", "spread", "seconds"], lines))  # fmt: skip
+    print(f"\n{save('sensitivity', {'rows': rows})}, {draw(rows)}")
+    return 0
+
+
+def spread_of(training: Training) -> float:
+    """The variance of h over samples at a quarter of sigma_n, as a share of the clean data's."""
+    x0 = PROBLEM.mixture.sample(20_000, torch.Generator().manual_seed(5))
+    sigma = torch.full((len(x0),), PROBLEM.sigma_n / 4).clamp(min=PROCESS.sigma_min)
+    with torch.no_grad():
+        h = training.averaged()(x0 + sigma[:, None] * torch.randn(x0.shape, generator=torch.Generator().manual_seed(6)), sigma, {})  # fmt: skip
+    return float(variance(h) / variance(x0))
+
+
+def draw(rows: Sequence[dict[str, Any]]) -> Path:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    for axis, column, label in (
+        (axes[0], "below", "error below sigma_n, in units of sigma"),
+        (axes[1], "spread", "spread of h below sigma_n"),
+    ):
+        for gradient in ("low", "both"):
+            of = [[row[column] for row in rows if row["method"] == f"{gradient}, {weight:g}"] for weight in WEIGHTS]
+            axis.errorbar(
+                WEIGHTS,
+                [statistics.mean(v) for v in of],
+                [statistics.pstdev(v) for v in of],
+                marker="o",
+                label=f"gradient on {gradient}",
+            )
+        alone = statistics.mean(row[column] for row in rows if row["method"] == "no consistency")
+        axis.axhline(alone, color="grey", linestyle=":", label="no consistency")
+        axis.set(xscale="log", xlabel="consistency weight (times the period of 8)", ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].set_yscale("log")
+    axes[0].legend()
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    path = PICTURES / "sensitivity.png"
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

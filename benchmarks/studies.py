@@ -1,0 +1,104 @@
+"""Runs that the image studies have in common: shards, trainings by the command that users type, what is measured of them."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data_pipeline.corruption import Gaussian
+from data_pipeline.shard import shard
+from data_pipeline.sources import open_source, prepare
+from trainer.checkpoint import read_tensors
+from trainer.errors import WorkFailed
+from trainer.evaluation.denoiser_error import denoiser_error
+from trainer.evaluation.features import efficientnet_lite0, kid
+from trainer.generate import generate
+from trainer.restore import Restored, restore
+
+CONFIG = Path(__file__).parent.parent / "configs" / "studies" / "images.yaml"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a study's things are, and what all of its runs share."""
+
+    dataset: str
+    size: int
+    folder: Path
+    threads: int
+    overrides: tuple[str, ...] = ()
+
+    def shards(self, sigma: float, *, limit: int | None = None, clean_share: float = 0.0) -> Path:
+        """The training part, corrupted; made once."""
+        name = f"{self.dataset}-{self.size}-sigma{sigma:g}" + (f"-first{limit}" if limit else "")
+        path = self.folder / "shards" / (name + (f"-clean{clean_share:g}" if clean_share else ""))
+        shard(f"packaged:{self.dataset}/train", path, Gaussian(sigma, clean_share), size=self.size, limit=limit)
+        return path
+
+    def held_out(self, count: int) -> Tensor:
+        """Clean images of the test part, (count, C, size, size)."""
+        source = open_source(f"packaged:{self.dataset}/test")
+        channels = 1 if source.read(0).ndim == 2 else 3
+        return torch.stack([torch.from_numpy(prepare(source.read(i), self.size, channels)) for i in range(min(count, len(source)))])  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: its name in the folder, its shards, and the overrides that make it what it is."""
+
+    name: str
+    shards: Path
+    overrides: tuple[str, ...]
+
+
+def train_all(setting: Setting, jobs: Sequence[Job], at_once: int) -> None:
+    """Trains what is not trained yet. Each writes its output to NAME.log beside its run directory."""
+
+    def train(job: Job) -> None:
+        run_dir = setting.folder / job.name
+        command = [sys.executable, "-m", "trainer.train", str(CONFIG), f"run_dir={run_dir}", f"data.shards={job.shards}",
+                   f"threads={setting.threads}", *setting.overrides, *job.overrides]  # fmt: skip
+        log = setting.folder / f"{job.name}.log"
+        with log.open("a") as output:
+            code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
+        if code:
+            raise WorkFailed(f"{shlex.join(command)} ended with exit code {code}; see {log}")
+
+    setting.folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(at_once) as pool:
+        list(tqdm(pool.map(train, jobs), total=len(jobs), desc=f"train, {at_once} at once", unit="run"))
+
+
+@torch.no_grad()
+def measure(run: Restored, held_out: Tensor, levels: Sequence[float], samples: int) -> dict[str, Any]:
+    """The denoiser's error at each level against held-out clean images and, if samples are asked for, their distance."""
+    result: dict[str, Any] = {
+        "steps": run.state.step, "evaluations": run.state.evaluations, "seconds": run.state.seconds,
+        "period": run.state.period, "levels": list(levels), "errors": denoiser_error(run.denoiser, held_out[:512], levels),
+    }  # fmt: skip
+    if samples:
+        images = generate(run.denoiser, samples, run.state.shape, seed=0, steps=25, sampler="dpmpp_2m", progress=False)
+        features = efficientnet_lite0()
+        result["kid"], result["kid_error"] = kid(features(images), features(held_out))
+    return result
+
+
+def checkpoints(run_dir: Path) -> list[tuple[int, Restored]]:
+    """The run at each checkpoint that it kept, with the averaged weights of that step."""
+    run = restore(run_dir)
+    found: list[tuple[int, Restored]] = []
+    for path in sorted((run_dir / "checkpoints").glob("step-*")):
+        again = restore(run_dir)
+        again.denoiser.load_state_dict(read_tensors(path, "ema"))
+        found.append((int(path.name.removeprefix("step-")), Restored(run.config, run.state, again.denoiser)))
+    return found
