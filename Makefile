@@ -1,12 +1,13 @@
 # make quickstart   real images, corrupted, to a trained model and one picture   (DATASET=digits|fashion|emoji|faces)
 # make test         the tests          make lint, make types, make format
+# make directions   trains on images for about ten minutes, and checks that ours beats naive and ambient alone
 PYTHON ?= python3
 VENV ?= .venv
 DATASET ?= digits
 STARTED := $(shell date +%s)
 BIN := $(VENV)/bin
 
-.PHONY: install dev quickstart test lint types format clean
+.PHONY: install dev quickstart test directions lint types format clean
 install: $(VENV)/.installed
 dev: $(VENV)/.installed-dev
 
@@ -25,6 +26,9 @@ quickstart: install
 
 test: dev
 	$(BIN)/python -m pytest
+
+directions: dev
+	$(BIN)/python -m benchmarks.images --quick
 
 lint: dev
 	$(BIN)/ruff check .

@@ -74,13 +74,13 @@ Row = dict[str, Any]
 def main(argv: list[str] | None = None) -> int:
     def add(p: argparse.ArgumentParser) -> None:
         p.add_argument("--quick", action="store_true", help="one problem, five methods, two seeds")
-        p.add_argument("--steps", type=int, help="optimiser steps of each training (default: 3000; 1200 with --quick)")
+        p.add_argument("--steps", type=int, help="optimiser steps of each training (default: 3000; 1500 with --quick)")
         p.add_argument("--jobs", type=int, default=1, help="trainings of other problems at the same time (default: 1)")
         p.add_argument("--folder", type=Path, default=Path("runs/exactness"), help="where finished parts are kept")
 
     args = arguments(__doc__, argv, add)
     problems, methods, seeds = ([QUICK], NEEDED, 2) if args.quick else (PROBLEMS, METHODS, 3)
-    args.steps = args.steps or (1200 if args.quick else 3000)
+    args.steps = args.steps or (1500 if args.quick else 3000)
     tasks = [(problem, methods, seed, args.steps, None if args.quick else args.folder) for problem in problems for seed in range(seeds)]  # fmt: skip
     if args.jobs == 1:
         rows = [row for task in tasks for row in measure(*task)]

@@ -34,9 +34,9 @@ def main(argv: list[str] | None = None) -> int:
 
     args = arguments(__doc__, argv, add)
     torch.set_num_threads(1)
-    methods = [Method("no consistency", steps=args.steps)]
+    methods = [Method("no consistency", steps=args.steps, batch=256, width=128)]
     methods += [
-        Method(f"{gradient}, {weight:g}", steps=args.steps, consistency=ConsistencyConfig(weight, period=8, start=args.steps // 10, gradient=gradient, pool_depth=8))
+        Method(f"{gradient}, {weight:g}", steps=args.steps, batch=256, width=128, consistency=ConsistencyConfig(weight, period=8, start=args.steps // 10, gradient=gradient, pool_depth=8))
         for gradient in ("low", "both")
         for weight in WEIGHTS
     ]  # fmt: skip

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from benchmarks.mixtures import Mixture
 from benchmarks.official import OfficialConsistency
-from trainer.budget import Budget
+from trainer.budget import Budget, settled
 from trainer.diffusion.ambient import AmbientConfig, AmbientLoss
 from trainer.diffusion.batch import Batch, Conditioning
 from trainer.diffusion.consistency import ConsistencyConfig, ConsistencyLoss
@@ -107,7 +107,7 @@ class Training:
             self._consistency = ConsistencyLoss(EDM(), PROCESS.sigma_min, c.ratio, c.steps, c.gradient)
             self._pool = ParticlePool(particles, c.pool_depth, PROCESS.sigma_min, born_up_to)
             self._budget = Budget(c.overhead_budget, c.start, c.end) if c.overhead_budget else None
-            self.schedule = self._budget.schedule if self._budget else c.schedule(c.period)
+            self.schedule = self._budget.schedule if self._budget else c.schedule()
         self.step, self.seconds = 0, 0.0
 
     @property
@@ -122,7 +122,7 @@ class Training:
             seconds = time.perf_counter() - started
             self.seconds += seconds
             if self._budget and (choice := self._budget.observe(self.step, seconds, ALONE)) and self.method.consistency:
-                self._budget, self.schedule = None, self.method.consistency.schedule(choice.period)
+                self._budget, self.schedule = None, settled(self.method.consistency, choice.period)
             self.step += 1
 
     def _step(self) -> None:

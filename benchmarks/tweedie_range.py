@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments(__doc__, argv)
     rows = [[f"{ratio:g}", *recovered(ratio), *gradients(ratio)] for ratio in RATIOS]
     columns = ["sigma_t / sigma_n", *(f"E[x0] recovered, {t}" for t in TYPES)]
-    columns += [f"gradient, {form} form, {t}" for form in ("paper's", "ours,") for t in ("float32", "bf16")]
+    columns += [f"gradient, {form}, {t}" for form in ("the paper's form", "our form") for t in ("float32", "bf16")]
     print(table(columns, rows))
     print("\nEach figure is a root mean square error relative to the exact value's root mean square.")
     return 0

@@ -89,6 +89,10 @@ def test_there_are_no_import_cycles() -> None:
         visit(name, ())
 
 
-@pytest.mark.parametrize("path", [*FILES, *sorted((ROOT / "tests").rglob("*.py"))], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path",
+    [*FILES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py"))],
+    ids=lambda p: p.name,
+)
 def test_files_are_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 320

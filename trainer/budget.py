@@ -7,11 +7,18 @@ from statistics import median
 
 import torch
 
+from trainer.diffusion.consistency import ConsistencyConfig
 from trainer.diffusion.interleave import StepSchedule, period_within
 from trainer.distributed import Ranks
 
 WARM_UP, COUNTED = 2, 6
 """Steps of each kind whose time is thrown away, and whose time counts."""
+
+
+def settled(config: ConsistencyConfig, period: int) -> StepSchedule:
+    """The schedule once a budget has chosen `period`. The consistency steps of the alternation were taken in advance: it
+    waits until its own count would have reached theirs, so that what was added to training stays within the budget."""
+    return StepSchedule(period, 1, config.start + (WARM_UP + COUNTED) * period, config.end)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 
 from data_pipeline.loader import Layout, Loader
 from trainer import networks
-from trainer.budget import Budget
+from trainer.budget import Budget, settled
 from trainer.checkpoint import Checkpoints, TrainState, read_pool, read_state, read_tensors
 from trainer.config import RunConfig, flatten, load, to_data, to_yaml
 from trainer.diffusion.ambient import NEAREST, AmbientLoss
@@ -98,7 +98,7 @@ def run(config: RunConfig, ranks: Ranks) -> Run:
         consistency=ConsistencyLoss(config.weight, sigma_min, c.ratio, c.steps, c.gradient) if c else None,
         pool=pool,
         stride=stride,
-        schedule=budget.schedule if budget else c.schedule(state.period or c.period) if c else StepSchedule(1, 0),
+        schedule=_schedule(c, budget, state),
         budget=budget,
         checkpoints=checkpoints,
         logger=_logger(config, directory, engine) if ranks.is_main else None,
@@ -137,6 +137,14 @@ def _budget(config: ConsistencyConfig | None, state: TrainState) -> Budget | Non
     if config is None or config.overhead_budget is None or state.period is not None:
         return None
     return Budget(config.overhead_budget, config.start, config.end)
+
+
+def _schedule(config: ConsistencyConfig | None, budget: Budget | None, state: TrainState) -> StepSchedule:
+    if config is None:
+        return StepSchedule(1, 0)
+    if budget is not None:
+        return budget.schedule
+    return settled(config, state.period) if state.period else config.schedule()
 
 
 def _check_levels(config: RunConfig, loader: Loader) -> None:

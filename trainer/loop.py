@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from trainer import guard
+from trainer.budget import settled
 from trainer.build import Run
 from trainer.checkpoint import TrainState
 from trainer.diffusion.batch import Batch, variance
@@ -122,7 +123,7 @@ def _spend(run: Run, step: int, started: float) -> int | None:
     choice = run.budget.observe(step, time.perf_counter() - started, ranks)
     if choice is None:
         return None
-    run.budget, run.schedule = None, c.schedule(choice.period)
+    run.budget, run.schedule = None, settled(c, choice.period)
     if ranks.is_main:
         tqdm.write(
             f"consistency.overhead_budget {c.overhead_budget:g}: consistency at every {choice.period}th step from now on; "

@@ -91,7 +91,13 @@ def main(argv: list[str] | None = None) -> int:
     _say("3/4  naive training, which takes them for clean, with as many network evaluations")
     steps = ours.state.evaluations // ours.config.batch_size
     _python(
-        "trainer.train", *common, f"run_dir={places.naive}", f"steps={steps}", "consistency=null", "data.sigma_scale=0"
+        "trainer.train",
+        *common,
+        f"run_dir={places.naive}",
+        f"steps={steps}",
+        "consistency=null",
+        "data.sigma_scale=0",
+        "ambient.pairs=false",
     )
     _say("4/4  samples, and the denoisers' error against held-out clean images")
     from trainer.evaluation.comparison import compare

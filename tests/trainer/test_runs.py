@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT, TINY, Outcome
+from trainer.budget import settled
+from trainer.diffusion.consistency import ConsistencyConfig
 from trainer.distributed import Ranks
 from trainer.lock import exclusive
 
@@ -218,7 +220,7 @@ def test_fewer_particles_several_steps_everywhere_and_pairs_are_the_same_on_two_
     a, b = final(tmp_path / "one"), final(tmp_path / "two")
     assert max((a[key] - b[key]).abs().max() for key in a) < WEIGHT_TOLERANCE
     state = json.loads(next((tmp_path / "one" / "checkpoints").glob("step-00000006/state.json")).read_text())
-    assert state["evaluations"] == 6 * 8 * 2 + 3 * 4 * (1 + 2 * 2), "pairs take 2 passes, 2 reverse steps 5"
+    assert state["evaluations"] == 6 * 8 * 2 + 2 * 4 * (1 + 2 * 2), "pairs take 2 passes, 2 reverse steps 5"
 
 
 def test_particles_that_a_micro_batch_cannot_share_are_refused(train: Train) -> None:
@@ -227,7 +229,7 @@ def test_particles_that_a_micro_batch_cannot_share_are_refused(train: Train) -> 
     assert "consistency.batch_size 1: takes every 8th sample" in output
 
 
-BUDGET = ["consistency={weight: 0.05, overhead_budget: 0.5, start: 2, pool_depth: 2}"]
+BUDGET = ["consistency.period=null", "consistency.overhead_budget=0.5", "consistency.start=2"]
 
 
 def test_a_budget_chooses_a_period_once_and_the_checkpoint_keeps_it(
@@ -236,21 +238,23 @@ def test_a_budget_chooses_a_period_once_and_the_checkpoint_keeps_it(
     code, output = train("run", *BUDGET, "steps=10")
     assert code == 0, output
     assert "overhead_budget" not in output, "it needs 16 steps"
-    code, output = train("run", *BUDGET, "steps=40")
+    code, output = train("run", *BUDGET, "steps=120")
     assert code == 0, output
     said = [line for line in output.splitlines() if "consistency.overhead_budget 0.5: consistency at every " in line]
     assert len(said) == 1
     chosen = int(said[0].split("every ")[1].split("th")[0])
     records = curve(tmp_path / "run")
-    alternating = list(range(3, 11))
-    assert [("loss/consistency" in records[step]) for step in alternating] == [step % 2 == 0 for step in alternating]
-    kinds = [step for step in range(27, 41) if "loss/consistency" in records[step]]
-    assert kinds == [step for step in range(27, 41) if (step - 2) % chosen == 0]
-    assert records[40]["consistency/period"] == chosen
+    kinds = {step for step in records if "loss/consistency" in records[step]}
+    assert sorted(kinds)[:4] == [4, 6, 8, 10], "both kinds in turn, while they are timed"
+    schedule = settled(ConsistencyConfig(overhead_budget=0.5, start=2), chosen)
+    assert {step for step in kinds if step > 40} == {s + 1 for s in range(40, 120) if schedule.has_consistency(s)}
+    late = max(40, schedule.start)
+    assert sum(step <= late for step in kinds) <= (late - 2) / chosen + 8, "what was taken in advance is waited for"
+    assert records[120]["consistency/period"] == chosen
     monkeypatch.setattr("trainer.budget.period_within", lambda *a: pytest.fail("the period is fixed"))
-    code, output = train("run", *BUDGET, "steps=44")
+    code, output = train("run", *BUDGET, "steps=124")
     assert code == 0, output
-    assert curve(tmp_path / "run")[44]["consistency/period"] == chosen
+    assert curve(tmp_path / "run")[124]["consistency/period"] == chosen
 
 
 @pytest.mark.distributed

@@ -1,0 +1,132 @@
+"""How few images are too few: from 30 to 10,000 noisy images, and what mends it.
+
+    python -m benchmarks.few_images                       hours; resumable, result and picture are kept
+    python -m benchmarks.few_images --sizes 30 300 --steps 400
+
+For each number of images: training on noisy images alone, with a tenth of them clean, and with mirrored images. The error
+is the denoiser's mean squared error at half sigma_n against held-out clean images, at each checkpoint. "stopped early" is
+the checkpoint that a lab without clean images would choose: the one with the lowest loss of pairs on held-out NOISY images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.images import PAIRS
+from benchmarks.report import PICTURES, arguments, save, spread, table
+from benchmarks.studies import Job, Setting, checkpoints, train_all
+from trainer.diffusion.ambient import AmbientConfig, AmbientLoss
+from trainer.diffusion.batch import Batch
+from trainer.diffusion.denoiser import Denoiser
+from trainer.diffusion.levels import LogUniform, Uniform
+from trainer.diffusion.noise import AddressedNoise
+from trainer.evaluation.denoiser_error import denoiser_error
+
+SIZES = (30, 100, 300, 1000, 3000, 10000)
+VARIANTS: dict[str, tuple[float, tuple[str, ...]]] = {
+    "noisy alone": (0.0, ()),
+    "a tenth clean": (0.1, ()),
+    "mirrored": (0.0, ("data.flip=true",)),
+}
+SIGMA = 0.5
+OURS = (*PAIRS, "consistency={weight: 0.03, period: 8, start: 100, ratio: 0.85}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    def add(p: argparse.ArgumentParser) -> None:
+        p.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of images (default: 30 ... 10000)")
+        p.add_argument("--seeds", type=int, default=3, help="trainings of each (default: 3)")
+        p.add_argument("--steps", type=int, default=2000, help="optimiser steps (default: 2000)")
+        p.add_argument("--dataset", default="fashion", help="a packaged set of images (default: fashion)")
+        p.add_argument(
+            "--at-once", type=int, default=2, help="trainings at the same time, one thread each (default: 2)"
+        )
+        p.add_argument("--folder", type=Path, default=Path("runs/few"), help="where runs are kept (default: runs/few)")
+
+    args = arguments(__doc__, argv, add)
+    every = max(1, args.steps // 8)
+    common = (f"steps={args.steps}", f"checkpoint.every={every}", "checkpoint.keep=100", *OURS)
+    setting = Setting(args.dataset, 28, args.folder, 1, common)
+    cases = [(size, variant, seed) for size in args.sizes for variant in VARIANTS for seed in range(args.seeds)]
+    jobs = [
+        Job(name_of(args, *case), setting.shards(SIGMA, limit=case[0], clean_share=VARIANTS[case[1]][0]), (f"seed={case[2]}", *VARIANTS[case[1]][1]))
+        for case in cases
+    ]  # fmt: skip
+    train_all(setting, jobs, args.at_once)
+    held_out, rows = setting.held_out(512), []
+    for size, variant, seed in cases:
+        for step, run in checkpoints(args.folder / name_of(args, size, variant, seed)):
+            (clean_error,) = denoiser_error(run.denoiser, held_out, [SIGMA / 2])
+            rows.append({"images": size, "variant": variant, "seed": seed, "step": step, "error": clean_error, "loss": noisy_loss(run.denoiser, held_out)})  # fmt: skip
+    print(report(rows))
+    print(
+        f"\n{save(f'few-images-{args.dataset}', {'sigma_n': SIGMA, 'steps': args.steps, 'rows': rows})}, {draw(rows)}"
+    )
+    return 0
+
+
+def name_of(args: argparse.Namespace, size: int, variant: str, seed: int) -> str:
+    return f"{args.dataset}-{size}-{variant.replace(' ', '-')}-{args.steps}-{seed}"
+
+
+@torch.no_grad()
+def noisy_loss(denoiser: Denoiser, held_out: torch.Tensor) -> float:
+    """The loss of pairs on noisy versions of held-out images, which needs no clean image: an unbiased estimate of the
+    denoiser's error, at levels from sigma_n to 2 sigma_n."""
+    x_n = held_out + SIGMA * AddressedNoise(1, 0).normal("few.observation", held_out)
+    batch = Batch(x_n, torch.full((len(x_n),), SIGMA))
+    pairs = AmbientConfig(boundary_share=1.0, boundary_ratio=2.0, pairs=True)
+    return float(AmbientLoss(LogUniform(), Uniform(), denoiser.process, pairs)(denoiser, batch, AddressedNoise(2, 0)).loss.mean())  # fmt: skip
+
+
+def runs_of(rows: Sequence[dict[str, Any]], size: int, variant: str) -> list[list[dict[str, Any]]]:
+    """The checkpoints of each seed."""
+    of = [row for row in rows if row["images"] == size and row["variant"] == variant]
+    return [[row for row in of if row["seed"] == seed] for seed in sorted({row["seed"] for row in of})]
+
+
+def report(rows: Sequence[dict[str, Any]]) -> str:
+    lines: list[list[str]] = []
+    for size in dict.fromkeys(row["images"] for row in rows):
+        cells = [str(size)]
+        for variant in VARIANTS:
+            runs = runs_of(rows, size, variant)
+            chosen = [min(run, key=lambda row: row["loss"]) for run in runs]
+            cells += [spread([run[-1]["error"] for run in runs], 4), f"{spread([row['error'] for row in chosen], 4)} (step {'/'.join(str(row['step']) for row in chosen)})"]  # fmt: skip
+        lines.append(cells)
+    return table(["images", *(f"{variant}, {when}" for variant in VARIANTS for when in ("at the end", "stopped early"))], lines)  # fmt: skip
+
+
+def draw(rows: Sequence[dict[str, Any]]) -> Path:
+    """Error against steps, for each number of images, noisy alone."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(VARIANTS), figsize=(4.5 * len(VARIANTS), 3.8), sharey=True, layout="constrained")
+    for axis, variant in zip(axes, VARIANTS, strict=True):
+        for size in dict.fromkeys(row["images"] for row in rows):
+            runs = runs_of(rows, size, variant)
+            steps = [row["step"] for row in runs[0]]
+            mean = [sum(run[i]["error"] for run in runs) / len(runs) for i in range(len(steps))]
+            axis.semilogy(steps, mean, marker="o", markersize=3, label=f"{size} images")
+        axis.set(title=variant, xlabel="steps")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("error at half sigma_n, held-out clean images")
+    axes[0].legend(fontsize=8)
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    path = PICTURES / "few-images.png"
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())
