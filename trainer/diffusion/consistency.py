@@ -50,7 +50,9 @@ class ConsistencyConfig:
             if not 0 < self.overhead_budget < float("inf"):
                 raise ValueError(f"overhead_budget {self.overhead_budget:g} must be above 0, such as 0.2")
             if self.period is not None or self.count != 1:
-                raise ValueError("give overhead_budget, or period and count, not both: the budget chooses the period (set period to null)")
+                raise ValueError(
+                    "give overhead_budget, or period and count, not both: the budget chooses the period (set period to null)"
+                )
         self.schedule()
 
     def schedule(self) -> StepSchedule:
