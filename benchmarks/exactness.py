@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.mixtures import ring, scattered
 from benchmarks.official import OfficialConsistency
-from benchmarks.report import PICTURES, arguments, save, spread, table
+from benchmarks.report import arguments, pyplot, save, save_figure, spread, table
 from benchmarks.toy import Method, Problem, Training, distance, error, error_below, train_together
 from trainer.diffusion.consistency import ConsistencyConfig
 
@@ -168,13 +168,10 @@ def summary(rows: Sequence[Row]) -> dict[str, float]:
 
 def draw(rows: Sequence[Row]) -> Path:
     """Error below sigma_n against time, for each problem."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
     problems = list(dict.fromkeys(row["problem"] for row in rows))
-    figure, axes = plt.subplots(1, len(problems), figsize=(4 * len(problems), 4), layout="constrained", squeeze=False)
+    figure, axes = pyplot().subplots(
+        1, len(problems), figsize=(4 * len(problems), 4), layout="constrained", squeeze=False
+    )
     for axis, problem in zip(axes[0], problems, strict=True):
         mine = [row for row in rows if row["problem"] == problem]
         for number, name in enumerate(dict.fromkeys(row["method"] for row in mine)):
@@ -190,11 +187,7 @@ def draw(rows: Sequence[Row]) -> Path:
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("error below sigma_n, in units of sigma")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
-    PICTURES.mkdir(parents=True, exist_ok=True)
-    path = PICTURES / "exactness.png"
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-    return path
+    return save_figure(figure, "exactness")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.images import PAIRS
-from benchmarks.report import PICTURES, arguments, save, spread, table
+from benchmarks.report import arguments, pyplot, save, save_figure, spread, table
 from benchmarks.studies import Job, Setting, checkpoints, train_all
 from trainer.diffusion.ambient import AmbientConfig, AmbientLoss
 from trainer.diffusion.batch import Batch
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         for case in cases
     ]  # fmt: skip
     train_all(setting, jobs, args.at_once)
-    held_out, rows = setting.held_out(512), []
+    held_out, rows = setting.held_out(256), []
     for size, variant, seed in cases:
         for step, run in checkpoints(args.folder / name_of(args, size, variant, seed)):
             (clean_error,) = denoiser_error(run.denoiser, held_out, [SIGMA / 2])
@@ -105,12 +105,9 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
 
 def draw(rows: Sequence[dict[str, Any]]) -> Path:
     """Error against steps, for each number of images, noisy alone."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, len(VARIANTS), figsize=(4.5 * len(VARIANTS), 3.8), sharey=True, layout="constrained")
+    figure, axes = pyplot().subplots(
+        1, len(VARIANTS), figsize=(4.5 * len(VARIANTS), 3.8), sharey=True, layout="constrained"
+    )
     for axis, variant in zip(axes, VARIANTS, strict=True):
         for size in dict.fromkeys(row["images"] for row in rows):
             runs = runs_of(rows, size, variant)
@@ -121,11 +118,7 @@ def draw(rows: Sequence[dict[str, Any]]) -> Path:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("error at half sigma_n, held-out clean images")
     axes[0].legend(fontsize=8)
-    PICTURES.mkdir(parents=True, exist_ok=True)
-    path = PICTURES / "few-images.png"
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-    return path
+    return save_figure(figure, "few-images")
 
 
 if __name__ == "__main__":

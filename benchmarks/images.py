@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.report import PICTURES, arguments, save, spread, table
+from benchmarks.report import arguments, pyplot, save, save_figure, spread, table
 from benchmarks.studies import Job, Setting, measure, train_all
-from trainer.evaluation.features import EXTRACTOR
+from trainer.evaluation.features import EXTRACTOR, efficientnet_lite0
 from trainer.generate import generate
 from trainer.restore import restore
 
@@ -83,9 +83,10 @@ def main(argv: list[str] | None = None) -> int:
         if method == "clean oracle":
             names[method, sigma, seed] = names[method, sigmas[0], seed]
     held_out, rows = setting.held_out(2000), []
+    reference = efficientnet_lite0()(held_out) if samples else None
     for (method, sigma, seed), name in names.items():
         levels = [share * sigma for share in SHARES]
-        rows.append({"method": method, "sigma_n": sigma, "seed": seed, **measure(restore(args.folder / name), held_out, levels, samples)})  # fmt: skip
+        rows.append({"method": method, "sigma_n": sigma, "seed": seed, **measure(restore(args.folder / name), held_out, levels, samples, reference)})  # fmt: skip
     for sigma in sigmas:
         print(f"\n{dataset}, sigma_n {sigma:g}, {steps} steps\n\n{report(rows, sigma)}")
     if args.quick:
@@ -121,16 +122,11 @@ def verdict(rows: Sequence[dict[str, Any]]) -> int:
 
 def draw(rows: Sequence[dict[str, Any]], runs: dict[tuple[str, float, int], Path], dataset: str) -> Path:
     """Error per level for each noise level of the data, and samples of each method."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
     from trainer.evaluation.grids import to_pixels
 
     sigmas = sorted({row["sigma_n"] for row in rows})
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    figure = plt.figure(figsize=(5 * len(sigmas), 4.5 + 0.75 * len(methods)), layout="constrained")
+    figure = pyplot().figure(figsize=(5 * len(sigmas), 4.5 + 0.75 * len(methods)), layout="constrained")
     parts = figure.add_gridspec(2, 1, height_ratios=[4.5, 0.75 * len(methods)])
     top, bottom = figure.add_subfigure(parts[0]), figure.add_subfigure(parts[1])
     axes = top.subplots(1, len(sigmas), squeeze=False)[0]
@@ -150,11 +146,7 @@ def draw(rows: Sequence[dict[str, Any]], runs: dict[tuple[str, float, int], Path
         axis.set(title=f"{dataset}, sigma_n {sigma:g}", xlabel="noise level sigma", ylabel="mean squared error")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
-    PICTURES.mkdir(parents=True, exist_ok=True)
-    path = PICTURES / f"images-{dataset}.png"
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
-    return path
+    return save_figure(figure, f"images-{dataset}")
 
 
 if __name__ == "__main__":

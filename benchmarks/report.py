@@ -51,6 +51,25 @@ def save(name: str, result: dict[str, Any]) -> Path:
     return path
 
 
+def pyplot() -> Any:
+    """matplotlib without a window."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
+def save_figure(figure: Any, name: str) -> Path:
+    """Writes docs/studies/NAME.png."""
+    path = PICTURES / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    pyplot().close(figure)
+    return path
+
+
 def machine() -> str:
     import torch
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.mixtures import scattered
-from benchmarks.report import PICTURES, arguments, save, spread, table
+from benchmarks.report import arguments, pyplot, save, save_figure, spread, table
 from benchmarks.toy import PROCESS, Method, Problem, Training, distance, error, error_below, train_together
 from trainer.diffusion.batch import variance
 from trainer.diffusion.consistency import ConsistencyConfig
@@ -70,12 +70,7 @@ def spread_of(training: Training) -> float:
 
 
 def draw(rows: Sequence[dict[str, Any]]) -> Path:
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    figure, axes = pyplot().subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     for axis, column, label in (
         (axes[0], "below", "error below sigma_n, in units of sigma"),
         (axes[1], "spread", "spread of h below sigma_n"),
@@ -95,11 +90,7 @@ def draw(rows: Sequence[dict[str, Any]]) -> Path:
         axis.grid(alpha=0.3)
     axes[0].set_yscale("log")
     axes[0].legend()
-    PICTURES.mkdir(parents=True, exist_ok=True)
-    path = PICTURES / "sensitivity.png"
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-    return path
+    return save_figure(figure, "sensitivity")
 
 
 if __name__ == "__main__":

