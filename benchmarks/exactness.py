@@ -136,7 +136,7 @@ def report(rows: Sequence[Row], problem: str) -> str:
         levels = [statistics.mean(row["errors"][i] for row in of) for i in range(len(SHARES))]
         period = "/".join(f"{p:g}" for p in sorted({row["period"] for row in of}) if p)
         lines.append([
-            name, period, spread([row["passes"] for row in of], 2) if len(of) < 2 else f"{statistics.mean(row['passes'] for row in of):.2f}",
+            name, period, f"{statistics.mean(row['passes'] for row in of):.2f}",
             spread([row["seconds"] / ambient_seconds(mine, row["seed"]) for row in of], 2),
             spread([row["below"] for row in of]), *(f"{level:.3f}" for level in levels), spread([row["distance"] for row in of], 4),
         ])  # fmt: skip

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from trainer.diffusion.batch import Batch
 from trainer.diffusion.denoiser import Denoiser
 from trainer.diffusion.levels import LogUniform, Uniform
 from trainer.diffusion.noise import AddressedNoise
-from trainer.evaluation.denoiser_error import denoiser_error
+from trainer.evaluation.denoiser_error import clean_images, denoiser_error
+from trainer.restore import restore
 
 SIZES = (30, 100, 300, 1000, 3000, 10000)
 VARIANTS: dict[str, tuple[float, tuple[str, ...]]] = {
@@ -53,26 +55,27 @@ def main(argv: list[str] | None = None) -> int:
     every = max(1, args.steps // 8)
     common = (f"steps={args.steps}", f"checkpoint.every={every}", "checkpoint.keep=100", *OURS)
     setting = Setting(args.dataset, 28, args.folder, 1, common)
-    cases = [(size, variant, seed) for size in args.sizes for variant in VARIANTS for seed in range(args.seeds)]
-    jobs = [
-        Job(name_of(args, *case), setting.shards(SIGMA, limit=case[0], clean_share=VARIANTS[case[1]][0]), (f"seed={case[2]}", *VARIANTS[case[1]][1]))
-        for case in cases
-    ]  # fmt: skip
+    cases: dict[tuple[int, str, int], Path] = {}
+    jobs: list[Job] = []
+    for size, (variant, (clean_share, overrides)) in product(args.sizes, VARIANTS.items()):
+        shards = setting.shards(SIGMA, limit=size, clean_share=clean_share)
+        for seed in range(args.seeds):
+            name = f"{args.dataset}-{size}-{variant.replace(' ', '-')}-{args.steps}-{seed}"
+            cases[size, variant, seed] = args.folder / name
+            jobs.append(Job(name, shards, (f"seed={seed}", *overrides)))
     train_all(setting, jobs, args.at_once)
-    held_out, rows = setting.held_out(256), []
-    for size, variant, seed in cases:
-        for step, run in checkpoints(args.folder / name_of(args, size, variant, seed)):
-            (clean_error,) = denoiser_error(run.denoiser, held_out, [SIGMA / 2])
-            rows.append({"images": size, "variant": variant, "seed": seed, "step": step, "error": clean_error, "loss": noisy_loss(run.denoiser, held_out)})  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    first = next(iter(cases.values()))
+    held_out = clean_images(f"packaged:{args.dataset}/test", 256, restore(first).state.shape)
+    for (size, variant, seed), run_dir in cases.items():
+        for step, denoiser in checkpoints(run_dir):
+            (clean_error,) = denoiser_error(denoiser, held_out, [SIGMA / 2])
+            rows.append({"images": size, "variant": variant, "seed": seed, "step": step, "error": clean_error, "loss": noisy_loss(denoiser, held_out)})  # fmt: skip
     print(report(rows))
     print(
         f"\n{save(f'few-images-{args.dataset}', {'sigma_n': SIGMA, 'steps': args.steps, 'rows': rows})}, {draw(rows)}"
     )
     return 0
-
-
-def name_of(args: argparse.Namespace, size: int, variant: str, seed: int) -> str:
-    return f"{args.dataset}-{size}-{variant.replace(' ', '-')}-{args.steps}-{seed}"
 
 
 @torch.no_grad()

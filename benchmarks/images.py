@@ -14,14 +14,15 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.report import arguments, pyplot, save, save_figure, spread, table
 from benchmarks.studies import Job, Setting, measure, train_all
+from trainer.evaluation.denoiser_error import clean_images
 from trainer.evaluation.features import EXTRACTOR, efficientnet_lite0
+from trainer.evaluation.grids import sheet
 from trainer.generate import generate
 from trainer.restore import restore
 
@@ -30,18 +31,16 @@ SHARES = (0.2, 0.4, 0.7, 1.0, 1.5, 3.0)
 
 PAIRS = ("ambient.pairs=true", "ambient.boundary_share=0.5", "batch_size=16")
 """Pairs take two evaluations a sample, so half the batch costs the same."""
+ORACLE = "clean oracle"
 METHODS: dict[str, tuple[str, ...]] = {
-    "clean oracle": ("data.sigma_scale=0",),
+    ORACLE: (),
     "naive": ("data.sigma_scale=0",),
     "ambient alone": (),
     "every step": ("consistency={weight: 0.03, period: 1, start: 100}",),
-    "ours, budget 0.2": (
-        *PAIRS,
-        "consistency={weight: 0.03, overhead_budget: 0.2, start: 100, ratio: 0.85, batch_size: 16}",
-    ),
+    "ours, budget 0.2": (*PAIRS, "consistency={weight: 0.03, overhead_budget: 0.2, start: 100, ratio: 0.85}"),
     "ours without consistency": PAIRS,
 }
-QUICK = ("clean oracle", "naive", "ambient alone", "ours, budget 0.2")
+QUICK = (ORACLE, "naive", "ambient alone", "ours, budget 0.2")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,32 +66,28 @@ def main(argv: list[str] | None = None) -> int:
     steps, seeds = args.steps or (300 if args.quick else 1500), args.seeds or (1 if args.quick else 3)
     samples = args.samples if args.samples is not None else (0 if args.quick else 1000)
     setting = Setting(dataset, 32 if dataset in ("emoji", "faces") else 28, args.folder, 1)
-    names = {
-        (method, sigma, seed): f"{dataset}-{method.replace(' ', '-').replace(',', '')}-{sigma:g}-{steps}-{seed}"
-        for sigma in sigmas
-        for method in (QUICK if args.quick else METHODS)
-        for seed in range(seeds)
-    }
-    jobs = [
-        Job(name, setting.shards(0.0 if method == "clean oracle" else sigma), (f"steps={steps}", f"seed={seed}", *METHODS[method]))
-        for (method, sigma, seed), name in names.items()
-        if method != "clean oracle" or sigma == sigmas[0]
-    ]  # fmt: skip
-    train_all(setting, jobs, args.at_once)
-    for method, sigma, seed in list(names):  # the clean oracle is one training for all levels
-        if method == "clean oracle":
-            names[method, sigma, seed] = names[method, sigmas[0], seed]
-    held_out, rows = setting.held_out(2000), []
+    runs: dict[tuple[str, float, int], Path] = {}
+    jobs: dict[str, Job] = {}
+    shards = {level: setting.shards(level) for level in (0.0, *sigmas)}
+    for method, sigma, seed in product(QUICK if args.quick else METHODS, sigmas, range(seeds)):
+        level = 0.0 if method == ORACLE else sigma  # the clean oracle is one training for all levels
+        name = f"{dataset}-{method.replace(' ', '-').replace(',', '')}-{level:g}-{steps}-{seed}"
+        runs[method, sigma, seed] = args.folder / name
+        jobs[name] = Job(name, shards[level], (f"steps={steps}", f"seed={seed}", *METHODS[method]))
+    train_all(setting, list(jobs.values()), args.at_once)
+    rows: list[dict[str, Any]] = []
+    first = next(iter(runs.values()))
+    held_out = clean_images(f"packaged:{dataset}/test", 2000, restore(first).state.shape)
     reference = efficientnet_lite0()(held_out) if samples else None
-    for (method, sigma, seed), name in names.items():
+    for (method, sigma, seed), run_dir in runs.items():
         levels = [share * sigma for share in SHARES]
-        rows.append({"method": method, "sigma_n": sigma, "seed": seed, **measure(restore(args.folder / name), held_out, levels, samples, reference)})  # fmt: skip
+        rows.append({"method": method, "sigma_n": sigma, "seed": seed, **measure(restore(run_dir), held_out, levels, samples, reference)})  # fmt: skip
     for sigma in sigmas:
         print(f"\n{dataset}, sigma_n {sigma:g}, {steps} steps\n\n{report(rows, sigma)}")
     if args.quick:
         return verdict(rows)
     print(f"\n{save(f'images-{dataset}', {'extractor': EXTRACTOR, 'samples': samples, 'steps': steps, 'rows': rows})}")
-    print(draw(rows, {key: args.folder / name for key, name in names.items()}, dataset))
+    print(draw(rows, runs, dataset))
     return 0
 
 
@@ -114,16 +109,14 @@ def verdict(rows: Sequence[dict[str, Any]]) -> int:
     held = {
         "ours below naive": error["ours, budget 0.2"] < error["naive"],
         "ours below ambient alone": error["ours, budget 0.2"] < error["ambient alone"],
-        "clean below naive": error["clean oracle"] < error["naive"],
+        "clean below naive": error[ORACLE] < error["naive"],
     }
-    print(json.dumps({"ours_over_clean": round(error["ours, budget 0.2"] / error["clean oracle"], 2), **held}))
+    print(json.dumps({"ours_over_clean": round(error["ours, budget 0.2"] / error[ORACLE], 2), **held}))
     return 0 if all(held.values()) else 1
 
 
 def draw(rows: Sequence[dict[str, Any]], runs: dict[tuple[str, float, int], Path], dataset: str) -> Path:
     """Error per level for each noise level of the data, and samples of each method."""
-    from trainer.evaluation.grids import to_pixels
-
     sigmas = sorted({row["sigma_n"] for row in rows})
     methods = list(dict.fromkeys(row["method"] for row in rows))
     figure = pyplot().figure(figsize=(5 * len(sigmas), 4.5 + 0.75 * len(methods)), layout="constrained")
@@ -137,9 +130,10 @@ def draw(rows: Sequence[dict[str, Any]], runs: dict[tuple[str, float, int], Path
             of = [row for row in rows if row["method"] == method and row["sigma_n"] == sigma]
             mean = [statistics.mean(row["errors"][i] for row in of) for i in range(len(SHARES))]
             axis.loglog(of[0]["levels"], mean, marker="o", markersize=4, label=method)
-            images = generate(restore(runs[method, sigma, 0]).denoiser, 12, restore(runs[method, sigma, 0]).state.shape, seed=1, steps=25, sampler="dpmpp_2m", progress=False)  # fmt: skip
+            run = restore(runs[method, sigma, 0])
+            images = generate(run.denoiser, 12, run.state.shape, seed=1, steps=25, sampler="dpmpp_2m", progress=False)
             picture = pictures[methods.index(method)][column]
-            picture.imshow(torch.from_numpy(to_pixels(images)).transpose(0, 1).reshape(images.shape[2], -1, 3).numpy())
+            picture.imshow(sheet(images, len(images)))
             picture.axis("off")
             picture.set_title(method, fontsize=8, loc="left")
         axis.axvline(sigma, color="grey", linestyle=":")

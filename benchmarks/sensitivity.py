@@ -1,6 +1,6 @@
 """Study 3: the weight of the consistency loss over five orders of magnitude: quality, stability, cost, collapse.
 
-    python -m benchmarks.sensitivity          about an hour on one core; result and picture are kept
+    python -m benchmarks.sensitivity          ten minutes on one core; result and picture are kept
 
 On a mixture of Gaussians in 16-D; errors are of h against E[x0 | x_t], in units of sigma, and `spread` is the figure that
 the trainer watches (consistency/spread): the variance of h below sigma_n as a share of the clean data's.
@@ -12,6 +12,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from benchmarks.report import arguments, pyplot, save, save_figure, spread, tabl
 from benchmarks.toy import PROCESS, Method, Problem, Training, distance, error, error_below, train_together
 from trainer.diffusion.batch import variance
 from trainer.diffusion.consistency import ConsistencyConfig
+from trainer.diffusion.denoiser import Denoiser
 
 PROBLEM = Problem("scattered 16-D, sigma_n 0.3", scattered(), 0.3)
 WEIGHTS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
@@ -34,9 +36,10 @@ def main(argv: list[str] | None = None) -> int:
 
     args = arguments(__doc__, argv, add)
     torch.set_num_threads(1)
-    methods = [Method("no consistency", steps=args.steps, batch=256, width=128)]
+    alone = Method("no consistency", steps=args.steps, batch=256, width=128)
+    methods = [alone]
     methods += [
-        Method(f"{gradient}, {weight:g}", steps=args.steps, batch=256, width=128, consistency=ConsistencyConfig(weight, period=8, start=args.steps // 10, gradient=gradient, pool_depth=8))
+        replace(alone, name=f"{gradient}, {weight:g}", consistency=ConsistencyConfig(weight, period=8, start=args.steps // 10, gradient=gradient, pool_depth=8))
         for gradient in ("low", "both")
         for weight in WEIGHTS
     ]  # fmt: skip
@@ -48,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
             h = t.averaged()
             rows.append({
                 "method": t.method.name, "seed": seed, "below": error_below(PROBLEM, h), "above": error(PROBLEM, h, 1.5 * PROBLEM.sigma_n),
-                "distance": distance(PROBLEM, h, seed), "spread": spread_of(t), "seconds": t.seconds,
+                "distance": distance(PROBLEM, h, seed), "spread": spread_of(h), "seconds": t.seconds,
             })  # fmt: skip
     lines = [
         [name, *(spread([row[column] for row in rows if row["method"] == name], digits) for column, digits in
@@ -60,12 +63,12 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def spread_of(training: Training) -> float:
+def spread_of(denoiser: Denoiser) -> float:
     """The variance of h over samples at a quarter of sigma_n, as a share of the clean data's."""
     x0 = PROBLEM.mixture.sample(20_000, torch.Generator().manual_seed(5))
     sigma = torch.full((len(x0),), PROBLEM.sigma_n / 4).clamp(min=PROCESS.sigma_min)
     with torch.no_grad():
-        h = training.averaged()(x0 + sigma[:, None] * torch.randn(x0.shape, generator=torch.Generator().manual_seed(6)), sigma, {})  # fmt: skip
+        h = denoiser(x0 + sigma[:, None] * torch.randn(x0.shape, generator=torch.Generator().manual_seed(6)), sigma, {})  # fmt: skip
     return float(variance(h) / variance(x0))
 
 

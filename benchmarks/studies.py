@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from data_pipeline.corruption import Gaussian
 from data_pipeline.shard import shard
-from data_pipeline.sources import open_source, prepare
 from trainer.checkpoint import read_tensors
+from trainer.diffusion.denoiser import Denoiser
 from trainer.errors import WorkFailed
 from trainer.evaluation.denoiser_error import denoiser_error
 from trainer.evaluation.features import efficientnet_lite0, kid
@@ -44,12 +44,6 @@ class Setting:
         path = self.folder / "shards" / (name + (f"-clean{clean_share:g}" if clean_share else ""))
         shard(f"packaged:{self.dataset}/train", path, Gaussian(sigma, clean_share), size=self.size, limit=limit)
         return path
-
-    def held_out(self, count: int) -> Tensor:
-        """Clean images of the test part, (count, C, size, size)."""
-        source = open_source(f"packaged:{self.dataset}/test")
-        channels = 1 if source.read(0).ndim == 2 else 3
-        return torch.stack([torch.from_numpy(prepare(source.read(i), self.size, channels)) for i in range(min(count, len(source)))])  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -95,12 +89,10 @@ def measure(
     return result
 
 
-def checkpoints(run_dir: Path) -> list[tuple[int, Restored]]:
-    """The run at each checkpoint that it kept, with the averaged weights of that step."""
-    run = restore(run_dir)
-    found: list[tuple[int, Restored]] = []
+def checkpoints(run_dir: Path) -> Iterator[tuple[int, Denoiser]]:
+    """The step of each checkpoint that a run kept, and one denoiser, which holds that step's averaged weights until the
+    next is asked for."""
+    denoiser = restore(run_dir).denoiser
     for path in sorted((run_dir / "checkpoints").glob("step-*")):
-        again = restore(run_dir)
-        again.denoiser.load_state_dict(read_tensors(path, "ema"))
-        found.append((int(path.name.removeprefix("step-")), Restored(run.config, run.state, again.denoiser)))
-    return found
+        denoiser.load_state_dict(read_tensors(path, "ema"))
+        yield int(path.name.removeprefix("step-")), denoiser

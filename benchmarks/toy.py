@@ -21,8 +21,7 @@ from trainer.diffusion.batch import Batch, Conditioning
 from trainer.diffusion.consistency import ConsistencyConfig, ConsistencyLoss
 from trainer.diffusion.denoiser import Denoise, Denoiser
 from trainer.diffusion.interleave import StepSchedule
-from trainer.diffusion.levels import EDM, karras_levels
-from trainer.diffusion.levels import LogUniform as LogUniformLevels
+from trainer.diffusion.levels import EDM, LogUniform, karras_levels
 from trainer.diffusion.noise import StreamNoise
 from trainer.diffusion.particles import ParticlePool
 from trainer.diffusion.process import VPCosine
@@ -67,7 +66,7 @@ class Problem:
 class Method:
     """One row of a table. data: what training is given; "exact above" is the closed-form denoiser as the target above
     sigma_n, to tell what consistency leaves from what the ambient loss leaves. steps, batch: of the ambient loss's
-    evaluations, so pairs see half as many observations. average_targets: h(x_t) by the averaged weights."""
+    evaluations, so pairs see half as many observations."""
 
     name: str
     data: Literal["noisy", "clean", "naive", "exact above"] = "noisy"
@@ -80,7 +79,6 @@ class Method:
     width: int = 256
     sigma_rel: float = 0.1
     prediction: Literal["v", "x0", "eps"] = "v"
-    average_targets: bool = False
 
 
 class Training:
@@ -88,7 +86,7 @@ class Training:
     of all of them. seconds: spent in this one alone."""
 
     def __init__(self, problem: Problem, method: Method, seed: int) -> None:
-        self.problem, self.method, self.seed = problem, method, seed
+        self.problem, self.method = problem, method
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.denoiser = Denoiser(MLP(problem.mixture.means.shape[1], method.width), PROCESS, method.prediction)
@@ -98,7 +96,7 @@ class Training:
         self._averaged = Denoiser(MLP(problem.mixture.means.shape[1], method.width), PROCESS, method.prediction)
         self._generator = torch.Generator().manual_seed(seed + 1000)
         self._noise = StreamNoise(self._generator)
-        self._ambient = AmbientLoss(LogUniformLevels(), EDM(), PROCESS, method.ambient)
+        self._ambient = AmbientLoss(LogUniform(), EDM(), PROCESS, method.ambient)
         c = method.consistency
         self.schedule, self._budget = StepSchedule(1, 0), None
         if c:
@@ -135,8 +133,7 @@ class Training:
         if c and self.schedule.has_consistency(self.step):
             batch = Batch(batch.x_n[: self._pool.rows], batch.sigma_n[: self._pool.rows])
             slots, particles = self._pool.take(self._grown(batch), self._noise)
-            h: Denoise = self._low_side_live if self.method.average_targets else self.denoiser
-            terms, children = self._consistency(h, particles, self._noise)
+            terms, children = self._consistency(self.denoiser, particles, self._noise)
             self._pool.put(slots, children)
             loss = loss + c.weight * self.schedule.scale * terms.loss.mean()
         if self.method.official and self.step >= self.method.steps // 10:
@@ -165,13 +162,10 @@ class Training:
         if self.method.data != "exact above":
             return self._ambient(self.denoiser, batch, self._noise).loss.mean()
         x0 = self.problem.mixture.sample(len(batch), self._generator)
-        sigma = LogUniformLevels().sample(self._noise.uniform("", batch.sigma_n), batch.sigma_n, PROCESS)
+        sigma = LogUniform().sample(self._noise.uniform("", batch.sigma_n), batch.sigma_n, PROCESS)
         x = x0 + sigma[:, None] * self._noise.normal("", x0)
         target = self.problem.mixture.posterior_mean(x, sigma)
         return (EDM()(sigma) * (self.denoiser(x, sigma, {}) - target).square().mean(1)).mean()
-
-    def _low_side_live(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        return (self.denoiser if torch.is_grad_enabled() else self.averaged())(x, sigma, conditioning)
 
     def averaged(self) -> Denoiser:
         """The denoiser with the averaged weights."""

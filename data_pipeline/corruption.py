@@ -38,7 +38,6 @@ class Gaussian:
             raise UserError(f"--sigma {self.sigma:g}: must be a finite number, at least 0")
         if self.sigma > 1000:
             raise UserError(f"--sigma {self.sigma:g}: float16 observations hold sigma up to 1000")
-
         if not 0 <= self.clean_share <= 1:
             raise UserError(f"--clean-share {self.clean_share:g}: must be from 0 to 1")
 

@@ -29,8 +29,7 @@ class Ranks:
         if self.world == 1:
             return dict(flags)
         values = torch.tensor([flags[name] for name in flags], dtype=torch.int32, device=self.device)
-        dist.all_reduce(values, dist.ReduceOp.MAX)
-        return {name: bool(value) for name, value in zip(flags, values.tolist(), strict=True)}
+        return {name: bool(value) for name, value in zip(flags, self.max(values).tolist(), strict=True)}
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, in place. A collective."""

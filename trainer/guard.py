@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from statistics import mean
 
 from trainer.diffusion.consistency import ConsistencyConfig
@@ -23,20 +24,22 @@ class CollapseGuard:
         self._advice = f"lower consistency.weight (now {config.weight:g})"
         if config.gradient == "both":
             self._advice += ", or set consistency.gradient to low, which hardly ever collapses"
-        self._spreads: list[float] = []
-        self._ambient: list[float] = []
-        self._said = False
+        self._highest, self._said = 0.0, False
+        self._first: list[float] = []  # ambient losses
+        self._last: deque[tuple[float, float]] = deque(maxlen=REPORTS)  # spreads and ambient losses
 
     def observe(self, step: int, spread: float, ambient_loss: float) -> str | None:
         """A warning, the first time that a sign has stayed."""
-        self._spreads.append(spread)
-        self._ambient.append(ambient_loss)
-        if self._said or len(self._spreads) <= REPORTS:
+        self._highest = max(self._highest, min(1.0, spread))
+        self._last.append((spread, ambient_loss))
+        if len(self._first) < REPORTS:
+            self._first.append(ambient_loss)
             return None
-        highest = min(1.0, max(self._spreads))
-        first, last = mean(self._ambient[:REPORTS]), mean(self._ambient[-REPORTS:])
-        if max(self._spreads[-REPORTS:]) < FALLEN * highest:
-            sign = f"{SPREAD} has fallen from {highest:.2f} to {spread:.2f}: below sigma_n the denoiser is becoming the same for every image"
+        if self._said:
+            return None
+        first, last = mean(self._first), mean(loss for _, loss in self._last)
+        if max(spread for spread, _ in self._last) < FALLEN * self._highest:
+            sign = f"{SPREAD} has fallen from {self._highest:.2f} to {spread:.2f}: below sigma_n the denoiser is becoming the same for every image"
         elif 0 < RISEN * first < last:
             sign = f"loss/ambient has risen from {first:.3g} to {last:.3g} since consistency began: it drowns what the data teach"
         else:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trainer.diffusion.batch import Batch, expand, twice
 from trainer.diffusion.denoiser import Denoise
-from trainer.diffusion.levels import Levels, Weight
+from trainer.diffusion.levels import Levels, Weight, log_uniform
 from trainer.diffusion.noise import Noise
 from trainer.diffusion.process import Process
 
@@ -84,12 +84,11 @@ class AmbientLoss:
         u = noise.uniform("ambient.level", sigma_n)
         sigma_t = self.levels.sample(u, lower, self.process)
         if self.config.boundary_share:
-            upper = (sigma_n * self.config.boundary_ratio).clamp(max=self.process.sigma_max)
-            near = (noise.uniform("ambient.boundary", sigma_n) < self.config.boundary_share) & (
-                sigma_n >= self.process.sigma_min
-            )
+            near = noise.uniform("ambient.boundary", sigma_n) < self.config.boundary_share
+            near &= sigma_n >= self.process.sigma_min
             low = lower.clamp(min=self.process.sigma_min)
-            sigma_t = torch.where(near, torch.minimum(low * (upper / low) ** u, upper), sigma_t)
+            high = torch.maximum(low, (sigma_n * self.config.boundary_ratio).clamp(max=self.process.sigma_max))
+            sigma_t = torch.where(near, log_uniform(u, low, high), sigma_t)
         return sigma_t
 
     @staticmethod

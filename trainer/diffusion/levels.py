@@ -44,7 +44,7 @@ class LogUniform:
 
     def sample(self, u: Tensor, lower: Tensor, process: Process) -> Tensor:
         low, high = _bounds(lower, process)
-        return _rounded((low.log() + u.double() * (high / low).log()).exp(), low, high, u)
+        return log_uniform(u, low, high)
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,12 @@ Levels = LogNormal | LogUniform | UniformTime
 """`sample(u, lower, process)`: u (B,) uniform in [0, 1); lower (B,) the samples' sigma_n.
 Returns sigma_t (B,), with max(lower, process.sigma_min) <= sigma_t <= process.sigma_max. Every sigma_n must be below
 process.sigma_max; that is checked once, against the data's index, not in each step, where it would stall a GPU."""
+
+
+def log_uniform(u: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Levels whose logarithm is uniform from low to high (both above 0), at the quantiles u. All (B,); u's dtype."""
+    low, high = low.double(), high.double()
+    return _rounded((low.log() + u.double() * (high / low).log()).exp(), low, high, u)
 
 
 def _bounds(lower: Tensor, process: Process) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from trainer.diffusion.ambient import further_noised
 from trainer.diffusion.batch import Batch, Conditioning, expand
+from trainer.diffusion.levels import log_uniform
 from trainer.diffusion.noise import Noise
 
 Slots = tuple[Tensor, Tensor]
@@ -85,7 +86,7 @@ class ParticlePool:
         if self.sigma_max is None:
             return batch.x_n, batch.sigma_n
         low = batch.sigma_n.clamp(min=self.sigma_min)
-        sigma = low * (self.sigma_max / low) ** noise.uniform("pool.level", low)
+        sigma = log_uniform(noise.uniform("pool.level", low), low, torch.full_like(low, self.sigma_max))
         return further_noised(batch.x_n, batch.sigma_n, sigma, noise.normal("pool.noise", batch.x_n)), sigma
 
     def _empty(self, batch: Batch) -> dict[str, Tensor]:

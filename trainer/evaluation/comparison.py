@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from data_pipeline.loader import Layout, Loader
-from data_pipeline.sources import open_source, prepare
-from trainer.evaluation.denoiser_error import denoiser_error
-from trainer.evaluation.grids import to_pixels
+from trainer.evaluation.denoiser_error import clean_images, denoiser_error
+from trainer.evaluation.grids import sheet
 from trainer.generate import generate
 from trainer.restore import Restored
 
@@ -27,7 +24,7 @@ def compare(
     """Writes the picture, and returns the error of each denoiser at each level."""
     shape = ours.state.shape
     device = next(ours.denoiser.parameters()).device
-    clean = _images(held_out, shape).to(device)
+    clean = clean_images(held_out, HELD_OUT, shape).to(device)
     errors = [denoiser_error(run.denoiser, clean, levels) for run in (ours, naive)]
     batch = next(Loader(ours.config.data, Layout(COLUMNS, COLUMNS, 0, 1), 0, device).stream(0))
     with torch.no_grad():
@@ -44,12 +41,6 @@ def compare(
     }
     _draw(rows, levels, {"ours": errors[0], "naive": errors[1]}, sigma_n, len(clean), path)
     return errors[0], errors[1]
-
-
-def _images(source_name: str, shape: tuple[int, int, int]) -> Tensor:
-    source = open_source(source_name)
-    count = min(HELD_OUT, len(source))
-    return torch.stack([torch.from_numpy(prepare(source.read(i), shape[1], shape[0])) for i in range(count)])
 
 
 def _draw(
@@ -71,7 +62,7 @@ def _draw(
     heights = [-(-len(images) // COLUMNS) for images in rows.values()]
     axes = pictures.subplots(len(rows), 1, height_ratios=heights)
     for axis, (title, images) in zip(axes, rows.items(), strict=True):
-        axis.imshow(_sheet(images), interpolation="nearest")
+        axis.imshow(sheet(images, COLUMNS), interpolation="nearest")
         axis.set_title(title, fontsize=10, loc="left")
         axis.axis("off")
     axis = plot.subplots()
@@ -88,10 +79,3 @@ def _draw(
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def _sheet(images: Tensor) -> NDArray[np.uint8]:
-    pixels = np.pad(to_pixels(images), ((0, -len(images) % COLUMNS), (1, 1), (1, 1), (0, 0)), constant_values=255)
-    _, height, width, _ = pixels.shape
-    grid = pixels.reshape(-1, COLUMNS, height, width, 3).transpose(0, 2, 1, 3, 4)
-    return grid.reshape(-1, COLUMNS * width, 3)

@@ -7,9 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from data_pipeline.sources import open_source, prepare
 from trainer.diffusion.batch import expand
 from trainer.diffusion.denoiser import Denoise
 from trainer.diffusion.noise import AddressedNoise
+
+
+def clean_images(source: str, count: int, shape: tuple[int, int, int]) -> Tensor:
+    """The first images of a source (see `open_source`), at most `count`: (N, C, H, W) in [-1, 1]."""
+    images = open_source(source)
+    return torch.stack(
+        [torch.from_numpy(prepare(images.read(i), shape[1], shape[0])) for i in range(min(count, len(images)))]
+    )
 
 
 @torch.no_grad()

@@ -18,6 +18,14 @@ def to_pixels(images: Tensor) -> NDArray[np.uint8]:
     return pixels[:, :3].permute(0, 2, 3, 1).cpu().numpy()
 
 
+def sheet(images: Tensor, columns: int) -> NDArray[np.uint8]:
+    """Images (B, C, H, W) in [-1, 1] in rows of `columns`, one white pixel around each: (height, width, 3) uint8."""
+    pixels = np.pad(to_pixels(images), ((0, -len(images) % columns), (1, 1), (1, 1), (0, 0)), constant_values=255)
+    _, height, width, _ = pixels.shape
+    grid = pixels.reshape(-1, columns, height, width, 3).transpose(0, 2, 1, 3, 4)
+    return grid.reshape(-1, columns * width, 3)
+
+
 def save_grid(images: Tensor, path: Path, columns: int, scale: int = 2, gap: int = 1) -> None:
     """images: (B, C, H, W) in [-1, 1]. scale: pixels a pixel."""
     pixels = to_pixels(images)
