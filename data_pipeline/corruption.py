@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,16 @@ def generator_of(seed: int, key: str) -> np.random.Generator:
     """The generator of one sample: the same on every machine, in any order, with any number of workers."""
     digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=16).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "big")))
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a shard holds of one image. x_n: (C, H, W) float32, not clipped. sigma_n: its noise level, at least 0.
+    about: what else is recorded with it, as JSON."""
+
+    x_n: Array
+    sigma_n: float
+    about: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True)
@@ -41,10 +52,10 @@ class Gaussian:
         if not 0 <= self.clean_share <= 1:
             raise UserError(f"--clean-share {self.clean_share:g}: must be from 0 to 1")
 
-    def __call__(self, x0: Array, generator: np.random.Generator) -> tuple[Array, float]:
-        """x0: (C, H, W) float32 in [-1, 1]. Returns x_n, not clipped, and sigma_n."""
+    def __call__(self, x0: Array, generator: np.random.Generator) -> Observation:
+        """x0: (C, H, W) float32 in [-1, 1]."""
         x_n = x0 + np.float32(self.sigma) * generator.standard_normal(x0.shape, dtype=np.float32)
-        return (x0, 0.0) if generator.random() < self.clean_share else (x_n, self.sigma)
+        return Observation(x0, 0.0) if generator.random() < self.clean_share else Observation(x_n, self.sigma)
 
 
 Corruption = Gaussian

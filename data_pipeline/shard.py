@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_pipeline.corruption import Array, Corruption, Gaussian, generator_of
+from data_pipeline.corruption import Array, Corruption, Gaussian, Observation, generator_of
 from data_pipeline.index import NAME, ShardIndex, read_index, write_index
 from data_pipeline.sources import Source, open_source, prepare
 from data_pipeline.writer import write_shards
@@ -85,14 +85,14 @@ def shard(source_name: str, output: Path, corruption: Corruption, *, seed: int =
 
     source = open_source(source_name)
     count = min(len(source), limit or len(source))
-    channels = channels or (1 if source.read(0).ndim == 2 else 3)
+    channels = channels or (1 if source.read(0).pixels.ndim == 2 else 3)
     output.mkdir(parents=True, exist_ok=True)
     for leftover in [*output.glob(".*.partial"), *output.glob("shard-*.tar")]:  # of a run that was interrupted
         leftover.unlink()
     sigmas: list[float] = []
     shape: tuple[int, ...] = ()
 
-    def samples() -> Iterator[tuple[str, Array, float]]:
+    def samples() -> Iterator[tuple[str, Observation]]:
         nonlocal shape
         for key, x0 in tqdm(_clean(source, count, size, channels), total=count, desc=f"shard {output}", unit="img"):
             shape = shape or x0.shape
@@ -100,9 +100,9 @@ def shard(source_name: str, output: Path, corruption: Corruption, *, seed: int =
                 raise UserError(
                     f"{key}: {x0.shape[2]}x{x0.shape[1]} pixels, the first image has {shape[2]}x{shape[1]}: give --size"
                 )
-            x_n, sigma_n = corruption(x0, generator_of(seed, key))
-            sigmas.append(sigma_n)
-            yield key, x_n, sigma_n
+            observation = corruption(x0, generator_of(seed, key))
+            sigmas.append(observation.sigma_n)
+            yield key, observation
 
     shards = write_shards(output, samples(), shard_size)
     assert len(shape) == 3, "a source is never empty"

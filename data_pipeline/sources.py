@@ -18,11 +18,19 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".pgm", "
 
 
 @dataclass(frozen=True)
+class Picture:
+    """pixels: (H, W) or (H, W, 3) uint8. caption: where the source has one."""
+
+    pixels: NDArray[np.uint8]
+    caption: str | None = None
+
+
+@dataclass(frozen=True)
 class Source:
-    """Named images. keys: unique, without dots or slashes. read(i): (H, W) or (H, W, 3) uint8."""
+    """Named pictures. keys: unique, without dots or slashes."""
 
     keys: Sequence[str]
-    read: Callable[[int], NDArray[np.uint8]]
+    read: Callable[[int], Picture]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -33,7 +41,9 @@ def open_source(name: str) -> Source:
     if name.startswith("packaged:"):
         set_name, _, split = name.removeprefix("packaged:").partition("/")
         images = packaged.load(set_name, split or "all")
-        return Source([f"{set_name}-{split or 'all'}-{i:06d}" for i in range(len(images))], images.__getitem__)
+        return Source(
+            [f"{set_name}-{split or 'all'}-{i:06d}" for i in range(len(images))], lambda i: Picture(images[i])
+        )
     folder = Path(name)
     if not folder.is_dir():
         raise UserError(
@@ -47,7 +57,7 @@ def open_source(name: str) -> Source:
         twice = next(key for key in keys if keys.count(key) > 1)
         raise UserError(f"SOURCE {name}: two images would both be named {twice}: rename one")
 
-    def read(i: int) -> NDArray[np.uint8]:
+    def read(i: int) -> Picture:
         try:
             with Image.open(paths[i]) as image:
                 if image.mode.startswith(("I", "F")):
@@ -56,18 +66,18 @@ def open_source(name: str) -> Source:
                     )
                 upright = ImageOps.exif_transpose(image)
                 grey = upright.mode in ("1", "L", "LA")
-                return np.asarray(upright.convert("L" if grey else "RGB"))
+                return Picture(np.asarray(upright.convert("L" if grey else "RGB")))
         except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
             raise UserError(f"{paths[i]}: cannot be read as an image: {error}") from None
 
     return Source(keys, read)
 
 
-def prepare(image: NDArray[np.uint8], size: int | None, channels: int) -> Array:
+def prepare(picture: Picture, size: int | None, channels: int) -> Array:
     """Centre crop to a square, resize to `size` pixels, to (C, H, W) float32 in [-1, 1]. size None: as it is."""
-    picture = Image.fromarray(image).convert("L" if channels == 1 else "RGB")
+    image = Image.fromarray(picture.pixels).convert("L" if channels == 1 else "RGB")
     if size is not None:
-        picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
-    pixels = np.asarray(picture, dtype=np.float32).reshape(picture.height, picture.width, channels)
+        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    pixels = np.asarray(image, dtype=np.float32).reshape(image.height, image.width, channels)
     pixels = pixels / np.float32(127.5) - np.float32(1)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)

@@ -13,25 +13,24 @@ from pathlib import Path
 import numpy as np
 from webdataset.writer import TarWriter
 
-from data_pipeline.corruption import Array
+from data_pipeline.corruption import Array, Observation
 from data_pipeline.index import Shard
 
 OBSERVATION, META = "x_n.npy", "json"
-"""The members of a sample: the observation, (C, H, W) float16; and {"sigma_n": float}."""
+"""The members of a sample: the observation, (C, H, W) float16; and {"sigma_n": float, ...}."""
 
 
-def write_shards(folder: Path, samples: Iterable[tuple[str, Array, float]], per_shard: int) -> list[Shard]:
-    """samples: (key, x_n, sigma_n). The bytes depend on the samples alone: fixed owner and time in the tar headers."""
+def write_shards(folder: Path, samples: Iterable[tuple[str, Observation]], per_shard: int) -> list[Shard]:
+    """The bytes depend on the samples alone: fixed owner and time in the tar headers."""
     shards: list[Shard] = []
     iterator = iter(samples)
     while chunk := list(islice(iterator, per_shard)):
         name = f"shard-{len(shards):06d}.tar"
         buffer = BytesIO()
         with TarWriter(buffer, encoder=False, mtime=0) as tar:  # pyright: ignore[reportArgumentType]
-            for key, x_n, sigma_n in chunk:
-                tar.write(
-                    {"__key__": key, OBSERVATION: npy_bytes(x_n), META: json.dumps({"sigma_n": sigma_n}).encode()}
-                )
+            for key, observation in chunk:
+                meta = json.dumps({"sigma_n": observation.sigma_n, **observation.about}).encode()
+                tar.write({"__key__": key, OBSERVATION: npy_bytes(observation.x_n), META: meta})
         data = buffer.getvalue()
         partial = folder / f".{name}.partial"
         with partial.open("wb") as file:

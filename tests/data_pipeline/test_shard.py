@@ -75,7 +75,7 @@ def test_no_clean_image_is_in_any_file(pictures: Path, shards: Path) -> None:
         row = int(x0[0].var(axis=1).argmax())  # rows through the disc; empty ones are zeros, as padding is
         middle = x0[0, row : row + 2]
         forms = [middle.astype(t).tobytes() for t in (np.float16, np.float32, np.float64)]
-        forms += [source.read(i)[row : row + 2].tobytes(), (pictures / f"disc {i:02d}.png").read_bytes()[60:100]]
+        forms += [source.read(i).pixels[row : row + 2].tobytes(), (pictures / f"disc {i:02d}.png").read_bytes()[60:100]]
         assert not any(form in everything for form in forms)
 
 
