@@ -9,13 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import UserError
+from data_pipeline import storage
+from trainer.errors import UserError, WorkFailed
 
 NAME = "index.json"
 FORMAT = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shard:
     """One tar file: its name, number of samples, size in bytes and SHA-256."""
 
@@ -54,17 +55,40 @@ def write_index(folder: Path, index: ShardIndex) -> None:
     partial.replace(folder / NAME)
 
 
-def read_index(folder: Path) -> ShardIndex:
-    """Raises UserError when the folder has no index, or one that does not hold together."""
-    path = folder / NAME
-    if not folder.is_dir():
+def read_index(folder: str | Path) -> ShardIndex:
+    """folder: a path or a URL. Raises UserError when it has no index, or one that does not hold together; WorkFailed
+    when a remote one cannot be read.
+
+    A missing shard is named here where the folder is local; where it is remote, when it is fetched: listing 100,000
+    objects would cost each rank a hundred requests.
+    """
+    folder = str(folder)
+    path, remote = storage.join(folder, NAME), storage.is_url(folder)
+    if not remote and not os.path.isdir(folder):
         raise UserError(f"{folder}: no such shard folder; make it with `python -m data_pipeline.shard SOURCE {folder}`")
-    if not path.is_file():
+    try:
+        index = _parsed(path, storage.read_bytes(path))
+    except FileNotFoundError:
         raise UserError(
             f"{folder}: no {NAME} in it, so the shards are not complete; run `python -m data_pipeline.shard` again"
-        )
+        ) from None
+    except (UserError, WorkFailed):
+        raise
+    except Exception as error:  # each client of a store has errors of its own
+        raise WorkFailed(f"{path}: cannot be read: {' '.join(f'{type(error).__name__}: {error}'.split())}") from None
+    if not remote:
+        there = set(os.listdir(folder))  # one call, where asking for each shard would be 100,000
+        missing = [shard.name for shard in index.shards if shard.name not in there]
+        if missing:
+            raise UserError(
+                f"{folder}: {len(missing)} of {len(index.shards)} shards are missing, first {missing[0]}: shard again"
+            )
+    return index
+
+
+def _parsed(path: str, content: bytes) -> ShardIndex:
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(content)
         if data["format"] != FORMAT:
             raise UserError(f"{path}: format {data['format']}, this version reads {FORMAT}: shard again")
         index = ShardIndex(
@@ -77,15 +101,17 @@ def read_index(folder: Path) -> ShardIndex:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not a shard index ({type(error).__name__}: {error}): shard again") from None
     counts = [number for shard in index.shards for number in (shard.samples, shard.bytes)]
-    if len(index.shape) != 3 or any(not isinstance(n, int) or n < 1 for n in [*index.shape, *counts]):
+    if len(index.shape) != 3 or any(type(n) is not int or n < 1 for n in [*index.shape, *counts]):
         raise UserError(f"{path}: shape, samples and bytes must be whole numbers, at least 1: shard again")
-    if not 0 <= index.sigma_min <= index.sigma_max < math.inf or any(not isinstance(s.name, str) for s in index.shards):
-        raise UserError(f"{path}: a level that is not a number, or a name that is not text: shard again")
-    if any(os.path.basename(shard.name) != shard.name for shard in index.shards):
+    names = {shard.name for shard in index.shards}
+    if not all(type(text) is str for shard in index.shards for text in (shard.name, shard.sha256)):
+        raise UserError(f"{path}: a name or a checksum that is not text: shard again")
+    if not 0 <= index.sigma_min <= index.sigma_max < math.inf:
+        raise UserError(f"{path}: a level that is not a number: shard again")
+    if any(os.path.basename(name) != name for name in names):
         raise UserError(f"{path}: a shard's name has a folder in it, which no index that we write has")
-    missing = [shard.name for shard in index.shards if not (folder / shard.name).is_file()]
-    if missing or not index.shards:
-        raise UserError(
-            f"{folder}: {len(missing)} of {len(index.shards)} shards are missing{', first ' + missing[0] if missing else ''}"
-        )
+    if any(len(shard.sha256) != 64 or not shard.sha256.isalnum() for shard in index.shards):
+        raise UserError(f"{path}: a checksum that is not 64 hexadecimal digits: shard again")
+    if not names or len(names) != len(index.shards):
+        raise UserError(f"{path}: no shards, or two with the same name: shard again")
     return index

@@ -2,42 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import os
+import sys
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch.utils.data import get_worker_info
-from webdataset.compat import WebLoader
+from torch.utils.data import DataLoader, get_worker_info
+from tqdm import tqdm
 from webdataset.pipeline import DataPipeline
 
+from data_pipeline import storage
+from data_pipeline.cache import ShardCache, retrying
+from data_pipeline.feed import Feed, Piece, Slots
 from data_pipeline.index import read_index
-from data_pipeline.order import Address, Order
-from data_pipeline.reader import ShardReader, decode
+from data_pipeline.order import Order, Places
+from data_pipeline.reader import ShardReader
 from trainer.diffusion.batch import Batch
-from trainer.diffusion.noise import address
 from trainer.errors import UserError
+
+PREFETCH = 2
+"""Micro-batches that each background process has ready or in work."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """shards: the folder that `data_pipeline.shard` wrote. sigma_scale: what the training takes the recorded sigma_n
-    for, as a factor: 1 trusts it, 0 takes noisy images for clean (the naive baseline), others study a wrong estimate.
-    workers: background processes that read, per rank; 0 reads in the training process. group: shards shuffled together.
-    flip: mirrors every other image left to right, others in each epoch; for sets whose mirror images belong to them."""
+    """shards: the folder that `data_pipeline.shard` wrote, or its URL (s3://..., any that fsspec knows).
+    sigma_scale: what the training takes the recorded sigma_n for, as a factor: 1 trusts it, 0 takes noisy images for
+    clean (the naive baseline), others study a wrong estimate.
+    workers: background processes that read, per rank; 0 reads in the training process.
+    group: shards shuffled together; docs/loader.md has what more or fewer cost.
+    flip: mirrors every other image left to right, others in each epoch; for sets whose mirror images belong to them.
+    cache_dir: where copies of a remote folder's shards are kept, for all ranks of a machine together; null: in
+    AMBIENT_CACHE, or else ~/.cache/ambient-trainer. cache_gb: what they may take there, in 10^9 bytes.
+    retries: how often a remote read that fails is tried again, after 0.5, 1, 2, ... up to 30 seconds.
+    verify: compares each shard's checksum when a process first opens it. A remote shard always is, when it is fetched;
+    local ones by size alone unless this is set, as each process would read every byte once more.
+    on_error: what to do about a shard that cannot be read: stop, with its name; or skip, which puts samples of its group in
+    place of its own, warns, and counts them."""
 
     shards: str
     sigma_scale: float = 1.0
     workers: int = 1
     group: int = 16
     flip: bool = False
+    cache_dir: str | None = None
+    cache_gb: float = 10.0
+    retries: int = 5
+    verify: bool = False
+    on_error: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
-        if self.sigma_scale < 0 or self.workers < 0 or self.group < 1:
+        if not self.sigma_scale >= 0 or self.workers < 0 or self.group < 1:
             raise ValueError("need sigma_scale >= 0, workers >= 0 and group >= 1")
+        if not self.cache_gb > 0 or self.retries < 0:
+            raise ValueError("need cache_gb > 0 and retries >= 0")
 
 
 @dataclass(frozen=True)
@@ -65,56 +87,109 @@ class Layout:
 
 
 class Loader:
-    """Batches of one rank. Position p of the global sequence is row p % batch_size of step p // batch_size."""
+    """Batches of one rank. Position p of the global sequence is row p % batch_size of step p // batch_size.
+
+    skipped: samples of this rank that others stood in for since the loader was made; 0 unless data.on_error is skip.
+    """
 
     def __init__(self, config: DataConfig, layout: Layout, seed: int, device: torch.device) -> None:
         self.config, self.layout, self.device = config, layout, device
-        self.index = read_index(Path(config.shards))
-        self.order = Order(tuple(shard.samples for shard in self.index.shards), seed, config.group)
+        retries = config.retries if storage.is_url(config.shards) else 0
+        self.index = retrying(lambda: read_index(config.shards), retries, config.shards)
+        counts = np.fromiter((shard.samples for shard in self.index.shards), np.int64)
+        self.order = Order(counts, seed, config.group)
+        self.skipped = 0
+        self._warned: set[str] = set()
+        if storage.is_url(config.shards):
+            self._check_cache()
 
-    def stream(self, samples_consumed: int) -> Iterator[Batch]:
-        """Endless micro-batches from a position on: the global count of samples that training has consumed."""
+    def stream(self, samples_consumed: int) -> Generator[Batch, None, None]:
+        """Endless micro-batches from a position on: the global count of samples that training has consumed.
+
+        Closing it, dropping it, or an exception in it ends its background processes, and closes all files.
+        """
         assert samples_consumed % self.layout.batch_size == 0, "a position is a step's border"
-        first_step = samples_consumed // self.layout.batch_size
-        pipeline = DataPipeline(_Places(self.order, self.layout, first_step), self._read, self._batch)
-        pinned = self.device.type == "cuda"
-        loader = WebLoader(pipeline, batch_size=None, num_workers=self.config.workers, pin_memory=pinned)
-        for item in loader:
-            if isinstance(item, UserError):  # carried as a value: a worker would wrap it in its traceback
-                raise item
-            x_n, sigma_n, conditioning, keys = item
-            yield Batch(x_n, sigma_n, conditioning, tuple(keys)).to(self.device)
-
-    def _read(self, places: Iterator[list[Place]]) -> Iterator[list[Any] | UserError]:
-        reader = ShardReader(Path(self.config.shards), self.index, open_shards=2 * self.config.group)
+        workers, shape = self.config.workers, self.index.shape
+        slots = Slots(workers, PREFETCH + 1 if workers else 1, self.layout.micro_batch_size, shape)
+        pipeline: Any = DataPipeline(
+            _Places(self.order, self.layout, samples_consumed // self.layout.batch_size),
+            lambda places: self._feed(slots).pieces(places),
+        )
+        pieces: Any = iter(pipeline)
+        if workers:
+            # Forked, so that they share the slots. A worker starts on a piece when the one PREFETCH before it was taken.
+            settings: dict[str, Any] = {"num_workers": workers, "prefetch_factor": PREFETCH, "collate_fn": _as_is}
+            pieces = iter(DataLoader(pipeline, batch_size=None, multiprocessing_context="fork", **settings))
         try:
-            for micro_batch in places:
-                yield [self._sample(reader, place) for place in micro_batch]
-        except UserError as error:
-            yield error
+            batches = (self._batch(piece, slots) for piece in pieces)
+            yield from self._ahead(batches) if self.device.type == "cuda" else batches
+        finally:  # at once: an exception's traceback would keep the processes alive for as long as it is kept itself
+            pieces._shutdown_workers() if workers else pieces.close()
 
-    def _sample(self, reader: ShardReader, place: Place) -> tuple[str, NDArray[np.float32], float]:
-        key, x_n, sigma_n = decode(reader.read(place.address), self.index.shape)
-        # The mirror image of Gaussian noise is Gaussian noise, so x_n may be mirrored for x0.
-        mirrored = self.config.flip and address(self.order.seed, "flip", place.position) % 2
-        return key, x_n[..., ::-1] if mirrored else x_n, sigma_n
+    def _feed(self, slots: Slots) -> Feed:
+        """In the background process, where there is one."""
+        config, cache = self.config, None
+        if storage.is_url(config.shards):
+            cache = ShardCache(config.shards, _cache_folder(config), int(config.cache_gb * 1e9), config.retries)
+        reader = ShardReader(config.shards, self.index, 2 * config.group, cache, config.verify)
+        return Feed(self.order, reader, slots, config.flip, config.on_error == "skip")
 
-    def _batch(self, micro_batches: Iterator[list[Any] | UserError]) -> Iterator[tuple[Any, ...] | UserError]:
-        for samples in micro_batches:
-            if isinstance(samples, UserError):
-                yield samples
-                return
-            keys, x_n, sigma_n = zip(*samples, strict=True)
-            scaled = torch.tensor(sigma_n, dtype=torch.float32) * self.config.sigma_scale
-            yield torch.from_numpy(np.stack(x_n)), scaled, {}, keys
+    def _batch(self, piece: Piece | Exception, slots: Slots) -> Batch:
+        if isinstance(piece, Exception):
+            raise piece
+        self.skipped += piece.skipped
+        for message in piece.failed:
+            if message not in self._warned:
+                self._warned.add(message)
+                note = f"warning: rank {self.layout.rank}: {message}; others of its group stand in for its samples"
+                tqdm.write(note, file=sys.stderr)
+        sigma_n = torch.from_numpy(piece.sigma_n) * self.config.sigma_scale
+        conditioning = {name: torch.from_numpy(value) for name, value in piece.conditioning.items()}
+        shape = (len(sigma_n), *self.index.shape)
+        if self.device.type == "cuda":  # float16 from pinned memory, and float32 where half the bytes have travelled
+            x_n = slots.copied(piece, torch.empty(shape, dtype=torch.float16, pin_memory=True))
+            batch = Batch(x_n, sigma_n.pin_memory(), conditioning, piece.keys).to(self.device)
+            return replace(batch, x_n=batch.x_n.float())
+        # numpy asks for huge pages, torch does not: on 48 MB that is seven times as fast.
+        x_n = slots.copied(piece, torch.from_numpy(np.empty(shape, np.float32)))
+        return Batch(x_n, sigma_n, conditioning, piece.keys).to(self.device)
+
+    def _ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """On a GPU: the next batch travels, on a stream of its own, while the one before is computed with."""
+        transfer = torch.cuda.Stream(self.device)
+
+        def sent() -> Batch:
+            with torch.cuda.stream(transfer):
+                return next(batches)
+
+        following = sent()
+        while True:
+            batch = following
+            computing = torch.cuda.current_stream(self.device)
+            computing.wait_stream(transfer)
+            for tensor in (batch.x_n, batch.sigma_n, *batch.conditioning.values()):
+                tensor.record_stream(computing)  # its memory is not used again before what is computed with it is done
+            following = sent()
+            yield batch
+
+    def _check_cache(self) -> None:
+        """Two groups are in use when one follows the other."""
+        largest = max(shard.bytes for shard in self.index.shards)
+        needed = min(2 * self.config.group, len(self.index.shards)) * largest / 1e9
+        if needed > self.config.cache_gb:
+            raise UserError(
+                f"data.cache_gb {self.config.cache_gb:g}: two groups of {self.config.group} shards take {needed:.3g} GB: raise it, or lower data.group"
+            )
 
 
-@dataclass(frozen=True)
-class Place:
-    """A position in the global sequence, and the sample that stands there."""
+def _as_is(piece: Piece | Exception) -> Piece | Exception:
+    """Pieces are batches already."""
+    return piece
 
-    position: int
-    address: Address
+
+def _cache_folder(config: DataConfig) -> Path:
+    cache = Path(os.environ.get("AMBIENT_CACHE", Path.home() / ".cache" / "ambient-trainer"))
+    return Path(config.cache_dir) if config.cache_dir else cache / "shards"
 
 
 class _Places:
@@ -123,14 +198,11 @@ class _Places:
     def __init__(self, order: Order, layout: Layout, first_step: int) -> None:
         self.order, self.layout, self.first_step = order, layout, first_step
 
-    def __call__(self) -> Iterator[list[Place]]:
-        return iter(self)
-
-    def __iter__(self) -> Iterator[list[Place]]:
+    def __call__(self) -> Iterator[Places]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         while True:
             step, micro = divmod(number, self.layout.accumulation)
             first = (self.first_step + step) * self.layout.batch_size + self.layout.first_row(micro)
-            yield [Place(p, self.order.at(p)) for p in range(first, first + self.layout.micro_batch_size)]
+            yield self.order.range(first, self.layout.micro_batch_size)
             number += workers

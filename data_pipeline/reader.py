@@ -1,20 +1,28 @@
-"""Reads single samples out of tar shards, in any order, through a memory map."""
+"""Reads samples out of tar shards, in any order, a batch at a time."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import mmap
-import tarfile
+import os
 from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.index import ShardIndex
+from data_pipeline import storage
+from data_pipeline.cache import CacheFull, ShardCache
+from data_pipeline.index import Shard, ShardIndex
 from data_pipeline.order import Address
+from data_pipeline.tar import Members, members
 from data_pipeline.writer import META, OBSERVATION
 from trainer.errors import UserError
 
@@ -22,58 +30,238 @@ RawSample = dict[str, str | bytes]
 """As webdataset has it: "__key__", and the bytes of each member by its extension."""
 
 
-class ShardReader:
-    """Keeps the last `open_shards` shards mapped."""
+@dataclass(frozen=True)
+class OpenShard:
+    """A shard's file and its members. Sample `row` has members starts[row] .. starts[row + 1]; observations[row] and
+    metas[row] are the members of those names, -1 where it has none."""
 
-    def __init__(self, folder: Path, index: ShardIndex, open_shards: int) -> None:
-        self._folder, self._index, self._limit = folder, index, open_shards
-        self._open: OrderedDict[int, tuple[mmap.mmap, list[tuple[str, dict[str, slice]]]]] = OrderedDict()
+    path: str
+    file: BinaryIO
+    members: Members
+    keys: list[str]
+    starts: list[int]
+    observations: list[int]
+    metas: list[int]
+
+    def raw(self, row: int) -> RawSample:
+        here = range(self.starts[row], self.starts[row + 1])
+        return {"__key__": self.keys[row], **{self.members.names[i].partition(".")[2]: self.content(i) for i in here}}
+
+    def content(self, member: int) -> bytes:
+        return os.pread(self.file.fileno(), self.members.sizes[member], self.members.offsets[member])
+
+
+class BadShard(UserError):
+    """A file that is not what the index says."""
+
+
+class ShardReader:
+    """Keeps the last `open_shards` shards open. cache: for a remote folder. verify: compares checksums of a local
+    folder's shards, once a process; those of a remote one always are, when they are fetched."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        index: ShardIndex,
+        open_shards: int,
+        cache: ShardCache | None = None,
+        verify: bool = False,
+    ) -> None:
+        self._folder, self._index, self._limit, self._cache = str(folder), index, open_shards, cache
+        self.shape = index.shape
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        self._unverified = set(range(len(index.shards))) if verify and cache is None else set[int]()
+        self._npy_header = npy_header(index.shape)
+        self._npy_size = len(self._npy_header) + 2 * math.prod(index.shape)
 
     def read(self, address: Address) -> RawSample:
-        """Raises UserError, with the shard's name, for a file that is not what the index says."""
-        if address.shard not in self._open:
-            self._open[address.shard] = self._map(address.shard)
-            if len(self._open) > self._limit:
-                self._open.popitem(last=False)[1][0].close()
-        self._open.move_to_end(address.shard)
-        data, samples = self._open[address.shard]
-        key, members = samples[address.row]
-        return {"__key__": key, **{name: data[where] for name, where in members.items()}}
+        """One sample's bytes. Raises as `open` does."""
+        return self.open(address.shard).raw(address.row)
 
-    def _map(self, number: int) -> tuple[mmap.mmap, list[tuple[str, dict[str, slice]]]]:
+    def observations(
+        self, shards: Sequence[int], rows: Sequence[int], out: NDArray[np.float16]
+    ) -> tuple[list[str], list[Mapping[str, Any]]]:
+        """Reads the samples (shards[i], rows[i]) into out (B, C, H, W), and returns their keys, and what is recorded
+        beside each: {"sigma_n": ...}. Raises UserError, with the shard and the key, for a bad sample."""
+        keys: list[str] = []
+        about: list[Mapping[str, Any]] = []
+        flat, header = out.reshape(len(out), -1).view(np.uint8), bytearray(len(self._npy_header))
+        for i, (number, row) in enumerate(zip(shards, rows, strict=True)):
+            shard = self._open.get(number) or self.open(number)
+            observation, record = shard.observations[row], shard.metas[row]
+            try:
+                if observation < 0 or record < 0:
+                    raise BadSample(f"has no member {shard.keys[row]}.{OBSERVATION if observation < 0 else META}")
+                # The usual npy file goes where it belongs, without a copy; its header is compared, not parsed.
+                usual = shard.members.sizes[observation] == self._npy_size
+                if usual:
+                    os.preadv(shard.file.fileno(), [header, flat[i]], shard.members.offsets[observation])
+                if not usual or header != self._npy_header:
+                    out[i] = npy_array(shard.content(observation), self._index.shape)
+                about.append(meta(shard.content(record)))
+            except BadSample as error:
+                raise UserError(f"{shard.path}: sample {shard.keys[row]}: {error}") from None
+            keys.append(shard.keys[row])
+        if not all_finite(out):
+            i = next(i for i, x in enumerate(out) if not all_finite(x))
+            raise UserError(
+                f"{self.open(shards[i]).path}: sample {keys[i]}: the observation has NaN or Inf in it: shard again"
+            )
+        return keys, about
+
+    def open(self, number: int) -> OpenShard:
+        """Raises BadShard for a file that is not what the index says, WorkFailed for one that cannot be fetched."""
+        if number not in self._open:
+            shard = self._index.shards[number]
+            file = self._file(shard)
+            try:
+                if number in self._unverified:
+                    _verify(file, shard, storage.join(self._folder, shard.name))
+                    self._unverified.remove(number)
+                self._open[number] = self._parsed(file, shard)
+            except BaseException:
+                file.close()
+                raise
+            while len(self._open) > self._limit:
+                self._open.popitem(last=False)[1].file.close()
+        self._open.move_to_end(number)
+        return self._open[number]
+
+    def prefetch(self, number: int) -> None:
+        """Asks for a shard to be near when it will be read: the system's page cache, or the cache of a remote folder.
+
+        What goes wrong here, goes wrong again when the shard is read, and is reported then.
+        """
         shard = self._index.shards[number]
-        path = self._folder / shard.name
         try:
-            if path.stat().st_size != shard.bytes:
-                raise UserError(f"{path}: {path.stat().st_size} bytes, the index says {shard.bytes}: shard again")
-            with path.open("rb") as file:
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                samples: OrderedDict[str, dict[str, slice]] = OrderedDict()
-                with tarfile.open(fileobj=file) as tar:
-                    for member in tar:
-                        key, _, extension = member.name.partition(".")
-                        samples.setdefault(key, {})[extension] = slice(
-                            member.offset_data, member.offset_data + member.size
-                        )
-        except (OSError, tarfile.TarError) as error:
-            raise UserError(f"{path}: cannot be read: {error}") from None
-        if len(samples) != shard.samples:
-            raise UserError(f"{path}: {len(samples)} samples, the index says {shard.samples}: shard again")
-        return data, list(samples.items())
+            if self._cache:
+                self._cache.fetch(shard, wait=False)
+            else:
+                with open(storage.join(self._folder, shard.name), "rb") as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        except Exception:
+            return
+
+    def release(self, keep: Collection[int] = ()) -> None:
+        """Closes all shards but these, so that a cache may drop them."""
+        for number in [number for number in self._open if number not in keep]:
+            self._open.pop(number).file.close()
+
+    def _file(self, shard: Shard) -> BinaryIO:
+        path = storage.join(self._folder, shard.name)
+        if self._cache:
+            try:
+                return self._cache.open(shard)
+            except CacheFull:
+                self.release()  # what this process can do without
+            try:
+                return self._cache.open(shard)
+            except CacheFull:
+                raise UserError(
+                    f"data.cache_gb: too small for the shards in use, and {path} ({shard.bytes / 1e9:.3g} GB): raise it, or lower data.group"
+                ) from None
+        try:
+            file = Path(path).open("rb", buffering=0)  # noqa: SIM115 closed with the shard
+        except OSError as error:
+            raise BadShard(f"{path}: cannot be read: {error.strerror}") from None
+        if (size := os.fstat(file.fileno()).st_size) != shard.bytes:
+            file.close()
+            raise BadShard(f"{path}: {size} bytes, the index says {shard.bytes}: shard again")
+        return file
+
+    def _parsed(self, file: BinaryIO, shard: Shard) -> OpenShard:
+        path = storage.join(self._folder, shard.name)
+        try:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                found = members(data)
+        except (OSError, ValueError) as error:
+            raise BadShard(f"{path}: cannot be read: {error}: shard again") from None
+        opened, last = OpenShard(path, file, found, [], [], [], []), None
+        for i, name in enumerate(found.names):
+            key, _, extension = name.partition(".")
+            if key != last:
+                last = key
+                opened.keys.append(key)
+                opened.starts.append(i)
+                opened.observations.append(-1)
+                opened.metas.append(-1)
+            if extension == OBSERVATION:
+                opened.observations[-1] = i
+            elif extension == META:
+                opened.metas[-1] = i
+        opened.starts.append(len(found.names))
+        if len(set(opened.keys)) != len(opened.keys):
+            twice = next(key for i, key in enumerate(opened.keys) if key in opened.keys[:i])
+            raise BadShard(f"{path}: two samples have the key {twice}: shard again")
+        if len(opened.keys) != shard.samples:
+            raise BadShard(f"{path}: {len(opened.keys)} samples, the index says {shard.samples}: shard again")
+        return opened
+
+
+def _verify(file: BinaryIO, shard: Shard, path: str) -> None:
+    digest = hashlib.sha256()
+    file.seek(0)
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    if digest.hexdigest() != shard.sha256:
+        raise BadShard(
+            f"{path}: its checksum is {digest.hexdigest()[:12]}..., the index says {shard.sha256[:12]}...: shard again"
+        )
+
+
+class BadSample(Exception):
+    """What is wrong with a sample; whoever knows its name adds it."""
+
+
+def npy_header(shape: tuple[int, ...]) -> bytes:
+    """What np.save writes before the numbers of a float16 array."""
+    buffer = BytesIO()
+    described = {"descr": "<f2", "fortran_order": False, "shape": tuple(shape)}
+    np.lib.format.write_array_header_1_0(buffer, described)
+    return buffer.getvalue()
+
+
+def npy_array(data: bytes, shape: tuple[int, int, int]) -> NDArray[np.float16]:
+    """An observation from a whole npy file. Never unpickles."""
+    try:
+        x_n = np.load(BytesIO(data), allow_pickle=False)
+    except (ValueError, TypeError, EOFError, OSError) as error:
+        raise BadSample(f"cannot be decoded ({type(error).__name__}: {error})") from None
+    if not isinstance(x_n, np.ndarray) or x_n.shape != shape or x_n.dtype != np.float16:
+        found = f"{x_n.dtype} {x_n.shape}" if isinstance(x_n, np.ndarray) else "an archive"
+        raise BadSample(f"{found}, the index says float16 {shape}")
+    return x_n
+
+
+@lru_cache(maxsize=4096)
+def meta(data: bytes) -> Mapping[str, Any]:
+    """What is recorded beside an observation; at least a level, "sigma_n". Equal for many samples, so it is kept."""
+    try:
+        about = json.loads(data)
+        sigma_n = float(about["sigma_n"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise BadSample(f"cannot be decoded ({type(error).__name__}: {error})") from None
+    if not (math.isfinite(sigma_n) and sigma_n >= 0):
+        raise BadSample(f"sigma_n is {sigma_n}, must be a finite number, at least 0")
+    return about
+
+
+def all_finite(x: NDArray[np.float16]) -> bool:
+    """Of float16 bits, those of +Inf and +NaN are the largest as signed numbers, of -Inf and -NaN as unsigned ones: two
+    passes, without memory for intermediate results."""
+    return bool(x.view(np.int16).max() < 0x7C00 and x.view(np.uint16).max() < 0xFC00)
 
 
 def decode(raw: RawSample, shape: tuple[int, int, int]) -> tuple[str, NDArray[np.float32], float]:
-    """key, x_n (C, H, W) float32, sigma_n. Never unpickles. Raises UserError, with the key, for a bad sample."""
+    """One sample: key, x_n (C, H, W) float32, sigma_n. Never unpickles. Raises UserError, with the key, for a bad one."""
     key = str(raw["__key__"])
     try:
-        x_n = np.load(BytesIO(raw[OBSERVATION]), allow_pickle=False)  # pyright: ignore[reportArgumentType]
-        sigma_n = float(json.loads(raw[META])["sigma_n"])
-    except (KeyError, ValueError, TypeError, EOFError) as error:
-        raise UserError(f"sample {key}: cannot be decoded ({type(error).__name__}: {error})") from None
-    if x_n.shape != shape or x_n.dtype != np.float16:
-        raise UserError(f"sample {key}: {x_n.dtype} {x_n.shape}, the index says float16 {shape}")
-    if not (math.isfinite(sigma_n) and sigma_n >= 0):
-        raise UserError(f"sample {key}: sigma_n is {sigma_n}, must be a finite number, at least 0")
-    if not np.isfinite(x_n).all():
+        x_n = npy_array(bytes(raw[OBSERVATION]), shape)  # pyright: ignore[reportArgumentType]
+        sigma_n = float(meta(bytes(raw[META]))["sigma_n"])  # pyright: ignore[reportArgumentType]
+    except BadSample as error:
+        raise UserError(f"sample {key}: {error}") from None
+    except KeyError as error:
+        raise UserError(f"sample {key}: has no member {key}.{error.args[0]}") from None
+    if not all_finite(x_n):
         raise UserError(f"sample {key}: the observation has NaN or Inf in it")
     return key, x_n.astype(np.float32), sigma_n
