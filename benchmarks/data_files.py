@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from webdataset.writer import TarWriter
 
-from data_pipeline.index import Shard, ShardIndex, write_index
+from data_pipeline.index import Shard, ShardIndex, read_index, write_index
 
 SIGMA_N = 0.2
 DISTINCT = 64
@@ -36,9 +36,9 @@ class Kind:
 
 
 KINDS = (
-    Kind("images", (3, 32, 32), 100_000, 40_000, 1000, 64),
-    Kind("latents", (4, 128, 128), 5000, 3000, 250, 32),
-    Kind("jpeg", (3, 512, 512), 2000, 600, 50, 16, jpeg=True),
+    Kind("images", (3, 32, 32), 100_000, 12_000, 1000, 64),
+    Kind("latents", (4, 128, 128), 5000, 2000, 250, 32),
+    Kind("jpeg", (3, 512, 512), 2000, 320, 40, 16, jpeg=True),
 )
 
 
@@ -72,6 +72,29 @@ def make(folder: Path, kind: Kind, samples: int, streaming: Any) -> Files:
             x = encoded[i % DISTINCT] if kind.jpeg else observed[i % DISTINCT]
             writer.write({"x": x, "sigma_n": SIGMA_N, "key": f"{i:08d}"})
     return files
+
+
+def many_shards(folder: Path, count: int, real: int = 10, per_shard: int = 500) -> Files:
+    """A folder of `count` shards of small images, of which ten are files and the others hard links to them."""
+    kind = Kind(f"{count} shards", (3, 32, 32), count * per_shard, count * per_shard, per_shard, 50)
+    observed = _samples(kind)[1]
+    npy = [npy_bytes(x) for x in observed]
+    write_shards(folder, kind, real * per_shard, ({"x_n.npy": npy[i % DISTINCT]} for i in range(real * per_shard)))
+    shards = list(read_index(folder).shards)
+    for i in range(real, count):
+        like = shards[i % real]
+        shards.append(Shard(f"shard-{i:06d}.tar", like.samples, like.bytes, like.sha256))
+        (folder / shards[-1].name).hardlink_to(folder / like.name)
+    write_index(folder, ShardIndex(tuple(shards), kind.shape, SIGMA_N, SIGMA_N, {}))
+    return Files(kind, kind.samples, folder, folder, folder)
+
+
+def pictures(folder: Path, count: int) -> None:
+    """JPEG files of 512 x 512 pixels."""
+    folder.mkdir(parents=True)
+    encoded = [jpeg_bytes(image) for image in _samples(KINDS[2])[0]]
+    for i in range(count):
+        (folder / f"{i:06d}.jpg").write_bytes(encoded[i % DISTINCT])
 
 
 def write_shards(folder: Path, kind: Kind, samples: int, members: Iterator[dict[str, bytes]]) -> None:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from io import BytesIO
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +32,14 @@ Reader = Callable[[Files, int], Iterator[Tensor]]
 """files, first sample -> float32 batches (B, C, H, W)."""
 
 
-def ours(files: Files, start: int) -> Iterator[Tensor]:
+def ours(files: Files, start: int, group: int = 16) -> Iterator[Tensor]:
     layout = Layout(files.kind.batch, files.kind.batch, 0, 1)
-    loader = Loader(DataConfig(str(files.shards)), layout, 0, torch.device("cpu"))
+    loader = Loader(DataConfig(str(files.shards), group=group), layout, 0, torch.device("cpu"))
     return (batch.x_n for batch in loader.stream(start - start % files.kind.batch))
+
+
+def ours_of_small_groups(files: Files, start: int) -> Iterator[Tensor]:
+    return ours(files, start, group=4)
 
 
 def webdataset(files: Files, start: int) -> Iterator[Tensor]:
@@ -123,7 +126,3 @@ def streaming_package() -> Any:
         package.__path__ = list(spec.submodule_search_locations)
         sys.modules["streaming"] = package
     return import_module("streaming.base")
-
-
-def drained(batches: Iterator[Tensor], samples: int, batch: int) -> Iterator[Tensor]:
-    return islice(batches, samples // batch)

@@ -12,6 +12,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -50,6 +51,9 @@ class ShardCache:
 
     def fetch(self, shard: Shard, wait: bool = True) -> None:
         """Makes a copy, unless there is one. wait=False: leaves it to a process that is fetching it already."""
+        with suppress(FileNotFoundError):
+            os.utime(self._path(shard))  # wanted soon, so not the next to be evicted
+            return
         partial = self._folder / f"{shard.sha256}.partial"
         with open(partial, "r+b", opener=lambda path, flags: os.open(path, flags | os.O_CREAT, 0o644)) as file:
             try:
@@ -61,7 +65,8 @@ class ShardCache:
             try:
                 if not self._path(shard).exists():
                     self._make_room(file, shard.bytes)
-                    retrying(lambda: self._download(shard, file), self._retries, storage.join(self._url, shard.name))
+                    retries = self._retries if wait else 0  # who only prefetches keeps nobody waiting
+                    retrying(lambda: self._download(shard, file), retries, storage.join(self._url, shard.name))
                     partial.replace(self._path(shard))
             finally:
                 if _is_at(file, partial):
@@ -153,6 +158,8 @@ def retrying(work: Callable[[], T], retries: int, what: str) -> T:
             raise WorkFailed(f"{what}: cannot be fetched: {_one_line(error)}") from None
         except Exception as error:  # each client of a store has errors of its own
             if attempt == retries:
+                if isinstance(error, WorkFailed):
+                    raise
                 times = f"{attempt + 1} attempts" if attempt else "1 attempt"
                 raise WorkFailed(f"{what}: cannot be fetched in {times}: {_one_line(error)}") from None
             time.sleep(min(0.5 * 2**attempt, LONGEST_WAIT))

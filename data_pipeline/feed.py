@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any, NamedTuple
@@ -75,7 +76,8 @@ class Feed:
     def __init__(self, order: Order, reader: ShardReader, slots: Slots, flip: bool, skip: bool) -> None:
         self._order, self._reader, self._slots, self._flip, self._skip = order, reader, slots, flip, skip
         self._group: Group | None = None
-        self._bad: dict[int, str] = {}
+        self._bad: dict[tuple[int, int], str] = {}
+        """What was wrong with a shard in an epoch; it is tried again in the next."""
 
     def pieces(self, places: Iterator[Places]) -> Iterator[Piece | UserError | WorkFailed]:
         """Errors are carried as values, as a background process would wrap them in its traceback; they end the stream."""
@@ -131,24 +133,23 @@ class Feed:
         """With samples of other shards in place of those in shards that fail, and how many. A pure function of the places
         and of which shards fail. Adds to `failed` what has failed for the first time."""
 
-        def usable(shard: int) -> bool:
-            if shard in self._bad:
+        def usable(epoch: int, shard: int) -> bool:
+            if (epoch, shard) in self._bad:
                 return False
             try:
                 self._reader.open(shard)
             except (BadShard, WorkFailed) as error:
-                self._bad[shard] = str(error)
+                self._bad[epoch, shard] = str(error)
                 failed.append(str(error))
                 return False
             return True
 
         shards, rows = places.shards.copy(), places.rows.copy()
-        for shard in dict.fromkeys(places.shards.tolist()):
-            if not usable(shard):
-                there = np.flatnonzero(places.shards == shard)
-                for i in there:  # they may be in two groups, at the border of two epochs
-                    instead = stand_in(self._order.group_at(places.first + int(i)), shard, usable)
-                    if instead is None:
-                        raise WorkFailed(f"{self._bad[shard]}; and no other shard of its group can be read")
-                    shards[i], rows[i] = instead, rows[i] % self._order.counts[instead]
+        for i, shard in enumerate(places.shards.tolist()):
+            group = self._order.group_at(places.first + i)
+            if not usable(group.epoch, shard):
+                instead = stand_in(group, shard, partial(usable, group.epoch))
+                if instead is None:
+                    raise WorkFailed(f"{self._bad[group.epoch, shard]}; and no other shard of its group can be read")
+                shards[i], rows[i] = instead, rows[i] % self._order.counts[instead]
         return Places(places.first, shards, rows), int((shards != places.shards).sum())

@@ -72,8 +72,10 @@ def read_index(folder: str | Path) -> ShardIndex:
         raise UserError(
             f"{folder}: no {NAME} in it, so the shards are not complete; run `python -m data_pipeline.shard` again"
         ) from None
-    except (UserError, WorkFailed):
+    except UserError:
         raise
+    except (ImportError, ValueError) as error:  # a protocol that fsspec does not know, or that needs another package
+        raise UserError(f"{path}: cannot be opened: {error}") from None
     except Exception as error:  # each client of a store has errors of its own
         raise WorkFailed(f"{path}: cannot be read: {' '.join(f'{type(error).__name__}: {error}'.split())}") from None
     if not remote:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,8 +101,10 @@ class Loader:
         self.order = Order(counts, seed, config.group)
         self.skipped = 0
         self._warned: set[str] = set()
+        self._cache: ShardCache | None = None
         if storage.is_url(config.shards):
             self._check_cache()
+            self._cache = ShardCache(config.shards, _cache_folder(config), int(config.cache_gb * 1e9), config.retries)
 
     def stream(self, samples_consumed: int) -> Generator[Batch, None, None]:
         """Endless micro-batches from a position on: the global count of samples that training has consumed.
@@ -112,7 +115,7 @@ class Loader:
         workers, shape = self.config.workers, self.index.shape
         slots = Slots(workers, PREFETCH + 1 if workers else 1, self.layout.micro_batch_size, shape)
         pipeline: Any = DataPipeline(
-            _Places(self.order, self.layout, samples_consumed // self.layout.batch_size),
+            MicroBatches(self.order, self.layout, samples_consumed // self.layout.batch_size),
             lambda places: self._feed(slots).pieces(places),
         )
         pieces: Any = iter(pipeline)
@@ -120,23 +123,29 @@ class Loader:
             # Forked, so that they share the slots. A worker starts on a piece when the one PREFETCH before it was taken.
             settings: dict[str, Any] = {"num_workers": workers, "prefetch_factor": PREFETCH, "collate_fn": _as_is}
             pieces = iter(DataLoader(pipeline, batch_size=None, multiprocessing_context="fork", **settings))
+        batches = self._batches(pieces, slots)
         try:
-            batches = (self._batch(piece, slots) for piece in pieces)
-            yield from self._ahead(batches) if self.device.type == "cuda" else batches
-        finally:  # at once: an exception's traceback would keep the processes alive for as long as it is kept itself
+            error = yield from self._ahead(batches) if self.device.type == "cuda" else batches
+        finally:  # now, as the traceback of an exception would keep all of it for as long as it is kept itself
             pieces._shutdown_workers() if workers else pieces.close()
+            del pieces, batches
+        raise error
+
+    def _batches(self, pieces: Iterator[Piece | Exception], slots: Slots) -> Generator[Batch, None, Exception]:
+        """Returns the error that ended the stream."""
+        for piece in pieces:
+            if isinstance(piece, Exception):
+                return piece
+            yield self._batch(piece, slots)
+        raise AssertionError("the order is endless")
 
     def _feed(self, slots: Slots) -> Feed:
         """In the background process, where there is one."""
-        config, cache = self.config, None
-        if storage.is_url(config.shards):
-            cache = ShardCache(config.shards, _cache_folder(config), int(config.cache_gb * 1e9), config.retries)
-        reader = ShardReader(config.shards, self.index, 2 * config.group, cache, config.verify)
+        config = self.config
+        reader = ShardReader(config.shards, self.index, 2 * config.group, self._cache, config.verify)
         return Feed(self.order, reader, slots, config.flip, config.on_error == "skip")
 
-    def _batch(self, piece: Piece | Exception, slots: Slots) -> Batch:
-        if isinstance(piece, Exception):
-            raise piece
+    def _batch(self, piece: Piece, slots: Slots) -> Batch:
         self.skipped += piece.skipped
         for message in piece.failed:
             if message not in self._warned:
@@ -154,16 +163,19 @@ class Loader:
         x_n = slots.copied(piece, torch.from_numpy(np.empty(shape, np.float32)))
         return Batch(x_n, sigma_n, conditioning, piece.keys).to(self.device)
 
-    def _ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _ahead(self, batches: Generator[Batch, None, Exception]) -> Generator[Batch, None, Exception]:
         """On a GPU: the next batch travels, on a stream of its own, while the one before is computed with."""
         transfer = torch.cuda.Stream(self.device)
 
-        def sent() -> Batch:
+        def sent() -> Batch | Exception:
             with torch.cuda.stream(transfer):
-                return next(batches)
+                try:
+                    return next(batches)
+                except StopIteration as end:
+                    return end.value
 
         following = sent()
-        while True:
+        while isinstance(following, Batch):
             batch = following
             computing = torch.cuda.current_stream(self.device)
             computing.wait_stream(transfer)
@@ -171,6 +183,7 @@ class Loader:
                 tensor.record_stream(computing)  # its memory is not used again before what is computed with it is done
             following = sent()
             yield batch
+        return following
 
     def _check_cache(self) -> None:
         """Two groups are in use when one follows the other."""
@@ -192,17 +205,21 @@ def _cache_folder(config: DataConfig) -> Path:
     return Path(config.cache_dir) if config.cache_dir else cache / "shards"
 
 
-class _Places:
-    """The first stage: the places of each micro-batch of this rank, dealt to its workers in turn."""
+@dataclass(frozen=True)
+class MicroBatches:
+    """The first stage of the pipeline: the places of this rank's micro-batches."""
 
-    def __init__(self, order: Order, layout: Layout, first_step: int) -> None:
-        self.order, self.layout, self.first_step = order, layout, first_step
+    order: Order
+    layout: Layout
+    first_step: int
 
     def __call__(self) -> Iterator[Places]:
         worker = get_worker_info()
-        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        while True:
+        return self.of(worker.id, worker.num_workers) if worker else self.of(0, 1)
+
+    def of(self, worker: int, workers: int) -> Iterator[Places]:
+        """Those that one of the rank's workers has: micro-batches are dealt in turn."""
+        for number in count(worker, workers):
             step, micro = divmod(number, self.layout.accumulation)
             first = (self.first_step + step) * self.layout.batch_size + self.layout.first_row(micro)
             yield self.order.range(first, self.layout.micro_batch_size)
-            number += workers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -163,6 +164,8 @@ class ShardReader:
         try:
             file = Path(path).open("rb", buffering=0)  # noqa: SIM115 closed with the shard
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # this process's fault, not the shard's
+                raise UserError(f"{path}: {error.strerror}: lower data.group, or raise `ulimit -n`") from None
             raise BadShard(f"{path}: cannot be read: {error.strerror}") from None
         if (size := os.fstat(file.fileno()).st_size) != shard.bytes:
             file.close()

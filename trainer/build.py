@@ -25,7 +25,8 @@ from trainer.errors import UserError
 from trainer.mlflow_logger import MLflowLogger
 from trainer.provenance import tags
 
-MAY_CHANGE = ("steps", "threads", "micro_batch_size", "data.workers", "engine.", "checkpoint.", "logging.")
+MAY_CHANGE = ("steps", "threads", "micro_batch_size", "data.workers", "data.cache_dir", "data.cache_gb", "data.retries",
+              "data.verify", "data.on_error", "engine.", "checkpoint.", "logging.")  # fmt: skip
 """Fields that a run may be started again with another value of. The others would make it another run."""
 
 

@@ -1,0 +1,265 @@
+"""How fast the data pipeline reads and writes, beside plain webdataset and mosaicml-streaming.
+
+    python benchmarks/data.py --quick      smaller sets, under 8 minutes; ends with one line of JSON
+    python benchmarks/data.py              the whole: 100,000 images, 5,000 latents, 2,000 pictures
+
+Every reader gets the same samples on the same disk, one background process, and batches of the same size; each is measured
+in turn, five times, and medians are shown. "images" (3 x 32 x 32) and "latents" (4 x 128 x 128) are float16 arrays for all.
+"jpeg" (3 x 512 x 512) is JPEG for the peers, who decode it as their users do, and float16 observations (16 times the bytes)
+for ours, as a noisy observation must not be clipped; a fourth row reads our files by plain webdataset.
+
+samples/s      of one background process, after the first batch
+first batch    seconds from nothing to the first batch; resume: the same from the middle of the epoch
+memory         peak of both processes, with what Python and torch take; pages of files that a reader maps count
+over cat       the speed of our reader over `cat *.tar > /dev/null`: from the disk (the files are dropped from the page
+               cache before each), which is what a data set larger than memory does, and from the page cache
+flatness       resume at sample 1,000,000,000 over resume at sample 1,000, in 10,000 shards
+by shards      groups of 4, so that no set is so small that all of its shards just stay open
+sharding       `python -m data_pipeline.shard` on all cores over cores x one process that only decodes and resizes; start-up
+               is left out on both sides (the difference between many and few images)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).parent.parent))  # `python benchmarks/data.py` works, too
+os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of a peer's shared memory, in a process of its own
+
+import torch
+
+from benchmarks.data_files import KINDS, Files, Kind, make, many_shards, pictures
+from benchmarks.data_readers import READERS, Reader, ours, streaming_package
+from benchmarks.report import arguments, save, table
+from data_pipeline.sources import open_source, prepare
+
+ROUNDS = 5
+LONGEST = 10.0
+"""Seconds; a slow reader is stopped after so long."""
+FEW_PICTURES, PIXELS = 100, 256
+
+Row = dict[str, float]
+"""What was measured once."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    def add(p: argparse.ArgumentParser) -> None:
+        p.add_argument("--quick", action="store_true", help="fewer samples of the same shapes")
+        p.add_argument(
+            "--folder", type=Path, help="where the files are made, and removed again (default: a temporary one)"
+        )
+
+    args = arguments(__doc__, argv, add)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="data-benchmark-", dir=args.folder) as temporary:
+        folder = Path(temporary)
+        sets = {kind.name: reading(folder / kind.name, kind, args.quick) for kind in KINDS}
+        beside_cat = next(part.cat for part in sets.values() if part.cat)
+        scaling, flatness = many(folder, 20_000 if args.quick else 60_000)
+        sharded = sharding(folder, *((3, 400) if args.quick else (ROUNDS, 1000)))
+    rows = [row for part in sets.values() for row in part.rows]
+    result = {name: part.ratio for name, part in sets.items()}
+    result |= {"latents_over_cat": beside_cat["disk"], "resume_flatness": flatness, "sharding": sharded["ratio"]}
+    columns = ["set", "reader", "samples/s", "first batch, s", "resume, s", "memory, MB"]
+    print(f"\n{table(columns, rows)}\n")
+    print(f"latents over cat: {beside_cat['disk']:.2f} from the disk, {beside_cat['cached']:.2f} from the page cache")
+    print("samples/s by shards:", ", ".join(f"{shards:,}: {rate:,.0f}" for shards, rate in scaling.items()))
+    print(f"sharding: {sharded['rate']:.0f} images/s; one process that decodes and resizes: {sharded['one']:.0f}")
+    if not args.quick:
+        kept = {"summary": result, "rows": rows, "cat": beside_cat, "scaling": scaling, "sharding": sharded}
+        print(save("data", kept))
+    print(json.dumps({name: round(value, 3) for name, value in result.items()}))
+    return 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """What was measured of one kind. ratio: ours over the better peer. cat: of the latents."""
+
+    rows: list[list[str]]
+    ratio: float
+    cat: dict[str, float] | None
+
+
+def reading(folder: Path, kind: Kind, quick: bool) -> Part:
+    files = make(folder, kind, kind.quick_samples if quick else kind.samples, streaming_package())
+    names = [name for name in READERS if kind.jpeg or name != "webdataset, float16 npy"]
+    measured = in_rounds({name: partial(one, READERS[name], files) for name in names})
+    best = max(middle(measured[name], "rate") for name in ("webdataset", "mosaicml-streaming"))
+    rows = [[f"{kind.name}, {files.samples:,}", name, *cells(measured[name])] for name in names]
+    beside_cat = cat(files) if kind.name == "latents" else None
+    shutil.rmtree(folder)
+    return Part(rows, middle(measured["ours"], "rate") / best, beside_cat)
+
+
+def in_rounds(work: dict[str, Callable[[], Row]], rounds: int = ROUNDS) -> dict[str, list[Row]]:
+    """Each in turn, so that whatever else the machine does meets them all."""
+    measured: dict[str, list[Row]] = {name: [] for name in work}
+    for _ in range(rounds):
+        for name, call in work.items():
+            measured[name].append(call())
+            shown = ", ".join(f"{key} {value:.4g}" for key, value in measured[name][-1].items())
+            print(f"{name}: {shown}", file=sys.stderr, flush=True)
+    return measured
+
+
+def middle(rows: Sequence[Row], name: str) -> float:
+    return statistics.median(row[name] for row in rows)
+
+
+def cells(rows: Sequence[Row]) -> list[str]:
+    return [f"{middle(rows, 'rate'):,.0f}", *(f"{middle(rows, name):.3f}" for name in ("first", "resume")), f"{middle(rows, 'memory'):,.0f}"]  # fmt: skip
+
+
+def one(reader: Reader, files: Files) -> Row:
+    """A pass over the files, and a resume from their middle, each in a process of its own."""
+    return {**alone(_pass, reader, files), "resume": alone(_first, reader, files, files.samples // 2)["first"]}
+
+
+def _pass(reader: Reader, files: Files, start: int = 0, samples: int | None = None) -> Row:
+    samples, batch = samples or files.samples, files.kind.batch
+    begun = time.perf_counter()
+    batches = reader(files, start)
+    next(batches)
+    first, seen = time.perf_counter(), 0
+    while seen + 2 * batch <= samples and time.perf_counter() - first < LONGEST:
+        seen += len(next(batches))
+    ended = time.perf_counter()
+    del batches  # ends its background process, whose memory is known then
+    kilobytes = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return {"rate": seen / (ended - first), "first": first - begun, "memory": kilobytes / 1024}
+
+
+def _first(reader: Reader, files: Files, start: int) -> Row:
+    begun = time.perf_counter()
+    next(reader(files, start))
+    return {"first": time.perf_counter() - begun}
+
+
+def alone(work: Callable[..., Row], *arguments: Any) -> Row:
+    """In a forked process: what it leaves behind ends with it."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send(work(*arguments)))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    finally:
+        process.join()
+
+
+def cat(files: Files) -> dict[str, float]:
+    """Our bytes a second over cat's, from the disk and from the page cache."""
+    tars = files.tars(files.shards)
+    size = sum(os.path.getsize(tar) for tar in tars)
+
+    def by_cat(dropped: bool) -> Row:
+        if dropped:
+            drop(tars)
+        begun = time.perf_counter()
+        with open(os.devnull, "wb") as sink:
+            subprocess.run(["cat", *tars], stdout=sink, check=True)
+        return {"rate": size / (time.perf_counter() - begun)}
+
+    def by_us(dropped: bool) -> Row:
+        if dropped:
+            drop(tars)
+        row = alone(_whole, files)
+        return {"rate": size / row["seconds"]}
+
+    measured = in_rounds({
+        "cat, disk": lambda: by_cat(True), "ours, disk": lambda: by_us(True),
+        "cat, cached": lambda: by_cat(False), "ours, cached": lambda: by_us(False),
+    })  # fmt: skip
+    speed = {name: middle(rows, "rate") for name, rows in measured.items()}
+    return {
+        "disk": speed["ours, disk"] / speed["cat, disk"],
+        "cached": speed["ours, cached"] / speed["cat, cached"],
+        **speed,
+    }
+
+
+def _whole(files: Files) -> Row:
+    """One epoch, its start included, as cat's is."""
+    begun, seen = time.perf_counter(), 0
+    for batch in ours(files, 0):
+        seen += len(batch)
+        if seen >= files.samples:
+            break
+    return {"seconds": time.perf_counter() - begun}
+
+
+def drop(paths: Sequence[str]) -> None:
+    """Out of the page cache."""
+    for path in paths:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def many(folder: Path, samples: int) -> tuple[dict[int, float], float]:
+    """samples/s by number of shards, and resume latency at a late sample over that at an early one."""
+    sets = {count: many_shards(folder / f"{count}-shards", count) for count in (10, 100, 1000, 10_000)}
+    work: dict[str, Callable[[], Row]] = {
+        str(count): lambda files=files: alone(_pass, ours, files, 0, 100_000) for count, files in sets.items()
+    }
+    work |= {
+        name: lambda at=at: alone(_first, ours, sets[10_000], at) for name, at in (("early", 1000), ("late", 10**9))
+    }
+    measured = in_rounds(work)
+    rates = {count: middle(measured[str(count)], "rate") for count in sets}
+    return rates, middle(measured["late"], "first") / middle(measured["early"], "first")
+
+
+def sharding(folder: Path, rounds: int, count: int) -> dict[str, float]:
+    """count: the images that the shorter of the two calls leaves out."""
+    source, output = folder / "pictures", folder / "sharded"
+    pictures(source, FEW_PICTURES + count)
+    cores = len(os.sched_getaffinity(0))
+    module = [sys.executable, "-m", "data_pipeline.shard"]
+    root = Path(__file__).parent.parent
+    usage = subprocess.run([*module, "--help"], cwd=root, capture_output=True, text=True, check=True).stdout
+    workers = ["--workers", str(cores)] if "--workers" in usage else []
+
+    def shard(limit: int) -> float:
+        shutil.rmtree(output, ignore_errors=True)
+        command = [*module, str(source), str(output), "--sigma", "0.2", "--size", str(PIXELS), "--limit", str(limit)]
+        begun = time.perf_counter()
+        # Small shards, so that there are enough of them for every core.
+        subprocess.run([*command, "--shard-size", "50", *workers], cwd=root, capture_output=True, check=True)
+        return time.perf_counter() - begun
+
+    def one_process() -> Row:
+        opened = open_source(str(source))
+        begun = time.perf_counter()
+        for i in range(count // cores):
+            prepare(opened.read(i), PIXELS, 3)
+        return {"rate": count // cores / (time.perf_counter() - begun)}
+
+    def command() -> Row:
+        return {"rate": count / (-shard(FEW_PICTURES) + shard(FEW_PICTURES + count))}
+
+    measured = in_rounds({"decoding and resizing": one_process, "data_pipeline.shard": command}, rounds)
+    rate, single = middle(measured["data_pipeline.shard"], "rate"), middle(measured["decoding and resizing"], "rate")
+    return {"rate": rate, "one": single, "cores": cores, "ratio": rate / (cores * single)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
