@@ -12,7 +12,8 @@ samples/s      of one background process, after the first batch
 first batch    seconds from nothing to the first batch; resume: the same from the middle of the epoch
 memory         peak of both processes, with what Python and torch take; pages of files that a reader maps count
 over cat       the speed of our reader over `cat *.tar > /dev/null`: from the disk (the files are dropped from the page
-               cache before each), which is what a data set larger than memory does, and from the page cache
+               cache before each), which is what a data set larger than memory does, and from the page cache; start-up,
+               which is the time to the first batch from the page cache, is left out of ours
 flatness       resume at sample 1,000,000,000 over resume at sample 1,000, in 10,000 shards
 by shards      groups of 4, so that no set is so small that all of its shards just stay open
 sharding       `python -m data_pipeline.shard` on all cores over cores x one process that only decodes and resizes; start-up
@@ -79,7 +80,8 @@ def main(argv: list[str] | None = None) -> int:
     columns = ["set", "reader", "samples/s", "first batch, s", "resume, s", "memory, MB"]
     print(f"\n{table(columns, rows)}\n")
     print(f"latents over cat: {beside_cat['disk']:.2f} from the disk, {beside_cat['cached']:.2f} from the page cache")
-    print("samples/s by shards:", ", ".join(f"{shards:,}: {rate:,.0f}" for shards, rate in scaling.items()))
+    by_shards = [[f"{n:,}", *(f"{value:,.0f}" for value in values)] for n, values in scaling.items()]
+    print(f"\n{table(['shards', 'samples/s', 'samples per CPU second'], by_shards)}\n")
     print(f"sharding: {sharded['rate']:.0f} images/s; one process that decodes and resizes: {sharded['one']:.0f}")
     if not args.quick:
         kept = {"summary": result, "rows": rows, "cat": beside_cat, "scaling": scaling, "sharding": sharded}
@@ -141,9 +143,11 @@ def _pass(reader: Reader, files: Files, start: int = 0, samples: int | None = No
     while seen + 2 * batch <= samples and time.perf_counter() - first < LONGEST:
         seen += len(next(batches))
     ended = time.perf_counter()
-    del batches  # ends its background process, whose memory is known then
-    kilobytes = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return {"rate": seen / (ended - first), "first": first - begun, "memory": kilobytes / 1024}
+    del batches  # ends its background process, whose memory and time are known then
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    cpu = sum(usage.ru_utime + usage.ru_stime for usage in used)
+    memory = sum(usage.ru_maxrss for usage in used) / 1024
+    return {"rate": seen / (ended - first), "per_cpu_second": seen / cpu, "first": first - begun, "memory": memory}
 
 
 def _first(reader: Reader, files: Files, start: int) -> Row:
@@ -176,28 +180,29 @@ def cat(files: Files) -> dict[str, float]:
         begun = time.perf_counter()
         with open(os.devnull, "wb") as sink:
             subprocess.run(["cat", *tars], stdout=sink, check=True)
-        return {"rate": size / (time.perf_counter() - begun)}
+        return {"seconds": time.perf_counter() - begun}
 
     def by_us(dropped: bool) -> Row:
         if dropped:
             drop(tars)
-        row = alone(_whole, files)
-        return {"rate": size / row["seconds"]}
+        return alone(_whole, files)
 
     measured = in_rounds({
         "cat, disk": lambda: by_cat(True), "ours, disk": lambda: by_us(True),
         "cat, cached": lambda: by_cat(False), "ours, cached": lambda: by_us(False),
+        "start": lambda: alone(_first, ours, files, 0),
     })  # fmt: skip
-    speed = {name: middle(rows, "rate") for name, rows in measured.items()}
-    return {
-        "disk": speed["ours, disk"] / speed["cat, disk"],
-        "cached": speed["ours, cached"] / speed["cat, cached"],
-        **speed,
+    start = middle(measured["start"], "first")
+    speed = {name: size / middle(measured[f"cat, {name}"], "seconds") for name in ("disk", "cached")}
+    ratio = {
+        name: middle(measured[f"cat, {name}"], "seconds") / (middle(measured[f"ours, {name}"], "seconds") - start)
+        for name in speed
     }
+    return {**ratio, **{f"cat, {name}, GB/s": value / 1e9 for name, value in speed.items()}, "start": start}
 
 
 def _whole(files: Files) -> Row:
-    """One epoch, its start included, as cat's is."""
+    """One epoch."""
     begun, seen = time.perf_counter(), 0
     for batch in ours(files, 0):
         seen += len(batch)
@@ -214,8 +219,8 @@ def drop(paths: Sequence[str]) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def many(folder: Path, samples: int) -> tuple[dict[int, float], float]:
-    """samples/s by number of shards, and resume latency at a late sample over that at an early one."""
+def many(folder: Path, samples: int) -> tuple[dict[int, tuple[float, float]], float]:
+    """samples/s, and samples per second of processor time, by number of shards, and resume latency at a late sample over that at an early one."""
     sets = {count: many_shards(folder / f"{count}-shards", count) for count in (10, 100, 1000, 10_000)}
     work: dict[str, Callable[[], Row]] = {
         str(count): lambda files=files: alone(_pass, ours, files, 0, 100_000) for count, files in sets.items()
@@ -224,7 +229,7 @@ def many(folder: Path, samples: int) -> tuple[dict[int, float], float]:
         name: lambda at=at: alone(_first, ours, sets[10_000], at) for name, at in (("early", 1000), ("late", 10**9))
     }
     measured = in_rounds(work)
-    rates = {count: middle(measured[str(count)], "rate") for count in sets}
+    rates = {n: (middle(measured[str(n)], "rate"), middle(measured[str(n)], "per_cpu_second")) for n in sets}
     return rates, middle(measured["late"], "first") / middle(measured["early"], "first")
 
 
