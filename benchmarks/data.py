@@ -12,10 +12,11 @@ samples/s      of one background process, after the first batch
 first batch    seconds from nothing to the first batch; resume: the same from the middle of the epoch
 memory         peak of both processes, with what Python and torch take; pages of files that a reader maps count
 over cat       the speed of our reader over `cat *.tar > /dev/null`: from the disk (the files are dropped from the page
-               cache before each), which is what a data set larger than memory does, and from the page cache; start-up,
-               which is the time to the first batch from the page cache, is left out of ours
+               cache before each), which is what a data set larger than memory does, and from the page cache. Start-up, the
+               time to the first batch from the page cache, is left out of ours
+by shards      how samples/s change with the number of shards, per CPU second too, which a busy machine disturbs less
 flatness       resume at sample 1,000,000,000 over resume at sample 1,000, in 10,000 shards
-by shards      groups of 4, so that no set is so small that all of its shards just stay open
+               (these sets are small: groups of 4 shards for "over cat" and "by shards", so that each is many groups)
 sharding       `python -m data_pipeline.shard` on all cores over cores x one process that only decodes and resizes; start-up
                is left out on both sides (the difference between many and few images)
 """
@@ -46,7 +47,7 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of a peer's shared memory, 
 import torch
 
 from benchmarks.data_files import KINDS, Files, Kind, make, many_shards, pictures
-from benchmarks.data_readers import READERS, Reader, ours, streaming_package
+from benchmarks.data_readers import READERS, Reader, ours, ours_in_small_groups, streaming_package
 from benchmarks.report import arguments, save, table
 from data_pipeline.sources import open_source, prepare
 
@@ -190,7 +191,7 @@ def cat(files: Files) -> dict[str, float]:
     measured = in_rounds({
         "cat, disk": lambda: by_cat(True), "ours, disk": lambda: by_us(True),
         "cat, cached": lambda: by_cat(False), "ours, cached": lambda: by_us(False),
-        "start": lambda: alone(_first, ours, files, 0),
+        "start": lambda: alone(_first, ours_in_small_groups, files, 0),
     })  # fmt: skip
     start = middle(measured["start"], "first")
     speed = {name: size / middle(measured[f"cat, {name}"], "seconds") for name in ("disk", "cached")}
@@ -204,7 +205,7 @@ def cat(files: Files) -> dict[str, float]:
 def _whole(files: Files) -> Row:
     """One epoch."""
     begun, seen = time.perf_counter(), 0
-    for batch in ours(files, 0):
+    for batch in ours_in_small_groups(files, 0):
         seen += len(batch)
         if seen >= files.samples:
             break
@@ -223,11 +224,10 @@ def many(folder: Path, samples: int) -> tuple[dict[int, tuple[float, float]], fl
     """samples/s, and samples per second of processor time, by number of shards, and resume latency at a late sample over that at an early one."""
     sets = {count: many_shards(folder / f"{count}-shards", count) for count in (10, 100, 1000, 10_000)}
     work: dict[str, Callable[[], Row]] = {
-        str(count): lambda files=files: alone(_pass, ours, files, 0, 100_000) for count, files in sets.items()
+        str(count): partial(alone, _pass, ours_in_small_groups, files, 0, samples) for count, files in sets.items()
     }
-    work |= {
-        name: lambda at=at: alone(_first, ours, sets[10_000], at) for name, at in (("early", 1000), ("late", 10**9))
-    }
+    for name, position in (("early", 1000), ("late", 10**9)):
+        work[name] = partial(alone, _first, ours, sets[10_000], position)
     measured = in_rounds(work)
     rates = {n: (middle(measured[str(n)], "rate"), middle(measured[str(n)], "per_cpu_second")) for n in sets}
     return rates, middle(measured["late"], "first") / middle(measured["early"], "first")

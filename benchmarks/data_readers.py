@@ -38,7 +38,7 @@ def ours(files: Files, start: int, group: int = 16) -> Iterator[Tensor]:
     return (batch.x_n for batch in loader.stream(start - start % files.kind.batch))
 
 
-def ours_of_small_groups(files: Files, start: int) -> Iterator[Tensor]:
+def ours_in_small_groups(files: Files, start: int) -> Iterator[Tensor]:
     return ours(files, start, group=4)
 
 

@@ -29,9 +29,6 @@ from trainer.errors import UserError
 RawSample = dict[str, str | bytes]
 """As webdataset has it: "__key__", and the bytes of each member by its extension."""
 
-READ_AHEAD = 1 << 18
-"""Bytes to ask for at a time: Linux does no more of a larger request than its device takes at once, often 0.5 to 4 MB."""
-
 
 @dataclass(frozen=True)
 class OpenShard:
@@ -141,8 +138,7 @@ class ShardReader:
                 self._cache.fetch(shard, wait=False)
             else:
                 with open(storage.join(self._folder, shard.name), "rb") as file:
-                    for at in range(0, shard.bytes, READ_AHEAD):
-                        os.posix_fadvise(file.fileno(), at, READ_AHEAD, os.POSIX_FADV_WILLNEED)
+                    _into_page_cache(file.fileno(), shard.bytes)
         except Exception:
             return
 
@@ -201,6 +197,17 @@ class ShardReader:
         if len(opened.keys) != shard.samples:
             raise BadShard(f"{path}: {len(opened.keys)} samples, the index says {shard.samples}: shard again")
         return opened
+
+
+def _into_page_cache(descriptor: int, size: int, chunk: int = 1 << 20) -> None:
+    """Reads what is not in the page cache yet. posix_fadvise(WILLNEED) would do with one call, but reads no more of a large
+    request than the device takes at once, and in small pages: half as fast as reading, where it was measured."""
+    scratch, byte = bytearray(chunk), bytearray(1)
+    for at in range(0, size, chunk):
+        try:
+            os.preadv(descriptor, [byte], min(at + chunk, size) - 1, os.RWF_NOWAIT)
+        except OSError:  # not there, or a file system that cannot tell
+            os.preadv(descriptor, [scratch], at)
 
 
 def _verify(file: BinaryIO, shard: Shard, path: str) -> None:
