@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_pipeline.corruption import Array, Corruption, Gaussian, Observation, generator_of
+from data_pipeline.corruption import Array, Corruption, Observation, add_arguments, from_arguments, generator_of
 from data_pipeline.index import NAME, ShardIndex, read_index, write_index
 from data_pipeline.sources import Source, open_source, prepare
 from data_pipeline.writer import write_shards
@@ -35,11 +35,7 @@ def parser() -> argparse.ArgumentParser:
         "source", metavar="SOURCE", help="a folder of images, or packaged:digits|fashion|emoji|faces[/train|/test]"
     )
     p.add_argument("output", metavar="OUTPUT", type=Path, help="the folder to write the shards to")
-    p.add_argument(
-        "--corruption", choices=["gaussian"], default="gaussian", help="what to do to each image (default: gaussian)"
-    )
-    p.add_argument("--sigma", type=float, required=True, help="standard deviation of the noise, for images in [-1, 1]")
-    p.add_argument("--clean-share", type=float, default=0.0, metavar="SHARE", help="this share of the images, drawn by key, is written clean, with sigma_n 0 (default: 0)")  # fmt: skip
+    add_arguments(p)
     p.add_argument(
         "--seed", type=int, default=0, help="seed of the noise; with the image's key it decides every draw (default: 0)"
     )
@@ -118,7 +114,7 @@ def _clean(source: Source, count: int, size: int | None, channels: int) -> Itera
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    index = shard(args.source, args.output, Gaussian(args.sigma, args.clean_share), seed=args.seed, size=args.size,
+    index = shard(args.source, args.output, from_arguments(args), seed=args.seed, size=args.size,
                   channels=args.channels, limit=args.limit, shard_size=args.shard_size)  # fmt: skip
     total = sum(s.bytes for s in index.shards)
     print(
