@@ -51,7 +51,6 @@ class Gaussian:
     sigma: float | str
     clean_share: float = 0.0
     kind: Literal["gaussian"] = "gaussian"
-    sigma_n_origin: str = field(default="exact", init=False)
 
     def __post_init__(self) -> None:
         _check_share(self.clean_share)
