@@ -37,7 +37,7 @@ SHARES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 """Levels at which errors are reported, in units of sigma_n."""
 
 PROBLEMS = [
-    *(Problem(f"ring 2-D, sigma_n {s}", ring(), s) for s in (0.1, 0.2, 0.4)),
+    *(Problem(f"ring 2-D, sigma_n {s}", ring(), s) for s in (0.1, 0.4)),
     *(Problem(f"scattered 16-D, sigma_n {s}", scattered(16), s) for s in (0.2, 0.4)),
 ]
 QUICK = PROBLEMS[-1]
