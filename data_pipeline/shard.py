@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from data_pipeline import storage
-from data_pipeline.corruption import Corruption, Gaussian
+from data_pipeline.corruption import Corruption, add_arguments, from_arguments
 from data_pipeline.index import ShardIndex
 from data_pipeline.plan import Request
 from data_pipeline.preprocess import Means, preprocess
@@ -38,11 +38,7 @@ def parser() -> argparse.ArgumentParser:
         "source", metavar="SOURCE", help="a folder of images, or packaged:digits|fashion|emoji|faces[/train|/test]"
     )
     p.add_argument("output", metavar="OUTPUT", help="the folder or fsspec URL to write the shards to")
-    p.add_argument(
-        "--corruption", choices=["gaussian"], default="gaussian", help="what to do to each image (default: gaussian)"
-    )
-    p.add_argument("--sigma", type=float, required=True, help="standard deviation of the noise, for images in [-1, 1]")
-    p.add_argument("--clean-share", type=float, default=0.0, metavar="SHARE", help="this share of the images, drawn by key, is written clean, with sigma_n 0 (default: 0)")  # fmt: skip
+    add_arguments(p)
     p.add_argument(
         "--seed", type=int, default=0, help="seed of the noise; with the image's key it decides every draw (default: 0)"
     )
@@ -82,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--workers {args.workers}: with --cluster it is the file's cpus_per_task")
     cluster = read_cluster(args.cluster) if args.cluster else None
     workers = available_cores() if args.workers is None else args.workers
-    index = shard(args.source, args.output, Gaussian(args.sigma, args.clean_share), seed=args.seed, size=args.size,
+    index = shard(args.source, args.output, from_arguments(args), seed=args.seed, size=args.size,
                   channels=args.channels, value_range=args.range and tuple(args.range), limit=args.limit,
                   shard_size=args.shard_size, captions=not args.no_captions, max_rejected=args.max_rejected,
                   workers=workers, cluster=cluster, jobs=1 if args.jobs is None else args.jobs)  # fmt: skip
