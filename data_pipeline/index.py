@@ -49,20 +49,29 @@ class ShardIndex:
         return sum(shard.samples for shard in self.shards)
 
     @property
+    def bytes(self) -> int:
+        return sum(shard.bytes for shard in self.shards)
+
+    @property
     def checksum(self) -> str:
         """Of the data set: the SHA-256 of its shards' checksums, as hexadecimal text, one after the other."""
         return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
 
 
+def _plain(shard: Shard) -> dict[str, str | int]:
+    """As asdict has it, ten times as fast."""
+    return {"name": shard.name, "samples": shard.samples, "bytes": shard.bytes, "sha256": shard.sha256}
+
+
 def write_index(folder: str, index: ShardIndex) -> None:
     """Atomically: either the whole file appears or none. One line a shard: 100,000 of them take a second."""
     head = {
-        "format": FORMAT, "samples": index.samples, "bytes": sum(shard.bytes for shard in index.shards),
+        "format": FORMAT, "samples": index.samples, "bytes": index.bytes,
         "checksum": index.checksum, "shape": index.shape, "sigma_min": index.sigma_min, "sigma_max": index.sigma_max,
         "seed": index.request.get("seed"), "corruption": index.request.get("corruption"), "schema": index.schema,
         "rejected": index.rejected, "request": index.request,
     }  # fmt: skip
-    shards = ",\n  ".join(json.dumps(vars(shard)) for shard in index.shards)
+    shards = ",\n  ".join(json.dumps(_plain(shard)) for shard in index.shards)
     text = json.dumps(head, indent=1).removesuffix("\n}") + f',\n "shards": [\n  {shards}\n ]\n}}\n'
     storage.write_atomically(storage.join(folder, NAME), text.encode())
 
@@ -77,8 +86,20 @@ def read_index(folder: Path | str) -> ShardIndex:
         raise UserError(
             f"{folder}: no {NAME} in it, so the shards are not complete; run `python -m data_pipeline.shard` again"
         )
+    index = parse_index(path, storage.read_bytes(path))
+    names = set(storage.list_files(folder))
+    missing = [shard.name for shard in index.shards if shard.name not in names]
+    if missing or not index.shards:
+        raise UserError(
+            f"{folder}: {len(missing)} of {len(index.shards)} shards are missing{', first ' + missing[0] if missing else ''}"
+        )
+    return index
+
+
+def parse_index(path: str, content: bytes) -> ShardIndex:
+    """What `read_index` returns, without a look at the shards. path: for the messages."""
     try:
-        data = json.loads(storage.read_bytes(path))
+        data = json.loads(content)
         if data["format"] != FORMAT:
             raise UserError(f"{path}: format {data['format']}, this version reads {FORMAT}: shard again")
         index = ShardIndex(
@@ -99,10 +120,4 @@ def read_index(folder: Path | str) -> ShardIndex:
         raise UserError(f"{path}: a level that is not a number, or a name that is not text: shard again")
     if any(os.path.basename(shard.name) != shard.name for shard in index.shards):
         raise UserError(f"{path}: a shard's name has a folder in it, which no index that we write has")
-    names = set(storage.list_files(folder))
-    missing = [shard.name for shard in index.shards if shard.name not in names]
-    if missing or not index.shards:
-        raise UserError(
-            f"{folder}: {len(missing)} of {len(index.shards)} shards are missing{', first ' + missing[0] if missing else ''}"
-        )
     return index

@@ -82,10 +82,9 @@ def main(argv: list[str] | None = None) -> int:
                   channels=args.channels, value_range=args.range and tuple(args.range), limit=args.limit,
                   shard_size=args.shard_size, captions=not args.no_captions, max_rejected=args.max_rejected,
                   workers=workers, cluster=cluster, jobs=1 if args.jobs is None else args.jobs)  # fmt: skip
-    total = sum(s.bytes for s in index.shards)
     rejected = f", {index.rejected} rejected: {storage.join(args.output, 'rejected.jsonl')}" if index.rejected else ""
     print(
-        f"{args.output}: {index.samples} observations {index.shape}, {len(index.shards)} shards, {total / 1e6:.1f} MB, sigma_n {index.sigma_min:g} to {index.sigma_max:g}{rejected}"
+        f"{args.output}: {index.samples} observations {index.shape}, {len(index.shards)} shards, {index.bytes / 1e6:.1f} MB, sigma_n {index.sigma_min:g} to {index.sigma_max:g}{rejected}"
     )
     return errors.DONE
 
