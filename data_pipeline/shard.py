@@ -63,7 +63,8 @@ def shard(source: str, output: Path | str, corruption: Corruption, *, seed: int 
           cluster: ClusterConfig | None = None, jobs: int = 1) -> ShardIndex:  # fmt: skip
     """Writes OUTPUT, goes on with it, or returns its index where it already holds what is asked for.
 
-    Raises UserError for a wrong request, or when OUTPUT holds something else; WorkFailed when too many images cannot be
+    With several workers it must be called from a module that a new process can import: a script guards its start by
+    `if __name__ == "__main__"`. Raises UserError for a wrong request, or when OUTPUT holds something else; WorkFailed when too many images cannot be
     used, or a worker or job dies.
     """
     request = Request(source, corruption, seed, size, channels, value_range, limit, shard_size, captions)
