@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_pipeline import storage
 from trainer.errors import UserError
 
 NAME = "index.json"
@@ -30,7 +32,8 @@ class ShardIndex:
     """The contents of a folder of shards.
 
     shape: (C, H, W) of every observation. sigma_min, sigma_max: the range of sigma_n. request: what was asked of
-    `data_pipeline.shard` (source, corruption, seed, size...), to tell whether a later call asks for the same.
+    `data_pipeline.shard` (source, corruption, seed, size...), to tell whether a later call asks for the same. schema: the
+    members of a sample, with dtype and shape or fields. rejected: images of the source that could not be used.
     """
 
     shards: tuple[Shard, ...]
@@ -38,33 +41,65 @@ class ShardIndex:
     sigma_min: float
     sigma_max: float
     request: dict[str, Any]
+    schema: dict[str, Any] = field(default_factory=dict[str, Any])
+    rejected: int = 0
 
     @property
     def samples(self) -> int:
         return sum(shard.samples for shard in self.shards)
 
+    @property
+    def bytes(self) -> int:
+        return sum(shard.bytes for shard in self.shards)
 
-def write_index(folder: Path, index: ShardIndex) -> None:
-    """Atomically: either the whole file appears or none."""
-    partial = folder / f".{NAME}.partial"
-    with partial.open("w") as file:
-        json.dump({"format": FORMAT, "samples": index.samples, **asdict(index)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(folder / NAME)
+    @property
+    def checksum(self) -> str:
+        """Of the data set: the SHA-256 of its shards' checksums, as hexadecimal text, one after the other."""
+        return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
 
 
-def read_index(folder: Path) -> ShardIndex:
+def _plain(shard: Shard) -> dict[str, str | int]:
+    """As asdict has it, ten times as fast."""
+    return {"name": shard.name, "samples": shard.samples, "bytes": shard.bytes, "sha256": shard.sha256}
+
+
+def write_index(folder: str, index: ShardIndex) -> None:
+    """Atomically: either the whole file appears or none. One line a shard: 100,000 of them take a second."""
+    head = {
+        "format": FORMAT, "samples": index.samples, "bytes": index.bytes,
+        "checksum": index.checksum, "shape": index.shape, "sigma_min": index.sigma_min, "sigma_max": index.sigma_max,
+        "seed": index.request.get("seed"), "corruption": index.request.get("corruption"), "schema": index.schema,
+        "rejected": index.rejected, "request": index.request,
+    }  # fmt: skip
+    shards = ",\n  ".join(json.dumps(_plain(shard)) for shard in index.shards)
+    text = json.dumps(head, indent=1).removesuffix("\n}") + f',\n "shards": [\n  {shards}\n ]\n}}\n'
+    storage.write_atomically(storage.join(folder, NAME), text.encode())
+
+
+def read_index(folder: Path | str) -> ShardIndex:
     """Raises UserError when the folder has no index, or one that does not hold together."""
-    path = folder / NAME
-    if not folder.is_dir():
+    folder = str(folder)
+    path = storage.join(folder, NAME)
+    if not storage.is_folder(folder):
         raise UserError(f"{folder}: no such shard folder; make it with `python -m data_pipeline.shard SOURCE {folder}`")
-    if not path.is_file():
+    if not storage.exists(path):
         raise UserError(
             f"{folder}: no {NAME} in it, so the shards are not complete; run `python -m data_pipeline.shard` again"
         )
+    index = parse_index(path, storage.read_bytes(path))
+    names = set(storage.list_files(folder))
+    missing = [shard.name for shard in index.shards if shard.name not in names]
+    if missing or not index.shards:
+        raise UserError(
+            f"{folder}: {len(missing)} of {len(index.shards)} shards are missing{', first ' + missing[0] if missing else ''}"
+        )
+    return index
+
+
+def parse_index(path: str, content: bytes) -> ShardIndex:
+    """What `read_index` returns, without a look at the shards. path: for the messages."""
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(content)
         if data["format"] != FORMAT:
             raise UserError(f"{path}: format {data['format']}, this version reads {FORMAT}: shard again")
         index = ShardIndex(
@@ -73,6 +108,8 @@ def read_index(folder: Path) -> ShardIndex:
             sigma_min=float(data["sigma_min"]),
             sigma_max=float(data["sigma_max"]),
             request=dict(data["request"]),
+            schema=dict(data.get("schema", {})),
+            rejected=int(data.get("rejected", 0)),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not a shard index ({type(error).__name__}: {error}): shard again") from None
@@ -83,9 +120,4 @@ def read_index(folder: Path) -> ShardIndex:
         raise UserError(f"{path}: a level that is not a number, or a name that is not text: shard again")
     if any(os.path.basename(shard.name) != shard.name for shard in index.shards):
         raise UserError(f"{path}: a shard's name has a folder in it, which no index that we write has")
-    missing = [shard.name for shard in index.shards if not (folder / shard.name).is_file()]
-    if missing or not index.shards:
-        raise UserError(
-            f"{folder}: {len(missing)} of {len(index.shards)} shards are missing{', first ' + missing[0] if missing else ''}"
-        )
     return index

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data_pipeline import packaged
+from data_pipeline.bad_image import BadImage
 from data_pipeline.corruption import Array
 from trainer.errors import UserError
 
@@ -61,23 +62,24 @@ def open_source(name: str) -> Source:
         try:
             with Image.open(paths[i]) as image:
                 if image.mode.startswith(("I", "F")):
-                    raise UserError(
+                    raise BadImage(
                         f"{paths[i]}: mode {image.mode} (more than 8 bits a channel) is not read yet: convert it to 8 bits"
                     )
                 upright = ImageOps.exif_transpose(image)
                 grey = upright.mode in ("1", "L", "LA")
                 return Picture(np.asarray(upright.convert("L" if grey else "RGB")))
         except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-            raise UserError(f"{paths[i]}: cannot be read as an image: {error}") from None
+            raise BadImage(f"{paths[i]}: cannot be read as an image: {error}") from None
 
     return Source(keys, read)
 
 
-def prepare(picture: Picture, size: int | None, channels: int) -> Array:
+def prepare(picture: Picture, size: int | None, channels: int, value_range: tuple[float, float] | None = None) -> Array:
     """Centre crop to a square, resize to `size` pixels, to (C, H, W) float32 in [-1, 1]. size None: as it is."""
     image = Image.fromarray(picture.pixels).convert("L" if channels == 1 else "RGB")
     if size is not None:
         image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
     pixels = np.asarray(image, dtype=np.float32).reshape(image.height, image.width, channels)
-    pixels = pixels / np.float32(127.5) - np.float32(1)
+    low, high = value_range or (0, 255)
+    pixels = (pixels - np.float32(low)) / np.float32((high - low) / 2) - np.float32(1)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
