@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from data_pipeline.corruption import Array, Corruption, Gaussian, Observation, generator_of
 from data_pipeline.index import NAME, ShardIndex, read_index, write_index
-from data_pipeline.sources import Source, open_source, prepare
+from data_pipeline.sources import UNDERSTOOD, Source, open_source, prepare
+from data_pipeline.storage import is_url
 from data_pipeline.writer import write_shards
 from trainer import errors
 from trainer.errors import UserError
@@ -31,9 +32,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument(
-        "source", metavar="SOURCE", help="a folder of images, or packaged:digits|fashion|emoji|faces[/train|/test]"
-    )
+    p.add_argument("source", metavar="SOURCE", help=f"a path or URL: {UNDERSTOOD}")
     p.add_argument("output", metavar="OUTPUT", type=Path, help="the folder to write the shards to")
     p.add_argument(
         "--corruption", choices=["gaussian"], default="gaussian", help="what to do to each image (default: gaussian)"
@@ -62,7 +61,7 @@ def shard(source_name: str, output: Path, corruption: Corruption, *, seed: int =
         if value is not None and value < 1:
             raise UserError(f"{name} {value}: must be at least 1")
     request: dict[str, Any] = {
-        "source": source_name if source_name.startswith("packaged:") else str(Path(source_name).resolve()),
+        "source": source_name if source_name.startswith("packaged:") or is_url(source_name) else str(Path(source_name).resolve()),
         "corruption": asdict(corruption), "seed": seed, "size": size, "channels": channels, "limit": limit,
         "shard_size": shard_size,
     }  # fmt: skip
@@ -85,7 +84,7 @@ def shard(source_name: str, output: Path, corruption: Corruption, *, seed: int =
 
     source = open_source(source_name)
     count = min(len(source), limit or len(source))
-    channels = channels or (1 if source.read(0).pixels.ndim == 2 else 3)
+    channels = channels or source.read(0).channels
     output.mkdir(parents=True, exist_ok=True)
     for leftover in [*output.glob(".*.partial"), *output.glob("shard-*.tar")]:  # of a run that was interrupted
         leftover.unlink()
