@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import posixpath
 import tarfile
 import zipfile
@@ -38,25 +39,31 @@ def open_zip(path: str) -> Source:
         refuse_outside(path, info.filename)
     names = [info.filename for info in infos if not info.is_dir() and not is_hidden(info.filename)]
     names.sort(key=lambda name: name.split("/"))
-    return named(path, names, partial(_read_zip, archive), SUFFIXES)
+    return named(path, names, partial(_read_zip, path, archive), SUFFIXES)
 
 
 def _zip_file(path: str) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(storage.open_binary(path))
-    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-        raise UserError(f"SOURCE {path}: cannot be read as a zip (truncated?): {error}") from None
+    with storage.one_error(path):
+        try:
+            return zipfile.ZipFile(storage.open_binary(path))
+        except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+            raise UserError(f"SOURCE {path}: cannot be read as a zip (truncated?): {error}") from None
 
 
-def _read_zip(archive: PerProcess[zipfile.ZipFile], name: str) -> bytes:
+def _read_zip(path: str, archive: PerProcess[zipfile.ZipFile], name: str) -> bytes:
     file = archive.get()
     size = file.getinfo(name).file_size
     if size > LARGEST_MEMBER:
         raise BadImage(f"{name}: {size} bytes when unpacked (a decompression bomb?)")
-    try:
-        return file.read(name)
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
-        raise BadImage(f"{name}: cannot be unpacked: {error}") from None
+    with storage.one_error(path):
+        try:
+            return file.read(name)
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+            raise BadImage(f"{name}: cannot be unpacked: {error}") from None
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # its place lies before the file
+                raise BadImage(f"{name}: cannot be unpacked: it lies outside the zip") from None
+            raise
 
 
 def open_tars(source: str, paths: Sequence[str], names: Sequence[str]) -> Source:
@@ -95,8 +102,8 @@ def _sample(name: str) -> str:
 def _members(path: str) -> Iterator[tuple[str, int, int]]:
     """Name, offset and size of each file in a tar, from its headers alone."""
     end = 0
-    try:
-        with storage.open_binary(path) as file:
+    with storage.one_error(path), storage.open_binary(path) as file:
+        try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
                     refuse_outside(path, member.name)
@@ -107,11 +114,11 @@ def _members(path: str) -> Iterator[tuple[str, int, int]]:
                         raise UserError(f"SOURCE {path}: the member {member.name!r} is a link or no plain file")
                     yield member.name.removeprefix("./"), member.offset_data, member.size
                     tar.members = []  # pyright: ignore[reportAttributeAccessIssue] -- or it would keep a million headers
-            file.seek(end)
-            if file.read(BLOCK) != bytes(BLOCK):  # tarfile takes any end for the end
-                raise UserError(f"SOURCE {path}: ends without a tar's end mark (truncated?): copy it again")
-    except tarfile.TarError as error:
-        raise UserError(f"SOURCE {path}: cannot be read as a tar (truncated, or compressed?): {error}") from None
+        except tarfile.TarError as error:
+            raise UserError(f"SOURCE {path}: cannot be read as a tar (truncated, or compressed?): {error}") from None
+        file.seek(end)
+        if file.read(BLOCK) != bytes(BLOCK):  # tarfile takes any end for the end
+            raise UserError(f"SOURCE {path}: ends without a tar's end mark (truncated?): copy it again")
 
 
 def _read_tar(places: Mapping[str, tuple[str, int, int]], name: str) -> bytes:

@@ -67,12 +67,15 @@ class Rows:
         number = bisect_right(self.starts, i) - 1
         name = f"{self.source}, row {i}"
         part, row = self.parts.get().part(number), i - self.starts[number]
-        value = part.column(self.column.image)[row].as_py()
+        value = part.column(self.column.image)[row].as_py()  # of this row alone
         data = value and value["bytes"] if self.column.inside else value
         if data is None:
             where = f" (only the path {value['path']!r}, which is not opened)" if value and value.get("path") else ""
             raise BadImage(f"{name}: no bytes in the column {self.column.image}{where}")
-        record = {field: part.column(field)[row].as_py() for field in self.column.captions}
+        try:
+            record = {field: part.column(field)[row].as_py() for field in self.column.captions}
+        except UnicodeDecodeError:
+            raise BadImage(f"{name}: the caption is not UTF-8") from None
         return Picture(decode(data, name), caption_in(record, name))
 
 
@@ -137,6 +140,10 @@ def _column(schema: pa.Schema, name: str) -> Column:
     def is_bytes(kind: pa.DataType) -> bool:
         return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
+    try:
+        names = ", ".join(schema.names)
+    except UnicodeDecodeError:
+        raise UserError(f"{name}: the columns' names are not UTF-8 (damaged?)") from None
     found: dict[str, bool] = {}
     for field in schema:
         if pa.types.is_struct(field.type):
@@ -147,7 +154,7 @@ def _column(schema: pa.Schema, name: str) -> Column:
             found[field.name] = False
     image = "image" if "image" in found else next(iter(found), None)
     if image is None:
-        raise UserError(f"{name}: no column of images (bytes, or a struct with bytes) among {', '.join(schema.names)}")
+        raise UserError(f"{name}: no column of images (bytes, or a struct with bytes) among {names}")
     if len(found) > 1 and image != "image":
         raise UserError(f"{name}: the columns {', '.join(found)} may all be the images: name one of them image")
     return Column(image, found[image], tuple(field for field in FIELDS if field in schema.names))
@@ -160,8 +167,8 @@ def _parquet(path: str) -> pq.ParquetFile:
     local = storage.local_path(path)
     try:
         return pq.ParquetFile(storage.open_binary(path) if local is None else local)
-    except pa.ArrowException as error:
-        raise UserError(f"SOURCE {path}: cannot be read as parquet (truncated?): {_first_line(error)}") from None
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(path, "cannot be read as parquet (truncated?)", error) from None
 
 
 def _row_group(groups: Sequence[tuple[str, int]], columns: list[str], number: int) -> pa.Table:
@@ -172,7 +179,7 @@ def _row_group(groups: Sequence[tuple[str, int]], columns: list[str], number: in
         try:
             return file.read_row_group(group, columns=columns, use_threads=False)
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"SOURCE {path}: row group {group} cannot be read: {_first_line(error)}") from None
+            raise _unreadable(path, f"row group {group} cannot be read", error) from None
 
 
 def _arrow(paths: Sequence[str], columns: list[str] | None, number: int) -> pa.Table:
@@ -187,9 +194,13 @@ def _arrow(paths: Sequence[str], columns: list[str] | None, number: int) -> pa.T
     except FileNotFoundError:
         raise UserError(f"SOURCE {path}: no such file, though state.json names it") from None
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"SOURCE {path}: cannot be read as Arrow (truncated?): {_first_line(error)}") from None
+        raise _unreadable(path, "cannot be read as Arrow (truncated?)", error) from None
     return table if columns is None else table.select(columns)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def _unreadable(path: str, what: str, error: Exception) -> Exception:
+    """pyarrow raises OSError for what it cannot parse, without a number; those with one are the storage's."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return OSError(error.errno, error.strerror or str(error), path)
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UserError(f"SOURCE {path}: {what}: {text}")

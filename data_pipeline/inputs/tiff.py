@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
+from struct import unpack
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,17 +21,20 @@ if TYPE_CHECKING:
     from tifffile import TiffFile
 
 MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-BITS, ORIENTATION, EXTRA_SAMPLES, SAMPLE_FORMAT = 258, 274, 338, 339
+BITS, PHOTOMETRIC, ORIENTATION, EXTRA_SAMPLES, SAMPLE_FORMAT = 258, 262, 274, 338, 339
 ALPHA = (1, 2)
 """TIFF's kinds of extra samples that are not channels."""
+COMPRESSIONS = {1: "none", 8: "deflate", 32946: "deflate", 34925: "LZMA", 50000: "zstd"}
+"""What tifffile may unpack. Its LZW, by imagecodecs, ends the process where a file is damaged."""
 
 
 def is_scientific(image: Image.Image) -> bool:
-    """Whether Pillow would cut this TIFF short: more than 8 bits or than one page, or channels that are not colours."""
+    """Whether Pillow would cut this TIFF short: of bits, pages or channels. It has 16-bit and float32 grey whole."""
     tags = getattr(image, "tag_v2", {})
-    bits, kinds = tags.get(BITS, (1,)), tags.get(SAMPLE_FORMAT, (1,))
+    bits, kinds = max(tags.get(BITS, (1,))), max(tags.get(SAMPLE_FORMAT, (1,)))
     extra = any(kind not in ALPHA for kind in tags.get(EXTRA_SAMPLES, ()))
-    return extra or max(bits) > 8 or max(kinds) > 1 or getattr(image, "n_frames", 1) > 1 or image.mode[0] in "IF"
+    grey = tags.get(PHOTOMETRIC) == 1 and (bits, kinds, image.mode[0]) in ((16, 1, "I"), (32, 3, "F"))
+    return extra or getattr(image, "n_frames", 1) > 1 or (not grey and (bits > 8 or kinds > 1 or image.mode[0] in "IF"))
 
 
 def upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
@@ -57,6 +61,7 @@ class _Layout:
 
 def _layout(file: TiffFile, name: str) -> _Layout:
     """Raises UserError for what is not pictures of one kind."""
+    _check_chain(file)
     series, first = file.series[0], file.pages[0]
     axes, shape = series.axes, series.shape
     if len(file.series) > 1:
@@ -66,6 +71,11 @@ def _layout(file: TiffFile, name: str) -> _Layout:
         raise UserError(f"{name}: {series.dtype} pixels; convert them to one of {', '.join(DTYPES)}")
     if int(getattr(first, "photometric", 1)) not in (0, 1, 2):
         raise UserError(f"{name}: a TIFF in {getattr(first, 'photometric', None)!r}: convert it to grey or RGB")
+    if getattr(first, "compression", 1) not in COMPRESSIONS:
+        raise UserError(
+            f"{name}: compressed by {getattr(first, 'compression', None)!r}, which is read of single pictures in grey and in"
+            " 8 bits only: save it uncompressed, or with deflate"
+        )
     page = tuple(n for axis, n in zip(axes, shape, strict=True) if axis in "YXS")
     stacked = [(axis, n) for axis, n in zip(axes, shape, strict=True) if axis not in "YXS"]
     planes = np.arange(math.prod(n for _, n in stacked), dtype=np.intp).reshape([n for _, n in stacked])
@@ -81,6 +91,24 @@ def _layout(file: TiffFile, name: str) -> _Layout:
     return _Layout(
         planes, page, sizes["S"] - alpha if "S" in axes else None, "S" in axes and axes.index("S") == len(stacked)
     )
+
+
+def _check_chain(file: TiffFile) -> None:
+    """Raises ValueError where a page is followed by one before it: tifffile would go round for ever."""
+    kind, handle = file.tiff, file.filehandle
+    handle.seek(8 if kind.is_bigtiff else 4)
+    seen: set[int] = set()
+    while len(data := handle.read(kind.offsetsize)) == kind.offsetsize and (
+        start := unpack(kind.offsetformat, data)[0]
+    ):
+        if start in seen:
+            raise ValueError("its pages follow each other in a circle")
+        seen.add(start)
+        handle.seek(start)
+        count = handle.read(kind.tagnosize)
+        if len(count) < kind.tagnosize:
+            return
+        handle.seek(start + kind.tagnosize + unpack(kind.tagnoformat, count)[0] * kind.tagsize)
 
 
 def _picture(file: TiffFile, layout: _Layout, i: int) -> NDArray[Any]:
@@ -105,8 +133,11 @@ def _page(file: TiffFile, layout: _Layout, number: int) -> NDArray[Any]:
         start = int(series.dataoffset or 0) + number * count * dtype.itemsize
         return file.filehandle.read_array(dtype, count, start).reshape(layout.page)
     page = series[number]
-    if page is None:
-        raise ValueError(f"page {number} is missing")
+    limit = 4 * (Image.MAX_IMAGE_PIXELS or math.inf)
+    if page is None or tuple(page.shape) != layout.page or math.prod(page.chunks) > limit:
+        raise ValueError(f"page {number} is missing, or not of the shape {layout.page}")
+    if page.compression not in COMPRESSIONS:
+        raise ValueError(f"page {number} is compressed by {page.compression!r}")
     return np.asarray(page.asarray()).reshape(layout.page)
 
 

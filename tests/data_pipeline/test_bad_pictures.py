@@ -45,6 +45,19 @@ def bad_size(data: bytes) -> bytes:
 
 
 DEEP = tiff_bytes(np.zeros((20, 16), np.uint16))
+LZW = tiff_bytes(np.zeros((20, 16), np.uint16), compression="lzw")
+TWO = tiff_bytes(np.zeros((2, 20, 16), np.uint16), photometric="minisblack")
+TWICE = struct.unpack("<I", TWO[4:8])[0]  # where the first page is described
+
+
+def in_a_circle() -> bytes:
+    """A TIFF whose second page is followed by its first."""
+    end = TWICE + 2 + 12 * struct.unpack("<H", TWO[TWICE : TWICE + 2])[0]
+    second = struct.unpack("<I", TWO[end : end + 4])[0]
+    end = second + 2 + 12 * struct.unpack("<H", TWO[second : second + 2])[0]
+    return TWO[:end] + TWO[4:8] + TWO[end + 4 :]
+
+
 BAD = [
     (b"", "cannot be read as an image: the file is empty"),
     (b"not a picture", "cannot be read as an image: no format that is known"),
@@ -54,6 +67,9 @@ BAD = [
     (huge_png(100000, 100000), "(10000000000 pixels) exceeds limit"),
     (bad_size(DEEP), "exceeds limit of"),
     (DEEP[:-100], "cannot be read as an image: "),
+    (in_a_circle(), "its pages follow each other in a circle"),
+    (LZW[:256] + b"\xff" * len(LZW[256:]), "cannot be read as an image: "),
+    (tiff_bytes(np.zeros((20, 16, 3), np.uint16), compression="lzw"), "save it uncompressed, or with deflate"),
     (tiff_bytes(GREY), "a stack of 6 pictures (axes QYX (6, 9, 8)): give this file alone as SOURCE"),
     (tiff_bytes(GREY[0].astype(np.int32)), "int32 pixels"),
     (PICKLED, "holds pickled objects, which are never loaded"),

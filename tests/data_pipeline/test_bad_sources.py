@@ -176,6 +176,7 @@ GREY = np.zeros((6, 9, 8), np.uint8)
         (lambda p: parquet(p, x=[b"1"], y=[b"2"]), "the columns x, y may all be the images: name one of them image"),
         (lambda p: parquet(p, image=pa.array([], pa.binary())), "no rows in it"),
         (lambda p: file(p, "a.parquet", b"PAR1x"), "a.parquet: cannot be read as parquet (truncated?)"),
+        (lambda p: file(p, "a.parquet", b"PAR1" + bytes(40) + b"\1\0\0\0PAR1"), "a.parquet: cannot be read as parquet (truncated?)"),
         (lambda p: saved(p, _data_files=[{"filename": "../data.arrow"}]), "names files in other folders: it is not safe"),
         (lambda p: saved(p, _data_files=[{"filename": "x.arrow"}]), "x.arrow: no such file, though state.json names it"),
         (lambda p: saved(p, _indices_data_files=[{"filename": "i.arrow"}]), "call flatten_indices()"),
