@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from trainer.errors import UserError
 
-class BadImage(Exception):
-    """The message is the reason, in one line, without the image's name."""
+
+class BadImage(UserError):
+    """ONE picture cannot be read or used; the message is the reason, in one line that is the same in every run.
+
+    It is a UserError so that it ends as one line where nobody sets the picture aside and goes on."""

@@ -11,6 +11,7 @@ from data_pipeline.corruption import Corruption, add_arguments, from_arguments
 from data_pipeline.index import ShardIndex
 from data_pipeline.plan import Request
 from data_pipeline.preprocess import Means, preprocess
+from data_pipeline.sources import UNDERSTOOD
 from data_pipeline.work import available_cores
 from slurm.cluster import ClusterConfig, read_cluster
 from trainer import errors
@@ -34,9 +35,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument(
-        "source", metavar="SOURCE", help="a folder of images, or packaged:digits|fashion|emoji|faces[/train|/test]"
-    )
+    p.add_argument("source", metavar="SOURCE", help=f"a path or URL: {UNDERSTOOD}")
     p.add_argument("output", metavar="OUTPUT", help="the folder or fsspec URL to write the shards to")
     add_arguments(p)
     p.add_argument(

@@ -41,18 +41,18 @@ def read_bytes(path: str, start: int = 0, end: int | None = None) -> bytes:
         with local.open("rb") as file:
             file.seek(start)
             return file.read() if end is None else file.read(end - start)
-    with _one_error(path):
+    with one_error(path):
         system, name = _system(path)
         whole = start == 0 and end is None
         return bytes(system.cat_file(name) if whole else system.cat_file(name, start=start, end=end))
 
 
 def open_binary(path: str) -> BinaryIO:
-    """The file, opened for reading; it can be sought. It belongs to this process: do not share it across a fork."""
+    """The file, opened for reading; it can be sought; see `one_error`. It belongs to this process: do not share it across a fork."""
     local = local_path(path)
     if local is not None:
         return local.open("rb")
-    with _one_error(path):
+    with one_error(path):
         system, name = _system(path)
         return cast(BinaryIO, system.open(name, "rb"))
 
@@ -61,7 +61,7 @@ def exists(path: str) -> bool:
     local = local_path(path)
     if local is not None:
         return local.exists()
-    with _one_error(path):
+    with one_error(path):
         system, name = _system(path)
         return bool(system.exists(name))
 
@@ -70,7 +70,7 @@ def is_folder(path: str) -> bool:
     local = local_path(path)
     if local is not None:
         return local.is_dir()
-    with _one_error(path):
+    with one_error(path):
         system, name = _system(path)
         return bool(system.isdir(name))
 
@@ -80,7 +80,7 @@ def size_of(path: str) -> int:
     local = local_path(path)
     if local is not None:
         return local.stat().st_size
-    with _one_error(path):
+    with one_error(path):
         system, name = _system(path)
         return int(system.size(name))
 
@@ -91,7 +91,7 @@ def list_files(folder: str) -> list[str]:
     if local is not None:
         names = list(_walk(local))
     else:
-        with _one_error(folder):
+        with one_error(folder):
             system, root = _system(folder)
             root = root.rstrip("/") + "/"
             system.invalidate_cache(root)  # others may have written since
@@ -104,7 +104,7 @@ def write_atomically(path: str, data: bytes) -> None:
     folder, which replaces the old one when it is on the disk. Remote: one put, which object stores make atomic."""
     local = local_path(path)
     if local is None:
-        with _one_error(path):
+        with one_error(path):
             system, name = _system(path)
             system.pipe_file(name, data)
         return
@@ -126,7 +126,7 @@ def remove(path: str) -> None:
     if local is not None:
         local.unlink(missing_ok=True)
         return
-    with _one_error(path):
+    with one_error(path):
         system, name = _system(path)
         if system.exists(name):
             system.rm_file(name)
@@ -155,8 +155,9 @@ def _system(url: str) -> tuple[Any, str]:
 
 
 @contextmanager
-def _one_error(path: str) -> Iterator[None]:
-    """Backends raise errors of their own kinds, and OSErrors without a path."""
+def one_error(path: str) -> Iterator[None]:
+    """Makes every error an OSError with the path in it: backends raise errors of their own kinds, and OSErrors without.
+    For reads of a file that `open_binary` gave; the functions here have it."""
     try:
         yield
     except (UserError, MemoryError):
