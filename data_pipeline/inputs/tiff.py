@@ -197,6 +197,5 @@ def _tifffile() -> Any:
 
 def _reason(error: Exception, name: str) -> str:
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return f"{name}: cannot be read as an image: {text}" + (
-        ": pip install imagecodecs" if "imagecodecs" in text else ""
-    )
+    codec = ": pip install imagecodecs" if isinstance(error, ImportError) or "imagecodecs" in text else ""
+    return f"{name}: cannot be read as an image: {text}{codec}"
