@@ -38,7 +38,12 @@ class Request:
     captions: bool = True
 
     def __post_init__(self) -> None:
-        for name, value in {"--size": self.size, "--limit": self.limit, "--shard-size": self.shard_size}.items():
+        for name, value in {
+            "--size": self.size,
+            "--channels": self.channels,
+            "--limit": self.limit,
+            "--shard-size": self.shard_size,
+        }.items():
             if value is not None and value < 1:
                 raise UserError(f"{name} {value}: must be at least 1")
 

@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--size", type=int, help="crop to a square and resize to this many pixels (default: as the images are)"
     )
-    p.add_argument("--channels", type=int, choices=[1, 3], help="grey or colour (default: as the first image)")
+    p.add_argument("--channels", type=int, help="1 is grey, 3 is colour (default: as the first image)")
     p.add_argument("--range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="the values that become -1 and 1 (default: the range of 8 or 16 bits; images of floats need it)")  # fmt: skip
     p.add_argument("--no-captions", action="store_true", help="leave the source's captions out")
     p.add_argument("--limit", type=int, help="use the first LIMIT images only")

@@ -140,6 +140,7 @@ def test_a_second_call_reuses_and_another_request_is_refused(pictures: Path, tmp
         (["packaged:digits/half", "{out}", "--sigma", "0.5"], "must be train, test or all"),
         (["{pictures}", "{out}", "--sigma", "0.5", "--size", "0"], "--size 0"),
         (["{pictures}", "{out}", "--sigma", "0.5", "--limit", "0"], "--limit 0"),
+        (["{pictures}", "{out}", "--sigma", "0.5", "--channels", "0"], "--channels 0: must be at least 1"),
         (["{pictures}", "{pictures}", "--sigma", "0.5"], "holds other files"),
         (["{pictures}", "{tmp}/sizes/a.png", "--sigma", "0.5"], "is a file; give a folder"),
         (["{pictures}", "{out}", "--sigma", "0.5", "--workers", "0"], "--workers 0: must be at least 1"),
