@@ -21,7 +21,7 @@ from trainer.diffusion.batch import Batch, Conditioning
 from trainer.diffusion.consistency import ConsistencyConfig, ConsistencyLoss
 from trainer.diffusion.denoiser import Denoise, Denoiser
 from trainer.diffusion.interleave import StepSchedule
-from trainer.diffusion.levels import EDM, LogUniform, karras_levels
+from trainer.diffusion.levels import EDM, LogUniform, Weight, karras_levels
 from trainer.diffusion.noise import StreamNoise
 from trainer.diffusion.particles import ParticlePool
 from trainer.diffusion.process import VPCosine
@@ -66,7 +66,8 @@ class Problem:
 class Method:
     """One row of a table. data: what training is given; "exact above" is the closed-form denoiser as the target above
     sigma_n, to tell what consistency leaves from what the ambient loss leaves. steps, batch: of the ambient loss's
-    evaluations, so pairs see half as many observations."""
+    evaluations, so pairs see half as many observations. weight: of the levels above sigma_n. averaged_target: whether
+    h(x_t), which the low side of consistency follows, is by the averaged weights, as in consistency models."""
 
     name: str
     data: Literal["noisy", "clean", "naive", "exact above"] = "noisy"
@@ -75,9 +76,11 @@ class Method:
     official: OfficialConsistency | None = None
     consistency_weight: float = 0.0
     steps: int = 3000
-    batch: int = 512
-    width: int = 256
+    batch: int = 256
+    width: int = 128
     sigma_rel: float = 0.1
+    weight: Weight = field(default_factory=EDM)
+    averaged_target: bool = False
     prediction: Literal["v", "x0", "eps"] = "v"
 
 
@@ -96,7 +99,7 @@ class Training:
         self._averaged = Denoiser(MLP(problem.mixture.means.shape[1], method.width), PROCESS, method.prediction)
         self._generator = torch.Generator().manual_seed(seed + 1000)
         self._noise = StreamNoise(self._generator)
-        self._ambient = AmbientLoss(LogUniform(), EDM(), PROCESS, method.ambient)
+        self._ambient = AmbientLoss(LogUniform(), method.weight, PROCESS, method.ambient)
         c = method.consistency
         self.schedule, self._budget = StepSchedule(1, 0), None
         if c:
@@ -133,7 +136,8 @@ class Training:
         if c and self.schedule.has_consistency(self.step):
             batch = Batch(batch.x_n[: self._pool.rows], batch.sigma_n[: self._pool.rows])
             slots, particles = self._pool.take(self._grown(batch), self._noise)
-            terms, children = self._consistency(self.denoiser, particles, self._noise)
+            h: Denoise = self._averaged_where_followed if self.method.averaged_target else self.denoiser
+            terms, children = self._consistency(h, particles, self._noise)
             self._pool.put(slots, children)
             loss = loss + c.weight * self.schedule.scale * terms.loss.mean()
         if self.method.official and self.step >= self.method.steps // 10:
@@ -166,6 +170,9 @@ class Training:
         x = x0 + sigma[:, None] * self._noise.normal("", x0)
         target = self.problem.mixture.posterior_mean(x, sigma)
         return (EDM()(sigma) * (self.denoiser(x, sigma, {}) - target).square().mean(1)).mean()
+
+    def _averaged_where_followed(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        return (self.denoiser if torch.is_grad_enabled() else self.averaged())(x, sigma, conditioning)
 
     def averaged(self) -> Denoiser:
         """The denoiser with the averaged weights."""

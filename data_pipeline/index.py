@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ class ShardIndex:
     """The contents of a folder of shards.
 
     shape: (C, H, W) of every observation. sigma_min, sigma_max: the range of sigma_n. request: what was asked of
-    `data_pipeline.shard` (source, corruption, seed, size...), to tell whether a later call asks for the same.
+    `data_pipeline.shard` (source, corruption, seed, size...), to tell whether a later call asks for the same. schema: the
+    members of a sample, with dtype and shape or fields. rejected: images of the source that could not be used.
     """
 
     shards: tuple[Shard, ...]
@@ -39,20 +41,39 @@ class ShardIndex:
     sigma_min: float
     sigma_max: float
     request: dict[str, Any]
+    schema: dict[str, Any] = field(default_factory=dict[str, Any])
+    rejected: int = 0
 
     @property
     def samples(self) -> int:
         return sum(shard.samples for shard in self.shards)
 
+    @property
+    def bytes(self) -> int:
+        return sum(shard.bytes for shard in self.shards)
 
-def write_index(folder: Path, index: ShardIndex) -> None:
-    """Atomically: either the whole file appears or none."""
-    partial = folder / f".{NAME}.partial"
-    with partial.open("w") as file:
-        json.dump({"format": FORMAT, "samples": index.samples, **asdict(index)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(folder / NAME)
+    @property
+    def checksum(self) -> str:
+        """Of the data set: the SHA-256 of its shards' checksums, as hexadecimal text, one after the other."""
+        return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
+
+
+def _plain(shard: Shard) -> dict[str, str | int]:
+    """As asdict has it, ten times as fast."""
+    return {"name": shard.name, "samples": shard.samples, "bytes": shard.bytes, "sha256": shard.sha256}
+
+
+def write_index(folder: str, index: ShardIndex) -> None:
+    """Atomically: either the whole file appears or none. One line a shard: 100,000 of them take a second."""
+    head = {
+        "format": FORMAT, "samples": index.samples, "bytes": index.bytes,
+        "checksum": index.checksum, "shape": index.shape, "sigma_min": index.sigma_min, "sigma_max": index.sigma_max,
+        "seed": index.request.get("seed"), "corruption": index.request.get("corruption"), "schema": index.schema,
+        "rejected": index.rejected, "request": index.request,
+    }  # fmt: skip
+    shards = ",\n  ".join(json.dumps(_plain(shard)) for shard in index.shards)
+    text = json.dumps(head, indent=1).removesuffix("\n}") + f',\n "shards": [\n  {shards}\n ]\n}}\n'
+    storage.write_atomically(storage.join(folder, NAME), text.encode())
 
 
 def read_index(folder: str | Path) -> ShardIndex:
@@ -62,24 +83,20 @@ def read_index(folder: str | Path) -> ShardIndex:
     A missing shard is named here where the folder is local; where it is remote, when it is fetched: listing 100,000
     objects would cost each rank a hundred requests.
     """
-    folder = str(folder)
-    path, remote = storage.join(folder, NAME), storage.is_url(folder)
-    if not remote and not os.path.isdir(folder):
+    local = storage.local_path(str(folder))
+    path = storage.join(str(folder), NAME)
+    if local is not None and not local.is_dir():
         raise UserError(f"{folder}: no such shard folder; make it with `python -m data_pipeline.shard SOURCE {folder}`")
     try:
-        index = _parsed(path, storage.read_bytes(path))
+        index = parse_index(path, storage.read_bytes(path))
     except FileNotFoundError:
         raise UserError(
             f"{folder}: no {NAME} in it, so the shards are not complete; run `python -m data_pipeline.shard` again"
         ) from None
-    except UserError:
-        raise
-    except (ImportError, ValueError) as error:  # a protocol that fsspec does not know, or that needs another package
-        raise UserError(f"{path}: cannot be opened: {error}") from None
-    except Exception as error:  # each client of a store has errors of its own
-        raise WorkFailed(f"{path}: cannot be read: {' '.join(f'{type(error).__name__}: {error}'.split())}") from None
-    if not remote:
-        there = set(os.listdir(folder))  # one call, where asking for each shard would be 100,000
+    except OSError as error:
+        raise WorkFailed(f"{path}: cannot be read: {error.strerror or error}") from None
+    if local is not None:
+        there = set(os.listdir(local))  # one call, where asking for each shard would be 100,000
         missing = [shard.name for shard in index.shards if shard.name not in there]
         if missing:
             raise UserError(
@@ -88,7 +105,8 @@ def read_index(folder: str | Path) -> ShardIndex:
     return index
 
 
-def _parsed(path: str, content: bytes) -> ShardIndex:
+def parse_index(path: str, content: bytes) -> ShardIndex:
+    """What `read_index` returns, without a look at the shards. path: for the messages."""
     try:
         data = json.loads(content)
         if data["format"] != FORMAT:
@@ -99,17 +117,19 @@ def _parsed(path: str, content: bytes) -> ShardIndex:
             sigma_min=float(data["sigma_min"]),
             sigma_max=float(data["sigma_max"]),
             request=dict(data["request"]),
+            schema=dict(data.get("schema", {})),
+            rejected=int(data.get("rejected", 0)),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not a shard index ({type(error).__name__}: {error}): shard again") from None
     counts = [number for shard in index.shards for number in (shard.samples, shard.bytes)]
     if len(index.shape) != 3 or any(type(n) is not int or n < 1 for n in [*index.shape, *counts]):
         raise UserError(f"{path}: shape, samples and bytes must be whole numbers, at least 1: shard again")
-    names = {shard.name for shard in index.shards}
     if not all(type(text) is str for shard in index.shards for text in (shard.name, shard.sha256)):
         raise UserError(f"{path}: a name or a checksum that is not text: shard again")
     if not 0 <= index.sigma_min <= index.sigma_max < math.inf:
         raise UserError(f"{path}: a level that is not a number: shard again")
+    names = {shard.name for shard in index.shards}
     if any(os.path.basename(name) != name for name in names):
         raise UserError(f"{path}: a shard's name has a folder in it, which no index that we write has")
     if any(len(shard.sha256) != 64 or not shard.sha256.isalnum() for shard in index.shards):

@@ -95,14 +95,16 @@ class Loader:
 
     def __init__(self, config: DataConfig, layout: Layout, seed: int, device: torch.device) -> None:
         self.config, self.layout, self.device = config, layout, device
-        retries = config.retries if storage.is_url(config.shards) else 0
-        self.index = retrying(lambda: read_index(config.shards), retries, config.shards)
+        local = storage.local_path(config.shards)
+        self._folder = str(local or config.shards)
+        retries = config.retries if local is None else 0
+        self.index = retrying(lambda: read_index(self._folder), retries, self._folder)
         counts = np.fromiter((shard.samples for shard in self.index.shards), np.int64)
         self.order = Order(counts, seed, config.group)
         self.skipped = 0
         self._warned: set[str] = set()
         self._cache: ShardCache | None = None
-        if storage.is_url(config.shards):
+        if local is None:
             self._check_cache()
             self._cache = ShardCache(config.shards, _cache_folder(config), int(config.cache_gb * 1e9), config.retries)
 
@@ -142,7 +144,7 @@ class Loader:
     def _feed(self, slots: Slots) -> Feed:
         """In the background process, where there is one."""
         config = self.config
-        reader = ShardReader(config.shards, self.index, 2 * config.group, self._cache, config.verify)
+        reader = ShardReader(self._folder, self.index, 2 * config.group, self._cache, config.verify)
         return Feed(self.order, reader, slots, config.flip, config.on_error == "skip")
 
     def _batch(self, piece: Piece, slots: Slots) -> Batch:

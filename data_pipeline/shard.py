@@ -4,125 +4,87 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from tqdm import tqdm
-
-from data_pipeline.corruption import Array, Corruption, Gaussian, Observation, generator_of
-from data_pipeline.index import NAME, ShardIndex, read_index, write_index
-from data_pipeline.sources import Source, open_source, prepare
-from data_pipeline.writer import write_shards
+from data_pipeline import storage
+from data_pipeline.corruption import Corruption, add_arguments, from_arguments
+from data_pipeline.index import ShardIndex
+from data_pipeline.plan import Request
+from data_pipeline.preprocess import Means, preprocess
+from data_pipeline.sources import UNDERSTOOD
+from data_pipeline.work import available_cores
+from slurm.cluster import ClusterConfig, read_cluster
 from trainer import errors
 from trainer.errors import UserError
 
-EXAMPLE = """example:
+EXAMPLE = """examples:
   python -m data_pipeline.shard packaged:digits/train data/digits --sigma 0.5
-  python -m data_pipeline.shard my_images/ data/mine --sigma 0.2 --size 64 --channels 3
+  python -m data_pipeline.shard my_images/ data/mine --sigma 0.2 --size 64 --channels 3 --workers 8
+  python -m data_pipeline.shard my_images/ data/mine --sigma 0.2 --max-rejected 25
+  python -m data_pipeline.shard my_images/ data/mine --sigma 0.2 --cluster configs/clusters/local.yaml --jobs 4
+
+Run the same command again to go on after an interruption: finished shards are kept. `python -m data_pipeline.inspect
+data/mine` verifies and shows what was written.
 """
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m data_pipeline.shard",
-        description="Corrupts each image once, and writes the observations (never the clean images, unless --clean-share asks for some) as WebDataset shards.",
+        description="Corrupts each image once, and writes the observations (never the clean images, unless --clean-share asks for some) as WebDataset shards. The bytes are the same for any number of workers and jobs.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument(
-        "source", metavar="SOURCE", help="a folder of images, or packaged:digits|fashion|emoji|faces[/train|/test]"
-    )
-    p.add_argument("output", metavar="OUTPUT", type=Path, help="the folder to write the shards to")
-    p.add_argument(
-        "--corruption", choices=["gaussian"], default="gaussian", help="what to do to each image (default: gaussian)"
-    )
-    p.add_argument("--sigma", type=float, required=True, help="standard deviation of the noise, for images in [-1, 1]")
-    p.add_argument("--clean-share", type=float, default=0.0, metavar="SHARE", help="this share of the images, drawn by key, is written clean, with sigma_n 0 (default: 0)")  # fmt: skip
+    p.add_argument("source", metavar="SOURCE", help=f"a path or URL: {UNDERSTOOD}")
+    p.add_argument("output", metavar="OUTPUT", help="the folder or fsspec URL to write the shards to")
+    add_arguments(p)
     p.add_argument(
         "--seed", type=int, default=0, help="seed of the noise; with the image's key it decides every draw (default: 0)"
     )
     p.add_argument(
         "--size", type=int, help="crop to a square and resize to this many pixels (default: as the images are)"
     )
-    p.add_argument("--channels", type=int, choices=[1, 3], help="grey or colour (default: as the first image)")
+    p.add_argument("--channels", type=int, help="1 is grey, 3 is colour (default: as the first image)")
+    p.add_argument("--range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="the values that become -1 and 1 (default: the range of 8 or 16 bits; images of floats need it)")  # fmt: skip
+    p.add_argument("--no-captions", action="store_true", help="leave the source's captions out")
     p.add_argument("--limit", type=int, help="use the first LIMIT images only")
-    p.add_argument("--shard-size", type=int, default=1000, help="samples a shard (default: 1000)")
+    p.add_argument("--shard-size", type=int, default=1000, help="images a shard (default: 1000)")
+    p.add_argument("--max-rejected", type=float, default=0.01, metavar="N", help="give up when more images than this cannot be used: a share below 1, or a whole number (default: 0.01)")  # fmt: skip
+    p.add_argument("--workers", type=int, help="processes (default: one for each core that this one may use)")
+    p.add_argument("--cluster", type=Path, metavar="FILE", help="write by jobs of this cluster, a YAML file as in configs/clusters/; each has cpus_per_task workers")  # fmt: skip
+    p.add_argument("--jobs", type=int, help="with --cluster: how many jobs (default: 1)")
     return p
 
 
-def shard(source_name: str, output: Path, corruption: Corruption, *, seed: int = 0, size: int | None = None,
-          channels: int | None = None, limit: int | None = None, shard_size: int = 1000) -> ShardIndex:  # fmt: skip
-    """Writes OUTPUT, or returns its index where it already holds what is asked for.
+def shard(source: str, output: Path | str, corruption: Corruption, *, seed: int = 0, size: int | None = None,
+          channels: int | None = None, value_range: tuple[float, float] | None = None, limit: int | None = None,
+          shard_size: int = 1000, captions: bool = True, max_rejected: float = 0.01, workers: int = 1,
+          cluster: ClusterConfig | None = None, jobs: int = 1) -> ShardIndex:  # fmt: skip
+    """Writes OUTPUT, goes on with it, or returns its index where it already holds what is asked for.
 
-    Raises UserError for a wrong request, or when OUTPUT holds something else.
+    With several workers it must be called from a module that a new process can import: a script guards its start by
+    `if __name__ == "__main__"`. Raises UserError for a wrong request, or when OUTPUT holds something else; WorkFailed when too many images cannot be
+    used, or a worker or job dies.
     """
-    for name, value in {"--size": size, "--limit": limit, "--shard-size": shard_size}.items():
-        if value is not None and value < 1:
-            raise UserError(f"{name} {value}: must be at least 1")
-    request: dict[str, Any] = {
-        "source": source_name if source_name.startswith("packaged:") else str(Path(source_name).resolve()),
-        "corruption": asdict(corruption), "seed": seed, "size": size, "channels": channels, "limit": limit,
-        "shard_size": shard_size,
-    }  # fmt: skip
-    if output.exists() and not output.is_dir():
-        raise UserError(f"OUTPUT {output}: is a file; give a folder")
-    if (output / NAME).is_file():
-        index = read_index(output)
-        differing = sorted(
-            name for name in request.keys() | index.request.keys() if request.get(name) != index.request.get(name)
-        )
-        if differing:
-            name = differing[0]
-            raise UserError(
-                f"{output} holds shards made with {name}={index.request.get(name)}, not {request.get(name)}: choose another OUTPUT"
-            )
-        print(f"{output}: {index.samples} samples are already there", file=sys.stderr)
-        return index
-    if output.exists() and any(path for path in output.iterdir() if not path.name.endswith((".partial", ".tar"))):
-        raise UserError(f"OUTPUT {output}: the folder holds other files: choose a new one")
-
-    source = open_source(source_name)
-    count = min(len(source), limit or len(source))
-    channels = channels or (1 if source.read(0).pixels.ndim == 2 else 3)
-    output.mkdir(parents=True, exist_ok=True)
-    for leftover in [*output.glob(".*.partial"), *output.glob("shard-*.tar")]:  # of a run that was interrupted
-        leftover.unlink()
-    sigmas: list[float] = []
-    shape: tuple[int, ...] = ()
-
-    def samples() -> Iterator[tuple[str, Observation]]:
-        nonlocal shape
-        for key, x0 in tqdm(_clean(source, count, size, channels), total=count, desc=f"shard {output}", unit="img"):
-            shape = shape or x0.shape
-            if x0.shape != shape:
-                raise UserError(
-                    f"{key}: {x0.shape[2]}x{x0.shape[1]} pixels, the first image has {shape[2]}x{shape[1]}: give --size"
-                )
-            observation = corruption(x0, generator_of(seed, key))
-            sigmas.append(observation.sigma_n)
-            yield key, observation
-
-    shards = write_shards(output, samples(), shard_size)
-    assert len(shape) == 3, "a source is never empty"
-    index = ShardIndex(tuple(shards), (shape[0], shape[1], shape[2]), min(sigmas), max(sigmas), request)
-    write_index(output, index)
-    return index
-
-
-def _clean(source: Source, count: int, size: int | None, channels: int) -> Iterator[tuple[str, Array]]:
-    for i in range(count):
-        yield source.keys[i], prepare(source.read(i), size, channels)
+    request = Request(source, corruption, seed, size, channels, value_range, limit, shard_size, captions)
+    return preprocess(request, str(output), max_rejected, Means(workers, cluster, jobs))
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    index = shard(args.source, args.output, Gaussian(args.sigma, args.clean_share), seed=args.seed, size=args.size,
-                  channels=args.channels, limit=args.limit, shard_size=args.shard_size)  # fmt: skip
-    total = sum(s.bytes for s in index.shards)
+    if args.jobs is not None and args.cluster is None:
+        raise UserError(f"--jobs {args.jobs}: needs --cluster FILE")
+    if args.workers is not None and args.cluster is not None:
+        raise UserError(f"--workers {args.workers}: with --cluster it is the file's cpus_per_task")
+    cluster = read_cluster(args.cluster) if args.cluster else None
+    workers = available_cores() if args.workers is None else args.workers
+    index = shard(args.source, args.output, from_arguments(args), seed=args.seed, size=args.size,
+                  channels=args.channels, value_range=args.range and tuple(args.range), limit=args.limit,
+                  shard_size=args.shard_size, captions=not args.no_captions, max_rejected=args.max_rejected,
+                  workers=workers, cluster=cluster, jobs=1 if args.jobs is None else args.jobs)  # fmt: skip
+    rejected = f", {index.rejected} rejected: {storage.join(args.output, 'rejected.jsonl')}" if index.rejected else ""
     print(
-        f"{args.output}: {index.samples} observations {index.shape}, {len(index.shards)} shards, {total / 1e6:.1f} MB, sigma_n {index.sigma_min:g} to {index.sigma_max:g}"
+        f"{args.output}: {index.samples} observations {index.shape}, {len(index.shards)} shards, {index.bytes / 1e6:.1f} MB, sigma_n {index.sigma_min:g} to {index.sigma_max:g}{rejected}"
     )
     return errors.DONE
 

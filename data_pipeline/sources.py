@@ -1,83 +1,109 @@
-"""Where clean images come from: a folder of image files, or a packaged set."""
+"""Where clean images come from: the front of `data_pipeline.inputs`. What SOURCE is tells how it is read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import posixpath
+from collections.abc import Sequence
+from functools import partial
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
-
-from data_pipeline import packaged
-from data_pipeline.corruption import Array
+from data_pipeline import packaged, storage
+from data_pipeline.bad_image import BadImage
+from data_pipeline.inputs.archives import open_tars, open_zip
+from data_pipeline.inputs.arrays import open_npy, open_npz
+from data_pipeline.inputs.decode import SUFFIXES
+from data_pipeline.inputs.files import is_hidden, open_folder, suffix_of
+from data_pipeline.inputs.picture import PerProcess, Picture, Source
+from data_pipeline.inputs.prepare import prepare
+from data_pipeline.inputs.tables import open_arrow, open_parquet, open_saved
+from data_pipeline.inputs.tiff import open_stack
 from trainer.errors import UserError
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".pgm", ".ppm"}
+__all__ = ["UNDERSTOOD", "BadImage", "Picture", "Source", "open_source", "prepare"]
 
-
-@dataclass(frozen=True)
-class Picture:
-    """pixels: (H, W) or (H, W, 3) uint8. caption: where the source has one."""
-
-    pixels: NDArray[np.uint8]
-    caption: str | None = None
-
-
-@dataclass(frozen=True)
-class Source:
-    """Named pictures. keys: unique, without dots or slashes."""
-
-    keys: Sequence[str]
-    read: Callable[[int], Picture]
-
-    def __len__(self) -> int:
-        return len(self.keys)
+UNDERSTOOD = (
+    "a folder of images, of .npy pictures, of .tar or .parquet files, or that datasets saved; a .tar (or data-{000..009}.tar),"
+    f" .zip, .parquet, .arrow, .npy, .npz or .tif file; or packaged:{{{','.join(packaged.SETS)}}}"
+)
+OPENERS = {".zip": open_zip, ".npy": open_npy, ".npz": open_npz, ".tif": open_stack, ".tiff": open_stack}
 
 
 def open_source(name: str) -> Source:
-    """`packaged:NAME[/train|/test]`, or a folder that is searched for images, in the order of their paths."""
+    """The pictures of SOURCE: a path or any URL of fsspec, or `packaged:NAME[/train|/test]`; see UNDERSTOOD.
+
+    Folders are searched recursively, in the order of their paths; hidden files are passed over, linked folders not
+    entered. Listing opens no image. Raises UserError where nothing fits, or more than one thing does."""
     if name.startswith("packaged:"):
-        set_name, _, split = name.removeprefix("packaged:").partition("/")
-        images = packaged.load(set_name, split or "all")
-        return Source(
-            [f"{set_name}-{split or 'all'}-{i:06d}" for i in range(len(images))], lambda i: Picture(images[i])
+        return _packaged(name.removeprefix("packaged:"))
+    if "{" in name and not storage.exists(name):
+        return _pattern(name)
+    whole = suffix_of(name) in (*OPENERS, ".tar", ".parquet", ".arrow")
+    if not (whole and storage.is_url(name)) and storage.is_folder(name):  # over http that would read the whole file
+        return _folder(name)
+    if not storage.exists(name):
+        raise UserError(f"SOURCE {name}: no such folder or file; give {UNDERSTOOD}")
+    return _file(name)
+
+
+def _file(name: str) -> Source:
+    suffix = suffix_of(name)
+    if suffix == ".tar":
+        return open_tars(name, [name], [posixpath.basename(name)])
+    if suffix == ".parquet":
+        return open_parquet(name, [name], [posixpath.basename(name)])
+    if suffix == ".arrow":
+        return open_arrow(name, [name])
+    if suffix in OPENERS:
+        return OPENERS[suffix](name)
+    if suffix in SUFFIXES:
+        raise UserError(f"SOURCE {name}: is one image; give the folder that it is in")
+    if name.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
+        raise UserError(f"SOURCE {name}: a compressed tar cannot be read at any place: uncompress it to .tar")
+    raise UserError(f"SOURCE {name}: is none of what is understood; give {UNDERSTOOD}")
+
+
+def _folder(name: str) -> Source:
+    names = [file for file in storage.list_files(name) if not is_hidden(file)]
+    if "state.json" in names and "dataset_info.json" in names:
+        return open_saved(name)
+    if "dataset_dict.json" in names:
+        splits = sorted(file.partition("/")[0] for file in names if file.endswith("/state.json"))
+        raise UserError(f"SOURCE {name}: holds the splits {', '.join(splits)}: give the folder of one of them")
+    kinds = {"images": SUFFIXES, ".npy": {".npy"}, ".tar": {".tar"}, ".parquet": {".parquet"}}
+    found = {kind: [file for file in names if suffix_of(file) in suffixes] for kind, suffixes in kinds.items()}
+    found = {kind: files for kind, files in found.items() if files}
+    if len(found) > 1:
+        counts = " and ".join(
+            f"{len(files)} {kind if kind == 'images' else f'{kind} files'}" for kind, files in found.items()
         )
-    folder = Path(name)
-    if not folder.is_dir():
-        raise UserError(
-            f"SOURCE {name}: no such folder; give a folder of images or packaged:{{{','.join(packaged.SETS)}}}"
-        )
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not paths:
-        raise UserError(f"SOURCE {name}: no image in it; looked for {' '.join(sorted(SUFFIXES))}")
-    keys = ["__".join(path.relative_to(folder).parts).replace(".", "_") for path in paths]
-    if len(set(keys)) < len(keys):
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise UserError(f"SOURCE {name}: two images would both be named {twice}: rename one")
-
-    def read(i: int) -> Picture:
-        try:
-            with Image.open(paths[i]) as image:
-                if image.mode.startswith(("I", "F")):
-                    raise UserError(
-                        f"{paths[i]}: mode {image.mode} (more than 8 bits a channel) is not read yet: convert it to 8 bits"
-                    )
-                upright = ImageOps.exif_transpose(image)
-                grey = upright.mode in ("1", "L", "LA")
-                return Picture(np.asarray(upright.convert("L" if grey else "RGB")))
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-            raise UserError(f"{paths[i]}: cannot be read as an image: {error}") from None
-
-    return Source(keys, read)
+        raise UserError(f"SOURCE {name}: holds {counts}: keep one kind in it, or give a file or a folder inside")
+    if ".tar" in found:
+        return open_tars(name, [storage.join(name, file) for file in found[".tar"]], found[".tar"])
+    if ".parquet" in found:
+        return open_parquet(name, [storage.join(name, file) for file in found[".parquet"]], found[".parquet"])
+    return open_folder(name, names, frozenset({".npy"}) if ".npy" in found else SUFFIXES)
 
 
-def prepare(picture: Picture, size: int | None, channels: int) -> Array:
-    """Centre crop to a square, resize to `size` pixels, to (C, H, W) float32 in [-1, 1]. size None: as it is."""
-    image = Image.fromarray(picture.pixels).convert("L" if channels == 1 else "RGB")
-    if size is not None:
-        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-    pixels = np.asarray(image, dtype=np.float32).reshape(image.height, image.width, channels)
-    pixels = pixels / np.float32(127.5) - np.float32(1)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
+def _pattern(name: str) -> Source:
+    from webdataset.shardlists import expand_urls
+
+    paths: Sequence[str] = sorted(dict.fromkeys(expand_urls(name)))
+    missing = [path for path in paths if not storage.exists(path)]
+    if missing:
+        raise UserError(f"SOURCE {name}: {len(missing)} of {len(paths)} files are missing, first {missing[0]}")
+    bases = [posixpath.basename(path) for path in paths]
+    if all(path.endswith(".tar") for path in paths):
+        return open_tars(name, paths, bases)
+    if all(path.endswith(".parquet") for path in paths):
+        return open_parquet(name, paths, bases)
+    raise UserError(f"SOURCE {name}: a pattern is for .tar or for .parquet files")
+
+
+def _packaged(name: str) -> Source:
+    set_name, _, split = name.partition("/")
+    images = PerProcess(partial(packaged.load, set_name, split or "all"))
+    keys = [f"{set_name}-{split or 'all'}-{i:06d}" for i in range(len(images.get()))]
+    return Source(keys, partial(_packaged_picture, images))
+
+
+def _packaged_picture(images: PerProcess[packaged.Images], i: int) -> Picture:
+    return Picture(images.get()[i])

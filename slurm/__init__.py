@@ -1,1 +1,1 @@
-"""Launches on SLURM through submitit. Nothing else imports this package."""
+"""Launches on SLURM, and on this machine by the same code, through submitit."""

@@ -24,13 +24,21 @@ ALLOWED = {
         "trainer.restore",
         "data_pipeline",
     ),
-    "data_pipeline": ("data_pipeline", "trainer.diffusion", "trainer.errors"),
+    "data_pipeline": ("data_pipeline", "trainer.diffusion", "trainer.errors", "slurm.cluster"),
+    "slurm.cluster": ("trainer.errors",),
     "slurm": ("slurm", "trainer", "data_pipeline"),
 }
 """For the modules under each name: the parts of this project that they may import. The rest of trainer may import all
-of trainer and data_pipeline, and nothing of slurm."""
+of trainer and data_pipeline, and nothing of slurm. slurm.cluster is below all that is submitted: the preprocessor
+submits itself, and slurm's commands submit the trainer, by the same cluster files."""
 
-ONLY = {"deepspeed": "trainer.engine", "pydantic": "trainer.config", "mlflow": "trainer.mlflow_logger"}
+ONLY = {
+    "deepspeed": "trainer.engine",
+    "pydantic": "trainer.config",
+    "mlflow": "trainer.mlflow_logger",
+    "submitit": "slurm.cluster",
+    "fsspec": "data_pipeline.storage",
+}
 """Packages that one module alone may import."""
 
 

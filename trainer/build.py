@@ -68,7 +68,9 @@ def run(config: RunConfig, ranks: Ranks) -> Run:
     layout = _layout(config, ranks)
     loader = Loader(config.data, layout, config.seed, ranks.device)
     _check_levels(config, loader)
-    _warn_of_few(config, loader, ranks)
+    few = _few(config, loader)
+    if few and ranks.is_main:
+        print(f"warning: {few}", file=sys.stderr)
     directory = Path(config.run_dir)
     checkpoints = Checkpoints(directory, config.checkpoint)
     _refuse_another_run(config, directory)
@@ -102,14 +104,16 @@ def run(config: RunConfig, ranks: Ranks) -> Run:
         schedule=_schedule(c, budget, state),
         budget=budget,
         checkpoints=checkpoints,
-        logger=_logger(config, directory, engine) if ranks.is_main else None,
+        logger=_logger(config, directory, engine, {"notice.few_images": few} if few else {}) if ranks.is_main else None,
         state=state,
     )  # fmt: skip
 
 
-def _logger(config: RunConfig, directory: Path, engine: Engine) -> MLflowLogger:
+def _logger(config: RunConfig, directory: Path, engine: Engine, notices: dict[str, str]) -> MLflowLogger:
     parameters = dict(flatten(to_data(config)))
-    return MLflowLogger(config.logging, directory, parameters, {**tags(), "engine.precision": engine.precision})
+    return MLflowLogger(
+        config.logging, directory, parameters, {**tags(), "engine.precision": engine.precision, **notices}
+    )
 
 
 def _layout(config: RunConfig, ranks: Ranks) -> Layout:
@@ -160,12 +164,11 @@ FEW = 100
 """Below so many images the ambient loss fails (arXiv 2404.10177, section 6)."""
 
 
-def _warn_of_few(config: RunConfig, loader: Loader, ranks: Ranks) -> None:
-    if loader.index.samples < FEW and loader.index.sigma_max * config.data.sigma_scale > 0 and ranks.is_main:
-        print(
-            f"warning: {config.data.shards} has {loader.index.samples} images; below about {FEW} training from noisy images fails: expect copies or blur, and give more images, or a share of clean ones",
-            file=sys.stderr,
-        )
+def _few(config: RunConfig, loader: Loader) -> str | None:
+    """What to say of a data set that is too small, if it is."""
+    if loader.index.samples >= FEW or loader.index.sigma_max * config.data.sigma_scale == 0:
+        return None
+    return f"{config.data.shards} has {loader.index.samples} images; below about {FEW} training from noisy images fails: expect copies or blur, and give more images, or a share of clean ones"
 
 
 def _refuse_another_run(config: RunConfig, directory: Path) -> None:

@@ -12,6 +12,7 @@ from trainer.errors import UserError
 
 COMMANDS = {
     "shard": ("data_pipeline.shard", "corrupt images once, and write them as shards"),
+    "inspect": ("data_pipeline.inspect", "verify shards, and show what is in them"),
     "train": ("trainer.train", "train a run, or go on with it"),
     "sample": ("trainer.sample", "draw images from a run"),
     "quickstart": ("trainer.quickstart", "all of it on a packaged set of images, in minutes"),

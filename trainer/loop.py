@@ -80,6 +80,8 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
                     warning = collapse.observe(done, report[guard.SPREAD], report["loss/ambient"])
                     if warning and ranks.is_main:
                         tqdm.write(f"warning: {warning}", file=sys.stderr)
+                        if run.logger:
+                            run.logger.notice(done, "collapse", warning)
                 bar.set_postfix(loss=f"{report['loss/ambient']:.3f}", refresh=False)
                 if run.logger:
                     run.logger.metrics(done, report)

@@ -79,6 +79,10 @@ class MLflowLogger:
             {"step": step, "time": int(time.time() * 1000), "image": [name, str(path.relative_to(self._run_dir))]}
         )
 
+    def notice(self, step: int, name: str, text: str) -> None:
+        """Records what a person should know of this run, as the tag notice.NAME; what was said on stderr stays findable."""
+        self._record({"step": step, "time": int(time.time() * 1000), "notice": [name, text]})
+
     def close(self, status: Status, patience: float = 60.0) -> None:
         """Sends what is left, and waits for that at most `patience` seconds."""
         if self._thread:
@@ -187,6 +191,9 @@ class MLflowLogger:
             if "image" in record:
                 name, path = record["image"]
                 client.log_image(run_id, Image.open(self._run_dir / path), key=name, step=record["step"])
+            if "notice" in record:
+                name, text = record["notice"]
+                client.set_tag(run_id, f"notice.{name}", text)
         self._state["sent"] += len(lines)
         self._save_state()
 

@@ -55,7 +55,7 @@ def folder_of(folder: Path, data: bytes, samples: int = 1, sha256: str | None = 
     folder.mkdir()
     (folder / "shard-000000.tar").write_bytes(data)
     shard = Shard("shard-000000.tar", samples, len(data), sha256 or hashlib.sha256(data).hexdigest())
-    write_index(folder, ShardIndex((shard,), SHAPE, 0.1, 0.1, {}))
+    write_index(str(folder), ShardIndex((shard,), SHAPE, 0.1, 0.1, {}))
     return folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tarfile
 from io import BytesIO
 from pathlib import Path
@@ -13,12 +14,15 @@ from PIL import Image
 
 from data_pipeline.corruption import Gaussian, generator_of
 from data_pipeline.index import NAME, read_index
+from data_pipeline.inspect import main as inspect_main
 from data_pipeline.order import Address
 from data_pipeline.reader import ShardReader
 from data_pipeline.shard import main, shard
 from data_pipeline.sources import open_source, prepare
 from trainer import errors
-from trainer.errors import UserError
+from trainer.errors import UserError, WorkFailed
+
+CLUSTER = Path(__file__).parent.parent.parent / "configs" / "clusters" / "local.yaml"
 
 
 def observations(folder: Path) -> dict[str, np.ndarray]:
@@ -67,9 +71,24 @@ def test_a_clean_share_leaves_the_other_observations_as_they_are(pictures: Path,
     assert {level for level in levels.values() if level} == {0.4}
 
 
-def test_no_clean_image_is_in_any_file(pictures: Path, shards: Path) -> None:
+@pytest.mark.parametrize("stage", ["finished, and inspected", "interrupted"])
+def test_no_clean_image_is_in_any_file(stage: str, pictures: Path, tmp_path: Path) -> None:
+    """Nor in the plan, the records, the rejected ones' file and the pictures of the inspection."""
+    folder, output = tmp_path / "pictures", tmp_path / "out"
+    shutil.copytree(pictures, folder)
+    (folder / "unreadable.png").write_bytes(b"not a picture")
     source = open_source(str(pictures))
-    everything = b"".join(path.read_bytes() for path in sorted(shards.iterdir()))
+    if stage == "interrupted":
+        with pytest.raises(WorkFailed):
+            shard(str(folder), output, Gaussian(0.4), shard_size=8)
+        assert {"plan.json", "rejected.jsonl", "shard-000000.json"} <= {path.name for path in output.iterdir()}
+    else:
+        shard(str(folder), output, Gaussian(0.4), shard_size=8, max_rejected=1)
+        inspect_main([str(output)])
+        assert (output / "inspect" / "contact-sheet.png").is_file()
+    everything = b"".join(path.read_bytes() for path in sorted(output.rglob("*")) if path.is_file())
+    for sheet in output.rglob("*.png"):  # what a viewer sees of it
+        everything += np.asarray(Image.open(sheet)).tobytes()
     for i in range(len(source)):
         x0 = prepare(source.read(i), None, 1)
         row = int(x0[0].var(axis=1).argmax())  # rows through the disc; empty ones are zeros, as padding is
@@ -109,19 +128,6 @@ def test_a_second_call_reuses_and_another_request_is_refused(pictures: Path, tmp
         shard(str(pictures), output, Gaussian(0.5))
 
 
-def test_an_interrupted_call_leaves_no_index_and_the_next_call_completes(pictures: Path, tmp_path: Path) -> None:
-    bad = tmp_path / "bad"
-    bad.mkdir()
-    for i, path in enumerate(sorted(pictures.iterdir())[:20]):
-        (bad / f"{i:02d}.png").write_bytes(path.read_bytes() if i != 15 else b"not a picture")
-    with pytest.raises(UserError, match=r"15\.png: cannot be read as an image"):
-        shard(str(bad), tmp_path / "out", Gaussian(0.4), shard_size=8)
-    with pytest.raises(UserError, match="not complete"):
-        read_index(tmp_path / "out")
-    (bad / "15.png").unlink()
-    assert shard(str(bad), tmp_path / "out", Gaussian(0.4), shard_size=8).samples == 19
-
-
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -134,9 +140,23 @@ def test_an_interrupted_call_leaves_no_index_and_the_next_call_completes(picture
         (["packaged:digits/half", "{out}", "--sigma", "0.5"], "must be train, test or all"),
         (["{pictures}", "{out}", "--sigma", "0.5", "--size", "0"], "--size 0"),
         (["{pictures}", "{out}", "--sigma", "0.5", "--limit", "0"], "--limit 0"),
+        (["{pictures}", "{out}", "--sigma", "0.5", "--channels", "0"], "--channels 0: must be at least 1"),
         (["{pictures}", "{pictures}", "--sigma", "0.5"], "holds other files"),
         (["{pictures}", "{tmp}/sizes/a.png", "--sigma", "0.5"], "is a file; give a folder"),
-        (["{tmp}/sizes", "{out}", "--sigma", "0.5"], "give --size"),
+        (["{pictures}", "{out}", "--sigma", "0.5", "--workers", "0"], "--workers 0: must be at least 1"),
+        (["{pictures}", "{out}", "--sigma", "0.5", "--max-rejected", "-1"], "--max-rejected -1: must be a share"),
+        (["{pictures}", "{out}", "--sigma", "0.5", "--max-rejected", "1.5"], "--max-rejected 1.5: must be a share"),
+        (["{pictures}", "{out}", "--sigma", "0.5", "--max-rejected", "nan"], "--max-rejected nan: must be a share"),
+        (["{pictures}", "{out}", "--sigma", "0.5", "--jobs", "2"], "--jobs 2: needs --cluster FILE"),
+        (
+            ["{pictures}", "{out}", "--sigma", "0.5", "--cluster", "{tmp}/none.yaml"],
+            "none.yaml: cannot be read: No such",
+        ),
+        (
+            ["{pictures}", "{out}", "--sigma", "0.5", "--cluster", "{cluster}", "--jobs", "0"],
+            "--jobs 0: must be at least",
+        ),
+        (["{pictures}", "{out}", "--sigma", "0.5", "--cluster", "{cluster}", "--workers", "2"], "cpus_per_task"),
         (["{tmp}/alike", "{out}", "--sigma", "0.5"], "would both be named a__b_png"),
     ],
 )
@@ -151,7 +171,7 @@ def test_a_wrong_request_is_one_line_and_exit_code_2(
     (tmp_path / "alike" / "a").mkdir()
     Image.new("L", (16, 16)).save(tmp_path / "alike" / "a" / "b.png")
     Image.new("L", (16, 16)).save(tmp_path / "alike" / "a__b.png")
-    filled = [a.format(pictures=pictures, out=tmp_path / "out", tmp=tmp_path) for a in arguments]
+    filled = [a.format(pictures=pictures, out=tmp_path / "out", tmp=tmp_path, cluster=CLUSTER) for a in arguments]
     assert errors.run(lambda: main(filled)) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("error: ")

@@ -53,6 +53,7 @@ def test_a_resumed_run_is_one_run_with_each_step_once(train: Train, tmp_path: Pa
     assert not any(name.endswith(("/0-0.05", "/0.05-0.1", "/0.1-0.2")) for name in bands), "no level below sigma_n"
     images = [item.path for item in client.list_artifacts(run.info.run_id, "images")]
     assert any("step_3" in path or "%3" in path or "step%3" in path for path in images) or len(images) >= 2
+    assert "has 60 images" in run.data.tags["notice.few_images"]
     names = [item.path for item in client.list_artifacts(run.info.run_id)]
     assert "config.yaml" in names
 
@@ -71,10 +72,12 @@ def test_records_wait_for_a_server_that_is_away(tmp_path: Path, capsys: pytest.C
     assert logger.last_step == 3
     logger.metrics(3, {"loss": 99.0})  # logged before: left as it is
     logger.metrics(4, {"loss": 4.0})
+    logger.notice(4, "collapse", "step 4: it collapses")
     logger.close("FINISHED")
     run_id = json.loads((tmp_path / "mlflow.json").read_text())["run_id"]
     history = client_of(tmp_path).get_metric_history(run_id, "loss")
     assert [(m.step, m.value) for m in history] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
+    assert client_of(tmp_path).get_run(run_id).data.tags["notice.collapse"] == "step 4: it collapses"
 
 
 def test_a_line_cut_off_by_a_crash_is_dropped(tmp_path: Path) -> None:

@@ -1,0 +1,85 @@
+"""The pixels in the bytes of one image file, at the depth that it has. The bytes say what kind of file it is."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from data_pipeline.bad_image import BadImage
+from data_pipeline.inputs import npy, tiff
+from data_pipeline.inputs.picture import one_picture, usual
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".pgm", ".ppm"})
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
+"""What Pillow may take bytes for, whatever the file's suffix; among its others are some that start programs."""
+PNG_16_BITS_COLOUR = {2: 3, 4: 1, 6: 3}
+"""PNG's colour types that Pillow would cut to 8 bits, and their channels without alpha."""
+
+
+def decode(data: bytes, name: str) -> NDArray[Any]:
+    """(H, W) or (H, W, C). What has at most 8 bits a channel becomes grey or RGB uint8, as Pillow's `convert` does it
+    (alpha is dropped); 16 bits stay uint16; floats and other numbers of channels come from TIFF and `.npy`.
+
+    name: for messages. Raises BadImage, with one line that is the same in every run."""
+    try:
+        if not data:
+            raise BadImage(f"{name}: cannot be read as an image: the file is empty")
+        if data.startswith(npy.MAGIC):
+            header = npy.header_of(data, len(data))
+            flat = np.frombuffer(data, header.dtype, math.prod(header.shape), header.offset)
+            return one_picture(flat.reshape(header.shape, order=header.order), BadImage, name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return _by_pillow(data, name)
+    except (BadImage, MemoryError):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        reason = str(error).replace(", could be decompression bomb DOS attack.", " (a decompression bomb?)")
+        raise BadImage(f"{name}: {reason}") from None
+    except UnidentifiedImageError:  # its message has an address in memory
+        if data.startswith(tiff.MAGICS):
+            return tiff.one(data, name)
+        raise BadImage(f"{name}: cannot be read as an image: no format that is known") from None
+    except Exception as error:  # decoders raise all sorts of things for bytes that are broken
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise BadImage(f"{name}: cannot be read as an image: {lines[0]}") from None
+
+
+def _by_pillow(data: bytes, name: str) -> NDArray[Any]:
+    with Image.open(BytesIO(data), formats=FORMATS) as image:
+        if image.format == "TIFF" and tiff.is_scientific(image):
+            return tiff.one(data, name)
+        if image.format == "PNG" and data[24] == 16 and data[25] in PNG_16_BITS_COLOUR:
+            return _png_16_bits(data, name, image.getexif().get(0x0112, 1))
+        maxval = image.tile[0][3][1] if image.format == "PPM" and isinstance(image.tile[0][3], tuple) else 0
+        if image.mode == "RGB" and isinstance(maxval, int) and maxval > 255:
+            raise BadImage(f"{name}: PPM with 16 bits a channel is not read: convert it to TIFF")
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I;16"):
+            return usual(np.asarray(upright), BadImage, name)
+        if upright.mode == "I":  # 16-bit PGM
+            pixels = np.asarray(upright)
+            if pixels.min() < 0 or pixels.max() > 65535:
+                raise BadImage(f"{name}: {pixels.dtype.name} pixels beyond 16 bits; convert them to uint16 or float32")
+            return pixels.astype(np.uint16)
+        if upright.mode == "F":
+            return np.asarray(upright)
+        return np.asarray(upright.convert("L" if upright.mode in ("1", "L", "LA") else "RGB"))
+
+
+def _png_16_bits(data: bytes, name: str, orientation: int) -> NDArray[Any]:
+    """(H, W) or (H, W, 3) uint16."""
+    try:
+        from imagecodecs import png_decode
+    except ImportError:
+        raise BadImage(
+            f"{name}: PNG of 16 bits with colour needs the package imagecodecs: pip install imagecodecs"
+        ) from None
+    pixels = png_decode(data)[..., : PNG_16_BITS_COLOUR[data[25]]]
+    return usual(tiff.upright(pixels, orientation), BadImage, name)

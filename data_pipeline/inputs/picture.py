@@ -1,0 +1,109 @@
+"""What a source is, and what it gives."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.errors import UserError
+
+T = TypeVar("T")
+
+DTYPES = ("uint8", "uint16", "float16", "float32", "float64")
+"""What pixels may be. Other integers have no range of their own that one could map to [-1, 1]."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """pixels: (H, W), or (H, W, C) with C at least 2; of one of DTYPES. caption: where the source has one."""
+
+    pixels: NDArray[Any]
+    caption: str | None = None
+
+    @property
+    def channels(self) -> int:
+        return 1 if self.pixels.ndim == 2 else self.pixels.shape[2]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Named pictures. keys: unique, without dots or slashes, made of the names in the source alone.
+
+    Sources can be pickled, and used after a fork: what they hold open belongs to a process, and is opened anew in
+    another. `read` raises BadImage for a picture that cannot be read, UserError where the source is not what it was or
+    says two things at once, and OSError where the storage fails.
+    """
+
+    keys: Sequence[str]
+    read: Callable[[int], Picture]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+class PerProcess(Generic[T]):
+    """A value made when it is first needed, and again in every other process. make: a function that can be pickled."""
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self._made: tuple[int, T] | None = None
+
+    def get(self) -> T:
+        if self._made is None or self._made[0] != os.getpid():
+            self._made = (os.getpid(), self._make())
+        return self._made[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_make": self._make, "_made": None}
+
+
+def keys_of(source: str, names: Iterable[str]) -> list[str]:
+    """A key for each name: "/" becomes "__" and "." becomes "_". Raises UserError for two alike."""
+    seen: dict[str, str] = {}
+    for name in names:
+        key = name.replace("/", "__").replace(".", "_")
+        if key in seen:
+            raise UserError(f"SOURCE {source}: {seen[key]} and {name} would both be named {key}: rename one")
+        if any("\ud800" <= letter <= "\udfff" for letter in key):  # how Python has bytes that are not text
+            raise UserError(f"SOURCE {source}: the name {name!r} is not UTF-8: rename it")
+        seen[key] = name
+    return list(seen)
+
+
+def usual(pixels: NDArray[Any], refuse: type[UserError], name: str) -> NDArray[Any]:
+    """Pixels in this machine's byte order; (H, W, 1) as (H, W). Raises `refuse` for an empty one, or another dtype."""
+    if pixels.dtype.name not in DTYPES:
+        raise refuse(f"{name}: {pixels.dtype.name} pixels; convert them to one of {', '.join(DTYPES)}")
+    if pixels.size == 0:
+        raise refuse(f"{name}: no pixels, its shape is {pixels.shape}")
+    pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
+    return pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
+
+
+def channels_last(shape: tuple[int, int, int]) -> bool | None:
+    """Whether the channels of a (H, W, C) or (C, H, W) array are its last axis; None where that cannot be told.
+
+    The rule: the axis of the channels, first or last, is at most half as long as each of the other two."""
+    first, middle, last = shape
+    if 2 * last <= min(first, middle):
+        return True
+    return False if 2 * first <= min(middle, last) else None
+
+
+def one_picture(array: NDArray[Any], refuse: type[UserError], name: str) -> NDArray[Any]:
+    """The pixels of an array that holds one picture: (H, W), (H, W, C), or (C, H, W) where that can be told."""
+    if array.ndim == 3:
+        last = True if array.shape[2] == 1 else channels_last(array.shape)
+        if last is None:
+            raise refuse(
+                f"{name}: its shape {array.shape} may be (H, W, C) or (C, H, W); make C at most half of H and W"
+            )
+        array = array if last else np.moveaxis(array, 0, 2)
+    if array.ndim != 2 and array.ndim != 3:
+        raise refuse(f"{name}: its shape is {array.shape}, one picture has (H, W), (H, W, C) or (C, H, W)")
+    return usual(array, refuse, name)

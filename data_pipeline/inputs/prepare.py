@@ -1,0 +1,87 @@
+"""From a picture at its own depth to the x0 that is corrupted."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from data_pipeline.bad_image import BadImage
+from data_pipeline.corruption import Array
+from data_pipeline.inputs.picture import Picture, usual
+from trainer.errors import UserError
+
+LUMA = np.array([0.299, 0.587, 0.114])
+"""ITU-R 601-2, as Pillow's `convert("L")`."""
+RANGES = {"uint8": (0.0, 255.0), "uint16": (0.0, 65535.0)}
+LARGEST = 40000.0
+"""How far from the range values may lie, in units of half of it: observations are float16, which ends at 65504, and
+Lanczos overshoots."""
+
+
+def prepare(
+    picture: Picture, size: int | None, channels: int | None, value_range: tuple[float, float] | None = None
+) -> Array:
+    """Centre crop to a square, resize to `size` pixels (Lanczos), to (C, H, W) float32. size None: as it is.
+
+    channels: None as the picture has; a grey picture becomes 3 alike, RGB becomes grey by its luma; nothing else is
+    converted. value_range: (low, high) become -1 and 1; None is the range of uint8 and uint16, and floats must have
+    one. Values beyond the range are NOT clipped: they lie outside [-1, 1].
+
+    uint8 with 1 or 3 channels is resized in 8 bits, as Pillow does it; all else in float32, channel by channel.
+    Raises BadImage for NaN, Inf or another number of channels; UserError for a missing or impossible range.
+    """
+    pixels = usual(picture.pixels, BadImage, "the picture")
+    least, most = float(pixels.min()), float(pixels.max())
+    if not (math.isfinite(least) and math.isfinite(most)):
+        raise BadImage("it has NaN or Inf in it")
+    low, high = _range(pixels.dtype.name, value_range, least, most)
+    half = (high - low) / 2
+    if max(abs(least - low), abs(most - low)) / half > LARGEST:
+        raise BadImage(f"its values, {least:g} to {most:g}, are too far from the range {low:g} to {high:g}")
+    has = Picture(pixels).channels
+    wanted = channels or has
+    if pixels.dtype == np.uint8 and has in (1, 3) and wanted in (1, 3):
+        image = Image.fromarray(pixels).convert("L" if wanted == 1 else "RGB")
+        if size is not None:
+            image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+        x = np.asarray(image, dtype=np.float32).reshape(image.height, image.width, wanted)
+        x = (x - np.float32(low)) / np.float32(half) - np.float32(1)
+    else:
+        x = _converted((pixels.astype(np.float64) - low) / half - 1, wanted).astype(np.float32)
+        if size is not None:
+            x = np.stack([_fitted(x[..., c], size) for c in range(wanted)], axis=-1)
+    return np.ascontiguousarray(x.transpose(2, 0, 1), dtype=np.float32)
+
+
+def _range(dtype: str, value_range: tuple[float, float] | None, least: float, most: float) -> tuple[float, float]:
+    if value_range is None:
+        if dtype not in RANGES:
+            raise UserError(
+                f"pictures of {dtype} need --range LOW HIGH, the values that become -1 and 1; this one has {least:g} to {most:g}"
+            )
+        return RANGES[dtype]
+    low, high = (float(value) for value in value_range)
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise UserError(f"--range {low:g} {high:g}: must be two finite numbers, the lower first")
+    return low, high
+
+
+def _converted(x: NDArray[np.float64], wanted: int) -> NDArray[np.float64]:
+    """(H, W) or (H, W, C) to (H, W, wanted)."""
+    x = x[..., None] if x.ndim == 2 else x
+    has = x.shape[2]
+    if has == wanted:
+        return x
+    if has == 1 and wanted == 3:
+        return np.repeat(x, 3, axis=2)
+    if has == 3 and wanted == 1:
+        return (x @ LUMA)[..., None]
+    raise BadImage(f"it has {has} channels, {wanted} are wanted")
+
+
+def _fitted(channel: NDArray[np.float32], size: int) -> NDArray[np.float32]:
+    image = Image.fromarray(np.ascontiguousarray(channel))  # mode F
+    return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))

@@ -1,0 +1,207 @@
+"""Pictures in columns: parquet files, and Hugging Face data sets as `save_to_disk` writes them. Read by pyarrow.
+
+The image column is the struct {bytes, path} that `datasets` writes, or plain bytes. `path` is never opened: it names a
+file of whoever made the data.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from data_pipeline import storage
+from data_pipeline.bad_image import BadImage
+from data_pipeline.inputs.captions import FIELDS, caption_in
+from data_pipeline.inputs.decode import decode
+from data_pipeline.inputs.picture import PerProcess, Picture, Source, keys_of
+from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+KEPT = 2
+"""Row groups of parquet, or Arrow files, that a process holds."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """Where the image and its caption are. inside: the image's bytes are the field `bytes` of a struct."""
+
+    image: str
+    inside: bool
+    captions: tuple[str, ...]
+
+
+class _Kept:
+    """The last KEPT parts of a table that were read."""
+
+    def __init__(self, load: Callable[[int], pa.Table]) -> None:
+        self._load = load
+        self._parts: OrderedDict[int, pa.Table] = OrderedDict()
+
+    def part(self, number: int) -> pa.Table:
+        if number not in self._parts:
+            while len(self._parts) >= KEPT:
+                self._parts.popitem(last=False)
+            self._parts[number] = self._load(number)
+        self._parts.move_to_end(number)
+        return self._parts[number]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """starts: the first row of each part, and the number of all rows. parts: reads a part."""
+
+    source: str
+    column: Column
+    starts: Sequence[int]
+    parts: PerProcess[_Kept]
+
+    def picture(self, i: int) -> Picture:
+        number = bisect_right(self.starts, i) - 1
+        name = f"{self.source}, row {i}"
+        part, row = self.parts.get().part(number), i - self.starts[number]
+        value = part.column(self.column.image)[row].as_py()  # of this row alone
+        data = value and value["bytes"] if self.column.inside else value
+        if data is None:
+            where = f" (only the path {value['path']!r}, which is not opened)" if value and value.get("path") else ""
+            raise BadImage(f"{name}: no bytes in the column {self.column.image}{where}")
+        try:
+            record = {field: part.column(field)[row].as_py() for field in self.column.captions}
+        except UnicodeDecodeError:
+            raise BadImage(f"{name}: the caption is not UTF-8") from None
+        return Picture(decode(data, name), caption_in(record, name))
+
+
+def open_parquet(source: str, paths: Sequence[str], names: Sequence[str]) -> Source:
+    """Parquet files of one schema. names: of the files, for the keys: a key is the file's name and the row in it."""
+    column: Column | None = None
+    groups: list[tuple[str, int]] = []
+    sizes: list[int] = []
+    rows: list[str] = []
+    for path, name in zip(paths, names, strict=True):
+        with _parquet(path) as file:
+            found = _column(file.schema_arrow, f"SOURCE {path}")
+            if column not in (None, found):
+                raise UserError(f"SOURCE {path}: its columns are not those of {paths[0]}: give them as two sources")
+            column = found
+            counts = [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
+        groups += [(path, g) for g in range(len(counts))]
+        sizes += counts
+        rows += [f"{name.removesuffix('.parquet')}-{row:08d}" for row in range(sum(counts))]
+    if column is None or not rows:
+        raise UserError(f"SOURCE {source}: no rows in it")
+    kept = PerProcess(partial(_Kept, partial(_row_group, groups, [column.image, *column.captions])))
+    return Source(keys_of(source, rows), Rows(source, column, [0, *accumulate(sizes)], kept).picture)
+
+
+def open_saved(folder: str) -> Source:
+    """A data set that `datasets` saved with `save_to_disk`. Local files are memory-mapped, remote ones read whole."""
+    try:
+        state = json.loads(storage.read_bytes(storage.join(folder, "state.json")))
+        names = [str(entry["filename"]) for entry in state["_data_files"]]
+        mapped = bool(state.get("_indices_data_files"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"SOURCE {folder}: a state.json that cannot be read: {error}") from None
+    if mapped:
+        raise UserError(f"SOURCE {folder}: saved with an order of its own: call flatten_indices() and save it again")
+    if any("/" in name or "\\" in name for name in names):
+        raise UserError(f"SOURCE {folder}: state.json names files in other folders: it is not safe")
+    return open_arrow(folder, [storage.join(folder, name) for name in names])
+
+
+def open_arrow(source: str, paths: Sequence[str]) -> Source:
+    """Arrow files, as one table. A key is the row's number in all of it."""
+    column: Column | None = None
+    sizes: list[int] = []
+    for path in paths:
+        table = _arrow(paths, None, len(sizes))
+        found = _column(table.schema, f"SOURCE {path}")
+        if column not in (None, found):
+            raise UserError(f"SOURCE {path}: its columns are not those of {paths[0]}")
+        column = found
+        sizes.append(table.num_rows)
+    if column is None or not sum(sizes):
+        raise UserError(f"SOURCE {source}: no rows in it")
+    kept = PerProcess(partial(_Kept, partial(_arrow, paths, [column.image, *column.captions])))
+    keys = [f"row-{i:08d}" for i in range(sum(sizes))]
+    return Source(keys, Rows(source, column, [0, *accumulate(sizes)], kept).picture)
+
+
+def _column(schema: pa.Schema, name: str) -> Column:
+    import pyarrow as pa
+
+    def is_bytes(kind: pa.DataType) -> bool:
+        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+    try:
+        names = ", ".join(schema.names)
+    except UnicodeDecodeError:
+        raise UserError(f"{name}: the columns' names are not UTF-8 (damaged?)") from None
+    found: dict[str, bool] = {}
+    for field in schema:
+        if pa.types.is_struct(field.type):
+            index = field.type.get_field_index("bytes")
+            if index >= 0 and is_bytes(field.type.field(index).type):
+                found[field.name] = True
+        elif is_bytes(field.type):
+            found[field.name] = False
+    image = "image" if "image" in found else next(iter(found), None)
+    if image is None:
+        raise UserError(f"{name}: no column of images (bytes, or a struct with bytes) among {names}")
+    if len(found) > 1 and image != "image":
+        raise UserError(f"{name}: the columns {', '.join(found)} may all be the images: name one of them image")
+    return Column(image, found[image], tuple(field for field in FIELDS if field in schema.names))
+
+
+def _parquet(path: str) -> pq.ParquetFile:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    local = storage.local_path(path)
+    try:
+        return pq.ParquetFile(storage.open_binary(path) if local is None else local)
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(path, "cannot be read as parquet (truncated?)", error) from None
+
+
+def _row_group(groups: Sequence[tuple[str, int]], columns: list[str], number: int) -> pa.Table:
+    import pyarrow as pa
+
+    path, group = groups[number]
+    with _parquet(path) as file:
+        try:
+            return file.read_row_group(group, columns=columns, use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            raise _unreadable(path, f"row group {group} cannot be read", error) from None
+
+
+def _arrow(paths: Sequence[str], columns: list[str] | None, number: int) -> pa.Table:
+    import pyarrow as pa
+
+    path = paths[number]
+    local = storage.local_path(path)
+    try:
+        data = pa.py_buffer(storage.read_bytes(path)) if local is None else pa.memory_map(str(local)).read_buffer()
+        whole = data.slice(0, 6).to_pybytes() == b"ARROW1"
+        table = (pa.ipc.open_file(data) if whole else pa.ipc.open_stream(data)).read_all()
+    except FileNotFoundError:
+        raise UserError(f"SOURCE {path}: no such file, though state.json names it") from None
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(path, "cannot be read as Arrow (truncated?)", error) from None
+    return table if columns is None else table.select(columns)
+
+
+def _unreadable(path: str, what: str, error: Exception) -> Exception:
+    """pyarrow raises OSError for what it cannot parse, without a number; those with one are the storage's."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return OSError(error.errno, error.strerror or str(error), path)
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UserError(f"SOURCE {path}: {what}: {text}")

@@ -1,0 +1,212 @@
+"""`python -m data_pipeline.inspect`: verifies a folder of shards, says what is in it, and shows some of it."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from io import BytesIO
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from data_pipeline import index as indices
+from data_pipeline import storage
+from data_pipeline.corruption import ORIGIN
+from data_pipeline.index import Shard, ShardIndex
+from data_pipeline.records import REJECTED
+from data_pipeline.writer import META, OBSERVATION
+from trainer import errors
+from trainer.errors import WorkFailed
+
+SHOWN = 64
+"""Observations on the contact sheet."""
+
+EXAMPLE = """examples:
+  python -m data_pipeline.inspect data/mine
+  python -m data_pipeline.inspect s3://bucket/mine --no-verify --out pictures
+
+Exit code 1 when a shard is damaged; each is named, with what is wrong.
+"""
+
+
+@dataclass
+class Contents:
+    """What the samples say. levels: every sigma_n. shown: (sigma_n, x_n as (C, H, W) float16) of those to be shown.
+    origins: how many samples have sigma_n of which origin. captions: how many have one."""
+
+    levels: list[float] = field(default_factory=list[float])
+    shown: list[tuple[float, NDArray[np.float16]]] = field(default_factory=list[tuple[float, NDArray[np.float16]]])
+    origins: Counter[str] = field(default_factory=Counter[str])
+    captions: int = 0
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m data_pipeline.inspect",
+        description="Verifies checksums and counts of a folder of shards, prints a summary, and writes contact-sheet.png and sigma-n.png.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("output", metavar="OUTPUT", help="the folder or URL that data_pipeline.shard wrote")
+    p.add_argument("--no-verify", action="store_true", help="leave checksums out, so that observations are not read; sizes and counts are compared still")  # fmt: skip
+    p.add_argument("--out", metavar="FOLDER", help="where to write the pictures (default: OUTPUT/inspect)")
+    return p
+
+
+def inspect(output: str, verify: bool = True) -> tuple[ShardIndex, Contents, list[str]]:
+    """The index, what the samples say, and a line for each thing that is wrong: the file's path, and what.
+
+    Raises UserError for a folder without a whole index.
+    """
+    path = storage.join(output, indices.NAME)
+    if not storage.exists(path):
+        indices.read_index(output)  # says whether there is no folder, or no index
+    index = indices.parse_index(path, storage.read_bytes(path))
+    contents, wrong = Contents(), _wrong_rejected(output, index)
+    wanted = set(np.linspace(0, index.samples - 1, min(SHOWN, index.samples)).round().astype(int).tolist())
+    first = 0
+    with tqdm(total=index.bytes, unit="B", unit_scale=True, desc=f"inspect {output}") as bar:
+        for shard in index.shards:
+            rows = {n - first for n in wanted if first <= n < first + shard.samples}
+            file = storage.join(output, shard.name)
+            wrong += [f"{file}: {what}" for what in _read(file, shard, index, rows, contents, verify)]
+            first += shard.samples
+            bar.update(shard.bytes)
+    return index, contents, wrong
+
+
+def _wrong_rejected(output: str, index: ShardIndex) -> list[str]:
+    path = storage.join(output, REJECTED)
+    lines = storage.read_bytes(path).count(b"\n") if storage.exists(path) else 0
+    return [f"{path}: {lines} images, the index says {index.rejected}"] if lines != index.rejected else []
+
+
+def _read(path: str, shard: Shard, index: ShardIndex, rows: set[int], contents: Contents, verify: bool) -> list[str]:
+    """Adds a shard to the contents. Returns what is wrong with it. rows: those to be shown."""
+    count, wrong = 0, list[str]()
+    try:
+        if (size := storage.size_of(path)) != shard.bytes:
+            return [f"{size} bytes, the index says {shard.bytes}"]
+        with _opened(path, verify) as file:
+            if verify and (digest := _sha256(file)) != shard.sha256:
+                wrong = [f"SHA-256 {digest[:12]}..., the index says {shard.sha256[:12]}..."]
+            for key, members in _samples(file, rows):
+                _add(key, members, index.shape, contents)
+                count += 1
+    except FileNotFoundError:
+        return ["missing"]
+    except OSError as error:
+        return [*wrong, f"cannot be read: {error.strerror}"]
+    except (tarfile.TarError, ValueError) as error:
+        return [*wrong, f"after {count} samples: {' '.join(str(error).split())}"]
+    return wrong if count == shard.samples else [*wrong, f"{count} samples, the index says {shard.samples}"]
+
+
+def _opened(path: str, verify: bool) -> BinaryIO:
+    """A remote file is fetched whole where all of it is read, and otherwise in the parts that are read."""
+    remote = storage.local_path(path) is None
+    return BytesIO(storage.read_bytes(path)) if remote and verify else storage.open_binary(path)
+
+
+def _sha256(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while data := file.read(1 << 20):
+        digest.update(data)
+    file.seek(0)
+    return digest.hexdigest()
+
+
+def _samples(file: BinaryIO, rows: set[int]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Keys and members; observations are read in these rows alone, and empty in the others."""
+    key, members, row = "", dict[str, bytes](), 0
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            name, _, extension = member.name.partition(".")
+            if name != key and members:
+                yield key, members
+                members, row = {}, row + 1
+            if not member.isreg():
+                raise ValueError(f"the member {member.name} is not a plain file")
+            file.seek(member.offset_data)
+            key, members[extension] = name, file.read(member.size) if extension == META or row in rows else b""
+        if members:
+            yield key, members
+
+
+def _add(key: str, members: dict[str, bytes], shape: tuple[int, ...], contents: Contents) -> None:
+    """Raises ValueError, with the key, for a sample that is not as the index says."""
+    lacking = {OBSERVATION, META} - members.keys()
+    if lacking:
+        raise ValueError(f"sample {key}: has no member {key}.{min(lacking)}")
+    try:
+        meta = json.loads(members[META])
+        sigma = float(meta["sigma_n"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"sample {key}: {key}.{META} cannot be decoded ({type(error).__name__}: {error})") from None
+    if not (math.isfinite(sigma) and sigma >= 0):
+        raise ValueError(f"sample {key}: sigma_n is {sigma}, must be a finite number, at least 0")
+    contents.levels.append(sigma)
+    contents.origins[str(meta.get(ORIGIN, "exact"))] += 1
+    contents.captions += "caption" in meta
+    if members[OBSERVATION]:
+        x_n = np.load(BytesIO(members[OBSERVATION]), allow_pickle=False)
+        if x_n.shape != shape or x_n.dtype != np.float16:
+            raise ValueError(f"sample {key}: {x_n.dtype} {x_n.shape}, the index says float16 {shape}")
+        contents.shown.append((sigma, x_n))
+
+
+def summary(index: ShardIndex, contents: Contents) -> str:
+    levels = np.asarray(contents.levels)
+    quantiles = np.quantile(levels, [0, 0.05, 0.5, 0.95, 1])
+    spread = ", ".join(f"{name} {q:.4g}" for name, q in zip(("least", "5 %", "median", "95 %", "most"), quantiles, strict=True))  # fmt: skip
+    origins = ", ".join(f"{name} {count}" for name, count in contents.origins.most_common())
+    corruption = index.request.get("corruption") or {}
+    rows = {
+        "samples": f"{index.samples} in {len(index.shards)} shards, {index.bytes / 1e6:.1f} MB",
+        "shape": f"{' x '.join(map(str, index.shape))} (channels, height, width), float16",
+        "source": index.request.get("source"),
+        "corruption": ", ".join(f"{name} {value}" for name, value in corruption.items() if value is not None),
+        "seed": index.request.get("seed"),
+        "sigma_n": f"{spread}; clean (0): {int((levels == 0).sum())}",
+        "its origin": origins,
+        "captions": contents.captions,
+        "rejected": f"{index.rejected}{f', see {REJECTED}' if index.rejected else ''}",
+        "checksum": index.checksum,
+    }
+    return "\n".join(f"  {name:<12}{value}" for name, value in rows.items())
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    index, contents, wrong = inspect(args.output, verify=not args.no_verify)
+    for line in wrong:
+        print(f"damaged: {line}", file=sys.stderr)
+    if wrong:
+        raise WorkFailed(
+            f"{args.output}: {len(wrong)} things are wrong, named above; bring the files back from a copy, or shard again into a new OUTPUT"
+        )
+    print(f"{args.output}: complete, {'sizes and counts' if args.no_verify else 'checksums and counts'} are right")
+    print(summary(index, contents))
+    from data_pipeline.inspect_pictures import contact_sheet, histogram
+
+    folder = args.out or storage.join(args.output, "inspect")
+    shown = len(contents.shown)
+    some = f"{shown} of {index.samples} observations, evenly spread" if shown < index.samples else f"all {shown} observations"  # fmt: skip
+    title = f"{some}; below each its sigma_n"
+    for name, data in {"contact-sheet.png": contact_sheet(contents.shown, title), "sigma-n.png": histogram(contents.levels)}.items():  # fmt: skip
+        storage.write_atomically(storage.join(folder, name), data)
+        print(f"  {'picture':<12}{storage.join(folder, name)}")
+    return errors.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run(main))

@@ -1,0 +1,99 @@
+"""Sizes that pictures are brought to: one square, or aspect-ratio buckets; and what of a picture is cut off.
+
+As Stable Diffusion XL was trained: a picture is resized to cover its bucket, mirrored or not, and cropped. The network is
+told its original size, the crop and the bucket (`time_ids`), so that it does not learn to draw crops.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+WIDEST = 4
+"""The longer side of a bucket is at most this many times the shorter."""
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """Pixels."""
+
+    width: int
+    height: int
+
+
+def buckets_of(base: int, step: int) -> tuple[Bucket, ...]:
+    """Sizes in multiples of `step` with about base x base pixels, never more, and ratios from 1/4 to 4.
+
+    For each width the greatest height, and the other way round. For 1024 and 64 these are 33 of the 40 sizes in SDXL's
+    paper (appendix I); the seven others are a step narrower or lower than the base allows.
+    """
+    fitted = ((side, base * base // side // step * step) for side in range(step, WIDEST * base + 1, step))
+    within = [(a, b) for a, b in fitted if b and max(a, b) <= WIDEST * min(a, b)]
+    return tuple(sorted({Bucket(*pair) for a, b in within for pair in ((a, b), (b, a))}))
+
+
+def bucket_of(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:
+    """The bucket whose ratio is nearest to the picture's, as a factor; of two as near, the narrower."""
+
+    def distance(bucket: Bucket) -> float:
+        return abs(math.log(bucket.width * height / (bucket.height * width)))
+
+    return min(sorted(buckets), key=lambda bucket: (round(distance(bucket), 12), bucket))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a picture comes into its bucket: resized to `width` x `height`, mirrored or not, then cropped at (top, left).
+
+    So the crop's place is counted in the picture as the network sees it, mirrored if it is.
+    """
+
+    original_width: int
+    original_height: int
+    width: int
+    height: int
+    flip: bool
+    top: int
+    left: int
+    bucket: Bucket
+
+    @property
+    def time_ids(self) -> list[int]:
+        """SDXL's micro-conditioning: original height and width, crop top and left, target height and width."""
+        return [self.original_height, self.original_width, self.top, self.left, self.bucket.height, self.bucket.width]
+
+    def apply(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """pixels: (H, W) or (H, W, C). Gives the bucket's size. Only what stays is computed, so that a picture of 1 x
+        10,000 pixels does not fill the memory."""
+        across, down = self.original_width / self.width, self.original_height / self.height
+        left = self.width - self.left - self.bucket.width if self.flip else self.left
+        right, bottom = left + self.bucket.width, self.top + self.bucket.height
+        image = Image.fromarray(pixels).resize(
+            (self.bucket.width, self.bucket.height), Image.Resampling.LANCZOS,
+            box=(left * across, self.top * down, min(right * across, self.original_width), min(bottom * down, self.original_height)),
+        )  # fmt: skip
+        return np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flip else image)
+
+
+def place(
+    width: int, height: int, bucket: Bucket, *, crop: Literal["centre", "random"], flip: bool, draws: NDArray[Any]
+) -> Placement:
+    """width, height: of the picture. draws: three uniforms in [0, 1): for the crop's top, its left, and the mirror.
+
+    All three are always drawn, so that another --crop or --flip changes nothing else of a sample. flip: mirrors half of
+    the pictures.
+    """
+    scale = max(bucket.width / width, bucket.height / height)
+    resized = max(bucket.width, round(width * scale)), max(bucket.height, round(height * scale))
+    spare = resized[1] - bucket.height, resized[0] - bucket.width
+    if crop == "random":
+        top, left = (int(draw * (room + 1)) for draw, room in zip(draws[:2], spare, strict=True))
+    else:
+        top, left = spare[0] // 2, spare[1] // 2
+    return Placement(width, height, *resized, flip=flip and bool(draws[2] < 0.5), top=top, left=left, bucket=bucket)

@@ -1,0 +1,117 @@
+"""From pictures to noisy latents: what a worker of the shard writer does with --latents.
+
+Each sample has one generator, of the data set's seed and its key. It draws, in this order: three uniforms (crop top, crop
+left, mirror; always all three), the encoding's z, and then what the corruption draws. So every sample is the same in any
+order and with any number of workers, and another --crop or --flip leaves z and the noise as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from data_pipeline.bad_image import BadImage
+from data_pipeline.corruption import Array, Corruption, Observation, generator_of
+from data_pipeline.latents.arguments import LatentRequest, check_corruption
+from data_pipeline.latents.buckets import Bucket, place
+from data_pipeline.latents.identity import require_same, vae_identity
+from data_pipeline.latents.parts import find_parts
+from data_pipeline.latents.vae import Vae, images_a_pass
+from data_pipeline.sources import Picture, prepare
+
+TIME_IDS, FLIP = "time_ids", "flip"
+"""In `Observation.about`: SDXL's six numbers, of `buckets.Placement`; and, with --flip, whether it was mirrored."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A picture in its bucket. x0: (3, H, W) float32 in [-1, 1]. generator: has drawn the placement."""
+
+    key: str
+    x0: Array
+    generator: np.random.Generator
+    about: dict[str, object]
+
+
+class LatentEncoder:
+    """Made once in each worker, from the request. device: the GPU where there is one, or else the CPU.
+
+    Raises UserError where the VAE is not the one of the request any more, or cannot take its sizes.
+    """
+
+    def __init__(self, request: LatentRequest, device: torch.device | None = None) -> None:
+        self.request = request
+        found = vae_identity(find_parts("--latents", request.source, ["vae"])["vae"])
+        require_same(request.vae, found, f"the VAE of --latents {request.source}")
+        self.vae = Vae(request.source, device)
+        for bucket in request.sizes:
+            self.vae.shape(bucket.width, bucket.height)
+
+    def shape(self, bucket: Bucket) -> tuple[int, int, int]:
+        """(C, H, W) of the observations of a bucket."""
+        return self.vae.shape(bucket.width, bucket.height)
+
+    def __call__(
+        self,
+        pictures: Iterable[tuple[str, Picture]],
+        seed: int,
+        corruption: Corruption,
+        reject: Callable[[str, BadImage], None] | None = None,
+    ) -> Iterator[tuple[str, Observation]]:
+        """The observations of pictures of ONE bucket, by key, in their order; holds one batch of them at a time.
+
+        The bytes depend on the whole sequence, by rounding: give each call the pictures of one shard. A picture that
+        cannot be used goes to `reject` with its reason, or raises BadImage where there is none.
+        """
+        check_corruption(corruption)
+        bucket: Bucket | None = None
+        waiting: list[Placed] = []
+        for key, picture in pictures:
+            try:
+                placed = self.place(key, picture, seed)
+            except BadImage as error:
+                if reject is None:
+                    raise
+                reject(key, error)
+                continue
+            height, width = placed.x0.shape[1:]
+            bucket = bucket or Bucket(width, height)
+            if bucket != Bucket(width, height):
+                raise ValueError(
+                    f"{key}: its bucket is {width}x{height}, those before it {bucket}: one call, one bucket"
+                )
+            waiting.append(placed)
+            if len(waiting) == images_a_pass(width, height):
+                yield from self._observe(waiting, corruption)
+                waiting = []
+        if waiting:
+            yield from self._observe(waiting, corruption)
+
+    def place(self, key: str, picture: Picture, seed: int) -> Placed:
+        """Raises BadImage for a picture that is not of 8 bits, grey or colour."""
+        height, width, *colours = picture.pixels.shape
+        if picture.pixels.dtype != np.uint8 or colours not in ([], [3]):
+            raise BadImage(
+                f"{picture.pixels.dtype} {picture.pixels.shape}: --latents takes pictures of 8 bits, grey or colour"
+            )
+        generator = generator_of(seed, key)
+        placement = place(
+            width, height, self.request.bucket_of(width, height),
+            crop=self.request.crop, flip=self.request.flip, draws=generator.random(3),
+        )  # fmt: skip
+        x0 = prepare(Picture(placement.apply(picture.pixels)), None, 3)
+        about: dict[str, object] = {TIME_IDS: placement.time_ids}
+        if self.request.flip:
+            about[FLIP] = placement.flip
+        return Placed(key, x0, generator, about)
+
+    def _observe(self, batch: list[Placed], corruption: Corruption) -> Iterator[tuple[str, Observation]]:
+        latents = self.vae.encode_batch(np.stack([p.x0 for p in batch]), [p.generator for p in batch])
+        for placed, latent in zip(batch, latents, strict=True):
+            observation = corruption(latent, placed.generator)
+            yield placed.key, Observation(
+                observation.x_n, observation.sigma_n, {**observation.about, **placed.about}
+            )  # fmt: skip

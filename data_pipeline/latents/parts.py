@@ -1,0 +1,82 @@
+"""The parts of a diffusers pipeline on disk: where the VAE and the text encoders of a folder or a hub id lie."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import UserError
+
+STEMS = {"vae": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_2": "model"}
+"""The name of each part's weights, without suffix."""
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+
+
+def find_parts(flag: str, source: str, names: Sequence[str]) -> dict[str, Path]:
+    """The folder of each part. source: a pipeline folder, the folder of the one part asked for, or a hub id.
+
+    A hub id is downloaded (these parts alone, safetensors, never pickles) into the hub's cache. Raises UserError, with the
+    flag, where there is no such folder or id, or a part is missing.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        raise UserError(f"{flag} {source}: is a file; give a folder in diffusers' layout, or a hub id")
+    root = path if path.is_dir() else _download(flag, source, names)
+    if len(names) == 1 and not (root / names[0]).is_dir() and (root / "config.json").is_file():
+        return {names[0]: root}
+    for name in names:
+        if not (root / name).is_dir():
+            raise UserError(f"{flag} {source}: no {name}/ in it; give a pipeline in diffusers' layout, or a hub id")
+    return {name: root / name for name in names}
+
+
+def _download(flag: str, source: str, names: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted: list[str] = []
+    for name in names:
+        if name in TOKENIZERS:
+            wanted.append(f"{name}/*")
+            continue
+        stem = STEMS[name]
+        files = ["config.json", f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{stem}-*.safetensors"]
+        wanted += [f"{name}/{file}" for file in files] + (files if len(names) == 1 else [])
+    try:
+        return Path(snapshot_download(source, allow_patterns=wanted))
+    except (OSError, ValueError) as error:  # the hub's own errors are of these kinds
+        reason = str(error).strip().splitlines() or [""]
+        raise UserError(f"{flag} {source}: no such folder here, and no such model came from the hub ({type(error).__name__}: {reason[0]})") from None  # fmt: skip
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a part. Raises UserError."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no config.json in it; give a folder in diffusers' layout") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return config
+
+
+def weight_files(folder: Path, stem: str) -> list[Path]:
+    """The safetensors files that hold a part's weights: one, or those that its index names. Raises UserError."""
+    whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        raise UserError(f"{folder}: no {stem}.safetensors in it (weights in .bin files are pickles, which are never read)")  # fmt: skip
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: not an index of weights ({type(error).__name__}: {error})") from None
+    files = [folder / Path(name).name for name in names]
+    missing = next((file for file in files if not file.is_file()), None)
+    if missing or not files:
+        raise UserError(f"{index}: names weights that are missing: {missing}")
+    return files

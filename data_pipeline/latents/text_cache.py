@@ -1,0 +1,168 @@
+"""Text embeddings, once per distinct caption, in a folder beside the shards (OUTPUT/text).
+
+captions.jsonl: one caption a line, as a JSON string; its line number, from 0, is its id, and line 0 is the empty caption,
+for training that drops captions. prompt_embeds.npy, pooled.npy: a row for each id, float16. text.json: what encoded them
+and their shapes, written last, so a folder that has it is complete. A run that was killed goes on after the last whole chunk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data_pipeline.latents.identity import require_same
+from data_pipeline.latents.text import Embeddings
+from trainer.errors import UserError
+
+FOLDER = "text"
+CAPTIONS, DONE, PROGRESS = "captions.jsonl", "text.json", ".progress.json"
+ARRAYS = ("prompt_embeds.npy", "pooled.npy")
+FORMAT = 1
+CHUNK = 64
+"""Captions that are encoded together, and then safe on disk. Fixed, so that the bytes are those of an unbroken run."""
+
+
+class Encoder(Protocol):
+    """What is needed of `text.TextEncoders`."""
+
+    identity: str
+    tokens: int
+    width: int
+    pooled_width: int
+
+    def embed(self, captions: Sequence[str]) -> tuple[Embeddings, int]: ...
+
+
+def write_text_cache(folder: Path, captions: Iterable[str], encoder: Encoder) -> None:
+    """Encodes each distinct caption once; ids in the order in which captions come, after the empty one.
+
+    Goes on where an earlier call stopped, and does nothing where it finished. Raises UserError where the folder is for
+    other captions or encoders.
+    """
+    distinct = list(dict.fromkeys(["", *captions]))
+    try:
+        lines = "".join(json.dumps(caption, ensure_ascii=False) + "\n" for caption in distinct).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"caption {error.object[error.start - 40 : error.end]!r}: not valid Unicode: correct it"
+        ) from None
+    described: dict[str, Any] = {
+        "format": FORMAT, "captions": len(distinct), "identity": encoder.identity,
+        "prompt_embeds": [len(distinct), encoder.tokens, encoder.width], "pooled": [len(distinct), encoder.pooled_width],
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / CAPTIONS).is_file() and (folder / CAPTIONS).read_bytes() != lines:
+        raise UserError(f"{folder}: holds the embeddings of other captions: delete it, or choose another OUTPUT")
+    if (folder / DONE).is_file():
+        TextCache(folder).require(encoder.identity)
+        return
+    state = {"done": 0, "cut": 0}
+    if (folder / CAPTIONS).is_file() and (folder / PROGRESS).is_file():
+        recorded = json.loads((folder / PROGRESS).read_text())
+        require_same(recorded["identity"], encoder.identity, f"{folder}, half done: the text encoders")
+        state = {"done": recorded["done"], "cut": recorded["cut"]}
+    else:
+        _write(folder / CAPTIONS, lines)
+        for name in ARRAYS:
+            np.lib.format.open_memmap(
+                _partial(folder, name), "w+", np.float16, tuple(described[Path(name).stem])
+            ).flush()
+    arrays = [
+        np.lib.format.open_memmap(_partial(folder, name), "r+") for name in ARRAYS if state["done"] < len(distinct)
+    ]
+    bar = tqdm(total=len(distinct), initial=state["done"], desc=f"text {folder}", unit="caption")
+    while state["done"] < len(distinct):
+        chunk = distinct[state["done"] : state["done"] + CHUNK]
+        embeddings, cut = encoder.embed(chunk)
+        for array, rows in zip(arrays, (embeddings.prompt_embeds, embeddings.pooled), strict=True):
+            array[state["done"] : state["done"] + len(chunk)] = rows.numpy()
+            array.flush()
+        state = {"done": state["done"] + len(chunk), "cut": state["cut"] + cut}
+        _write(folder / PROGRESS, json.dumps({"identity": encoder.identity, **state}).encode())
+        bar.update(len(chunk))
+    bar.close()
+    del arrays
+    for name in ARRAYS:
+        if _partial(folder, name).exists():  # else an earlier call was killed just after this
+            _partial(folder, name).replace(folder / name)
+    _write(folder / DONE, json.dumps({**described, "cut": state["cut"]}, indent=1).encode())
+    (folder / PROGRESS).unlink()
+    if state["cut"]:
+        tqdm.write(
+            f"{folder}: {state['cut']} of {len(distinct)} captions are longer than {encoder.tokens} tokens and were cut"
+        )
+
+
+def _partial(folder: Path, name: str) -> Path:
+    return folder / f".{name}.partial"
+
+
+def _write(path: Path, data: bytes) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+class TextCache:
+    """Reads what `write_text_cache` wrote; the embeddings stay on disk, mapped. Raises UserError for an incomplete folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            described = json.loads((folder / DONE).read_text())
+            if described["format"] != FORMAT:
+                raise UserError(
+                    f"{folder / DONE}: format {described['format']}, this version reads {FORMAT}: encode again"
+                )
+            self.identity, self.cut = str(described["identity"]), int(described["cut"])
+            self._arrays = [np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in ARRAYS]
+            shapes = [tuple(described[Path(name).stem]) for name in ARRAYS]
+        except FileNotFoundError as error:
+            raise UserError(f"{folder}: no {Path(error.filename).name} in it, so the embeddings are not complete: encode the captions again") from None  # fmt: skip
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder}: not a text cache ({type(error).__name__}: {error}): encode the captions again") from None  # fmt: skip
+        for name, array, shape in zip(ARRAYS, self._arrays, shapes, strict=True):
+            if array.shape != shape or array.dtype != np.float16:
+                raise UserError(
+                    f"{folder / name}: {array.dtype} {array.shape}, {DONE} says float16 {shape}: encode again"
+                )
+
+    def __len__(self) -> int:
+        """How many captions, with the empty one."""
+        return len(self._arrays[0])
+
+    def require(self, identity: str) -> None:
+        """Raises UserError where other text encoders made this."""
+        require_same(self.identity, identity, f"{self.folder}: the text encoders")
+
+    def rows(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """prompt_embeds (N, T, D) and pooled (N, P), float16, of caption ids. Raises UserError for one that is not there."""
+        wrong = next((i for i in ids if not 0 <= i < len(self)), None)
+        if wrong is not None:
+            raise UserError(f"{self.folder}: caption id {wrong}: it has 0 to {len(self) - 1}")
+        prompt_embeds, pooled = (torch.from_numpy(array[np.asarray(ids, dtype=np.int64)]) for array in self._arrays)
+        return prompt_embeds, pooled
+
+    def ids(self, captions: Iterable[str]) -> list[int]:
+        """Raises UserError for a caption that was not encoded."""
+        try:
+            return [self._ids[caption] for caption in captions]
+        except KeyError as error:
+            raise UserError(f"{self.folder}: the caption {error.args[0]!r} was not encoded: encode the captions again") from None  # fmt: skip
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        with (self.folder / CAPTIONS).open(encoding="utf-8") as file:
+            return {json.loads(line): i for i, line in enumerate(file)}

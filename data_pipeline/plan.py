@@ -1,0 +1,134 @@
+"""What is to be sharded: the request, and `plan.json`, on which workers, array jobs and later calls agree.
+
+Shard k holds the images k * shard_size .. (k + 1) * shard_size of the source, without the rejected ones. So its bytes
+depend on the request alone, and not on who else writes, or on what was rejected elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from data_pipeline import storage
+from data_pipeline.corruption import Corruption
+from data_pipeline.sources import Source
+from trainer.errors import UserError
+
+NAME = "plan.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """What decides the shards' bytes. source: as the user gave it. size: in pixels; None: as the images are. channels:
+    None: as the first image. value_range: what becomes -1 and 1; None: the range of the images' type. limit: the first
+    so many images; None: all. captions: whether the source's captions are stored."""
+
+    source: str
+    corruption: Corruption
+    seed: int = 0
+    size: int | None = None
+    channels: int | None = None
+    value_range: tuple[float, float] | None = None
+    limit: int | None = None
+    shard_size: int = 1000
+    captions: bool = True
+
+    def __post_init__(self) -> None:
+        for name, value in {
+            "--size": self.size,
+            "--channels": self.channels,
+            "--limit": self.limit,
+            "--shard-size": self.shard_size,
+        }.items():
+            if value is not None and value < 1:
+                raise UserError(f"{name} {value}: must be at least 1")
+
+    def recorded(self) -> dict[str, Any]:
+        """As JSON gives it back. A folder is recorded by its full path."""
+        plain = self.source.startswith("packaged:") or storage.is_url(self.source)
+        source = self.source if plain else str(Path(self.source).resolve())
+        return json.loads(json.dumps({**asdict(self), "source": source}))
+
+
+DEFAULTS = {field.name: field.default for field in fields(Request)}
+"""What a request had that was recorded before the field was there."""
+
+
+def refuse_another(output: str, recorded: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Raises UserError that names the first field in which the two requests differ."""
+    for name in sorted(recorded.keys() | asked.keys()):
+        there, wanted = (request.get(name, DEFAULTS.get(name)) for request in (recorded, asked))
+        if there != wanted:
+            raise UserError(f"{output} holds shards made with {name}={there}, not {wanted}: choose another OUTPUT")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """request: as recorded. count: images of the source that are used. keys: SHA-256 over their keys. channels: 1 is
+    grey, 3 colour. shape: (C, H, W) of every observation, from the first image that can be used."""
+
+    request: dict[str, Any]
+    count: int
+    keys: str
+    channels: int
+    shape: tuple[int, int, int]
+
+    @property
+    def shards(self) -> int:
+        """How many there are when no shard's images are all rejected."""
+        return -(-self.count // self.request["shard_size"])
+
+    def images(self, number: int) -> range:
+        """The places in the source that shard `number` takes."""
+        size = self.request["shard_size"]
+        return range(number * size, min(self.count, (number + 1) * size))
+
+
+def name_of(number: int) -> str:
+    return f"shard-{number:06d}.tar"
+
+
+def used(source: Source, limit: int | None) -> int:
+    return min(len(source), limit or len(source))
+
+
+def digest_of_keys(source: Source, count: int) -> str:
+    digest = hashlib.sha256()
+    for start in range(0, count, 10_000):
+        digest.update("".join(f"{source.keys[i]}\n" for i in range(start, min(start + 10_000, count))).encode("utf-8", "surrogateescape"))  # fmt: skip
+    return digest.hexdigest()
+
+
+def check_source(source: Source, plan: Plan) -> None:
+    """Raises UserError when the source no longer has the images that were planned: shards would hold other ones."""
+    count = used(source, plan.request["limit"])
+    if count != plan.count or digest_of_keys(source, count) != plan.keys:
+        now = f"{count} images, not {plan.count}" if count != plan.count else "images of other names"
+        raise UserError(
+            f"SOURCE {plan.request['source']}: it has {now}, since OUTPUT was begun: bring them back, or choose another OUTPUT"
+        )
+
+
+def write_plan(output: str, plan: Plan) -> None:
+    data = json.dumps({"format": FORMAT, **asdict(plan)}, indent=1).encode()
+    storage.write_atomically(storage.join(output, NAME), data)
+
+
+def read_plan(output: str) -> Plan | None:
+    """None where nothing was begun. Raises UserError for a file that is no plan."""
+    path = storage.join(output, NAME)
+    if not storage.exists(path):
+        return None
+    try:
+        data = json.loads(storage.read_bytes(path))
+        if data.pop("format") != FORMAT:
+            raise UserError(f"{path}: begun by another version: finish it with that one, or choose another OUTPUT")
+        return Plan(**{**data, "shape": tuple(data["shape"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: not a plan ({type(error).__name__}: {error}): remove OUTPUT, or choose another"
+        ) from None

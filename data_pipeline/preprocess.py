@@ -1,0 +1,174 @@
+"""From a request to a complete OUTPUT: plans, writes what is missing, merges. Goes on wherever an earlier call ended."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from tqdm import tqdm
+
+from data_pipeline import index, plan, records, storage
+from data_pipeline.array import submit_shards
+from data_pipeline.bad_image import BadImage
+from data_pipeline.index import ShardIndex
+from data_pipeline.plan import Plan, Request
+from data_pipeline.records import Record, Rejected
+from data_pipeline.sources import Source, open_source
+from data_pipeline.work import Work, observe, write_shards
+from slurm.cluster import ClusterConfig
+from trainer.errors import UserError, WorkFailed
+
+
+@dataclass(frozen=True)
+class Means:
+    """Who does the work; no byte of OUTPUT depends on it. workers: processes on this machine. cluster: where it is given,
+    that many `jobs` of it, each with the cluster's cpus_per_task workers, do the work instead."""
+
+    workers: int = 1
+    cluster: ClusterConfig | None = None
+    jobs: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "jobs"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How many images may be rejected. asked: a share of all if below 1, else a whole number."""
+
+    asked: float
+
+    def __post_init__(self) -> None:
+        if not self.asked >= 0 or (self.asked >= 1 and self.asked != int(self.asked)):
+            raise UserError(
+                f"--max-rejected {self.asked:g}: must be a share of the images below 1, or a whole number of them"
+            )
+
+    def check(self, output: str, rejected: Iterable[Rejected], count: int) -> None:
+        """Raises WorkFailed, and leaves the reasons in OUTPUT, when there are more of `count`. rejected: in order."""
+        found = list(rejected)
+        if len(found) > (self.asked if self.asked >= 1 else self.asked * count):
+            records.write_rejected(output, found)
+            raise WorkFailed(
+                f"{output}: {len(found)} of {count} images were rejected, more than --max-rejected {self.asked:g}; see {storage.join(output, records.REJECTED)}; the first is {found[0].key}: {found[0].reason}"
+            )
+
+
+def preprocess(request: Request, output: str, max_rejected: float, means: Means) -> ShardIndex:
+    """Writes OUTPUT, or returns its index where it already holds what is asked for. See `shard.shard` for the errors."""
+    limit, asked = Limit(max_rejected), request.recorded()
+    local = storage.local_path(output)
+    if local is not None:
+        output = str(local)
+        if local.exists() and not local.is_dir():
+            raise UserError(f"OUTPUT {output}: is a file; give a folder")
+    if storage.exists(storage.join(output, index.NAME)):
+        return _complete(output, asked)
+    records.refuse_other_files(output)
+    planned = plan.read_plan(output)
+    if planned is not None:
+        plan.refuse_another(output, planned.request, asked)
+    source = open_source(request.source)
+    with _alone(output):
+        if planned is None:
+            planned = _first_plan(request, source, output, limit)
+            plan.write_plan(output, planned)
+        plan.check_source(source, planned)
+        try:
+            return _work(Work(request, planned, output), source, limit, means)
+        except KeyboardInterrupt:
+            print(f"{output}: finished shards are kept; run again to go on", file=sys.stderr)
+            raise
+
+
+def _complete(output: str, asked: dict[str, Any]) -> ShardIndex:
+    there = index.read_index(output)
+    plan.refuse_another(output, there.request, asked)
+    planned = plan.read_plan(output)
+    if planned is not None:  # killed between the index and the end
+        records.clean_up(output)
+    print(f"{output}: {there.samples} samples are already there", file=sys.stderr)
+    return there
+
+
+def _first_plan(request: Request, source: Source, output: str, limit: Limit) -> Plan:
+    """The first image that can be used decides the channels and the shape."""
+    count = plan.used(source, request.limit)
+    keys, rejected = plan.digest_of_keys(source, count), list[Rejected]()
+    for i in range(count):
+        try:
+            picture = source.read(i)
+            channels = request.channels or (1 if picture.pixels.ndim == 2 else picture.pixels.shape[2])
+            shape = observe(request, picture, source.keys[i], channels).x_n.shape
+            return Plan(request.recorded(), count, keys, channels, (shape[0], shape[1], shape[2]))
+        except BadImage as error:
+            rejected.append(Rejected.of(source.keys[i], error))
+            limit.check(output, rejected, count)
+    records.write_rejected(output, rejected)
+    raise WorkFailed(f"{output}: all {count} images were rejected: see {storage.join(output, records.REJECTED)}")
+
+
+@dataclass
+class _Progress:
+    """The finished shards, and the bar, which counts images."""
+
+    output: str
+    count: int
+    limit: Limit
+    bar: tqdm[NoReturn]
+    done: dict[int, Record] = field(default_factory=dict[int, Record])
+    rejected: int = 0
+
+    def add(self, record: Record) -> None:
+        self.done[record.number] = record
+        if record.rejected:
+            self.rejected += len(record.rejected)
+            self.bar.set_postfix(rejected=self.rejected)
+            ordered = (entry for number in sorted(self.done) for entry in self.done[number].rejected)
+            self.limit.check(self.output, ordered, self.count)
+
+
+def _work(work: Work, source: Source, limit: Limit, means: Means) -> ShardIndex:
+    numbers = range(work.plan.shards)
+    done = records.finished(work.output, numbers)
+    records.remove_leftovers(work.output, done)
+    first = sum(record.images for record in done.values())
+    with tqdm(total=work.plan.count, initial=first, desc=f"shard {work.output}", unit="img") as bar:
+        progress = _Progress(work.output, work.plan.count, limit, bar)
+        for record in done.values():
+            progress.add(record)
+        missing = [number for number in numbers if number not in done]
+        if missing and means.cluster is not None:
+            submit_shards(work, missing, means.cluster, means.jobs, bar.update, progress.add)
+        elif missing:
+            write_shards(work, source, missing, means.workers, bar.update, progress.add)
+    return records.merge(work.output, work.plan, progress.done.values())
+
+
+@contextmanager
+def _alone(output: str) -> Iterator[None]:
+    """Makes the folder, and keeps a second call on this machine, or on a file system with locks, out of it: it would
+    take the parts of this one's files for leftovers. The system frees the lock when the process ends. Not for URLs."""
+    if storage.local_path(output) is None:
+        yield
+        return
+    os.makedirs(output, exist_ok=True)
+    folder = os.open(output, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            os.close(folder)
+            raise UserError(f"OUTPUT {output}: another process writes it: wait for it, or choose another") from None
+    try:  # a file system without locks on folders: then without
+        yield
+    finally:
+        os.close(folder)

@@ -1,0 +1,183 @@
+"""Cluster files, and submitit's executors made of them. One file serves all that is submitted."""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+import shutil
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import UserError, WorkFailed
+
+KINDS = ("slurm", "local")
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """What a job asks for. kind: `slurm`, or `local`, which starts the jobs on this machine through the same code.
+
+    partition, account, qos, constraint: as sbatch takes them. nodes, gpus_per_node, cpus_per_task: of each job. mem_gb:
+    memory of a node in GB; None: the partition's default. time_minutes: the job's limit. signal_delay_s: the warning
+    before it, in seconds. setup: shell commands that run before the job (slurm only). environment: variables of the job.
+    srun_args: given to srun as they are (slurm only). logs: the folder for the jobs' files, which all nodes must see.
+    """
+
+    kind: str
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    nodes: int = 1
+    gpus_per_node: int = 0
+    cpus_per_task: int = 1
+    mem_gb: float | None = None
+    time_minutes: int = 60
+    signal_delay_s: int = 90
+    setup: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict[str, str])
+    srun_args: tuple[str, ...] = ()
+    logs: str = "jobs"
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind {self.kind!r}: must be {' or '.join(KINDS)}")
+        for name, least in {"nodes": 1, "gpus_per_node": 0, "cpus_per_task": 1, "time_minutes": 1, "signal_delay_s": 0}.items():  # fmt: skip
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} {getattr(self, name)}: must be at least {least}")
+        if self.mem_gb is not None and self.mem_gb <= 0:
+            raise ValueError(f"mem_gb {self.mem_gb:g}: must be above 0")
+        if self.signal_delay_s >= 60 * self.time_minutes:
+            raise ValueError(
+                f"signal_delay_s {self.signal_delay_s}: must be less than time_minutes {self.time_minutes}"
+            )
+        if self.kind == "local" and self.nodes > 1:
+            raise ValueError(f"nodes {self.nodes}: kind local has one node")
+        for name in ("setup", "srun_args"):
+            if self.kind == "local" and getattr(self, name):
+                raise ValueError(f"{name}: kind local does not use it; remove it, or choose kind: slurm")
+
+
+TYPES = {
+    "str": (str,), "str | None": (str,), "int": (int,), "float | None": (int, float), "tuple[str, ...]": (list,), "Mapping[str, str]": (dict,),
+}  # fmt: skip
+"""What YAML may give for a field, by the field's annotation."""
+
+
+def read_cluster(path: Path) -> ClusterConfig:
+    """Raises UserError, with the file and the field."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"cluster file {path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"cluster file {path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict) or "kind" not in data:
+        raise UserError(f"cluster file {path}: must have the field kind, which is {' or '.join(KINDS)}")
+    known = {entry.name: str(entry.type) for entry in fields(ClusterConfig)}
+    given: dict[str, Any] = {}
+    for name, value in data.items():
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, 1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+            raise UserError(f"cluster file {path}: {name}: no such field; {hint}")
+        given[name] = _value(path, name, known[name], value)
+    try:
+        return ClusterConfig(**given)
+    except ValueError as error:
+        raise UserError(f"cluster file {path}: {error}") from None
+
+
+def _value(path: Path, name: str, kind: str, value: Any) -> Any:
+    if value is None and kind.endswith("| None"):
+        return None
+    if not isinstance(value, TYPES[kind]) or isinstance(value, bool):
+        raise UserError(f"cluster file {path}: {name}: {value!r} must be {_in_words(kind)}")
+    if isinstance(value, list):
+        if not all(isinstance(entry, str) for entry in value):
+            raise UserError(f"cluster file {path}: {name}: {value!r} must be {_in_words(kind)}")
+        return tuple(value)
+    if isinstance(value, dict):
+        if not all(isinstance(entry, str) for pair in value.items() for entry in pair):
+            raise UserError(f"cluster file {path}: {name}: {value!r} must be {_in_words(kind)}: quote the numbers")
+        return dict(value)
+    return value
+
+
+def _in_words(kind: str) -> str:
+    words = {"str": "text", "int": "a whole number", "float": "a number", "tuple[str, ...]": "a list of texts", "Mapping[str, str]": "names with texts"}  # fmt: skip
+    return words[kind.removesuffix(" | None")]
+
+
+def executor(config: ClusterConfig, folder: Path, name: str) -> Any:
+    """submitit's executor that writes its files to `folder`, a new one: submitit takes the result of an older job of the
+    same id for this one's. name: the jobs' name. Raises UserError where there is no such cluster."""
+    import submitit
+
+    if config.kind == "local":
+        words = [f"{key}={value}" for key, value in config.environment.items()]
+        python = shlex.join(["env", *words, sys.executable])
+        local = submitit.LocalExecutor(folder, python=python)
+        local.update_parameters(
+            timeout_min=config.time_minutes, signal_delay_s=config.signal_delay_s, gpus_per_node=config.gpus_per_node
+        )
+        return local
+    if shutil.which("srun") is None or shutil.which("sbatch") is None:
+        raise UserError("kind slurm: no srun and sbatch on this machine: submit from a login node, or take kind: local")
+    exports = [f"export {key}={shlex.quote(value)}" for key, value in config.environment.items()]
+    optional = {
+        "partition": config.partition, "account": config.account, "qos": config.qos, "constraint": config.constraint,
+        "gpus_per_node": config.gpus_per_node or None, "mem": config.mem_gb and f"{round(config.mem_gb * 1024)}MB",
+    }  # fmt: skip
+    slurm = submitit.SlurmExecutor(folder)
+    slurm.update_parameters(
+        job_name=name, nodes=config.nodes, ntasks_per_node=1, cpus_per_task=config.cpus_per_task,
+        time=config.time_minutes, signal_delay_s=config.signal_delay_s, setup=[*config.setup, *exports],
+        srun_args=list(config.srun_args), **{key: value for key, value in optional.items() if value is not None},
+    )  # fmt: skip
+    return slurm
+
+
+def submit(made: Any, jobs: list[Any]) -> list[Any]:
+    """submitit's handles of the jobs, callables that are sent to the cluster; several become one array. made: by
+    `executor`. Raises WorkFailed with the cluster's reason where it refuses them."""
+    from submitit.core.utils import FailedJobError
+
+    try:
+        with made.batch():
+            handles = [made.submit(job) for job in jobs]
+    except FailedJobError as error:
+        raise WorkFailed(f"the cluster refuses the job: {_last_line(str(error))}") from None
+    return handles
+
+
+def failure_of(handle: Any) -> tuple[str, Path]:
+    """Why a job failed, in one line, and the log that has more. From the log: results are pickles, and stay unread."""
+    log = Path(str(handle.paths.stderr))
+    text = log.read_text(errors="replace") if log.is_file() else ""
+    return _last_line(text) or f"it left no message (state: {handle.state})", log
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1].removeprefix("trainer.errors.") if lines else ""
+
+
+class Resumable(ABC):
+    """A job that is started again from its beginning when SLURM ends it for time or preempts it: it must find by itself
+    what it has done."""
+
+    @abstractmethod
+    def __call__(self) -> None: ...
+
+    def checkpoint(self) -> Any:
+        """Called by submitit in the job."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)

@@ -1,0 +1,134 @@
+"""Cluster files are read strictly; jobs on this machine, by submitit, write the very bytes of one process."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from data_pipeline.corruption import Gaussian
+from data_pipeline.shard import shard
+from slurm.cluster import ClusterConfig, executor, read_cluster
+from tests.conftest import ROOT
+from trainer.errors import UserError, WorkFailed
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> ClusterConfig:
+    return ClusterConfig("local", logs=str(tmp_path / "jobs"))
+
+
+def test_two_jobs_write_the_bytes_of_one_process(
+    local: ClusterConfig, pictures: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    cluster = replace(local, cpus_per_task=2, environment={"OMP_NUM_THREADS": "1"})
+    shard(str(pictures), out, Gaussian(0.4), shard_size=8, cluster=cluster, jobs=2)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in shards.iterdir()}
+    (folder,) = (tmp_path / "jobs").iterdir()
+    said = capsys.readouterr().err
+    assert f"logs in {folder}" in said
+    assert all(log.name.split("_")[0] in said for log in folder.glob("*.out")), "job ids"
+    assert len(list(folder.glob("*.out"))) == 2
+
+
+def test_a_failed_job_is_named_with_its_log_and_only_what_is_missing_is_submitted_again(
+    local: ClusterConfig, pictures: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second job fails, because a folder stands where it would write its first shard."""
+    out = tmp_path / "out"
+    (out / "shard-000001.tar").mkdir(parents=True)
+    with pytest.raises(WorkFailed, match=r"1 of 2 jobs left 4 shards out.*Is a directory.*run again"):
+        shard(str(pictures), out, Gaussian(0.4), shard_size=8, cluster=local, jobs=2)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("job ")]
+    assert "IsADirectoryError" in line
+    log = Path(line.rpartition("log ")[2])
+    assert "Traceback" in log.read_text()
+    assert {p.name for p in out.glob("*.json")} == {"plan.json", *(f"shard-00000{n}.json" for n in (0, 2, 4, 6))}
+    before = {n: (out / f"shard-00000{n}.tar").stat().st_mtime_ns for n in (0, 2, 4, 6)}
+    (out / "shard-000001.tar").rmdir()
+    shard(str(pictures), out, Gaussian(0.4), shard_size=8, cluster=local, jobs=2)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in shards.iterdir()}
+    assert before == {n: (out / f"shard-00000{n}.tar").stat().st_mtime_ns for n in (0, 2, 4, 6)}
+
+
+def test_jobs_are_cancelled_when_too_many_images_are_rejected(
+    local: ClusterConfig, pictures: Path, tmp_path: Path
+) -> None:
+    (source := tmp_path / "source").mkdir()
+    for path in sorted(pictures.iterdir())[:16]:
+        shutil.copy(path, source)
+    (source / "disc 02.png").write_bytes(b"")
+    with pytest.raises(WorkFailed, match=r"1 of 16 images were rejected, .* the first is disc 02_png: "):
+        shard(str(source), tmp_path / "out", Gaussian(0.4), shard_size=1, size=256, cluster=local, jobs=2)
+    deadline = time.monotonic() + 10
+    while running := [
+        p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])
+    ]:
+        assert time.monotonic() < deadline, running
+        time.sleep(0.1)
+
+
+def test_a_cluster_that_is_not_here_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="no srun and sbatch on this machine"):
+        executor(ClusterConfig("slurm"), tmp_path, "name")
+
+
+def test_the_script_for_slurm_asks_for_what_the_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("srun", "sbatch"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    example = read_cluster(ROOT / "configs" / "clusters" / "example.yaml")
+    config = replace(example, account="us", qos="low", constraint="a100|h100", mem_gb=1.5, gpus_per_node=2, srun_args=("--container-image=/a b",))  # fmt: skip
+    text = executor(config, tmp_path / "jobs", "shard")._make_submission_file_text("COMMAND", "1")
+    for line in (
+        "--partition=main", "--account=us", "--qos=low", "--constraint='a100|h100'", "--mem=1536MB", "--gpus-per-node=2",
+        "--cpus-per-task=16", "--nodes=1", "--ntasks-per-node=1", "--time=240", "--signal=USR2@120", "--job-name=shard",
+    ):  # fmt: skip
+        assert f"#SBATCH {line}" in text
+    setup = text.index("source .venv/bin/activate")
+    assert setup < text.index("export OMP_NUM_THREADS=1") < text.index("COMMAND")
+    assert "--container-image=/a b" in text.replace("'", "")
+
+
+@pytest.mark.parametrize("name", ["local.yaml", "example.yaml"])
+def test_the_files_that_come_with_the_project_are_read(name: str) -> None:
+    assert read_cluster(ROOT / "configs" / "clusters" / name).kind in name.replace("example", "slurm")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[", "not YAML"),
+        ("- a", "must have the field kind, which is slurm or local"),
+        ("partition: main", "must have the field kind"),
+        ("kind: pbs", "kind 'pbs': must be slurm or local"),
+        ("kind: slurm\npartitoin: main", "partitoin: no such field; did you mean partition?"),
+        ("kind: slurm\nzzz: 1", "zzz: no such field; there are kind, partition"),
+        ("kind: slurm\nnodes: two", "nodes: 'two' must be a whole number"),
+        ("kind: slurm\nnodes: true", "nodes: True must be a whole number"),
+        ("kind: slurm\nnodes: null", "nodes: None must be a whole number"),
+        ("kind: slurm\nnodes: 0", "nodes 0: must be at least 1"),
+        ("kind: slurm\nmem_gb: 0", "mem_gb 0: must be above 0"),
+        ("kind: slurm\ntime_minutes: 1\nsignal_delay_s: 60", "signal_delay_s 60: must be less than time_minutes 1"),
+        ("kind: slurm\nsetup: module load", "setup: 'module load' must be a list of texts"),
+        ("kind: slurm\nsetup: [1]", "must be a list of texts"),
+        ("kind: slurm\nenvironment: {A: 1}", "must be names with texts: quote the numbers"),
+        ("kind: local\nnodes: 2", "nodes 2: kind local has one node"),
+        ("kind: local\nsetup: [module load]", "setup: kind local does not use it"),
+    ],
+)
+def test_a_wrong_cluster_file_is_one_line(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_cluster(path)
+    assert str(caught.value).startswith(f"cluster file {path}: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
