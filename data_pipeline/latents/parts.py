@@ -32,6 +32,13 @@ def find_parts(flag: str, source: str, names: Sequence[str]) -> dict[str, Path]:
     return {name: root / name for name in names}
 
 
+def has_part(flag: str, source: str, name: str, with_it: Sequence[str]) -> bool:
+    """Whether a pipeline has a part. A hub id's is downloaded, with the parts that go `with_it`."""
+    path = Path(source).expanduser()
+    root = path if path.is_dir() else _download(flag, source, [name, *with_it])
+    return (root / name).is_dir()
+
+
 def _download(flag: str, source: str, names: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
