@@ -172,29 +172,30 @@ def summary(index: ShardIndex, contents: Contents) -> str:
     corruption = index.request.get("corruption") or {}
     rows = {
         "samples": f"{index.samples} in {len(index.shards)} shards, {index.bytes / 1e6:.1f} MB",
-        "shape": f"{' x '.join(map(str, index.shape))} (channels, height, width), float16",
-        **_latent_rows(index),
+        "shape": _shape(index),
         "source": index.request.get("source"),
         "corruption": ", ".join(f"{name} {value}" for name, value in corruption.items() if value is not None),
         "seed": index.request.get("seed"),
         "sigma_n": f"{spread}; clean (0): {int((levels == 0).sum())}",
         "its origin": origins,
-        "captions": contents.captions,
+        "captions": _captions(index, contents),
         "rejected": f"{index.rejected}{f', see {REJECTED}' if index.rejected else ''}",
         "checksum": index.checksum,
     }
     return "\n".join(f"  {name:<12}{value}" for name, value in rows.items())
 
 
-def _latent_rows(index: ShardIndex) -> dict[str, str]:
+def _shape(index: ShardIndex) -> str:
     latents = index.request.get("latents")
-    if not latents:
-        return {}
-    text = index.text or {}
-    rows = {"latents": f"latents {index.shape} by VAE {latents['vae'][:16]}, {latents['source']}"}
-    if text:
-        rows["text"] = f"{text['captions']} distinct captions by text encoders {text['identity'][:16]}"
-    return rows
+    if latents:
+        return f"latents {index.shape} by VAE {latents['vae'][:16]}, {latents['source']}; (channels, height, width), float16"  # fmt: skip
+    return f"{' x '.join(map(str, index.shape))} (channels, height, width), float16"
+
+
+def _captions(index: ShardIndex, contents: Contents) -> str:
+    if not index.text:
+        return f"{contents.captions}"
+    return f"{contents.captions}; {index.text['captions']} distinct ones, with the empty one, by text encoders {index.text['identity'][:16]}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,11 +10,12 @@ from typing import Any
 
 from data_pipeline import index, plan, storage
 from data_pipeline.index import Shard, ShardIndex
+from data_pipeline.latents.captions import FOLDER as TEXT
 from data_pipeline.plan import Plan
 from data_pipeline.writer import META, OBSERVATION
 from trainer.errors import UserError, WorkFailed
 
-REJECTED, TEXT = "rejected.jsonl", "text"
+REJECTED = "rejected.jsonl"
 OWN = re.compile(
     rf"shard-\d{{6,}}\.(tar|json)|{re.escape(plan.NAME)}|{re.escape(index.NAME)}|{re.escape(REJECTED)}|\..*\.partial|inspect/.*|{TEXT}/.*"
 )

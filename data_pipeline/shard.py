@@ -78,7 +78,7 @@ def shard(source: str, output: Path | str, corruption: Corruption, *, seed: int 
     return preprocess(request, str(output), max_rejected, Means(workers, cluster, jobs))
 
 
-def _most_workers(latents: LatentRequest | None) -> int:
+def _default_workers(latents: LatentRequest | None) -> int:
     """Each worker has a VAE of its own, and they would share the GPU's memory."""
     if latents is not None:
         import torch  # here, since it takes seconds
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     cluster = read_cluster(args.cluster) if args.cluster else None
     corruption = from_arguments(args)
     latents = latent_arguments.from_arguments(args, corruption)
-    workers = _most_workers(latents) if args.workers is None else args.workers
+    workers = _default_workers(latents) if args.workers is None else args.workers
     index = shard(args.source, args.output, corruption, seed=args.seed, size=args.size,
                   channels=args.channels, value_range=args.range and tuple(args.range), limit=args.limit,
                   shard_size=args.shard_size, captions=not args.no_captions, latents=latents, max_rejected=args.max_rejected,

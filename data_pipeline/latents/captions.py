@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.latents.parts import TOKENIZERS, has_part
+from data_pipeline.latents.parts import ENCODERS, TOKENIZERS, has_part
 
-ENCODERS = ("text_encoder", "text_encoder_2")
+FOLDER = "text"
+"""In OUTPUT."""
 
 
 def write_captions(output: str, source: str, captions: Sequence[str]) -> dict[str, Any] | None:
@@ -23,7 +24,7 @@ def write_captions(output: str, source: str, captions: Sequence[str]) -> dict[st
         print(f"{output}: no embeddings of its captions, since {source} has no text encoders; the shards have their words", file=sys.stderr)  # fmt: skip
         return None
     from data_pipeline.latents.text import TextEncoders  # here, since torch takes seconds
-    from data_pipeline.latents.text_cache import FOLDER, TextCache, write_text_cache
+    from data_pipeline.latents.text_cache import TextCache, write_text_cache
 
     folder = Path(output) / FOLDER
     write_text_cache(folder, captions, TextEncoders(source))

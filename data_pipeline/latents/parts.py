@@ -11,7 +11,7 @@ from trainer.errors import UserError
 
 STEMS = {"vae": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_2": "model"}
 """The name of each part's weights, without suffix."""
-TOKENIZERS = ("tokenizer", "tokenizer_2")
+ENCODERS, TOKENIZERS = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")
 
 
 def find_parts(flag: str, source: str, names: Sequence[str]) -> dict[str, Path]:

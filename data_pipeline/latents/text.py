@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_pipeline.latents.captions import ENCODERS
 from data_pipeline.latents.identity import text_identity
-from data_pipeline.latents.parts import STEMS, TOKENIZERS, find_parts
+from data_pipeline.latents.parts import ENCODERS, STEMS, TOKENIZERS, find_parts
 from data_pipeline.latents.vae import default_device, load_part
 from trainer.errors import UserError, WorkFailed
 

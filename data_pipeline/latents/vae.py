@@ -103,8 +103,11 @@ class Vae:
             raise UserError(f"--latents {self.source}: images of {channels} channels, its VAE takes {self.in_channels}: give --channels {self.in_channels}")  # fmt: skip
         shape = self.shape(width, height)
         with torch.inference_mode(), one_thread():
-            distribution = self.module.encode(torch.from_numpy(images).to(self.device)).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
-            mean, std = distribution.mean.cpu().numpy(), distribution.std.cpu().numpy()
+            try:
+                distribution = self.module.encode(torch.from_numpy(images).to(self.device)).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
+                mean, std = distribution.mean.cpu().numpy(), distribution.std.cpu().numpy()
+            except torch.cuda.OutOfMemoryError:
+                raise WorkFailed(f"--latents {self.source}: the GPU's memory is too small for {count} images of {width}x{height} pixels: give fewer --workers, or a smaller --size") from None  # fmt: skip
         z = np.stack([generator.standard_normal(shape, dtype=np.float32) for generator in generators])
         latents = (mean + std * z - np.float32(self.shift)) * np.float32(self.scale)
         if not np.isfinite(latents).all():
