@@ -90,7 +90,9 @@ def write_shards(
         return
     # Not fork: it would copy a process that has threads. A server that has the imports done starts workers fastest.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    # Torch with it for latents, but not diffusers, which may start CUDA: that does not survive a fork.
+    with_torch = ["data_pipeline.latents.encoder"] if work.request.latents else list[str]()
+    context.set_forkserver_preload([__name__, *with_torch])
     counter, stop = context.Value("Q", 0), context.Event()
     told, waiting = 0, iter(numbers)
     running: set[Future[Record]] = set()
