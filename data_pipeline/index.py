@@ -33,7 +33,8 @@ class ShardIndex:
 
     shape: (C, H, W) of every observation. sigma_min, sigma_max: the range of sigma_n. request: what was asked of
     `data_pipeline.shard` (source, corruption, seed, size...), to tell whether a later call asks for the same. schema: the
-    members of a sample, with dtype and shape or fields. rejected: images of the source that could not be used.
+    members of a sample, with dtype and shape or fields. rejected: images of the source that could not be used. text: with latents of
+    captioned images, what OUTPUT/text/ has: its encoders' identity and how many captions.
     """
 
     shards: tuple[Shard, ...]
@@ -43,6 +44,7 @@ class ShardIndex:
     request: dict[str, Any]
     schema: dict[str, Any] = field(default_factory=dict[str, Any])
     rejected: int = 0
+    text: dict[str, Any] | None = None
 
     @property
     def samples(self) -> int:
@@ -69,7 +71,7 @@ def write_index(folder: str, index: ShardIndex) -> None:
         "format": FORMAT, "samples": index.samples, "bytes": index.bytes,
         "checksum": index.checksum, "shape": index.shape, "sigma_min": index.sigma_min, "sigma_max": index.sigma_max,
         "seed": index.request.get("seed"), "corruption": index.request.get("corruption"), "schema": index.schema,
-        "rejected": index.rejected, "request": index.request,
+        "rejected": index.rejected, "request": index.request, **({"text": index.text} if index.text else {}),
     }  # fmt: skip
     shards = ",\n  ".join(json.dumps(_plain(shard)) for shard in index.shards)
     text = json.dumps(head, indent=1).removesuffix("\n}") + f',\n "shards": [\n  {shards}\n ]\n}}\n'
@@ -119,6 +121,7 @@ def parse_index(path: str, content: bytes) -> ShardIndex:
             request=dict(data["request"]),
             schema=dict(data.get("schema", {})),
             rejected=int(data.get("rejected", 0)),
+            text=dict(data["text"]) if data.get("text") else None,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not a shard index ({type(error).__name__}: {error}): shard again") from None

@@ -172,17 +172,30 @@ def summary(index: ShardIndex, contents: Contents) -> str:
     corruption = index.request.get("corruption") or {}
     rows = {
         "samples": f"{index.samples} in {len(index.shards)} shards, {index.bytes / 1e6:.1f} MB",
-        "shape": f"{' x '.join(map(str, index.shape))} (channels, height, width), float16",
+        "shape": _shape(index),
         "source": index.request.get("source"),
         "corruption": ", ".join(f"{name} {value}" for name, value in corruption.items() if value is not None),
         "seed": index.request.get("seed"),
         "sigma_n": f"{spread}; clean (0): {int((levels == 0).sum())}",
         "its origin": origins,
-        "captions": contents.captions,
+        "captions": _captions(index, contents),
         "rejected": f"{index.rejected}{f', see {REJECTED}' if index.rejected else ''}",
         "checksum": index.checksum,
     }
     return "\n".join(f"  {name:<12}{value}" for name, value in rows.items())
+
+
+def _shape(index: ShardIndex) -> str:
+    latents = index.request.get("latents")
+    if latents:
+        return f"latents {index.shape} by VAE {latents['vae'][:16]}, {latents['source']}; (channels, height, width), float16"  # fmt: skip
+    return f"{' x '.join(map(str, index.shape))} (channels, height, width), float16"
+
+
+def _captions(index: ShardIndex, contents: Contents) -> str:
+    if not index.text:
+        return f"{contents.captions}"
+    return f"{contents.captions}; {index.text['captions']} distinct ones, with the empty one, by text encoders {index.text['identity'][:16]}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -201,8 +214,14 @@ def main(argv: list[str] | None = None) -> int:
     folder = args.out or storage.join(args.output, "inspect")
     shown = len(contents.shown)
     some = f"{shown} of {index.samples} observations, evenly spread" if shown < index.samples else f"all {shown} observations"  # fmt: skip
-    title = f"{some}; below each its sigma_n"
-    for name, data in {"contact-sheet.png": contact_sheet(contents.shown, title), "sigma-n.png": histogram(contents.levels)}.items():  # fmt: skip
+    title, unit = f"{some}; below each its sigma_n", "images in [-1, 1]"
+    if index.request.get("latents"):
+        title, unit = f"{title}; latents, not pixels", "scaled latents"
+    pictures = {
+        "contact-sheet.png": contact_sheet(contents.shown, title),
+        "sigma-n.png": histogram(contents.levels, unit),
+    }
+    for name, data in pictures.items():
         storage.write_atomically(storage.join(folder, name), data)
         print(f"  {'picture':<12}{storage.join(folder, name)}")
     return errors.DONE

@@ -48,8 +48,8 @@ def contact_sheet(shown: Sequence[tuple[float, NDArray[np.float16]]], title: str
     return buffer.getvalue()
 
 
-def histogram(levels: Sequence[float]) -> bytes:
-    """levels: the sigma_n of each sample. Clean ones (0) are counted in the title, and not drawn beside the others."""
+def histogram(levels: Sequence[float], unit: str) -> bytes:
+    """levels: the sigma_n of each sample, in this unit. Clean ones (0) are counted in the title, and not drawn beside the others."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -68,7 +68,7 @@ def histogram(levels: Sequence[float]) -> bytes:
         if wide:
             axes.set_xscale("log")
         axes.legend(frameon=False)
-    axes.set_xlabel("sigma_n (images in [-1, 1])")
+    axes.set_xlabel(f"sigma_n ({unit})")
     axes.set_ylabel("observations")
     axes.spines[["top", "right"]].set_visible(False)
     buffer = BytesIO()

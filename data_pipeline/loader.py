@@ -37,6 +37,7 @@ class DataConfig:
     workers: background processes that read, per rank; 0 reads in the training process.
     group: shards shuffled together; docs/loader.md has what more or fewer cost.
     flip: mirrors every other image left to right, others in each epoch; for sets whose mirror images belong to them.
+    Not for latents: the latent of a mirrored image is not the mirrored latent.
     cache_dir: where copies of a remote folder's shards are kept, for all ranks of a machine together; null: in
     AMBIENT_CACHE, or else ~/.cache/ambient-trainer. cache_gb: what they may take there, in 10^9 bytes.
     retries: how often a remote read that fails is tried again, after 0.5, 1, 2, ... up to 30 seconds.
@@ -99,6 +100,10 @@ class Loader:
         self._folder = str(local or config.shards)
         retries = config.retries if local is None else 0
         self.index = retrying(lambda: read_index(self._folder), retries, self._folder)
+        if config.flip and self.index.request.get("latents"):
+            raise UserError(
+                f"data.flip true: {config.shards} holds latents, and a mirrored latent is not the mirrored image's: set it to false (data_pipeline.shard --latents has its own --flip)"
+            )
         counts = np.fromiter((shard.samples for shard in self.index.shards), np.int64)
         self.order = Order(counts, seed, config.group)
         self.skipped = 0

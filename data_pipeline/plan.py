@@ -14,6 +14,7 @@ from typing import Any
 
 from data_pipeline import storage
 from data_pipeline.corruption import Corruption
+from data_pipeline.latents.arguments import LatentRequest, check_channels, check_corruption
 from data_pipeline.sources import Source
 from trainer.errors import UserError
 
@@ -25,7 +26,8 @@ FORMAT = 1
 class Request:
     """What decides the shards' bytes. source: as the user gave it. size: in pixels; None: as the images are. channels:
     None: as the first image. value_range: what becomes -1 and 1; None: the range of the images' type. limit: the first
-    so many images; None: all. captions: whether the source's captions are stored."""
+    so many images; None: all. captions: whether the source's captions are stored. latents: None stores pixels;
+    else `size` is the latents' size, too."""
 
     source: str
     corruption: Corruption
@@ -36,6 +38,7 @@ class Request:
     limit: int | None = None
     shard_size: int = 1000
     captions: bool = True
+    latents: LatentRequest | None = None
 
     def __post_init__(self) -> None:
         for name, value in {
@@ -46,12 +49,20 @@ class Request:
         }.items():
             if value is not None and value < 1:
                 raise UserError(f"{name} {value}: must be at least 1")
+        if self.latents is not None:
+            check_channels(self.channels)
+            check_corruption(self.corruption)
+            if self.size != self.latents.size:
+                raise UserError(f"--size {self.size}: the latents' size is {self.latents.size}: give the same")
 
     def recorded(self) -> dict[str, Any]:
         """As JSON gives it back. A folder is recorded by its full path."""
-        plain = self.source.startswith("packaged:") or storage.is_url(self.source)
-        source = self.source if plain else str(Path(self.source).resolve())
-        return json.loads(json.dumps({**asdict(self), "source": source}))
+        as_given = self.source.startswith("packaged:") or storage.is_url(self.source)
+        source = self.source if as_given else str(Path(self.source).resolve())
+        plain = json.loads(json.dumps({**asdict(self), "source": source}))
+        if plain["latents"]:
+            del plain["latents"]["size"]
+        return plain
 
 
 DEFAULTS = {field.name: field.default for field in fields(Request)}
@@ -60,16 +71,25 @@ DEFAULTS = {field.name: field.default for field in fields(Request)}
 
 def refuse_another(output: str, recorded: dict[str, Any], asked: dict[str, Any]) -> None:
     """Raises UserError that names the first field in which the two requests differ."""
-    for name in sorted(recorded.keys() | asked.keys()):
-        there, wanted = (request.get(name, DEFAULTS.get(name)) for request in (recorded, asked))
+    one, other = _flat(recorded), _flat(asked)
+    for name in sorted(one.keys() | other.keys()):
+        there, wanted = one.get(name), other.get(name)
         if there != wanted:
             raise UserError(f"{output} holds shards made with {name}={there}, not {wanted}: choose another OUTPUT")
+
+
+def _flat(request: dict[str, Any]) -> dict[str, Any]:
+    """With the fields of `latents` as its own, but for where the VAE lies: its identity tells what it is."""
+    flat = {**DEFAULTS, **request}
+    latents = flat.pop("latents") or {}
+    flat["latents"] = bool(latents)
+    return flat | {f"latents.{name}": value for name, value in latents.items() if name != "source"}
 
 
 @dataclass(frozen=True)
 class Plan:
     """request: as recorded. count: images of the source that are used. keys: SHA-256 over their keys. channels: 1 is
-    grey, 3 colour. shape: (C, H, W) of every observation, from the first image that can be used."""
+    grey, 3 colour. shape: (C, H, W) of every observation, from the first image that can be used, or the VAE."""
 
     request: dict[str, Any]
     count: int

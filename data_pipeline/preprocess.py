@@ -17,10 +17,12 @@ from data_pipeline import index, plan, records, storage
 from data_pipeline.array import submit_shards
 from data_pipeline.bad_image import BadImage
 from data_pipeline.index import ShardIndex
+from data_pipeline.latents.captions import write_captions
+from data_pipeline.observe import encoder_of, observe
 from data_pipeline.plan import Plan, Request
 from data_pipeline.records import Record, Rejected
 from data_pipeline.sources import Source, open_source
-from data_pipeline.work import Work, observe, write_shards
+from data_pipeline.work import Work, write_shards
 from slurm.cluster import ClusterConfig
 from trainer.errors import UserError, WorkFailed
 
@@ -70,6 +72,8 @@ def preprocess(request: Request, output: str, max_rejected: float, means: Means)
         output = str(local)
         if local.exists() and not local.is_dir():
             raise UserError(f"OUTPUT {output}: is a file; give a folder")
+    elif request.latents and request.captions:
+        raise UserError(f"OUTPUT {output}: the captions' embeddings of --latents are written to a folder of this machine: give one and copy it, or --no-captions")  # fmt: skip
     if storage.exists(storage.join(output, index.NAME)):
         return _complete(output, asked)
     records.refuse_other_files(output)
@@ -100,9 +104,11 @@ def _complete(output: str, asked: dict[str, Any]) -> ShardIndex:
 
 
 def _first_plan(request: Request, source: Source, output: str, limit: Limit) -> Plan:
-    """The first image that can be used decides the channels and the shape."""
+    """The first image that can be used decides the channels and the shape; with latents the VAE does."""
     count = plan.used(source, request.limit)
     keys, rejected = plan.digest_of_keys(source, count), list[Rejected]()
+    if request.latents is not None:
+        return Plan(request.recorded(), count, keys, 3, encoder_of(request.latents).shape)
     for i in range(count):
         try:
             picture = source.read(i)
@@ -150,7 +156,12 @@ def _work(work: Work, source: Source, limit: Limit, means: Means) -> ShardIndex:
             submit_shards(work, missing, means.cluster, means.jobs, bar.update, progress.add)
         elif missing:
             write_shards(work, source, missing, means.workers, bar.update, progress.add)
-    return records.merge(work.output, work.plan, progress.done.values())
+    text = None
+    if work.request.latents is not None:
+        ordered = (progress.done[number] for number in sorted(progress.done))
+        captions = [caption for record in ordered for caption in record.captions]
+        text = write_captions(work.output, work.request.latents.source, captions)
+    return records.merge(work.output, work.plan, progress.done.values(), text)
 
 
 @contextmanager

@@ -6,16 +6,18 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from data_pipeline import index, plan, storage
 from data_pipeline.index import Shard, ShardIndex
+from data_pipeline.latents.captions import FOLDER as TEXT
 from data_pipeline.plan import Plan
 from data_pipeline.writer import META, OBSERVATION
 from trainer.errors import UserError, WorkFailed
 
 REJECTED = "rejected.jsonl"
 OWN = re.compile(
-    rf"shard-\d{{6,}}\.(tar|json)|{re.escape(plan.NAME)}|{re.escape(index.NAME)}|{re.escape(REJECTED)}|\..*\.partial|inspect/.*"
+    rf"shard-\d{{6,}}\.(tar|json)|{re.escape(plan.NAME)}|{re.escape(index.NAME)}|{re.escape(REJECTED)}|\..*\.partial|inspect/.*|{TEXT}/.*"
 )
 """The files of a shard folder; another one means that the folder is somebody else's."""
 
@@ -35,7 +37,8 @@ class Rejected:
 @dataclass(frozen=True)
 class Record:
     """One finished shard. number: its place in the plan. shard: None where all its images were rejected. sigma_min and
-    sigma_max: the range of its sigma_n. fields: what the samples' JSON has. rejected: in the source's order."""
+    sigma_max: the range of its sigma_n. fields: what the samples' JSON has. rejected: in the source's order. captions: with
+    latents, the shard's distinct captions, in the order in which they come."""
 
     number: int
     shard: Shard | None
@@ -43,6 +46,7 @@ class Record:
     sigma_max: float
     fields: tuple[str, ...]
     rejected: tuple[Rejected, ...]
+    captions: tuple[str, ...] = ()
 
     @property
     def images(self) -> int:
@@ -60,7 +64,8 @@ def read_record(output: str, number: int) -> Record:
         data = json.loads(storage.read_bytes(path))
         shard = Shard(**data.pop("shard")) if data["shard"] else data.pop("shard")
         rejected = tuple(Rejected(**entry) for entry in data.pop("rejected"))
-        return Record(shard=shard, rejected=rejected, fields=tuple(data.pop("fields")), **data)
+        captions, fields = tuple(data.pop("captions", ())), tuple(data.pop("fields"))
+        return Record(shard=shard, rejected=rejected, fields=fields, captions=captions, **data)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not a shard's record ({type(error).__name__}): remove it, and run again") from None
 
@@ -104,6 +109,8 @@ def remove_leftovers(output: str, done: Iterable[int]) -> None:
     """Of a call that was killed: parts of files, and shards without their record."""
     kept = {plan.name_of(number) for number in done}
     for name in names_in(output):
+        if name.startswith(f"{TEXT}/"):  # the text cache goes on with its own
+            continue
         if name.endswith(".partial") or (name.startswith("shard-") and name.endswith(".tar") and name not in kept):
             storage.remove(storage.join(output, name))
 
@@ -118,8 +125,8 @@ def write_rejected(output: str, rejected: Iterable[Rejected]) -> None:
         storage.remove(path)
 
 
-def merge(output: str, work: Plan, records: Iterable[Record]) -> ShardIndex:
-    """Writes `rejected.jsonl` and then the index. Raises WorkFailed when nothing is left."""
+def merge(output: str, work: Plan, records: Iterable[Record], text: dict[str, Any] | None = None) -> ShardIndex:
+    """Writes `rejected.jsonl` and then the index. text: for the index. Raises WorkFailed when nothing is left."""
     ordered = sorted(records, key=lambda record: record.number)
     assert len(ordered) == work.shards, "all shards are there"
     rejected = [entry for record in ordered for entry in record.rejected]
@@ -136,6 +143,7 @@ def merge(output: str, work: Plan, records: Iterable[Record]) -> ShardIndex:
         request=work.request,
         schema={OBSERVATION: {"dtype": "float16", "shape": list(work.shape)}, META: {"fields": fields}},
         rejected=len(rejected),
+        text=text,
     )
     index.write_index(output, whole)
     clean_up(output)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import os
 import signal
@@ -13,18 +12,14 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from data_pipeline.bad_image import BadImage
-from data_pipeline.corruption import Observation, generator_of
 from data_pipeline.index import Shard
+from data_pipeline.observe import observed
 from data_pipeline.plan import Plan, Request, check_source, name_of
 from data_pipeline.records import Record, Rejected, write_record
-from data_pipeline.sources import Picture, Source, open_source, prepare
+from data_pipeline.sources import Source, open_source
 from data_pipeline.writer import META, OBSERVATION, Members, json_bytes, npy_bytes, write_tar
 from trainer.errors import WorkFailed
-
-FLOAT16 = float(np.finfo(np.float16).max)
 
 POLL = 0.2
 """Seconds between two looks at what the workers have done."""
@@ -44,62 +39,40 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def observe(request: Request, picture: Picture, key: str, channels: int) -> Observation:
-    """Raises BadImage for an image that cannot be used, and UserError for a request that fits none."""
-    x0 = prepare(picture, request.size, channels, request.value_range)
-    if not (math.isfinite(x0.min()) and math.isfinite(x0.max())):  # NaN anywhere makes both NaN
-        raise BadImage("the image has NaN or Inf in it")
-    observation = request.corruption(x0, generator_of(request.seed, key))
-    if not (observation.x_n.min() >= -FLOAT16 and observation.x_n.max() <= FLOAT16):
-        raise BadImage("the observation has NaN in it, or values that float16 cannot hold")
-    if not (math.isfinite(observation.sigma_n) and observation.sigma_n >= 0):
-        raise BadImage(f"sigma_n is {observation.sigma_n}, must be a finite number, at least 0")
-    return observation
-
-
 def write_shard(work: Work, source: Source, number: int, on_image: Callable[[], object]) -> Record:
-    """on_image: called after each image; what it raises ends the work, and leaves nothing of the shard."""
+    """on_image: called for each image; what it raises ends the work, and leaves nothing of the shard."""
     levels: list[float] = []
     fields: set[str] = set()
-    rejected: list[Rejected] = []
+    captions: dict[str, None] = {}
+    rejected: dict[int, Rejected] = {}
+
+    def reject(i: int, error: BadImage) -> None:
+        rejected[i] = Rejected.of(source.keys[i], error)
 
     def samples() -> Iterator[tuple[str, Members]]:
-        for i in work.plan.images(number):
+        for i, caption, observation in observed(work.request, work.plan, source, number, reject, on_image):
+            meta = {"sigma_n": float(observation.sigma_n), **observation.about}
+            if caption is not None and work.request.captions:
+                meta["caption"] = caption
             try:
-                sample = _sample(work, source, i)
-            except BadImage as error:
-                rejected.append(Rejected.of(source.keys[i], error))
-            else:
-                levels.append(sample[1]["sigma_n"])
-                fields.update(sample[1])
-                yield source.keys[i], sample[0]
-            on_image()
+                members = {OBSERVATION: npy_bytes(observation.x_n), META: json_bytes(meta)}
+            except ValueError as error:
+                reject(i, BadImage(f"what is recorded of it is no JSON: {error}"))
+                continue
+            levels.append(meta["sigma_n"])
+            fields.update(meta)
+            if work.request.latents and "caption" in meta:
+                captions[meta["caption"]] = None
+            yield source.keys[i], members
 
     name = name_of(number)
     count, size, digest = write_tar(work.output, name, samples())
     lowest, highest = (min(levels), max(levels)) if levels else (0.0, 0.0)
     shard = Shard(name, count, size, digest) if count else None
-    record = Record(number, shard, lowest, highest, tuple(sorted(fields)), tuple(rejected))
+    in_order = tuple(entry for _, entry in sorted(rejected.items()))
+    record = Record(number, shard, lowest, highest, tuple(sorted(fields)), in_order, tuple(captions))
     write_record(work.output, record)
     return record
-
-
-def _sample(work: Work, source: Source, i: int) -> tuple[Members, dict[str, Any]]:
-    """The members of image i, and what its JSON says."""
-    picture = source.read(i)
-    observation = observe(work.request, picture, source.keys[i], work.plan.channels)
-    if observation.x_n.shape != work.plan.shape:
-        (channels, height, width), (planned, *first) = observation.x_n.shape, work.plan.shape
-        if channels != planned:
-            raise BadImage(f"{channels} channels, the first image has {planned}")
-        raise BadImage(f"{width}x{height} pixels, the first image has {first[1]}x{first[0]}: give --size")
-    meta = {"sigma_n": float(observation.sigma_n), **observation.about}
-    if picture.caption is not None and work.request.captions:
-        meta["caption"] = picture.caption
-    try:
-        return {OBSERVATION: npy_bytes(observation.x_n), META: json_bytes(meta)}, meta
-    except ValueError as error:
-        raise BadImage(f"what is recorded of it is no JSON: {error}") from None
 
 
 def write_shards(
@@ -117,7 +90,9 @@ def write_shards(
         return
     # Not fork: it would copy a process that has threads. A server that has the imports done starts workers fastest.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    # Torch with it for latents, but not diffusers, which may start CUDA: that does not survive a fork.
+    with_torch = ["data_pipeline.latents.encoder"] if work.request.latents else list[str]()
+    context.set_forkserver_preload([__name__, *with_torch])
     counter, stop = context.Value("Q", 0), context.Event()
     told, waiting = 0, iter(numbers)
     running: set[Future[Record]] = set()

@@ -16,7 +16,7 @@ import torch
 from data_pipeline.bad_image import BadImage
 from data_pipeline.corruption import Array, Corruption, Observation, generator_of
 from data_pipeline.latents.arguments import LatentRequest, check_corruption
-from data_pipeline.latents.buckets import Bucket, place
+from data_pipeline.latents.buckets import place
 from data_pipeline.latents.identity import require_same, vae_identity
 from data_pipeline.latents.parts import find_parts
 from data_pipeline.latents.vae import Vae, images_a_pass
@@ -47,12 +47,9 @@ class LatentEncoder:
         found = vae_identity(find_parts("--latents", request.source, ["vae"])["vae"])
         require_same(request.vae, found, f"the VAE of --latents {request.source}")
         self.vae = Vae(request.source, device)
-        for bucket in request.sizes:
-            self.vae.shape(bucket.width, bucket.height)
-
-    def shape(self, bucket: Bucket) -> tuple[int, int, int]:
-        """(C, H, W) of the observations of a bucket."""
-        return self.vae.shape(bucket.width, bucket.height)
+        bucket = request.bucket
+        self.shape = self.vae.shape(bucket.width, bucket.height)
+        """(C, H, W) of the observations."""
 
     def __call__(
         self,
@@ -60,37 +57,32 @@ class LatentEncoder:
         seed: int,
         corruption: Corruption,
         reject: Callable[[str, BadImage], None] | None = None,
+        value_range: tuple[float, float] | None = None,
     ) -> Iterator[tuple[str, Observation]]:
-        """The observations of pictures of ONE bucket, by key, in their order; holds one batch of them at a time.
+        """The observations of pictures, by key, in their order; holds one batch of them at a time.
 
         The bytes depend on the whole sequence, by rounding: give each call the pictures of one shard. A picture that
-        cannot be used goes to `reject` with its reason, or raises BadImage where there is none.
+        cannot be used goes to `reject` with its reason, or raises BadImage where there is none. value_range: as `prepare` has.
         """
         check_corruption(corruption)
-        bucket: Bucket | None = None
         waiting: list[Placed] = []
+        at_once = images_a_pass(self.request.size, self.request.size)
         for key, picture in pictures:
             try:
-                placed = self.place(key, picture, seed)
+                placed = self.place(key, picture, seed, value_range)
             except BadImage as error:
                 if reject is None:
                     raise
                 reject(key, error)
                 continue
-            height, width = placed.x0.shape[1:]
-            bucket = bucket or Bucket(width, height)
-            if bucket != Bucket(width, height):
-                raise ValueError(
-                    f"{key}: its bucket is {width}x{height}, those before it {bucket}: one call, one bucket"
-                )
             waiting.append(placed)
-            if len(waiting) == images_a_pass(width, height):
+            if len(waiting) == at_once:
                 yield from self._observe(waiting, corruption)
                 waiting = []
         if waiting:
             yield from self._observe(waiting, corruption)
 
-    def place(self, key: str, picture: Picture, seed: int) -> Placed:
+    def place(self, key: str, picture: Picture, seed: int, value_range: tuple[float, float] | None = None) -> Placed:
         """Raises BadImage for a picture that is not of 8 bits, grey or colour."""
         height, width, *colours = picture.pixels.shape
         if picture.pixels.dtype != np.uint8 or colours not in ([], [3]):
@@ -99,10 +91,10 @@ class LatentEncoder:
             )
         generator = generator_of(seed, key)
         placement = place(
-            width, height, self.request.bucket_of(width, height),
+            width, height, self.request.bucket,
             crop=self.request.crop, flip=self.request.flip, draws=generator.random(3),
         )  # fmt: skip
-        x0 = prepare(Picture(placement.apply(picture.pixels)), None, 3)
+        x0 = prepare(Picture(placement.apply(picture.pixels)), None, 3, value_range)
         about: dict[str, object] = {TIME_IDS: placement.time_ids}
         if self.request.flip:
             about[FLIP] = placement.flip

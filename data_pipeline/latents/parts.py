@@ -11,7 +11,7 @@ from trainer.errors import UserError
 
 STEMS = {"vae": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_2": "model"}
 """The name of each part's weights, without suffix."""
-TOKENIZERS = ("tokenizer", "tokenizer_2")
+ENCODERS, TOKENIZERS = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")
 
 
 def find_parts(flag: str, source: str, names: Sequence[str]) -> dict[str, Path]:
@@ -30,6 +30,13 @@ def find_parts(flag: str, source: str, names: Sequence[str]) -> dict[str, Path]:
         if not (root / name).is_dir():
             raise UserError(f"{flag} {source}: no {name}/ in it; give a pipeline in diffusers' layout, or a hub id")
     return {name: root / name for name in names}
+
+
+def has_part(flag: str, source: str, name: str, with_it: Sequence[str]) -> bool:
+    """Whether a pipeline has a part. A hub id's is downloaded, with the parts that go `with_it`."""
+    path = Path(source).expanduser()
+    root = path if path.is_dir() else _download(flag, source, [name, *with_it])
+    return (root / name).is_dir()
 
 
 def _download(flag: str, source: str, names: Sequence[str]) -> Path:

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from data_pipeline.latents.identity import text_identity
-from data_pipeline.latents.parts import STEMS, TOKENIZERS, find_parts
+from data_pipeline.latents.parts import ENCODERS, STEMS, TOKENIZERS, find_parts
 from data_pipeline.latents.vae import default_device, load_part
 from trainer.errors import UserError, WorkFailed
 
-ENCODERS = ("text_encoder", "text_encoder_2")
 PROBES = ("", "a photo of a cat", "Ein großes Haus, 3/4 view!", "日本 🙂", "it's   the\nend<|endoftext|>")
 
 

@@ -23,7 +23,6 @@ from data_pipeline.latents.identity import require_same
 from data_pipeline.latents.text import Embeddings
 from trainer.errors import UserError
 
-FOLDER = "text"
 CAPTIONS, DONE, PROGRESS = "captions.jsonl", "text.json", ".progress.json"
 ARRAYS = ("prompt_embeds.npy", "pooled.npy")
 FORMAT = 1

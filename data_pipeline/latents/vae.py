@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,17 @@ if TYPE_CHECKING:
 
 PIXELS_A_PASS = 1 << 20
 """Images that are encoded together: as many as have about these pixels (1 of 1024 px, 4 of 512 px), and at most 64."""
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """More threads may add in another order: so shards would depend on the machine. Workers are what uses its cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def default_device() -> torch.device:
@@ -72,7 +84,7 @@ class Vae:
     def shape(self, width: int, height: int) -> tuple[int, int, int]:
         """(C, H, W) of the latent of an image of this size in pixels. Raises UserError where the VAE cannot take it."""
         if width % self.factor or height % self.factor:
-            raise UserError(f"--latents {self.source}: {width}x{height} pixels: its VAE takes multiples of {self.factor}: change --size or --buckets")  # fmt: skip
+            raise UserError(f"--latents {self.source}: {width}x{height} pixels: its VAE takes multiples of {self.factor}: change --size")  # fmt: skip
         return self.channels, height // self.factor, width // self.factor
 
     def encode(self, x0: Array, generator: np.random.Generator) -> Array:
@@ -90,9 +102,12 @@ class Vae:
         if channels != self.in_channels:
             raise UserError(f"--latents {self.source}: images of {channels} channels, its VAE takes {self.in_channels}: give --channels {self.in_channels}")  # fmt: skip
         shape = self.shape(width, height)
-        with torch.inference_mode():
-            distribution = self.module.encode(torch.from_numpy(images).to(self.device)).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
-            mean, std = distribution.mean.cpu().numpy(), distribution.std.cpu().numpy()
+        with torch.inference_mode(), one_thread():
+            try:
+                distribution = self.module.encode(torch.from_numpy(images).to(self.device)).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
+                mean, std = distribution.mean.cpu().numpy(), distribution.std.cpu().numpy()
+            except torch.cuda.OutOfMemoryError:
+                raise WorkFailed(f"--latents {self.source}: the GPU's memory is too small for {count} images of {width}x{height} pixels: give fewer --workers, or a smaller --size") from None  # fmt: skip
         z = np.stack([generator.standard_normal(shape, dtype=np.float32) for generator in generators])
         latents = (mean + std * z - np.float32(self.shift)) * np.float32(self.scale)
         if not np.isfinite(latents).all():

@@ -1,16 +1,34 @@
-"""A tiny pipeline of Stable Diffusion XL's classes."""
+"""A tiny pipeline of Stable Diffusion XL's classes, and captioned pictures for it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from trainer.models.tiny_sdxl import write_tiny_sdxl
+
+CAPTIONS = ["a disc", "another disc", "a disc, again"]
+COUNT = 14
 
 
 @pytest.fixture(scope="session")
 def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny-sdxl"
     write_tiny_sdxl(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """14 colour pictures of 40x32 pixels, three captions between them; a 15th cannot be read, and a 16th has 16 bits."""
+    folder = tmp_path_factory.mktemp("photos")
+    generator = np.random.default_rng(0)
+    for i, pixels in enumerate(generator.integers(0, 256, (COUNT, 32, 40, 3), dtype=np.uint8)):
+        Image.fromarray(pixels).save(folder / f"p{i:02d}.png")
+        (folder / f"p{i:02d}.txt").write_text(CAPTIONS[i % 3])
+    (folder / "p05a.png").write_bytes(b"not a picture")
+    Image.fromarray(np.full((32, 40), 999, np.uint16)).save(folder / "p05b.png")
     return folder

@@ -156,5 +156,5 @@ def test_sheets_of_any_number_of_channels_and_size(channels: int, shown: int) ->
 
 @pytest.mark.parametrize("levels", [[0.4] * 9, [0.0] * 9, [0.0, 0.4, 0.5], [1e-3, 1.0, 100.0]])
 def test_histograms_of_all_kinds_of_levels(levels: list[float]) -> None:
-    bars = (pixels(histogram(levels))[..., :3] == (0x3B, 0x6E, 0xA5)).all(-1)
+    bars = (pixels(histogram(levels, "images in [-1, 1]"))[..., :3] == (0x3B, 0x6E, 0xA5)).all(-1)
     assert bars.any() == any(levels), "clean ones are in the title"

@@ -86,12 +86,12 @@ def test_the_time_ids_are_those_of_diffusers(encoder_for: Callable[..., LatentEn
     from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 
     pipeline: Any = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, local_files_only=True)
-    encoder = encoder_for(size=None, buckets=64, bucket_step=16, crop="random", flip=True)
+    encoder = encoder_for(crop="random", flip=True)
     ((_, observation),) = encoder(pictures(1, 190, 101), 0, Gaussian(0.1))
     height, width, top, left, target_height, target_width = observation.about["time_ids"]
-    theirs = pipeline._get_add_time_ids((101, 190), (top, left), (48, 80), torch.float32, 32)
+    theirs = pipeline._get_add_time_ids((101, 190), (top, left), (64, 64), torch.float32, 32)
     assert [[height, width, top, left, target_height, target_width]] == theirs.tolist()
-    assert observation.x_n.shape == encoder.shape(encoder.request.bucket_of(190, 101)) == (4, 6, 10)
+    assert observation.x_n.shape == encoder.shape == (4, 8, 8)
     assert isinstance(observation.about["flip"], bool)
     json.dumps(observation.about)
 
@@ -128,10 +128,10 @@ def test_mirrors_and_crops_leave_the_noise_as_it_is(encoder_for: Callable[..., L
 
 
 def test_a_mirrored_picture_is_encoded_mirrored(encoder_for: Callable[..., LatentEncoder]) -> None:
-    encoder = encoder_for(size=None, buckets=64, bucket_step=16, flip=True)
-    placed = [encoder.place(key, picture, 0) for key, picture in pictures(20, 80, 48)]
+    encoder = encoder_for(flip=True)
+    placed = [encoder.place(key, picture, 0) for key, picture in pictures(20, 64, 64)]
     assert 4 < sum(bool(p.about["flip"]) for p in placed) < 16
-    for (_, picture), p in zip(pictures(20, 80, 48), placed, strict=True):
+    for (_, picture), p in zip(pictures(20, 64, 64), placed, strict=True):
         pixels = picture.pixels[:, ::-1] if p.about["flip"] else picture.pixels
         np.testing.assert_allclose(p.x0, pixels.transpose(2, 0, 1) / 127.5 - 1, atol=1e-6)
 
@@ -187,9 +187,9 @@ def test_another_vae_is_refused(copy: Path, identity: str) -> None:
 
 
 def test_a_request_is_plain_json(tiny_sdxl: Path, identity: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    request = parse("--latents", str(tiny_sdxl), "--buckets", "64:16", "--crop", "random", "--flip")
+    request = parse("--latents", str(tiny_sdxl), "--size", "64", "--crop", "random", "--flip")
     assert request is not None
-    assert request == LatentRequest(str(tiny_sdxl), identity, None, 64, 16, "random", True)
+    assert request == LatentRequest(str(tiny_sdxl), identity, 64, "random", True)
     assert LatentRequest(**json.loads(json.dumps(asdict(request)))) == request
     monkeypatch.chdir(tiny_sdxl.parent)
     vae_alone = parse("--latents", "tiny-sdxl/vae", "--size", "64")
@@ -209,18 +209,12 @@ def parse(*words: str, corruption: Gaussian | Degraded | Measured | None = None)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--buckets 64", "--buckets: only with --latents"),
         ("--crop centre", "--crop: only with --latents"),
         ("--flip", "--flip: only with --latents"),
-        ("--latents TINY", "--latents needs --size PIXELS, for squares, or --buckets BASE"),
-        ("--latents TINY --size 64 --buckets 64:16", "give one of the two"),
+        ("--latents TINY", "--latents needs --size PIXELS, the side of the squares"),
         ("--latents TINY --size 60", "--size 60: with --latents it must be a multiple of 8"),
         ("--latents TINY --size 0", "--size 0: with --latents it must be a multiple of 8, at least 8"),
         ("--latents TINY --size 64 --channels 1", "--channels 1: with --latents it must be 3"),
-        ("--latents TINY --buckets 1024:20", "--buckets 1024:20: the step must be a multiple of 8"),
-        ("--latents TINY --buckets 100", "--buckets 100:64: the step must be a multiple of 8, and the base one of"),
-        ("--latents TINY --buckets 0", "--buckets 0:64: the step"),
-        ("--latents TINY --buckets large", "--buckets large: must be BASE or BASE:STEP, whole numbers"),
         ("--latents TINY/scheduler --size 64", "scheduler: no vae/ in it; give a pipeline in diffusers' layout"),
         ("--latents TINY/model_index.json --size 64", "is a file; give a folder in diffusers' layout, or a hub id"),
         ("--latents TINY/nothing --size 64", "nothing: no such folder here, and no such model came from the hub"),
@@ -304,14 +298,5 @@ def test_a_size_that_this_vae_cannot_take_is_refused(copy: Path) -> None:
         "down_block_types": ("DownEncoderBlock2D",) * 5, "up_block_types": ("UpDecoderBlock2D",) * 5,
     }  # fmt: skip
     AutoencoderKL(**five).save_pretrained(copy)
-    with pytest.raises(UserError, match="72x72 pixels: its VAE takes multiples of 16: change --size or --buckets"):
+    with pytest.raises(UserError, match="72x72 pixels: its VAE takes multiples of 16: change --size"):
         LatentEncoder(LatentRequest(str(copy), vae_identity(copy), size=72), CPU)
-
-
-def test_one_call_takes_one_bucket(encoder_for: Callable[..., LatentEncoder]) -> None:
-    with pytest.raises(ValueError, match="one call, one bucket"):
-        list(
-            encoder_for(size=None, buckets=64, bucket_step=16)(
-                pictures(1, 80, 48) + pictures(1, 48, 80), 0, Gaussian(0.1)
-            )
-        )

@@ -1,0 +1,115 @@
+"""From a shard's images to their observations: of pixels, or of latents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from data_pipeline.bad_image import BadImage
+from data_pipeline.corruption import Observation, generator_of
+from data_pipeline.latents.arguments import LatentRequest
+from data_pipeline.plan import Plan, Request
+from data_pipeline.sources import Picture, Source, prepare
+
+if TYPE_CHECKING:
+    from data_pipeline.latents.encoder import LatentEncoder
+
+FLOAT16 = float(np.finfo(np.float16).max)
+
+Observed = Iterator[tuple[int, "str | None", Observation]]
+"""Of each image that can be used: its place in the source, its caption, and the observation."""
+Reject = Callable[[int, BadImage], None]
+"""Told of each image that cannot be used, by its place in the source."""
+
+
+def observed(
+    request: Request, plan: Plan, source: Source, number: int, reject: Reject, on_image: Callable[[], object]
+) -> Observed:
+    """The images of shard `number`, in their order. on_image: called once for each image, usable or not."""
+    if request.latents is not None:
+        return _latents(request, request.latents, source, plan.images(number), reject, on_image)
+    return _pixels(request, plan, source, plan.images(number), reject, on_image)
+
+
+def _pixels(
+    request: Request, plan: Plan, source: Source, images: range, reject: Reject, on_image: Callable[[], object]
+) -> Observed:
+    for i in images:
+        try:
+            picture = source.read(i)
+            observation = observe(request, picture, source.keys[i], plan.channels)
+            _check_shape(observation, plan)
+        except BadImage as error:
+            reject(i, error)
+        else:
+            yield i, picture.caption, observation
+        on_image()
+
+
+def _latents(
+    request: Request, latents: LatentRequest, source: Source, images: range, reject: Reject, on_image: Callable[[], object]
+) -> Observed:  # fmt: skip
+    places: dict[str, int] = {}
+    captions: dict[str, str | None] = {}
+
+    def pictures() -> Iterator[tuple[str, Picture]]:
+        for i in images:
+            try:
+                picture = source.read(i)
+            except BadImage as error:
+                reject(i, error)
+            else:
+                key = source.keys[i]
+                places[key], captions[key] = i, picture.caption
+                yield key, picture
+            on_image()
+
+    encoder = encoder_of(latents)
+    for key, observation in encoder(
+        pictures(), request.seed, request.corruption,
+        lambda key, error: reject(places[key], error), request.value_range,
+    ):  # fmt: skip
+        try:
+            _check(observation)
+        except BadImage as error:
+            reject(places[key], error)
+        else:
+            yield places[key], captions.pop(key), observation
+
+
+@lru_cache(maxsize=1)
+def encoder_of(request: LatentRequest) -> LatentEncoder:
+    """One for each process. Raises UserError where the VAE is another than the request's by now."""
+    from data_pipeline.latents.encoder import LatentEncoder  # here, since torch takes seconds
+
+    return LatentEncoder(request)
+
+
+def observe(request: Request, picture: Picture, key: str, channels: int) -> Observation:
+    """Of pixels. Raises BadImage for an image that cannot be used, and UserError for a request that fits none."""
+    x0 = prepare(picture, request.size, channels, request.value_range)
+    if not (math.isfinite(x0.min()) and math.isfinite(x0.max())):  # NaN anywhere makes both NaN
+        raise BadImage("the image has NaN or Inf in it")
+    return _check(request.corruption(x0, generator_of(request.seed, key)))
+
+
+def _check(observation: Observation) -> Observation:
+    """Raises BadImage for one that shards cannot hold."""
+    if not (observation.x_n.min() >= -FLOAT16 and observation.x_n.max() <= FLOAT16):
+        raise BadImage("the observation has NaN in it, or values that float16 cannot hold")
+    if not (math.isfinite(observation.sigma_n) and observation.sigma_n >= 0):
+        raise BadImage(f"sigma_n is {observation.sigma_n}, must be a finite number, at least 0")
+    return observation
+
+
+def _check_shape(observation: Observation, plan: Plan) -> None:
+    if observation.x_n.shape == plan.shape:
+        return
+    (channels, height, width), (planned, *first) = observation.x_n.shape, plan.shape
+    if channels != planned:
+        raise BadImage(f"{channels} channels, the first image has {planned}")
+    raise BadImage(f"{width}x{height} pixels, the first image has {first[1]}x{first[0]}: give --size")
