@@ -6,7 +6,6 @@ uint8 is cheaper to hand from process to process, all of them do that, and conve
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import types
@@ -25,6 +24,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.data_files import Files
 from data_pipeline.loader import DataConfig, Layout, Loader
+from trainer import folders
 
 REQUIREMENTS = Path(__file__).parent / "data_peers.txt"
 
@@ -112,7 +112,7 @@ def streaming_package() -> Any:
     `base` is imported, as its __init__ imports torchvision.
     """
     if "streaming" not in sys.modules:
-        cache = Path(os.environ.get("AMBIENT_CACHE", Path.home() / ".cache" / "ambient-trainer"))
+        cache = folders.cache()
         folder = cache / "benchmark-peers"
         if not (folder / "streaming").is_dir():
             print(f"installing {REQUIREMENTS.name} into {folder}", file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
 """What limits the result on known answers, one factor at a time: the boundary, the weighting, length, pool age, step
 ratio, averaged targets, capacity.
 
-    python -m benchmarks.limits                  two problems, three seeds: about an hour on one core; resumable
+    python -m benchmarks.limits                  two problems, three seeds: about two hours on one core; resumable
     python -m benchmarks.limits --problem ring
 
 Every row differs from "ours" (pairs, half of the levels near the boundary, consistency every 8th step) in what its name
@@ -76,8 +76,8 @@ def factors(steps: int) -> dict[str, list[Method]]:
             *(ours(f"sigma_rel {width:g}", sigma_rel=width) for width in (0.05, 0.2)),
         ],
         "length": [ours(f"{times:g} times the steps", steps=round(times * steps)) for times in (0.5, 2, 4)],
-        "batch": [ours("4 times the samples", batch=1024)],
-        "capacity": [ours(f"width {width}", width=width) for width in (64, 256)],
+        "batch": [ours("4 times the samples", batch=2048)],
+        "capacity": [ours(f"width {width}", width=width) for width in (128, 512)],
         "prediction": [ours("x0", prediction="x0"), ours("eps", prediction="eps")],
     }
 

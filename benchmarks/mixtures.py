@@ -42,9 +42,10 @@ class Mixture:
 
 
 def ring() -> Mixture:
-    """Eight Gaussians of standard deviation 0.05 on the unit circle, in 2-D float32."""
+    """Eight Gaussians of standard deviation 0.1 on the unit circle, in 2-D float32: apart, and wide enough that a small
+    network learns them in 3000 steps."""
     angle = torch.arange(8) * (2 * math.pi / 8)
-    return Mixture(torch.stack([angle.cos(), angle.sin()], 1), torch.full((8,), 0.05), torch.full((8,), 1 / 8))
+    return Mixture(torch.stack([angle.cos(), angle.sin()], 1), torch.full((8,), 0.1), torch.full((8,), 1 / 8))
 
 
 def scattered(dimension: int = 16) -> Mixture:

@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
     args = arguments(__doc__, argv, add)
     torch.set_num_threads(1)
-    alone = Method("no consistency", steps=args.steps)
+    alone = Method("no consistency", steps=args.steps, batch=256, width=128)
     methods = [alone]
     methods += [
         replace(alone, name=f"{gradient}, {weight:g}", consistency=ConsistencyConfig(weight, period=8, start=args.steps // 10, gradient=gradient, pool_depth=8))

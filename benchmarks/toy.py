@@ -76,8 +76,8 @@ class Method:
     official: OfficialConsistency | None = None
     consistency_weight: float = 0.0
     steps: int = 3000
-    batch: int = 256
-    width: int = 128
+    batch: int = 512
+    width: int = 256
     sigma_rel: float = 0.1
     weight: Weight = field(default_factory=EDM)
     averaged_target: bool = False

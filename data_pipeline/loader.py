@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from data_pipeline.feed import Feed, Piece, Slots
 from data_pipeline.index import read_index
 from data_pipeline.order import Order, Places
 from data_pipeline.reader import ShardReader
+from trainer import folders
 from trainer.diffusion.batch import Batch
 from trainer.errors import UserError
 
@@ -203,8 +203,7 @@ def _as_is(piece: Piece | Exception) -> Piece | Exception:
 
 
 def _cache_folder(config: DataConfig) -> Path:
-    cache = Path(os.environ.get("AMBIENT_CACHE", Path.home() / ".cache" / "ambient-trainer"))
-    return Path(config.cache_dir) if config.cache_dir else cache / "shards"
+    return Path(config.cache_dir) if config.cache_dir else folders.cache() / "shards"
 
 
 @dataclass(frozen=True)

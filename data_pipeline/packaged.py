@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from trainer import folders
 from trainer.errors import UserError, WorkFailed
 
 Images = list[NDArray[np.uint8]]
@@ -118,7 +119,7 @@ SETS: dict[str, Callable[[str], Images]] = {"digits": _digits, "fashion": _fashi
 
 def _cached(name: str, fetch: Callable[[Path], None]) -> Path:
     """The folder of a set, fetched into a temporary one first, so that an interrupted fetch leaves nothing half."""
-    root = Path(os.environ.get("AMBIENT_CACHE", Path.home() / ".cache" / "ambient-trainer"))
+    root = folders.cache()
     folder = root / name
     if not folder.is_dir():
         partial = root / f"{name}.partial-{os.getpid()}"

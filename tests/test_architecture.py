@@ -14,8 +14,9 @@ FILES = sorted(path for top in ("trainer", "data_pipeline", "slurm") for path in
 
 ALLOWED = {
     "trainer.errors": (),
+    "trainer.folders": (),
     "trainer.diffusion": ("trainer.diffusion",),
-    "trainer.models": ("trainer.diffusion", "trainer.models", "trainer.errors"),
+    "trainer.models": ("trainer.diffusion", "trainer.models", "trainer.errors", "trainer.folders"),
     "trainer.evaluation": (
         "trainer.diffusion",
         "trainer.evaluation",
@@ -24,7 +25,7 @@ ALLOWED = {
         "trainer.restore",
         "data_pipeline",
     ),
-    "data_pipeline": ("data_pipeline", "trainer.diffusion", "trainer.errors", "slurm.cluster"),
+    "data_pipeline": ("data_pipeline", "trainer.diffusion", "trainer.errors", "trainer.folders", "slurm.cluster"),
     "slurm.cluster": ("trainer.errors",),
     "slurm": ("slurm", "trainer", "data_pipeline"),
 }

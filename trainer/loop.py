@@ -74,6 +74,9 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
                     "progress/network_evaluations": float(run.state.evaluations),
                     "progress/seconds": run.state.seconds,
                 }
+                if config.data.on_error == "skip":
+                    skipped = torch.tensor(float(run.loader.skipped), device=ranks.device)
+                    report["data/skipped_samples"] = float(ranks.sum(skipped))
                 if run.consistency:
                     report["consistency/period"] = run.schedule.scale
                 if collapse and guard.SPREAD in report:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -262,3 +264,18 @@ def test_two_ranks_agree_on_the_period_of_the_slower_one(train: Train, tmp_path:
     code, output = train("run", *BUDGET, "steps=30", ranks=2)
     assert code == 0, output
     assert output.count("consistency.overhead_budget 0.5: consistency at every ") == 1
+
+
+def test_shards_that_cannot_be_read_stop_the_run_or_are_skipped_and_counted(
+    train: Train, shards: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(shards, tmp_path / "damaged")
+    os.truncate(tmp_path / "damaged" / "shard-000003.tar", 3000)
+    options = (f"data.shards={tmp_path / 'damaged'}", "data.group=8", "steps=15", "logging.every=15")
+    code, output = train("stops", *options)
+    assert code in (1, 2), output
+    assert "shard-000003.tar: 3000 bytes" in output
+    code, output = train("skips", *options, "data.on_error=skip")
+    assert code == 0, output
+    skipped = curve(tmp_path / "skips")[15]["data/skipped_samples"]
+    assert skipped == 16, "two epochs of 60 samples, with a shard of 8 skipped in each"

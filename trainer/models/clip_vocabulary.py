@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
+from trainer import folders
 from trainer.errors import WorkFailed
 
 PACKAGE, MEMBER = "open_clip_torch==3.3.0", "open_clip/bpe_simple_vocab_16e6.txt.gz"
@@ -37,7 +37,7 @@ def vocabulary() -> tuple[dict[str, int], list[str]]:
 
 
 def _file() -> Path:
-    cache = Path(os.environ.get("AMBIENT_CACHE", Path.home() / ".cache" / "ambient-trainer")) / "clip"
+    cache = folders.cache() / "clip"
     path = cache / Path(MEMBER).name
     if not path.is_file():
         cache.mkdir(parents=True, exist_ok=True)
