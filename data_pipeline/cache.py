@@ -112,7 +112,10 @@ class ShardCache:
         with (self._folder / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             os.ftruncate(file.fileno(), 0)
-            there = [(entry.stat(), entry.path) for entry in os.scandir(self._folder)]
+            there: list[tuple[os.stat_result, str]] = []
+            for entry in os.scandir(self._folder):
+                with suppress(FileNotFoundError):  # a partial file of another process, which has just given up
+                    there.append((entry.stat(), entry.path))
             used = sum(about.st_size for about, _ in there)
             for about, path in sorted(there, key=lambda pair: pair[0].st_mtime_ns):
                 if used + size <= self._limit:

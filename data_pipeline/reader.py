@@ -199,15 +199,13 @@ class ShardReader:
         return opened
 
 
-def _into_page_cache(descriptor: int, size: int, chunk: int = 1 << 20) -> None:
-    """Reads what is not in the page cache yet. posix_fadvise(WILLNEED) would do with one call, but reads no more of a large
-    request than the device takes at once, and in small pages: half as fast as reading, where it was measured."""
-    scratch, byte = bytearray(chunk), bytearray(1)
-    for at in range(0, size, chunk):
-        try:
-            os.preadv(descriptor, [byte], min(at + chunk, size) - 1, os.RWF_NOWAIT)
-        except OSError:  # not there, or a file system that cannot tell
-            os.preadv(descriptor, [scratch], at)
+def _into_page_cache(descriptor: int, size: int) -> None:
+    """By sendfile to nowhere, which reads as fast as cat does, and copies nothing. posix_fadvise(WILLNEED) would do with one
+    call, but reads no more of a large request than the device takes at once, and in small pages, half as fast."""
+    at = 0
+    with open(os.devnull, "wb") as nowhere:
+        while at < size and (sent := os.sendfile(nowhere.fileno(), descriptor, at, min(size - at, 1 << 24))):
+            at += sent
 
 
 def _verify(file: BinaryIO, shard: Shard, path: str) -> None:

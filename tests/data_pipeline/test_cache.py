@@ -175,6 +175,23 @@ def test_a_partial_file_of_a_process_that_died_is_in_nobodys_way(url: str, tmp_p
         assert len(file.read()) == shard.bytes
 
 
+def test_a_partial_file_may_vanish_while_room_is_made(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process gives up on its shard between this one's list of files and its look at them."""
+    given_up, shard, plain = tmp_path / "other.partial", read_index(url).shards[0], os.scandir
+
+    def listing(folder: Path) -> list[os.DirEntry[str]]:
+        entries = list(plain(folder))
+        given_up.unlink(missing_ok=True)
+        return entries
+
+    given_up.write_bytes(b"half")
+    monkeypatch.setattr(cache_module.os, "scandir", listing)
+    with ShardCache(url, tmp_path, 10**9, retries=0).open(shard) as file:
+        assert len(file.read()) == shard.bytes
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
