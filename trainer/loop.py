@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 
 import torch
 from tqdm import tqdm
@@ -34,7 +35,7 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
     batches = run.loader.stream(before.samples)
     bar = tqdm(total=config.steps, initial=before.step, desc=run.directory.name, unit="step", disable=not ranks.is_main)
 
-    with bar:  # closed on errors, too, so that they stand on a line of their own
+    with bar, closing(batches):  # on errors, too: they stand on a line of their own, and no worker is left
         for step in range(before.step, config.steps):
             started, waited = time.perf_counter(), 0.0
             finite = torch.ones((), dtype=torch.bool, device=ranks.device)
