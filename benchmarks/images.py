@@ -141,6 +141,8 @@ def draw(rows: Sequence[dict[str, Any]], runs: dict[tuple[str, float, int], Path
             picture.axis("off")
             picture.set_title(method, fontsize=8, loc="left")
         axis.axvline(sigma, color="grey", linestyle=":")
+        axis.set_xticks([share * sigma for share in SHARES], [f"{share * sigma:.2g}" for share in SHARES])
+        axis.minorticks_off()
         axis.set(title=f"{dataset}, sigma_n {sigma:g}", xlabel="noise level sigma", ylabel="mean squared error")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
