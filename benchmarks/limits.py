@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.exactness import PAIRS, Row, consistency, measure
+from benchmarks.exactness import PAIRS, SHARES, Row, consistency, measure
 from benchmarks.mixtures import ring, scattered
 from benchmarks.report import arguments, save, spread, table
 from benchmarks.toy import Method, Problem
@@ -30,7 +30,7 @@ PROBLEMS = {
     "scattered": Problem("scattered 16-D, sigma_n 0.4", scattered(16), 0.4),
 }
 OURS = Method("ours", ambient=PAIRS, consistency=consistency(period=8))
-BELOW_AT = 3  # of exactness.SHARES: sigma_n itself
+AT_SIGMA_N = SHARES.index(1.0)
 
 
 def near(share: float, ratio: float = 1.5) -> AmbientConfig:
@@ -112,7 +112,7 @@ def report(rows: Sequence[Row], problem: str) -> str:
     lines: list[list[str]] = []
     for group, method in dict.fromkeys((row["group"], row["method"]) for row in mine):
         below = [row["below"] for row in of(group, method)]
-        at = [row["errors"][BELOW_AT] for row in of(group, method)]
+        at = [row["errors"][AT_SIGMA_N] for row in of(group, method)]
         distance = [row["distance"] for row in of(group, method)]
         lines.append([group, method, spread(below), f"{statistics.mean(below) / ours - 1:+.0%}", spread(at), spread(distance, 4)])  # fmt: skip
     return table(["changed", "to", "error below sigma_n", "change", "at sigma_n", "sliced W1 of samples"], lines)

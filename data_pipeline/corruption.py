@@ -102,8 +102,9 @@ class Degraded:
             x_n = step.apply(x_n, generator)
         if generator.random() < self.clean_share:
             return Observation(x0, 0.0)
-        rms = float(np.sqrt(np.mean(np.square(x_n - x0, dtype=np.float64))))
-        sigma = rms if self.effective_sigma is None else self.effective_sigma
+        sigma = self.effective_sigma
+        if sigma is None:
+            sigma = float(np.sqrt(np.mean(np.square(x_n - x0, dtype=np.float64))))
         return Observation(x_n, sigma, {ORIGIN: self.sigma_n_origin})
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
-import math
 import sys
 import tarfile
 from collections import Counter
@@ -22,6 +20,7 @@ from data_pipeline import index as indices
 from data_pipeline import storage
 from data_pipeline.corruption import ORIGIN
 from data_pipeline.index import Shard, ShardIndex
+from data_pipeline.reader import BadSample, meta, npy_array
 from data_pipeline.records import REJECTED
 from data_pipeline.writer import META, OBSERVATION
 from trainer import errors
@@ -142,26 +141,21 @@ def _samples(file: BinaryIO, rows: set[int]) -> Iterator[tuple[str, dict[str, by
             yield key, members
 
 
-def _add(key: str, members: dict[str, bytes], shape: tuple[int, ...], contents: Contents) -> None:
+def _add(key: str, members: dict[str, bytes], shape: tuple[int, int, int], contents: Contents) -> None:
     """Raises ValueError, with the key, for a sample that is not as the index says."""
     lacking = {OBSERVATION, META} - members.keys()
     if lacking:
         raise ValueError(f"sample {key}: has no member {key}.{min(lacking)}")
-    try:
-        meta = json.loads(members[META])
-        sigma = float(meta["sigma_n"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"sample {key}: {key}.{META} cannot be decoded ({type(error).__name__}: {error})") from None
-    if not (math.isfinite(sigma) and sigma >= 0):
-        raise ValueError(f"sample {key}: sigma_n is {sigma}, must be a finite number, at least 0")
+    try:  # as the loader reads them
+        about = meta(members[META])
+        sigma = float(about["sigma_n"])
+        if members[OBSERVATION]:
+            contents.shown.append((sigma, npy_array(members[OBSERVATION], shape)))
+    except BadSample as error:
+        raise ValueError(f"sample {key}: {error}") from None
     contents.levels.append(sigma)
-    contents.origins[str(meta.get(ORIGIN, "exact"))] += 1
-    contents.captions += "caption" in meta
-    if members[OBSERVATION]:
-        x_n = np.load(BytesIO(members[OBSERVATION]), allow_pickle=False)
-        if x_n.shape != shape or x_n.dtype != np.float16:
-            raise ValueError(f"sample {key}: {x_n.dtype} {x_n.shape}, the index says float16 {shape}")
-        contents.shown.append((sigma, x_n))
+    contents.origins[str(about.get(ORIGIN, "exact"))] += 1
+    contents.captions += "caption" in about
 
 
 def summary(index: ShardIndex, contents: Contents) -> str:
