@@ -85,7 +85,7 @@ def many_shards(folder: Path, count: int, real: int = 10, per_shard: int = 500) 
         like = shards[i % real]
         shards.append(Shard(f"shard-{i:06d}.tar", like.samples, like.bytes, like.sha256))
         (folder / shards[-1].name).hardlink_to(folder / like.name)
-    write_index(str(folder), ShardIndex(tuple(shards), kind.shape, SIGMA_N, SIGMA_N, {}))
+    write_index(str(folder), ShardIndex(tuple(shards), (kind.shape,), SIGMA_N, SIGMA_N, {}))
     return Files(kind, kind.samples, folder, folder, folder)
 
 
@@ -110,7 +110,7 @@ def write_shards(folder: Path, kind: Kind, samples: int, members: Iterator[dict[
         (folder / name).write_bytes(buffer.getbuffer())
         digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
         shards.append(Shard(name, count, buffer.getbuffer().nbytes, digest))
-    write_index(str(folder), ShardIndex(tuple(shards), kind.shape, SIGMA_N, SIGMA_N, {}))
+    write_index(str(folder), ShardIndex(tuple(shards), (kind.shape,), SIGMA_N, SIGMA_N, {}))
 
 
 def _samples(kind: Kind) -> tuple[list[NDArray[np.uint8]], list[NDArray[np.float16]]]:

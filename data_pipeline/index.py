@@ -14,31 +14,35 @@ from data_pipeline import storage
 from trainer.errors import UserError, WorkFailed
 
 NAME = "index.json"
-FORMAT = 1
+FORMAT = 2
+Shape = tuple[int, int, int]
+"""(C, H, W) of an observation."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One tar file: its name, number of samples, size in bytes and SHA-256."""
+    """One tar file: its name, number of samples, size in bytes and SHA-256. shape: which of the index's shapes its
+    observations have."""
 
     name: str
     samples: int
     bytes: int
     sha256: str
+    shape: int = 0
 
 
 @dataclass(frozen=True)
 class ShardIndex:
     """The contents of a folder of shards.
 
-    shape: (C, H, W) of every observation. sigma_min, sigma_max: the range of sigma_n. request: what was asked of
+    shapes: (C, H, W) of the observations; several for latents in aspect-ratio buckets. sigma_min, sigma_max: the range of sigma_n. request: what was asked of
     `data_pipeline.shard` (source, corruption, seed, size...), to tell whether a later call asks for the same. schema: the
     members of a sample, with dtype and shape or fields. rejected: images of the source that could not be used. text: with latents of
     captioned images, what OUTPUT/text/ has: its encoders' identity and how many captions.
     """
 
     shards: tuple[Shard, ...]
-    shape: tuple[int, int, int]
+    shapes: tuple[Shape, ...]
     sigma_min: float
     sigma_max: float
     request: dict[str, Any]
@@ -51,6 +55,17 @@ class ShardIndex:
         return sum(shard.samples for shard in self.shards)
 
     @property
+    def samples_of(self) -> list[int]:
+        """How many there are of each shape."""
+        return [sum(s.samples for s in self.shards if s.shape == i) for i in range(len(self.shapes))]
+
+    @property
+    def shape(self) -> Shape:
+        """The shape that most samples have; of two as frequent, the first."""
+        samples = self.samples_of
+        return self.shapes[samples.index(max(samples))]
+
+    @property
     def bytes(self) -> int:
         return sum(shard.bytes for shard in self.shards)
 
@@ -61,15 +76,21 @@ class ShardIndex:
 
 
 def _plain(shard: Shard) -> dict[str, str | int]:
-    """As asdict has it, ten times as fast."""
-    return {"name": shard.name, "samples": shard.samples, "bytes": shard.bytes, "sha256": shard.sha256}
+    """As asdict has it, ten times as fast; without the first shape, which is all that most data sets have."""
+    plain: dict[str, str | int] = {
+        "name": shard.name,
+        "samples": shard.samples,
+        "bytes": shard.bytes,
+        "sha256": shard.sha256,
+    }
+    return {**plain, "shape": shard.shape} if shard.shape else plain
 
 
 def write_index(folder: str, index: ShardIndex) -> None:
     """Atomically: either the whole file appears or none. One line a shard: 100,000 of them take a second."""
     head = {
         "format": FORMAT, "samples": index.samples, "bytes": index.bytes,
-        "checksum": index.checksum, "shape": index.shape, "sigma_min": index.sigma_min, "sigma_max": index.sigma_max,
+        "checksum": index.checksum, "shapes": index.shapes, "sigma_min": index.sigma_min, "sigma_max": index.sigma_max,
         "seed": index.request.get("seed"), "corruption": index.request.get("corruption"), "schema": index.schema,
         "rejected": index.rejected, "request": index.request, **({"text": index.text} if index.text else {}),
     }  # fmt: skip
@@ -115,7 +136,7 @@ def parse_index(path: str, content: bytes) -> ShardIndex:
             raise UserError(f"{path}: format {data['format']}, this version reads {FORMAT}: shard again")
         index = ShardIndex(
             shards=tuple(Shard(**shard) for shard in data["shards"]),
-            shape=tuple(data["shape"]),
+            shapes=tuple(tuple(shape) for shape in data["shapes"]),
             sigma_min=float(data["sigma_min"]),
             sigma_max=float(data["sigma_max"]),
             request=dict(data["request"]),
@@ -125,9 +146,14 @@ def parse_index(path: str, content: bytes) -> ShardIndex:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not a shard index ({type(error).__name__}: {error}): shard again") from None
-    counts = [number for shard in index.shards for number in (shard.samples, shard.bytes)]
-    if len(index.shape) != 3 or any(type(n) is not int or n < 1 for n in [*index.shape, *counts]):
-        raise UserError(f"{path}: shape, samples and bytes must be whole numbers, at least 1: shard again")
+    numbers = [number for shard in index.shards for number in (shard.samples, shard.bytes)]
+    numbers += [side for shape in index.shapes for side in shape]
+    if any(len(shape) != 3 for shape in index.shapes) or any(type(n) is not int or n < 1 for n in numbers):
+        raise UserError(f"{path}: shapes, samples and bytes must be whole numbers, at least 1: shard again")
+    if any(type(shard.shape) is not int for shard in index.shards) or (
+        index.shards and {shard.shape for shard in index.shards} != set(range(len(index.shapes)))
+    ):
+        raise UserError(f"{path}: its shards are not of its {len(index.shapes)} shapes: shard again")
     if not all(type(text) is str for shard in index.shards for text in (shard.name, shard.sha256)):
         raise UserError(f"{path}: a name or a checksum that is not text: shard again")
     if not 0 <= index.sigma_min <= index.sigma_max < math.inf:

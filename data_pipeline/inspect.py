@@ -99,7 +99,7 @@ def _read(path: str, shard: Shard, index: ShardIndex, rows: set[int], contents: 
             if verify and (digest := _sha256(file)) != shard.sha256:
                 wrong = [f"SHA-256 {digest[:12]}..., the index says {shard.sha256[:12]}..."]
             for key, members in _samples(file, rows):
-                _add(key, members, index.shape, contents)
+                _add(key, members, index.shapes[shard.shape], contents)
                 count += 1
     except FileNotFoundError:
         return ["missing"]
@@ -182,7 +182,9 @@ def summary(index: ShardIndex, contents: Contents) -> str:
 def _shape(index: ShardIndex) -> str:
     latents = index.request.get("latents")
     if latents:
-        return f"latents {index.shape} by VAE {latents['vae'][:16]}, {latents['source']}; (channels, height, width), float16"  # fmt: skip
+        counted = zip(index.shapes, index.samples_of, strict=True)
+        shapes = ", ".join(f"{shape}: {count}" for shape, count in counted) if len(index.shapes) > 1 else index.shape
+        return f"latents {shapes} by VAE {latents['vae'][:16]}, {latents['source']}; (channels, height, width), float16"  # fmt: skip
     return f"{' x '.join(map(str, index.shape))} (channels, height, width), float16"
 
 

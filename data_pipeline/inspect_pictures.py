@@ -16,13 +16,15 @@ GAP, LABEL, TITLE = 8, 18, 32
 
 
 def contact_sheet(shown: Sequence[tuple[float, NDArray[np.float16]]], title: str) -> bytes:
-    """shown: (sigma_n, x_n (C, H, W)), in reading order, each with its sigma_n below. -1 is black and 1 white; what noise puts beyond is clipped here
+    """shown: (sigma_n, x_n (C, H, W)), in reading order, each with its sigma_n below, all at one scale. -1 is black and 1 white; what noise puts beyond is clipped here
     alone. With 2 or more than 3 channels the first one or three are shown, from their 1 % to their 99 % quantile."""
-    channels, height, width = shown[0][1].shape
+    channels = shown[0][1].shape[0]
+    height, width = (max(x.shape[side] for _, x in shown) for side in (1, 2))
     kept = 3 if channels >= 3 else 1
     low, high = -1.0, 1.0
     if channels not in (1, 3):
-        low, high = np.quantile(np.stack([x[:kept] for _, x in shown]).astype(np.float32), [0.01, 0.99]).tolist()
+        values = np.concatenate([x[:kept].ravel() for _, x in shown]).astype(np.float32)
+        low, high = np.quantile(values, [0.01, 0.99]).tolist()
         title += f"; the first {kept} of {channels} channels, {low:.2g} is black and {high:.2g} white"
     longest = max(height, width)
     factor = max(1, CELL[0] // longest) if longest <= CELL[1] else CELL[1] / longest
@@ -38,10 +40,11 @@ def contact_sheet(shown: Sequence[tuple[float, NDArray[np.float16]]], title: str
         row, column = divmod(i, columns)
         x, y = GAP + column * (cell_w + GAP), TITLE + row * (cell_h + LABEL + GAP)
         pixels = (x_n[:kept].astype(np.float32) - low) / max(high - low, 1e-6)
-        rgb = np.broadcast_to((pixels.clip(0, 1) * 255).round().astype(np.uint8), (3, height, width))
+        rgb = np.broadcast_to((pixels.clip(0, 1) * 255).round().astype(np.uint8), (3, *x_n.shape[1:]))
         picture = Image.fromarray(np.ascontiguousarray(rgb.transpose(1, 2, 0)))
         how = Image.Resampling.NEAREST if factor >= 1 else Image.Resampling.BOX
-        sheet.paste(picture.resize((cell_w, cell_h), how), (x, y))
+        w, h = (max(1, round(side * factor)) for side in (x_n.shape[2], x_n.shape[1]))
+        sheet.paste(picture.resize((w, h), how), (x + (cell_w - w) // 2, y + (cell_h - h) // 2))
         draw.text((x + cell_w / 2, y + cell_h + LABEL / 2), f"{sigma:.3g}", "#555555", small, anchor="mm")
     buffer = BytesIO()
     sheet.save(buffer, "PNG")

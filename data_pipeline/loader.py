@@ -16,10 +16,10 @@ from tqdm import tqdm
 from webdataset.pipeline import DataPipeline
 
 from data_pipeline import storage
+from data_pipeline.batch_order import BatchOrder, MicroBatch
 from data_pipeline.cache import ShardCache, retrying
 from data_pipeline.feed import Feed, Piece, Slots
 from data_pipeline.index import read_index
-from data_pipeline.order import Order, Places
 from data_pipeline.reader import ShardReader
 from trainer import folders
 from trainer.diffusion.batch import Batch
@@ -35,7 +35,8 @@ class DataConfig:
     sigma_scale: what the training takes the recorded sigma_n for, as a factor: 1 trusts it, 0 takes noisy images for
     clean (the naive baseline), others study a wrong estimate.
     workers: background processes that read, per rank; 0 reads in the training process.
-    group: shards shuffled together; docs/loader.md has what more or fewer cost.
+    group: shards shuffled together, shared out among the shapes where there are several; docs/loader.md has what more or
+    fewer cost.
     flip: mirrors every other image left to right, others in each epoch; for sets whose mirror images belong to them.
     Not for latents: the latent of a mirrored image is not the mirrored latent.
     cache_dir: where copies of a remote folder's shards are kept, for all ranks of a machine together; null: in
@@ -104,8 +105,8 @@ class Loader:
             raise UserError(
                 f"data.flip true: {config.shards} holds latents, and a mirrored latent is not the mirrored image's: set it to false (data_pipeline.shard --latents has its own --flip)"
             )
-        counts = np.fromiter((shard.samples for shard in self.index.shards), np.int64)
-        self.order = Order(counts, seed, config.group)
+        counts, shape_of = [shard.samples for shard in self.index.shards], [shard.shape for shard in self.index.shards]
+        self.order = BatchOrder(counts, shape_of, layout.batch_size, seed, config.group)
         self.skipped = 0
         self._warned: set[str] = set()
         self._cache: ShardCache | None = None
@@ -119,11 +120,11 @@ class Loader:
         Closing it, dropping it, or an exception in it ends its background processes, and closes all files.
         """
         assert samples_consumed % self.layout.batch_size == 0, "a position is a step's border"
-        workers, shape = self.config.workers, self.index.shape
-        slots = Slots(workers, PREFETCH + 1 if workers else 1, self.layout.micro_batch_size, shape)
+        workers = self.config.workers
+        slots = Slots(workers, PREFETCH + 1 if workers else 1, self.layout.micro_batch_size, self.index.shapes)
         pipeline: Any = DataPipeline(
             MicroBatches(self.order, self.layout, samples_consumed // self.layout.batch_size),
-            lambda places: self._feed(slots).pieces(places),
+            lambda micro_batches: self._feed(slots).pieces(micro_batches),
         )
         pieces: Any = iter(pipeline)
         if workers:
@@ -149,7 +150,7 @@ class Loader:
     def _feed(self, slots: Slots) -> Feed:
         """In the background process, where there is one."""
         config = self.config
-        reader = ShardReader(self._folder, self.index, 2 * config.group, self._cache, config.verify)
+        reader = ShardReader(self._folder, self.index, 2 * self.order.group, self._cache, config.verify)
         return Feed(self.order, reader, slots, config.flip, config.on_error == "skip")
 
     def _batch(self, piece: Piece, slots: Slots) -> Batch:
@@ -161,7 +162,7 @@ class Loader:
                 tqdm.write(note, file=sys.stderr)
         sigma_n = torch.from_numpy(piece.sigma_n) * self.config.sigma_scale
         conditioning = {name: torch.from_numpy(value) for name, value in piece.conditioning.items()}
-        shape = (len(sigma_n), *self.index.shape)
+        shape = (len(sigma_n), *piece.shape)
         if self.device.type == "cuda":  # float16 from pinned memory, and float32 where half the bytes have travelled
             x_n = slots.copied(piece, torch.empty(shape, dtype=torch.float16, pin_memory=True))
             batch = Batch(x_n, sigma_n.pin_memory(), conditioning, piece.keys).to(self.device)
@@ -195,10 +196,10 @@ class Loader:
     def _check_cache(self) -> None:
         """Two groups are in use when one follows the other."""
         largest = max(shard.bytes for shard in self.index.shards)
-        needed = min(2 * self.config.group, len(self.index.shards)) * largest / 1e9
+        needed = min(2 * self.order.group, len(self.index.shards)) * largest / 1e9
         if needed > self.config.cache_gb:
             raise UserError(
-                f"data.cache_gb {self.config.cache_gb:g}: two groups of {self.config.group} shards take {needed:.3g} GB: raise it, or lower data.group"
+                f"data.cache_gb {self.config.cache_gb:g}: two groups of {self.order.group} shards take {needed:.3g} GB: raise it, or lower data.group"
             )
 
 
@@ -213,19 +214,19 @@ def _cache_folder(config: DataConfig) -> Path:
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """The first stage of the pipeline: the places of this rank's micro-batches."""
+    """The first stage of the pipeline: where the samples of this rank's micro-batches are."""
 
-    order: Order
+    order: BatchOrder
     layout: Layout
     first_step: int
 
-    def __call__(self) -> Iterator[Places]:
+    def __call__(self) -> Iterator[MicroBatch]:
         worker = get_worker_info()
         return self.of(worker.id, worker.num_workers) if worker else self.of(0, 1)
 
-    def of(self, worker: int, workers: int) -> Iterator[Places]:
+    def of(self, worker: int, workers: int) -> Iterator[MicroBatch]:
         """Those that one of the rank's workers has: micro-batches are dealt in turn."""
         for number in count(worker, workers):
             step, micro = divmod(number, self.layout.accumulation)
-            first = (self.first_step + step) * self.layout.batch_size + self.layout.first_row(micro)
-            yield self.order.range(first, self.layout.micro_batch_size)
+            row, rows = self.layout.first_row(micro), self.layout.micro_batch_size
+            yield self.order.micro_batch(self.first_step + step, row, rows)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
+from tqdm import tqdm
 
 from data_pipeline.bad_image import BadImage
 from data_pipeline.corruption import Observation, generator_of
 from data_pipeline.latents.arguments import LatentRequest
+from data_pipeline.latents.buckets import Bucket, bucket_of
 from data_pipeline.plan import Plan, Request
 from data_pipeline.sources import Picture, Source, prepare
 
@@ -31,12 +33,12 @@ def observed(
 ) -> Observed:
     """The images of shard `number`, in their order. on_image: called once for each image, usable or not."""
     if request.latents is not None:
-        return _latents(request, request.latents, source, plan.images(number), reject, on_image)
+        return _latents(request, request.latents, plan, source, number, reject, on_image)
     return _pixels(request, plan, source, plan.images(number), reject, on_image)
 
 
 def _pixels(
-    request: Request, plan: Plan, source: Source, images: range, reject: Reject, on_image: Callable[[], object]
+    request: Request, plan: Plan, source: Source, images: Sequence[int], reject: Reject, on_image: Callable[[], object]
 ) -> Observed:
     for i in images:
         try:
@@ -51,13 +53,13 @@ def _pixels(
 
 
 def _latents(
-    request: Request, latents: LatentRequest, source: Source, images: range, reject: Reject, on_image: Callable[[], object]
+    request: Request, latents: LatentRequest, plan: Plan, source: Source, number: int, reject: Reject, on_image: Callable[[], object]
 ) -> Observed:  # fmt: skip
     places: dict[str, int] = {}
     captions: dict[str, str | None] = {}
 
     def pictures() -> Iterator[tuple[str, Picture]]:
-        for i in images:
+        for i in plan.images(number):
             try:
                 picture = source.read(i)
             except BadImage as error:
@@ -71,7 +73,7 @@ def _latents(
     encoder = encoder_of(latents)
     for key, observation in encoder(
         pictures(), request.seed, request.corruption,
-        lambda key, error: reject(places[key], error), request.value_range,
+        lambda key, error: reject(places[key], error), request.value_range, plan.shape(number),
     ):  # fmt: skip
         try:
             _check(observation)
@@ -79,6 +81,19 @@ def _latents(
             reject(places[key], error)
         else:
             yield places[key], captions.pop(key), observation
+
+
+def nearest_sizes(source: Source, count: int, sizes: Sequence[Bucket]) -> list[int]:
+    """For each of the first `count` images, which of the sizes its ratio is nearest to. From the files' headers where they
+    have any; one whose size cannot be told counts as square, and is rejected when it is read."""
+    nearest: list[int] = []
+    for i in tqdm(range(count), desc="sizes", unit="img"):
+        try:
+            width, height = source.size(i)
+        except BadImage:
+            width, height = 1, 1
+        nearest.append(bucket_of(width, height, sizes))
+    return nearest
 
 
 @lru_cache(maxsize=1)
@@ -105,9 +120,9 @@ def _check(observation: Observation) -> Observation:
 
 
 def _check_shape(observation: Observation, plan: Plan) -> None:
-    if observation.x_n.shape == plan.shape:
+    if observation.x_n.shape == plan.shapes[0]:
         return
-    (channels, height, width), (planned, *first) = observation.x_n.shape, plan.shape
+    (channels, height, width), (planned, *first) = observation.x_n.shape, plan.shapes[0]
     if channels != planned:
         raise BadImage(f"{channels} channels, the first image has {planned}")
     raise BadImage(f"{width}x{height} pixels, the first image has {first[1]}x{first[0]}: give --size")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,17 +19,9 @@ Int = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Address:
-    """One sample: the shard's number in the index, and the row in the shard."""
-
-    epoch: int
-    shard: int
-    row: int
-
-
-@dataclass(frozen=True)
 class Places:
-    """Consecutive positions of the global sequence, and the samples that stand there: shards[i], rows[i]."""
+    """Consecutive positions of an order, and the samples that stand there: shards[i], their numbers in the index, and
+    rows[i], the rows in them."""
 
     first: int
     shards: Int
@@ -52,22 +45,24 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """counts: samples in each shard. group: how many shards are shuffled together."""
+    """counts: samples in each shard. group: how many shards are shuffled together. numbers: of the shards in the index;
+    None: 0, 1, 2, ..."""
 
     counts: Sequence[int] | Int
     seed: int
     group: int = 16
+    numbers: Int | None = None
+    total: int = field(init=False)
     _counts: Int = field(init=False, repr=False)
-    _total: int = field(init=False, repr=False)
+    _epoch: Any = field(init=False, repr=False)
+    _shuffled: Any = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_counts", np.asarray(self.counts, np.int64))
-        object.__setattr__(self, "_total", int(self._counts.sum()))
-
-    def at(self, position: int) -> Address:
-        """position: counted from the start of the run, at least 0."""
-        places = self.range(position, 1)
-        return Address(position // self._total, int(places.shards[0]), int(places.rows[0]))
+        counts = np.asarray(self.counts, np.int64)
+        kept = {"_counts": counts, "total": int(counts.sum())}
+        kept |= {"_epoch": lru_cache(2)(self._epoch_of), "_shuffled": lru_cache(2)(self._shuffled_of)}
+        for name, value in kept.items():
+            object.__setattr__(self, name, value)
 
     def range(self, first: int, count: int) -> Places:
         """The samples at positions first .. first + count - 1; they may lie in several groups and epochs."""
@@ -75,7 +70,7 @@ class Order:
         position, end = first, first + count
         while position < end:
             group = self.group_at(position)
-            shards, rows = _shuffled(self, group)
+            shards, rows = self._shuffled(group)
             part = slice(position - group.first, end - group.first)
             parts.append((shards[part], rows[part]))
             position = group.first + group.samples
@@ -85,12 +80,30 @@ class Order:
 
     def group_at(self, position: int) -> Group:
         """The group whose samples stand at `position`. The one after it starts at `first + samples`."""
-        epoch, offset = divmod(position, self._total)
-        shards, ends = _epoch(self, epoch)
+        epoch, offset = divmod(position, self.total)
+        shards, ends = self._epoch(epoch)
         number = int(np.searchsorted(ends, offset, side="right"))
         start = int(ends[number - 1]) if number else 0
-        members = shards[number * self.group : (number + 1) * self.group]
+        members = self._named(shards[number * self.group : (number + 1) * self.group])
         return Group(epoch, number, position - offset + start, int(ends[number]) - start, tuple(members.tolist()))
+
+    def _epoch_of(self, epoch: int) -> tuple[Int, Int]:
+        """The epoch's order of shards, by their places in `counts`, and the offset at which each group ends."""
+        shards = np.random.default_rng([self.seed, epoch]).permutation(len(self._counts))
+        ends = np.cumsum(self._counts[shards])
+        last_of_groups = np.minimum(np.arange(self.group, len(shards) + self.group, self.group), len(shards)) - 1
+        return shards, ends[last_of_groups]
+
+    def _shuffled_of(self, group: Group) -> tuple[Int, Int]:
+        """Shard and row of each sample of the group, shuffled."""
+        members = self._epoch(group.epoch)[0][group.number * self.group : (group.number + 1) * self.group]
+        ends = np.cumsum(self._counts[members])
+        chosen = np.random.default_rng([self.seed, group.epoch, 1 + group.number]).permutation(group.samples)
+        which = np.searchsorted(ends, chosen, side="right")
+        return self._named(members[which]), chosen - (ends - self._counts[members])[which]
+
+    def _named(self, shards: Int) -> Int:
+        return shards if self.numbers is None else self.numbers[shards]
 
 
 def stand_in(group: Group, shard: int, usable: Callable[[int], bool]) -> int | None:
@@ -99,22 +112,3 @@ def stand_in(group: Group, shard: int, usable: Callable[[int], bool]) -> int | N
     Whoever finds the same shards usable, chooses the same."""
     at = group.shards.index(shard)
     return next((other for other in group.shards[at + 1 :] + group.shards[:at] if usable(other)), None)
-
-
-@lru_cache(maxsize=2)
-def _epoch(order: Order, epoch: int) -> tuple[Int, Int]:
-    """The epoch's order of shards, and the offset at which each group ends."""
-    shards = np.random.default_rng([order.seed, epoch]).permutation(len(order._counts))
-    ends = np.cumsum(order._counts[shards])
-    last_of_groups = np.minimum(np.arange(order.group, len(shards) + order.group, order.group), len(shards)) - 1
-    return shards, ends[last_of_groups]
-
-
-@lru_cache(maxsize=2)
-def _shuffled(order: Order, group: Group) -> tuple[Int, Int]:
-    """Shard and row of each sample of the group, shuffled."""
-    members = np.asarray(group.shards)
-    ends = np.cumsum(order._counts[members])
-    chosen = np.random.default_rng([order.seed, group.epoch, 1 + group.number]).permutation(group.samples)
-    which = np.searchsorted(ends, chosen, side="right")
-    return members[which], chosen - (ends - order._counts[members])[which]

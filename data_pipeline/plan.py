@@ -1,25 +1,33 @@
 """What is to be sharded: the request, and `plan.json`, on which workers, array jobs and later calls agree.
 
-Shard k holds the images k * shard_size .. (k + 1) * shard_size of the source, without the rejected ones. So its bytes
-depend on the request alone, and not on who else writes, or on what was rejected elsewhere.
+Shard k holds the images k * shard_size .. (k + 1) * shard_size of the source, or, where they have several shapes, of those
+of one shape; without the rejected ones. So its bytes depend on the request alone, and not on who else writes, or on what was
+rejected elsewhere.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+import zlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data_pipeline import storage
 from data_pipeline.corruption import Corruption
+from data_pipeline.index import Shape
 from data_pipeline.latents.arguments import LatentRequest, check_channels, check_corruption
 from data_pipeline.sources import Source
 from trainer.errors import UserError
 
 NAME = "plan.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -89,23 +97,42 @@ def _flat(request: dict[str, Any]) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Plan:
     """request: as recorded. count: images of the source that are used. keys: SHA-256 over their keys. channels: 1 is
-    grey, 3 colour. shape: (C, H, W) of every observation, from the first image that can be used, or the VAE."""
+    grey, 3 colour. shapes: (C, H, W) of the observations, from the first image that can be used, or the VAE. shape_of: with
+    several, which of them each image gets, as `packed` has it."""
 
     request: dict[str, Any]
     count: int
     keys: str
     channels: int
-    shape: tuple[int, int, int]
+    shapes: tuple[Shape, ...]
+    shape_of: str = ""
 
     @property
     def shards(self) -> int:
         """How many there are when no shard's images are all rejected."""
-        return -(-self.count // self.request["shard_size"])
+        return len(self._shards)
 
-    def images(self, number: int) -> range:
+    def images(self, number: int) -> Sequence[int]:
         """The places in the source that shard `number` takes."""
+        return self._shards[number][1]
+
+    def shape(self, number: int) -> int:
+        """Which of the shapes the observations of shard `number` have."""
+        return self._shards[number][0]
+
+    @cached_property
+    def _shards(self) -> list[tuple[int, Sequence[int]]]:
         size = self.request["shard_size"]
-        return range(number * size, min(self.count, (number + 1) * size))
+        if not self.shape_of:
+            return [(0, range(first, min(self.count, first + size))) for first in range(0, self.count, size)]
+        shapes = np.frombuffer(zlib.decompress(base64.b64decode(self.shape_of)), np.uint8)
+        of_each = [np.flatnonzero(shapes == shape).tolist() for shape in range(len(self.shapes))]
+        return [(s, of[first : first + size]) for s, of in enumerate(of_each) for first in range(0, len(of), size)]
+
+
+def packed(shape_of: Sequence[int]) -> str:
+    """Numbers from 0 to 255 as text, about a bit each: a million pictures of SDXL's sizes take some 500 kB."""
+    return base64.b64encode(zlib.compress(bytes(shape_of), 9)).decode()
 
 
 def name_of(number: int) -> str:
@@ -147,7 +174,7 @@ def read_plan(output: str) -> Plan | None:
         data = json.loads(storage.read_bytes(path))
         if data.pop("format") != FORMAT:
             raise UserError(f"{path}: begun by another version: finish it with that one, or choose another OUTPUT")
-        return Plan(**{**data, "shape": tuple(data["shape"])})
+        return Plan(**{**data, "shapes": tuple(tuple(shape) for shape in data["shapes"])})
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path}: not a plan ({type(error).__name__}: {error}): remove OUTPUT, or choose another"

@@ -18,8 +18,8 @@ from data_pipeline.array import submit_shards
 from data_pipeline.bad_image import BadImage
 from data_pipeline.index import ShardIndex
 from data_pipeline.latents.captions import write_captions
-from data_pipeline.observe import encoder_of, observe
-from data_pipeline.plan import Plan, Request
+from data_pipeline.observe import encoder_of, nearest_sizes, observe
+from data_pipeline.plan import Plan, Request, packed
 from data_pipeline.records import Record, Rejected
 from data_pipeline.sources import Source, open_source
 from data_pipeline.work import Work, write_shards
@@ -108,13 +108,15 @@ def _first_plan(request: Request, source: Source, output: str, limit: Limit) -> 
     count = plan.used(source, request.limit)
     keys, rejected = plan.digest_of_keys(source, count), list[Rejected]()
     if request.latents is not None:
-        return Plan(request.recorded(), count, keys, 3, encoder_of(request.latents).shape)
+        shapes = encoder_of(request.latents).shapes
+        shape_of = packed(nearest_sizes(source, count, request.latents.sizes)) if len(shapes) > 1 else ""
+        return Plan(request.recorded(), count, keys, 3, shapes, shape_of)
     for i in range(count):
         try:
             picture = source.read(i)
             channels = request.channels or (1 if picture.pixels.ndim == 2 else picture.pixels.shape[2])
             shape = observe(request, picture, source.keys[i], channels).x_n.shape
-            return Plan(request.recorded(), count, keys, channels, (shape[0], shape[1], shape[2]))
+            return Plan(request.recorded(), count, keys, channels, ((shape[0], shape[1], shape[2]),))
         except BadImage as error:
             rejected.append(Rejected.of(source.keys[i], error))
             limit.check(output, rejected, count)

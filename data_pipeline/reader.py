@@ -21,31 +21,22 @@ from numpy.typing import NDArray
 from data_pipeline import storage
 from data_pipeline.cache import CacheFull, ShardCache
 from data_pipeline.index import Shard, ShardIndex
-from data_pipeline.order import Address
 from data_pipeline.tar import Members, members
 from data_pipeline.writer import META, OBSERVATION
 from trainer.errors import UserError
 
-RawSample = dict[str, str | bytes]
-"""As webdataset has it: "__key__", and the bytes of each member by its extension."""
-
 
 @dataclass(frozen=True)
 class OpenShard:
-    """A shard's file and its members. Sample `row` has members starts[row] .. starts[row + 1]; observations[row] and
-    metas[row] are the members of those names, -1 where it has none."""
+    """A shard's file and its members. observations[row] and metas[row] are the numbers of a sample's members, -1 where it
+    has none."""
 
     path: str
     file: BinaryIO
     members: Members
     keys: list[str]
-    starts: list[int]
     observations: list[int]
     metas: list[int]
-
-    def raw(self, row: int) -> RawSample:
-        here = range(self.starts[row], self.starts[row + 1])
-        return {"__key__": self.keys[row], **{self.members.names[i].partition(".")[2]: self.content(i) for i in here}}
 
     def content(self, member: int) -> bytes:
         return os.pread(self.file.fileno(), self.members.sizes[member], self.members.offsets[member])
@@ -68,24 +59,22 @@ class ShardReader:
         verify: bool = False,
     ) -> None:
         self._folder, self._index, self._limit, self._cache = str(folder), index, open_shards, cache
-        self.shape = index.shape
+        self.shapes = index.shapes
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._unverified = set(range(len(index.shards))) if verify and cache is None else set[int]()
-        self._npy_header = npy_header(index.shape)
-        self._npy_size = len(self._npy_header) + 2 * math.prod(index.shape)
-
-    def read(self, address: Address) -> RawSample:
-        """One sample's bytes. Raises as `open` does."""
-        return self.open(address.shard).raw(address.row)
+        self._npy_headers = {shape: npy_header(shape) for shape in index.shapes}
 
     def observations(
         self, shards: Sequence[int], rows: Sequence[int], out: NDArray[np.float16]
     ) -> tuple[list[str], list[Mapping[str, Any]]]:
-        """Reads the samples (shards[i], rows[i]) into out (B, C, H, W), and returns their keys, and what is recorded
-        beside each: {"sigma_n": ...}. Raises UserError, with the shard and the key, for a bad sample."""
+        """Reads the samples (shards[i], rows[i]), all of one shape, into out (B, C, H, W), and returns their keys, and what
+        is recorded beside each: {"sigma_n": ...}. Raises UserError, with the shard and the key, for a bad sample."""
         keys: list[str] = []
         about: list[Mapping[str, Any]] = []
-        flat, header = out.reshape(len(out), -1).view(np.uint8), bytearray(len(self._npy_header))
+        shape = (out.shape[1], out.shape[2], out.shape[3])
+        usual_header = self._npy_headers[shape]
+        usual_size = len(usual_header) + 2 * math.prod(shape)
+        flat, header = out.reshape(len(out), -1).view(np.uint8), bytearray(len(usual_header))
         for i, (number, row) in enumerate(zip(shards, rows, strict=True)):
             shard = self._open.get(number) or self.open(number)
             observation, record = shard.observations[row], shard.metas[row]
@@ -93,11 +82,11 @@ class ShardReader:
                 if observation < 0 or record < 0:
                     raise BadSample(f"has no member {shard.keys[row]}.{OBSERVATION if observation < 0 else META}")
                 # The usual npy file goes where it belongs, without a copy; its header is compared, not parsed.
-                usual = shard.members.sizes[observation] == self._npy_size
+                usual = shard.members.sizes[observation] == usual_size
                 if usual:
                     os.preadv(shard.file.fileno(), [header, flat[i]], shard.members.offsets[observation])
-                if not usual or header != self._npy_header:
-                    out[i] = npy_array(shard.content(observation), self._index.shape)
+                if not usual or header != usual_header:
+                    out[i] = npy_array(shard.content(observation), shape)
                 about.append(meta(shard.content(record)))
             except BadSample as error:
                 raise UserError(f"{shard.path}: sample {shard.keys[row]}: {error}") from None
@@ -177,20 +166,18 @@ class ShardReader:
             found = members(file)
         except (OSError, ValueError) as error:
             raise BadShard(f"{path}: cannot be read: {error}: shard again") from None
-        opened, last = OpenShard(path, file, found, [], [], [], []), None
+        opened, last = OpenShard(path, file, found, [], [], []), None
         for i, name in enumerate(found.names):
             key, _, extension = name.partition(".")
             if key != last:
                 last = key
                 opened.keys.append(key)
-                opened.starts.append(i)
                 opened.observations.append(-1)
                 opened.metas.append(-1)
             if extension == OBSERVATION:
                 opened.observations[-1] = i
             elif extension == META:
                 opened.metas[-1] = i
-        opened.starts.append(len(found.names))
         if len(set(opened.keys)) != len(opened.keys):
             twice = next(key for i, key in enumerate(opened.keys) if key in opened.keys[:i])
             raise BadShard(f"{path}: two samples have the key {twice}: shard again")
@@ -260,18 +247,3 @@ def all_finite(x: NDArray[np.float16]) -> bool:
     """Of float16 bits, those of +Inf and +NaN are the largest as signed numbers, of -Inf and -NaN as unsigned ones: two
     passes, without memory for intermediate results."""
     return bool(x.view(np.int16).max() < 0x7C00 and x.view(np.uint16).max() < 0xFC00)
-
-
-def decode(raw: RawSample, shape: tuple[int, int, int]) -> tuple[str, NDArray[np.float32], float]:
-    """One sample: key, x_n (C, H, W) float32, sigma_n. Never unpickles. Raises UserError, with the key, for a bad one."""
-    key = str(raw["__key__"])
-    try:
-        x_n = npy_array(bytes(raw[OBSERVATION]), shape)  # pyright: ignore[reportArgumentType]
-        sigma_n = float(meta(bytes(raw[META]))["sigma_n"])  # pyright: ignore[reportArgumentType]
-    except BadSample as error:
-        raise UserError(f"sample {key}: {error}") from None
-    except KeyError as error:
-        raise UserError(f"sample {key}: has no member {key}.{error.args[0]}") from None
-    if not all_finite(x_n):
-        raise UserError(f"sample {key}: the observation has NaN or Inf in it")
-    return key, x_n.astype(np.float32), sigma_n

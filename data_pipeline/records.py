@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from data_pipeline import index, plan, storage
@@ -135,13 +135,16 @@ def merge(output: str, work: Plan, records: Iterable[Record], text: dict[str, An
     if not filled:
         raise WorkFailed(f"{output}: all {len(rejected)} images were rejected: see {storage.join(output, REJECTED)}")
     fields = sorted({field for record in filled for field in record.fields})
+    shards = [record.shard for record in filled if record.shard]
+    used = sorted({shard.shape for shard in shards})
+    shapes = [work.shapes[shape] for shape in used]
     whole = ShardIndex(
-        shards=tuple(record.shard for record in filled if record.shard),
-        shape=work.shape,
+        shards=tuple(replace(shard, shape=used.index(shard.shape)) for shard in shards),
+        shapes=tuple(shapes),
         sigma_min=min(record.sigma_min for record in filled),
         sigma_max=max(record.sigma_max for record in filled),
         request=work.request,
-        schema={OBSERVATION: {"dtype": "float16", "shape": list(work.shape)}, META: {"fields": fields}},
+        schema={OBSERVATION: {"dtype": "float16", "shapes": [list(shape) for shape in shapes]}, META: {"fields": fields}},
         rejected=len(rejected),
         text=text,
     )

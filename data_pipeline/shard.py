@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
                   workers=workers, cluster=cluster, jobs=1 if args.jobs is None else args.jobs)  # fmt: skip
     rejected = f", {index.rejected} rejected: {storage.join(args.output, 'rejected.jsonl')}" if index.rejected else ""
     print(
-        f"{args.output}: {index.samples} observations {index.shape}, {len(index.shards)} shards, {index.bytes / 1e6:.1f} MB, sigma_n {index.sigma_min:g} to {index.sigma_max:g}{rejected}"
+        f"{args.output}: {index.samples} observations {index.shape if len(index.shapes) == 1 else f'of {len(index.shapes)} shapes'}, {len(index.shards)} shards, {index.bytes / 1e6:.1f} MB, sigma_n {index.sigma_min:g} to {index.sigma_max:g}{rejected}"
     )
     return errors.DONE
 

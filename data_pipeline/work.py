@@ -68,7 +68,7 @@ def write_shard(work: Work, source: Source, number: int, on_image: Callable[[], 
     name = name_of(number)
     count, size, digest = write_tar(work.output, name, samples())
     lowest, highest = (min(levels), max(levels)) if levels else (0.0, 0.0)
-    shard = Shard(name, count, size, digest) if count else None
+    shard = Shard(name, count, size, digest, work.plan.shape(number)) if count else None
     in_order = tuple(entry for _, entry in sorted(rejected.items()))
     record = Record(number, shard, lowest, highest, tuple(sorted(fields)), in_order, tuple(captions))
     write_record(work.output, record)

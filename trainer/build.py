@@ -76,6 +76,8 @@ def run(config: RunConfig, ranks: Ranks) -> Run:
     _refuse_another_run(config, directory)
     ranks.barrier()
 
+    for shape in loader.index.shapes:
+        networks.check_shape(config, shape)
     network = networks.denoiser(config, loader.index.shape).to(ranks.device)
     engine = Engine(network, config.engine, config.optimizer, layout.micro_batch_size, layout.accumulation, ranks.world)
     sigma_min = config.process.sigma_min

@@ -20,7 +20,7 @@ from torch import Tensor
 from trainer.distributed import Ranks
 from trainer.errors import UserError, WorkFailed
 
-FORMAT = 1
+FORMAT = 2
 State = dict[str, Tensor]
 
 

@@ -92,7 +92,8 @@ def open_tars(source: str, paths: Sequence[str], names: Sequence[str]) -> Source
     for name in places:
         if suffix_of(name) in (".txt", ".json") and (image := samples.get(_sample(name))) is not None:
             texts.setdefault(image, []).append(name)
-    return Source(keys_of(source, images), Files(source, images, partial(_read_tar, places), texts).picture)
+    files = Files(source, images, partial(_read_tar, places), texts)
+    return Source(keys_of(source, images), files.picture, files.header)
 
 
 def _sample(name: str) -> str:

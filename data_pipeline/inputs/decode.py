@@ -18,6 +18,8 @@ from data_pipeline.inputs.picture import one_picture, usual
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".pgm", ".ppm"})
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
 """What Pillow may take bytes for, whatever the file's suffix; among its others are some that start programs."""
+ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)
+"""EXIF's tag, and its values for pictures that are shown turned by a quarter."""
 PNG_16_BITS_COLOUR = {2: 3, 4: 1, 6: 3}
 """PNG's colour types that Pillow would cut to 8 bits, and their channels without alpha."""
 
@@ -51,12 +53,24 @@ def decode(data: bytes, name: str) -> NDArray[Any]:
         raise BadImage(f"{name}: cannot be read as an image: {lines[0]}") from None
 
 
+def size_in(data: bytes) -> tuple[int, int] | None:
+    """Width and height of the picture as `decode` gives it, from the header alone; None where that does not tell them."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `decode` refuses it
+            with Image.open(BytesIO(data), formats=FORMATS) as image:
+                width, height = image.size
+                return (height, width) if image.getexif().get(ORIENTATION, 1) in SIDEWAYS else (width, height)
+    except Exception:  # decoders raise all sorts of things for bytes that are broken; `decode` says what is wrong
+        return None
+
+
 def _by_pillow(data: bytes, name: str) -> NDArray[Any]:
     with Image.open(BytesIO(data), formats=FORMATS) as image:
         if image.format == "TIFF" and tiff.is_scientific(image):
             return tiff.one(data, name)
         if image.format == "PNG" and data[24] == 16 and data[25] in PNG_16_BITS_COLOUR:
-            return _png_16_bits(data, name, image.getexif().get(0x0112, 1))
+            return _png_16_bits(data, name, image.getexif().get(ORIENTATION, 1))
         maxval = image.tile[0][3][1] if image.format == "PPM" and isinstance(image.tile[0][3], tuple) else 0
         if image.mode == "RGB" and isinstance(maxval, int) and maxval > 255:
             raise BadImage(f"{name}: PPM with 16 bits a channel is not read: convert it to TIFF")

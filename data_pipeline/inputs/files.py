@@ -10,7 +10,7 @@ from functools import partial
 from data_pipeline import storage
 from data_pipeline.bad_image import BadImage
 from data_pipeline.inputs.captions import agreed, json_caption, metadata_captions, text_caption
-from data_pipeline.inputs.decode import SUFFIXES, decode
+from data_pipeline.inputs.decode import SUFFIXES, decode, size_in
 from data_pipeline.inputs.picture import Picture, Source, keys_of
 from trainer.errors import UserError
 
@@ -43,6 +43,12 @@ class Files:
             raise BadImage(f"{name}: cannot be read as an image: {error.strerror}") from None
         return Picture(pixels, agreed(captions, name))
 
+    def header(self, i: int) -> tuple[int, int] | None:
+        try:
+            return size_in(self.read(self.images[i]))
+        except OSError:
+            return None
+
 
 def suffix_of(name: str) -> str:
     return posixpath.splitext(name)[1].lower()
@@ -67,7 +73,8 @@ def named(source: str, names: Sequence[str], read: Callable[[str], bytes], suffi
     captions = metadata_captions(source, names, images, read)
     texts = {posixpath.splitext(name)[0]: name for name in names if suffix_of(name) == ".txt"}
     beside = {image: [texts[stem]] for image in images if (stem := posixpath.splitext(image)[0]) in texts}
-    return Source(keys_of(source, images), Files(source, images, read, beside, captions).picture)
+    files = Files(source, images, read, beside, captions)
+    return Source(keys_of(source, images), files.picture, files.header)
 
 
 def _read_in(folder: str, name: str) -> bytes:

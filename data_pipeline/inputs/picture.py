@@ -41,9 +41,18 @@ class Source:
 
     keys: Sequence[str]
     read: Callable[[int], Picture]
+    header: Callable[[int], tuple[int, int] | None] | None = None
+    """Width and height, where the first bytes of a picture tell them."""
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def size(self, i: int) -> tuple[int, int]:
+        """Width and height of picture i. Raises as `read` does."""
+        if self.header is not None and (known := self.header(i)) is not None:
+            return known
+        height, width = self.read(i).pixels.shape[:2]
+        return width, height
 
 
 class PerProcess(Generic[T]):

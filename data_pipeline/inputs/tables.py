@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from data_pipeline import storage
 from data_pipeline.bad_image import BadImage
 from data_pipeline.inputs.captions import FIELDS, caption_in
-from data_pipeline.inputs.decode import decode
+from data_pipeline.inputs.decode import decode, size_in
 from data_pipeline.inputs.picture import PerProcess, Picture, Source, keys_of
 from trainer.errors import UserError
 
@@ -65,11 +65,8 @@ class Rows:
     parts: PerProcess[_Kept]
 
     def picture(self, i: int) -> Picture:
-        number = bisect_right(self.starts, i) - 1
         name = f"{self.source}, row {i}"
-        part, row = self.parts.get().part(number), i - self.starts[number]
-        value = part.column(self.column.image)[row].as_py()  # of this row alone
-        data = value and value["bytes"] if self.column.inside else value
+        part, row, value, data = self._row(i)
         if data is None:
             where = f" (only the path {value['path']!r}, which is not opened)" if value and value.get("path") else ""
             raise BadImage(f"{name}: no bytes in the column {self.column.image}{where}")
@@ -78,6 +75,17 @@ class Rows:
         except UnicodeDecodeError:
             raise BadImage(f"{name}: the caption is not UTF-8") from None
         return Picture(decode(data, name), caption_in(record, name))
+
+    def header(self, i: int) -> tuple[int, int] | None:
+        data = self._row(i)[3]
+        return size_in(data) if data else None
+
+    def _row(self, i: int) -> tuple[Any, int, Any, bytes | None]:
+        """The part that has row i, its place there, the image's value, and the bytes in it."""
+        number = bisect_right(self.starts, i) - 1
+        part, row = self.parts.get().part(number), i - self.starts[number]
+        value = part.column(self.column.image)[row].as_py()  # of this row alone
+        return part, row, value, value and value["bytes"] if self.column.inside else value
 
 
 def open_parquet(source: str, paths: Sequence[str], names: Sequence[str]) -> Source:
@@ -99,7 +107,8 @@ def open_parquet(source: str, paths: Sequence[str], names: Sequence[str]) -> Sou
     if column is None or not rows:
         raise UserError(f"SOURCE {source}: no rows in it")
     kept = PerProcess(partial(_Kept, partial(_row_group, groups, [column.image, *column.captions])))
-    return Source(keys_of(source, rows), Rows(source, column, [0, *accumulate(sizes)], kept).picture)
+    held = Rows(source, column, [0, *accumulate(sizes)], kept)
+    return Source(keys_of(source, rows), held.picture, held.header)
 
 
 def open_saved(folder: str) -> Source:
@@ -132,7 +141,8 @@ def open_arrow(source: str, paths: Sequence[str]) -> Source:
         raise UserError(f"SOURCE {source}: no rows in it")
     kept = PerProcess(partial(_Kept, partial(_arrow, paths, [column.image, *column.captions])))
     keys = [f"row-{i:08d}" for i in range(sum(sizes))]
-    return Source(keys, Rows(source, column, [0, *accumulate(sizes)], kept).picture)
+    held = Rows(source, column, [0, *accumulate(sizes)], kept)
+    return Source(keys, held.picture, held.header)
 
 
 def _column(schema: pa.Schema, name: str) -> Column:

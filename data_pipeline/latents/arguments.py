@@ -1,4 +1,4 @@
-"""The flags --latents, --crop and --flip, and the request that they make: plain data, for index.json."""
+"""The flags --latents, --buckets, --crop and --flip, and the request that they make: plain data, for index.json."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from data_pipeline.corruption import Corruption, Degraded, Measured
-from data_pipeline.latents.buckets import Bucket
+from data_pipeline.latents.buckets import Bucket, buckets_of
 from data_pipeline.latents.identity import vae_identity
 from data_pipeline.latents.parts import find_parts
 from trainer.errors import UserError
@@ -19,7 +19,8 @@ class LatentRequest:
     """Everything that latents depend on, besides the pictures, the seed and the corruption. `asdict` gives plain JSON.
 
     source: a pipeline folder, a VAE's folder, or a hub id. vae: the VAE's identity. size: the side of the square that
-    pictures are cropped to, in pixels. flip: mirrors half of the pictures, by key.
+    pictures are cropped to, in pixels. buckets: if given, sizes of as many pixels with other ratios, too, in multiples of
+    so many pixels. flip: mirrors half of the pictures, by key.
     """
 
     source: str
@@ -27,17 +28,22 @@ class LatentRequest:
     size: int
     crop: Literal["centre", "random"] = "centre"
     flip: bool = False
+    buckets: int | None = None
 
     def __post_init__(self) -> None:
         if self.size < 8 or self.size % 8:
             raise UserError(f"--size {self.size}: with --latents it must be a multiple of 8, at least 8")
         if self.crop not in ("centre", "random"):
             raise UserError(f"--crop {self.crop}: must be centre or random")
+        if self.buckets is not None and (self.buckets < 8 or self.buckets % 8 or len(self.sizes) < 2):
+            raise UserError(
+                f"--buckets {self.buckets}: must be a multiple of 8, and small enough for two sizes of about {self.size}x{self.size} pixels"
+            )
 
     @property
-    def bucket(self) -> Bucket:
-        """What pictures are brought to."""
-        return Bucket(self.size, self.size)
+    def sizes(self) -> tuple[Bucket, ...]:
+        """What pictures are brought to: each to the one whose ratio is nearest to its own."""
+        return buckets_of(self.size, self.buckets) if self.buckets else (Bucket(self.size, self.size),)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a pipeline in diffusers' layout, its vae folder, or a hub id; levels are then in units of scaled latents",
     )  # fmt: skip
     group.add_argument(
+        "--buckets", type=int, nargs="?", const=64, metavar="STEP",
+        help="several aspect ratios: each picture is brought to the nearest of the sizes in multiples of STEP pixels (default: 64, as SDXL was trained) that have about --size x --size pixels",
+    )  # fmt: skip
+    group.add_argument(
         "--crop", choices=["centre", "random"], help="which part of a picture stays; random: drawn by key (default: centre)"
     )  # fmt: skip
     group.add_argument("--flip", action="store_true", help="mirror half of the pictures, drawn by key")
@@ -58,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def from_arguments(args: argparse.Namespace, corruption: Corruption) -> LatentRequest | None:
     """None without --latents. Finds the VAE, or downloads it, and hashes it. Raises UserError."""
     if args.latents is None:
-        for flag, value in {"--crop": args.crop, "--flip": args.flip}.items():
+        for flag, value in {"--crop": args.crop, "--flip": args.flip, "--buckets": args.buckets is not None}.items():
             if value:
                 raise UserError(f"{flag}: only with --latents")
         return None
@@ -67,11 +77,11 @@ def from_arguments(args: argparse.Namespace, corruption: Corruption) -> LatentRe
     check_channels(args.channels)
     check_corruption(corruption)
     crop: Literal["centre", "random"] = args.crop or "centre"
-    LatentRequest("", "", args.size)  # says what is wrong before a long download
+    LatentRequest("", "", args.size, buckets=args.buckets)  # says what is wrong before a long download
     vae = vae_identity(find_parts("--latents", args.latents, ["vae"])["vae"])
     path = Path(args.latents).expanduser()
     source = str(path.resolve()) if path.is_dir() else args.latents
-    return LatentRequest(source, vae, args.size, crop, args.flip)
+    return LatentRequest(source, vae, args.size, crop, args.flip, args.buckets)
 
 
 def check_channels(channels: int | None) -> None:

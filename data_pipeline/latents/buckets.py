@@ -1,4 +1,4 @@
-"""The size that pictures are brought to, and what of a picture is cut off.
+"""Sizes that pictures are brought to: one square, or aspect-ratio buckets; and what of a picture is cut off.
 
 As Stable Diffusion XL was trained: a picture is resized to cover its bucket, mirrored or not, and cropped. The network is
 told its original size, the crop and the bucket (`time_ids`), so that it does not learn to draw crops.
@@ -6,12 +6,17 @@ told its original size, the crop and the bucket (`time_ids`), so that it does no
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+WIDEST = 4
+"""The longer side of a bucket is at most this many times the shorter."""
 
 
 @dataclass(frozen=True, order=True)
@@ -20,6 +25,23 @@ class Bucket:
 
     width: int
     height: int
+
+
+def buckets_of(base: int, step: int) -> tuple[Bucket, ...]:
+    """Sizes in multiples of `step` with about base x base pixels, never more, and ratios from 1/4 to 4.
+
+    For each width the greatest height, and the other way round. For 1024 and 64 these are 33 of the 40 sizes in SDXL's
+    paper (appendix I); the seven others are a step narrower or lower than the base allows.
+    """
+    fitted = ((side, base * base // side // step * step) for side in range(step, WIDEST * base + 1, step))
+    within = [(a, b) for a, b in fitted if b and max(a, b) <= WIDEST * min(a, b)]
+    return tuple(sorted({Bucket(*pair) for a, b in within for pair in ((a, b), (b, a))}))
+
+
+def bucket_of(width: int, height: int, buckets: Sequence[Bucket]) -> int:
+    """The number of the bucket whose ratio is nearest to the picture's, as a factor; of two as near, the first."""
+    distances = [abs(math.log(b.width * height / (b.height * width))) for b in buckets]
+    return min(range(len(buckets)), key=lambda i: round(distances[i], 12))
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ import torch
 
 from data_pipeline.bad_image import BadImage
 from data_pipeline.corruption import Array, Corruption, Observation, generator_of
+from data_pipeline.index import Shape
 from data_pipeline.latents.arguments import LatentRequest, check_corruption
-from data_pipeline.latents.buckets import place
+from data_pipeline.latents.buckets import Bucket, place
 from data_pipeline.latents.identity import require_same, vae_identity
 from data_pipeline.latents.parts import find_parts
 from data_pipeline.latents.vae import Vae, images_a_pass
@@ -47,9 +48,8 @@ class LatentEncoder:
         found = vae_identity(find_parts("--latents", request.source, ["vae"])["vae"])
         require_same(request.vae, found, f"the VAE of --latents {request.source}")
         self.vae = Vae(request.source, device)
-        bucket = request.bucket
-        self.shape = self.vae.shape(bucket.width, bucket.height)
-        """(C, H, W) of the observations."""
+        self.shapes: tuple[Shape, ...] = tuple(self.vae.shape(size.width, size.height) for size in request.sizes)
+        """(C, H, W) of the observations, of each of the request's sizes."""
 
     def __call__(
         self,
@@ -58,18 +58,21 @@ class LatentEncoder:
         corruption: Corruption,
         reject: Callable[[str, BadImage], None] | None = None,
         value_range: tuple[float, float] | None = None,
+        size: int = 0,
     ) -> Iterator[tuple[str, Observation]]:
-        """The observations of pictures, by key, in their order; holds one batch of them at a time.
+        """The observations of pictures, by key, in their order; holds one batch of them at a time. size: which of the
+        request's sizes they are brought to.
 
         The bytes depend on the whole sequence, by rounding: give each call the pictures of one shard. A picture that
         cannot be used goes to `reject` with its reason, or raises BadImage where there is none. value_range: as `prepare` has.
         """
         check_corruption(corruption)
         waiting: list[Placed] = []
-        at_once = images_a_pass(self.request.size, self.request.size)
+        bucket = self.request.sizes[size]
+        at_once = images_a_pass(bucket.width, bucket.height)
         for key, picture in pictures:
             try:
-                placed = self.place(key, picture, seed, value_range)
+                placed = self.place(key, picture, seed, value_range, bucket)
             except BadImage as error:
                 if reject is None:
                     raise
@@ -82,7 +85,9 @@ class LatentEncoder:
         if waiting:
             yield from self._observe(waiting, corruption)
 
-    def place(self, key: str, picture: Picture, seed: int, value_range: tuple[float, float] | None = None) -> Placed:
+    def place(
+        self, key: str, picture: Picture, seed: int, value_range: tuple[float, float] | None, bucket: Bucket
+    ) -> Placed:
         """Raises BadImage for a picture that is not of 8 bits, grey or colour."""
         height, width, *colours = picture.pixels.shape
         if picture.pixels.dtype != np.uint8 or colours not in ([], [3]):
@@ -91,7 +96,7 @@ class LatentEncoder:
             )
         generator = generator_of(seed, key)
         placement = place(
-            width, height, self.request.bucket,
+            width, height, bucket,
             crop=self.request.crop, flip=self.request.flip, draws=generator.random(3),
         )  # fmt: skip
         x0 = prepare(Picture(placement.apply(picture.pixels)), None, 3, value_range)

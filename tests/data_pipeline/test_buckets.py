@@ -1,6 +1,8 @@
-"""What is recorded of a crop is what was cut."""
+"""Buckets are SDXL's, every picture goes to the nearest, and what is recorded of a crop is what was cut."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import pytest
@@ -8,9 +10,55 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipeline.latents.buckets import Bucket, place
+from data_pipeline.latents.buckets import Bucket, bucket_of, buckets_of, place
 
+PUBLISHED = """
+512x2048 512x1984 512x1920 512x1856 576x1792 576x1728 576x1664 640x1600 640x1536 704x1472 704x1408 704x1344 768x1344
+768x1280 832x1216 832x1152 896x1152 896x1088 960x1088 960x1024 1024x1024 1024x960 1088x960 1088x896 1152x896 1152x832
+1216x832 1280x768 1344x768 1408x704 1472x704 1536x640 1600x640 1664x576 1728x576 1792x576 1856x512 1920x512 1984x512
+2048x512"""
+"""Height x width: Podell et al. 2023 (SDXL), appendix I."""
+
+SIDES = st.integers(1, 3000)
+SMALL = buckets_of(64, 16)
 SIZES = [Bucket(64, 64), Bucket(48, 80), Bucket(128, 32)]
+
+
+def test_they_are_those_of_sdxl_without_the_ones_that_could_be_larger() -> None:
+    published = {Bucket(int(w), int(h)) for h, _, w in (pair.partition("x") for pair in PUBLISHED.split())}
+    ours = set(buckets_of(1024, 64))
+    assert ours < published
+    for left_out in published - ours:
+        wider = Bucket(left_out.width + 64, left_out.height)
+        higher = Bucket(left_out.width, left_out.height + 64)
+        assert ours & {wider, higher}
+
+
+@pytest.mark.parametrize(("base", "step"), [(64, 8), (64, 16), (512, 64), (768, 32)])
+def test_they_stay_within_the_base_and_the_ratios(base: int, step: int) -> None:
+    buckets = buckets_of(base, step)
+    assert Bucket(base, base) in buckets
+    assert len(set(buckets)) == len(buckets)
+    for bucket in buckets:
+        assert Bucket(bucket.height, bucket.width) in buckets
+        assert bucket.width % step == bucket.height % step == 0
+        assert bucket.width * bucket.height <= base * base
+        assert 1 / 4 <= bucket.width / bucket.height <= 4
+
+
+@pytest.mark.parametrize("bucket", buckets_of(1024, 64), ids=str)
+def test_a_picture_of_a_buckets_shape_goes_there_at_any_size(bucket: Bucket) -> None:
+    buckets = buckets_of(1024, 64)
+    for scale in (1, 3):
+        assert buckets[bucket_of(scale * bucket.width, scale * bucket.height, buckets)] == bucket
+
+
+@given(SIDES, SIDES)
+def test_no_other_bucket_is_nearer(width: int, height: int) -> None:
+    def distance(bucket: Bucket) -> float:
+        return abs(math.log(width / height) - math.log(bucket.width / bucket.height))
+
+    assert distance(SMALL[bucket_of(width, height, SMALL)]) <= min(map(distance, SMALL)) + 1e-9
 
 
 @settings(deadline=None, max_examples=40)

@@ -19,6 +19,7 @@ from data_pipeline.bad_image import BadImage
 from data_pipeline.corruption import Degraded, Gaussian, Measured, Observation, generator_of
 from data_pipeline.latents import arguments
 from data_pipeline.latents.arguments import LatentRequest
+from data_pipeline.latents.buckets import Bucket
 from data_pipeline.latents.encoder import LatentEncoder
 from data_pipeline.latents.identity import require_same, vae_identity
 from data_pipeline.latents.vae import Vae, images_a_pass
@@ -91,7 +92,7 @@ def test_the_time_ids_are_those_of_diffusers(encoder_for: Callable[..., LatentEn
     height, width, top, left, target_height, target_width = observation.about["time_ids"]
     theirs = pipeline._get_add_time_ids((101, 190), (top, left), (64, 64), torch.float32, 32)
     assert [[height, width, top, left, target_height, target_width]] == theirs.tolist()
-    assert observation.x_n.shape == encoder.shape == (4, 8, 8)
+    assert (observation.x_n.shape,) == encoder.shapes == ((4, 8, 8),)
     assert isinstance(observation.about["flip"], bool)
     json.dumps(observation.about)
 
@@ -129,7 +130,7 @@ def test_mirrors_and_crops_leave_the_noise_as_it_is(encoder_for: Callable[..., L
 
 def test_a_mirrored_picture_is_encoded_mirrored(encoder_for: Callable[..., LatentEncoder]) -> None:
     encoder = encoder_for(flip=True)
-    placed = [encoder.place(key, picture, 0) for key, picture in pictures(20, 64, 64)]
+    placed = [encoder.place(key, picture, 0, None, Bucket(64, 64)) for key, picture in pictures(20, 64, 64)]
     assert 4 < sum(bool(p.about["flip"]) for p in placed) < 16
     for (_, picture), p in zip(pictures(20, 64, 64), placed, strict=True):
         pixels = picture.pixels[:, ::-1] if p.about["flip"] else picture.pixels

@@ -8,7 +8,6 @@ import shutil
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,8 +15,6 @@ from hypothesis import strategies as st
 
 from data_pipeline.index import NAME, read_index
 from data_pipeline.loader import DataConfig, Layout, Loader
-from data_pipeline.reader import decode
-from data_pipeline.writer import npy_bytes
 from trainer.errors import UserError
 
 CPU = torch.device("cpu")
@@ -101,7 +98,7 @@ def damaged(shards: Path, folder: Path, what: str) -> Path:
     elif what == "no samples":
         index["shards"][0]["samples"] = 0
     elif what == "two dimensions":
-        index["shape"] = [3, 64]
+        index["shapes"] = [[3, 64]]
     elif what == "no level":
         index["sigma_max"] = float("nan")
     elif what == "path in a name":
@@ -130,38 +127,6 @@ def test_damaged_shards_are_named(what: str, message: str, workers: int, shards:
     folder = damaged(shards, tmp_path / "damaged", what)
     with pytest.raises(UserError, match=message):
         list(islice(Loader(DataConfig(str(folder), workers=workers), Layout(8, 8, 0, 1), 0, CPU).stream(0), 10))
-
-
-@pytest.mark.parametrize(
-    ("sample", "message"),
-    [
-        ({"json": b'{"sigma_n": -1}'}, "sigma_n is -1.0"),
-        ({"json": b'{"sigma_n": NaN}'}, "sigma_n is nan"),
-        ({"json": b"{}"}, "cannot be decoded"),
-        ({"json": b"["}, "cannot be decoded"),
-        ({"x_n.npy": b"no npy"}, "cannot be decoded"),
-        ({"x_n.npy": npy_bytes(np.zeros((3, 4, 4), np.float32))}, r"float16 \(3, 4, 4\), the index says"),
-        ({"x_n.npy": npy_bytes(np.full((1, 4, 4), np.nan, np.float32))}, "NaN or Inf"),
-        ({"x_n.npy": None}, "has no member seven.x_n.npy"),
-    ],
-)
-def test_a_bad_sample_is_named_with_its_key(sample: dict[str, bytes | None], message: str) -> None:
-    good = {"__key__": "seven", "x_n.npy": npy_bytes(np.zeros((1, 4, 4), np.float32)), "json": b'{"sigma_n": 0.1}'}
-    raw = {name: value for name, value in (good | sample).items() if value is not None}
-    with pytest.raises(UserError, match=f"sample seven: .*{message}"):
-        decode(raw, (1, 4, 4))  # pyright: ignore[reportArgumentType]
-
-
-def test_a_pickled_array_is_never_unpickled(tmp_path: Path) -> None:
-    class Trap:
-        def __reduce__(self) -> tuple[object, tuple[str]]:
-            return os.system, (f"touch {tmp_path / 'sprung'}",)
-
-    file = tmp_path / "trap.npy"
-    np.save(file, np.array([Trap()], dtype=object), allow_pickle=True)
-    with pytest.raises(UserError, match="sample trap"):
-        decode({"__key__": "trap", "x_n.npy": file.read_bytes(), "json": b'{"sigma_n": 0.1}'}, (1, 4, 4))
-    assert not (tmp_path / "sprung").exists()
 
 
 def test_read_index_gives_back_what_was_written(shards: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import order as order_module
+from data_pipeline.batch_order import BatchOrder
 from data_pipeline.loader import DataConfig, Layout, Loader, MicroBatches
 from data_pipeline.order import Order, Places, stand_in
 
@@ -35,9 +35,9 @@ def test_every_sample_exactly_once_an_epoch(counts: list[int], group: int, seed:
 @given(counts=COUNTS, group=st.integers(1, 25), start=st.integers(0, 10**9), length=st.integers(1, 300))
 def test_a_range_is_its_positions_one_by_one(counts: list[int], group: int, start: int, length: int) -> None:
     order = Order(counts, 7, group)
-    one_by_one = [order.at(position) for position in range(start, start + length)]
-    assert pairs(order.range(start, length)) == [(a.shard, a.row) for a in one_by_one]
-    assert [a.epoch for a in one_by_one] == [p // sum(counts) for p in range(start, start + length)]
+    one_by_one = [pairs(order.range(position, 1))[0] for position in range(start, start + length)]
+    assert pairs(order.range(start, length)) == one_by_one
+    assert [order.group_at(p).epoch for p in range(start, start + length)] == [p // sum(counts) for p in range(start, start + length)]  # fmt: skip
 
 
 @settings(max_examples=80, deadline=None)
@@ -49,7 +49,8 @@ def test_any_world_and_workers_continue_the_one_sequence_after_any_step(
     counts: list[int], group: int, world: int, micro: int, accumulation: int, workers: int, step: int, data: st.DataObject
 ) -> None:  # fmt: skip
     """Shards of uneven size, ends of epochs within batches, each rank cut after a step and gone on by other workers."""
-    order, batch = Order(counts, 3, group), world * micro * accumulation
+    batch = world * micro * accumulation
+    order = BatchOrder(counts, [0] * len(counts), batch, 3, group)
     steps, cut = 3, data.draw(st.integers(0, 3))
     found: dict[int, tuple[int, int]] = {}
     for rank in range(world):
@@ -57,9 +58,9 @@ def test_any_world_and_workers_continue_the_one_sequence_after_any_step(
         for first, last, of_workers in [(step, step + cut, workers), (step + cut, step + steps, workers % 3 + 1)]:
             streams = [MicroBatches(order, layout, first).of(w, of_workers) for w in range(of_workers)]
             for number in range((last - first) * accumulation):
-                places = next(streams[number % of_workers])
-                found |= dict(zip(range(places.first, places.first + len(places)), pairs(places), strict=True))
-    whole = pairs(order.range(step * batch, steps * batch))
+                part = next(streams[number % of_workers])
+                found |= dict(zip(range(part.position, part.position + len(part)), pairs(part.places), strict=True))
+    whole = pairs(Order(counts, 3, group).range(step * batch, steps * batch))
     assert [found[p] for p in range(step * batch, (step + steps) * batch)] == whole
     assert len(found) == len(whole), "each position once"
 
@@ -88,11 +89,10 @@ def test_the_order_stays_what_it_was_for_runs_that_go_on() -> None:
 
 @pytest.mark.parametrize("position", [1000, 10**9])
 def test_a_position_costs_two_permutations_wherever_it_is(position: int) -> None:
-    for cached in (order_module._epoch, order_module._shuffled):
-        cached.cache_clear()
-    Order([10] * 1000, 0, 16).range(position - position % 160, 64)
-    assert order_module._epoch.cache_info().misses == 1
-    assert order_module._shuffled.cache_info().misses == 1
+    order = Order([10] * 1000, 0, 16)
+    order.range(position - position % 160, 64)
+    assert order._epoch.cache_info().misses == 1
+    assert order._shuffled.cache_info().misses == 1
 
 
 @pytest.mark.parametrize("position", [1000, 1_000_000_000])

@@ -15,8 +15,6 @@ from PIL import Image
 from data_pipeline.corruption import Gaussian, generator_of
 from data_pipeline.index import NAME, read_index
 from data_pipeline.inspect import main as inspect_main
-from data_pipeline.order import Address
-from data_pipeline.reader import ShardReader
 from data_pipeline.shard import main, shard
 from data_pipeline.sources import open_source, prepare
 from trainer import errors
@@ -37,10 +35,15 @@ def observations(folder: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def raw_samples(folder: Path) -> list[dict[str, bytes]]:
-    index = read_index(folder)
-    reader = ShardReader(folder, index, open_shards=2)
-    return [reader.read(Address(0, n, row)) for n, s in enumerate(index.shards) for row in range(s.samples)]  # pyright: ignore[reportReturnType]
+def recorded(folder: Path) -> dict[str, dict[str, object]]:
+    """What is recorded beside each observation, by its key."""
+    found: dict[str, dict[str, object]] = {}
+    for entry in read_index(folder).shards:
+        with tarfile.open(folder / entry.name) as tar:
+            for member in tar:
+                if member.name.endswith(".json") and (file := tar.extractfile(member)):
+                    found[member.name.removesuffix(".json")] = json.loads(file.read())
+    return found
 
 
 def test_an_observation_is_the_image_plus_the_noise_of_its_key(pictures: Path, shards: Path) -> None:
@@ -66,7 +69,7 @@ def test_a_clean_share_leaves_the_other_observations_as_they_are(pictures: Path,
     for i, key in enumerate(source.keys):
         if key in clean:
             np.testing.assert_allclose(some[key], prepare(source.read(i), None, 1), atol=1e-3)
-    levels = {sample["__key__"]: json.loads(sample["json"])["sigma_n"] for sample in raw_samples(tmp_path / "some")}
+    levels = {key: about["sigma_n"] for key, about in recorded(tmp_path / "some").items()}
     assert {key for key, level in levels.items() if level == 0} == set(clean)
     assert {level for level in levels.values() if level} == {0.4}
 

@@ -105,7 +105,13 @@ def test_the_index_says_what_they_are_and_which_images_could_not_be_used(
     index = read_index(latents)
     assert (index.shape, index.samples, [s.samples for s in index.shards]) == ((4, 4, 4), COUNT, [4, 2, 4, 4])
     vae = vae_identity(tiny_sdxl / "vae")
-    assert index.request["latents"] == {"source": str(tiny_sdxl), "vae": vae, "crop": "random", "flip": True}
+    assert index.request["latents"] == {
+        "source": str(tiny_sdxl),
+        "vae": vae,
+        "crop": "random",
+        "flip": True,
+        "buckets": None,
+    }
     assert index.text == {"identity": encoders.identity, "captions": 4, "cut": 0}
     rejected = [json.loads(line) for line in (latents / "rejected.jsonl").read_text().splitlines()]
     assert [entry["key"] for entry in rejected] == ["p05a_png", "p05b_png"]

@@ -45,7 +45,7 @@ def test_a_plan_shared_by_two_jobs_gives_the_same_bytes(pictures: Path, shards: 
     output = str(tmp_path / "out")
     request = Request(str(pictures), Gaussian(0.4), shard_size=8)
     source = open_source(request.source)
-    planned = plan.Plan(request.recorded(), 60, plan.digest_of_keys(source, 60), 1, (1, 16, 16))
+    planned = plan.Plan(request.recorded(), 60, plan.digest_of_keys(source, 60), 1, ((1, 16, 16),))
     os.mkdir(output)
     plan.write_plan(output, planned)
     for job in (1, 0):
@@ -130,7 +130,7 @@ def test_a_call_killed_between_the_index_and_the_end_is_tidied_up(pictures: Path
     output = tmp_path / "out"
     shutil.copytree(shards, output)
     (output / "shard-000003.json").write_text("{}")
-    planned = plan.Plan(Request(str(pictures), Gaussian(0.4), shard_size=8).recorded(), 60, "", 1, (1, 16, 16))
+    planned = plan.Plan(Request(str(pictures), Gaussian(0.4), shard_size=8).recorded(), 60, "", 1, ((1, 16, 16),))
     plan.write_plan(str(output), planned)
     assert shard(str(pictures), output, Gaussian(0.4), shard_size=8).samples == 60
     assert contents(output) == contents(shards)
@@ -241,7 +241,7 @@ def test_an_index_of_100_000_shards_is_written_and_read_in_seconds(tmp_path: Pat
     from data_pipeline.index import Shard, ShardIndex, parse_index, write_index
 
     many = tuple(Shard(f"shard-{i:06d}.tar", 1000, 10**9 + i, f"{i:064x}") for i in range(100_000))
-    index = ShardIndex(many, (3, 64, 64), 0.1, 0.1, {"seed": 3, "corruption": {"kind": "gaussian"}})
+    index = ShardIndex(many, ((3, 64, 64),), 0.1, 0.1, {"seed": 3, "corruption": {"kind": "gaussian"}})
     started = time.process_time()
     write_index(str(tmp_path), index)
     assert parse_index("index", (tmp_path / NAME).read_bytes()) == index

@@ -189,7 +189,7 @@ def test_an_index_of_an_earlier_version_is_taken_for_the_same_request(pictures: 
     output = tmp_path / "out"
     shutil.copytree(shards, output)
     data = json.loads((output / "index.json").read_text())
-    old = {name: data[name] for name in ("format", "samples", "shards", "shape", "sigma_min", "sigma_max", "request")}
+    old = {name: data[name] for name in ("format", "samples", "shards", "shapes", "sigma_min", "sigma_max", "request")}
     del old["request"]["captions"], old["request"]["value_range"]
     (output / "index.json").write_text(json.dumps(old))
     assert shard(str(pictures), output, Gaussian(0.4), shard_size=8).samples == 60

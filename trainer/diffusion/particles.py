@@ -14,6 +14,7 @@ from trainer.diffusion.noise import Noise
 
 Slots = tuple[Tensor, Tensor]
 """Rows and columns of a pool, both (B,) int64."""
+State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class ParticlePool:
     at a level whose logarithm is uniform from sigma_n to sigma_max, so that consistency is asked for everywhere.
     A clean observation (sigma_n at or below sigma_min) has no level below it to fill, and gives none of the first kind.
     Rows are rows of the global batch: a rank holds its own, so the union over ranks does not depend on their number, and
-    a checkpoint can be split anew.
+    a checkpoint can be split anew. Batches of another shape of observations have particles of their own.
     """
 
     def __init__(self, rows: int, depth: int, sigma_min: float, sigma_max: float | None = None) -> None:
@@ -42,13 +43,15 @@ class ParticlePool:
         self.depth = depth
         self.sigma_min = sigma_min
         self.sigma_max = sigma_max
-        self._state: dict[str, Tensor] = {}
+        self._states: dict[torch.Size, State] = {}
+        """By the shape of x."""
 
     def take(self, batch: Batch, noise: Noise, first_row: int = 0) -> tuple[Slots, Particles]:
         """One particle from each of the rows `first_row` to `first_row + len(batch)` of this pool, and where it was."""
-        if not self._state:
-            self._state = self._empty(batch)
-        state, rows = self._state, torch.arange(first_row, first_row + len(batch), device=batch.x_n.device)
+        shape = batch.x_n.shape[1:]
+        if shape not in self._states:
+            self._states[shape] = self._empty(batch)
+        state, rows = self._states[shape], torch.arange(first_row, first_row + len(batch), device=batch.x_n.device)
         slot = (noise.uniform("pool.slot", batch.sigma_n) * self.depth).long().clamp(max=self.depth - 1)
         dead = state["sigma"][rows, slot] <= self.sigma_min * (1 + 1e-6)
         born_x, born_sigma = self._born(batch, noise)
@@ -64,23 +67,26 @@ class ParticlePool:
 
     def put(self, slots: Slots, particles: Particles) -> None:
         """Stores the particles in the slots they were taken from; an inactive one leaves its slot empty."""
-        self._state["x"][slots] = particles.x
-        self._state["sigma"][slots] = torch.where(particles.active, particles.sigma, torch.zeros_like(particles.sigma))
+        state = self._states[particles.x.shape[1:]]
+        state["x"][slots] = particles.x
+        state["sigma"][slots] = torch.where(particles.active, particles.sigma, torch.zeros_like(particles.sigma))
         for name, value in particles.conditioning.items():
-            self._state[f"conditioning.{name}"][slots] = value
+            state[f"conditioning.{name}"][slots] = value
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Tensors (R, K, ...) of this rank's rows; empty before the first step."""
-        return dict(self._state)
+    def state_dict(self) -> State:
+        """Tensors (R, K, ...) of this rank's rows, named SHAPE.NAME, as in 4x64x64.sigma; empty before the first step."""
+        named = {"x".join(map(str, shape)): state for shape, state in self._states.items()}
+        return {f"{shape}.{name}": value for shape, state in named.items() for name, value in state.items()}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """state: as `state_dict` gives it, for this rank's rows."""
         for name, value in state.items():
             if value.shape[:2] != (self.rows, self.depth):
                 raise ValueError(
                     f"the particle pool to load is {tuple(value.shape[:2])}, this one is {(self.rows, self.depth)}"
                 )
-            self._state[name] = value.clone()
+            shape, _, inner = name.partition(".")
+            self._states.setdefault(torch.Size(map(int, shape.split("x"))), {})[inner] = value.clone()
 
     def _born(self, batch: Batch, noise: Noise) -> tuple[Tensor, Tensor]:
         if self.sigma_max is None:
@@ -89,7 +95,7 @@ class ParticlePool:
         sigma = log_uniform(noise.uniform("pool.level", low), low, torch.full_like(low, self.sigma_max))
         return further_noised(batch.x_n, batch.sigma_n, sigma, noise.normal("pool.noise", batch.x_n)), sigma
 
-    def _empty(self, batch: Batch) -> dict[str, Tensor]:
+    def _empty(self, batch: Batch) -> State:
         def slots(value: Tensor) -> Tensor:
             return value.new_zeros(self.rows, self.depth, *value.shape[1:])
 
