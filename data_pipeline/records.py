@@ -144,7 +144,10 @@ def merge(output: str, work: Plan, records: Iterable[Record], text: dict[str, An
         sigma_min=min(record.sigma_min for record in filled),
         sigma_max=max(record.sigma_max for record in filled),
         request=work.request,
-        schema={OBSERVATION: {"dtype": "float16", "shapes": [list(shape) for shape in shapes]}, META: {"fields": fields}},
+        schema={
+            OBSERVATION: {"dtype": "float16", "shapes": [list(shape) for shape in shapes]},
+            META: {"fields": fields},
+        },
         rejected=len(rejected),
         text=text,
     )
