@@ -89,12 +89,16 @@ def many_shards(folder: Path, count: int, real: int = 10, per_shard: int = 500) 
     return Files(kind, kind.samples, folder, folder, folder)
 
 
-def pictures(folder: Path, count: int) -> None:
-    """JPEG files of 512 x 512 pixels."""
+def pictures(folder: Path, count: int, distinct: int = 4) -> None:
+    """JPEG files of 4000 x 3000 pixels, as a camera writes them. distinct: so many are files, the others links to them."""
     folder.mkdir(parents=True)
-    encoded = [jpeg_bytes(image) for image in _samples(KINDS[2])[0]]
+    generator = np.random.default_rng(0)
     for i in range(count):
-        (folder / f"{i:06d}.jpg").write_bytes(encoded[i % DISTINCT])
+        path = folder / f"{i:06d}.jpg"
+        if i < distinct:
+            path.write_bytes(jpeg_bytes(_picture(generator, 3000, 4000)))
+        else:
+            path.hardlink_to(folder / f"{i % distinct:06d}.jpg")
 
 
 def write_shards(folder: Path, kind: Kind, samples: int, members: Iterator[dict[str, bytes]]) -> None:
@@ -120,15 +124,17 @@ def _samples(kind: Kind) -> tuple[list[NDArray[np.uint8]], list[NDArray[np.float
     channels, height, width = kind.shape
     if channels != 3:
         return [], [generator.standard_normal(kind.shape).astype(np.float16) for _ in range(DISTINCT)]
-    clean: list[NDArray[np.uint8]] = []
-    for _ in range(DISTINCT):
-        small = generator.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
-        large = np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC), np.float32)
-        grain = generator.normal(0, 4, (height, width, 1))
-        clean.append((0.6 * large + 50 + grain).clip(0, 255).astype(np.uint8))
+    clean = [_picture(generator, height, width) for _ in range(DISTINCT)]
     scaled = [image.transpose(2, 0, 1) / np.float32(127.5) - 1 for image in clean]
     noise = (SIGMA_N * generator.standard_normal((DISTINCT, *kind.shape), dtype=np.float32)).astype(np.float32)
     return clean, [(x0 + z).astype(np.float16) for x0, z in zip(scaled, noise, strict=True)]
+
+
+def _picture(generator: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
+    small = generator.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+    large = np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC), np.float32)
+    grain = generator.normal(0, 4, (height, width, 1))
+    return (0.6 * large + 50 + grain).clip(0, 255).astype(np.uint8)
 
 
 def npy_bytes(x: NDArray[Any]) -> bytes:

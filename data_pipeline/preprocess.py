@@ -72,8 +72,6 @@ def preprocess(request: Request, output: str, max_rejected: float, means: Means)
         output = str(local)
         if local.exists() and not local.is_dir():
             raise UserError(f"OUTPUT {output}: is a file; give a folder")
-    elif request.latents and request.captions:
-        raise UserError(f"OUTPUT {output}: the captions' embeddings of --latents are written to a folder of this machine: give one and copy it, or --no-captions")  # fmt: skip
     if storage.exists(storage.join(output, index.NAME)):
         return _complete(output, asked)
     records.refuse_other_files(output)

@@ -120,6 +120,21 @@ def write_atomically(path: str, data: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
+def put(file: Path, url: str) -> None:
+    """Copies a file of this machine to a URL, in parts: it may be larger than memory."""
+    with one_error(url):
+        system, name = _system(url)
+        system.makedirs(name.rpartition("/")[0], exist_ok=True)
+        system.put_file(str(file), name)
+
+
+def get(url: str, file: Path) -> None:
+    """Copies a file from a URL to this machine, in parts."""
+    with one_error(url):
+        system, name = _system(url)
+        system.get_file(name, str(file))
+
+
 def remove(path: str) -> None:
     """Removes a file; it may be gone already."""
     local = local_path(path)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from data_pipeline import storage
 from data_pipeline.latents.parts import ENCODERS, TOKENIZERS, has_part
 
 FOLDER = "text"
@@ -25,8 +26,15 @@ def write_captions(output: str, source: str, captions: Sequence[str]) -> dict[st
         return None
     from data_pipeline.latents.text import TextEncoders  # here, since torch takes seconds
     from data_pipeline.latents.text_cache import TextCache, write_text_cache
+    from data_pipeline.latents.text_remote import put, workplace
 
-    folder = Path(output) / FOLDER
+    place = storage.join(output, FOLDER)
+    local = storage.local_path(place)
+    folder = local or workplace(place)
     write_text_cache(folder, captions, TextEncoders(source))
     cache = TextCache(folder)
-    return {"identity": cache.identity, "captions": len(cache), "cut": cache.cut}
+    described = {"identity": cache.identity, "captions": len(cache), "cut": cache.cut}
+    if local is None:
+        put(folder, place)
+        shutil.rmtree(folder)
+    return described

@@ -14,8 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from data_pipeline.index import read_index
 from data_pipeline.latents.text import Embeddings, TextEncoders
 from data_pipeline.latents.text_cache import CHUNK, TextCache, write_text_cache
+from data_pipeline.latents.text_remote import open_text
+from data_pipeline.shard import main
+from tests.data_pipeline.conftest import CAPTIONS as OF_PHOTOS
 from trainer.errors import UserError
 
 LONG = "a very long caption of many words, " * 20
@@ -201,3 +205,29 @@ def test_a_pipeline_without_a_part_is_refused(tiny_sdxl: Path, tmp_path: Path) -
     shutil.copytree(tiny_sdxl, tmp_path / "copy", ignore=shutil.ignore_patterns("unet", "vae", "vocab.json"))
     with pytest.raises(UserError, match="tokenizer: cannot be loaded as CLIPTokenizer"):
         TextEncoders(str(tmp_path / "copy"))
+
+
+def test_a_cache_at_a_url_is_the_one_that_a_folder_has(
+    photos: Path, tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AMBIENT_CACHE", str(tmp_path / "cache"))
+    arguments = ["--latents", str(tiny_sdxl), "--size", "32", "--sigma", "0.4", "--max-rejected", "2", "--workers", "1"]
+    url = "memory://text-cache/out"
+    assert main([str(photos), str(tmp_path / "out"), *arguments]) == 0
+    assert main([str(photos), url, *arguments]) == 0
+    assert read_index(url).text == read_index(tmp_path / "out").text is not None
+    assert not list((tmp_path / "cache").rglob("*.npy")), "nothing is left where it was made"
+    here, there = open_text(str(tmp_path / "out" / "text")), open_text(f"{url}/text")
+    assert there.folder.is_relative_to(tmp_path / "cache")
+    for one, other in zip(here.rows([0, 1, 2, 3]), there.rows([0, 1, 2, 3]), strict=True):
+        assert torch.equal(one, other)
+    again = open_text(f"{url}/text")
+    assert (again.folder, again.ids(OF_PHOTOS)) == (there.folder, [1, 2, 3])
+
+
+def test_a_cache_at_a_url_that_is_not_complete_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AMBIENT_CACHE", str(tmp_path))
+    with pytest.raises(
+        UserError, match=r"memory://nothing/text: no text\.json in it, so the embeddings are not complete"
+    ):
+        open_text("memory://nothing/text")
