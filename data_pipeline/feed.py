@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from data_pipeline.latents.text_cache import TextCache
 from data_pipeline.order import Group, Order, Places, stand_in
 from data_pipeline.reader import BadShard, ShardReader
 from trainer.diffusion.noise import address
@@ -36,10 +37,15 @@ class Piece(NamedTuple):
     failed: tuple[str, ...] = ()
 
 
-def conditioning_of(about: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[Any]]:
+def conditioning_of(about: Sequence[Mapping[str, Any]], text: TextCache | None) -> dict[str, NDArray[Any]]:
     """From what is recorded beside each observation to what the backbone is given: arrays whose first dimension is B, by
-    name. None are yet."""
-    return {}
+    name. time_ids (B, 6) float32, of latents. caption (B,) int64, the ids in `text`, where there is one; 0 is no caption."""
+    conditioning: dict[str, NDArray[Any]] = {}
+    if all("time_ids" in record for record in about):
+        conditioning["time_ids"] = np.array([record["time_ids"] for record in about], np.float32)
+    if text is not None:
+        conditioning["caption"] = np.array(text.ids(record.get("caption", "") for record in about), np.int64)
+    return conditioning
 
 
 class Slots:
@@ -71,9 +77,13 @@ class Slots:
 
 
 class Feed:
-    """A pipeline's stages from places to pieces. flip: as in DataConfig. skip: goes on without shards that fail."""
+    """A pipeline's stages from places to pieces. flip: as in DataConfig. skip: goes on without shards that fail.
+    text: has the captions' ids, where the network is given them."""
 
-    def __init__(self, order: Order, reader: ShardReader, slots: Slots, flip: bool, skip: bool) -> None:
+    def __init__(
+        self, order: Order, reader: ShardReader, slots: Slots, flip: bool, skip: bool, text: TextCache | None = None
+    ) -> None:
+        self._text = text
         self._order, self._reader, self._slots, self._flip, self._skip = order, reader, slots, flip, skip
         self._group: Group | None = None
         self._bad: dict[tuple[int, int], str] = {}
@@ -126,7 +136,7 @@ class Feed:
             mirrored = [i for i in range(len(places)) if address(self._order.seed, "flip", places.first + i) % 2]
             x_n[mirrored] = x_n[mirrored, ..., ::-1]
         sigma_n = np.array([record["sigma_n"] for record in about], np.float32)
-        conditioning = conditioning_of(about)
+        conditioning = conditioning_of(about, self._text)
         return Piece(worker.id if worker else 0, number, sigma_n, conditioning, tuple(keys), skipped, tuple(failed))
 
     def _replaced(self, places: Places, failed: list[str]) -> tuple[Places, int]:

@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import torch
 
+from trainer import base_pipeline
 from trainer.config import RunConfig
 from trainer.diffusion.denoiser import Denoiser
 from trainer.errors import UserError
-from trainer.models.unet2d import UNet2D
+from trainer.models.sdxl import SDXLConfig, Text
+from trainer.models.unet2d import UNet2D, UNet2DConfig
 
 
-def denoiser(config: RunConfig, shape: tuple[int, int, int]) -> Denoiser:
-    """Fresh weights, the same on every rank and machine. shape: (C, H, W) of an observation."""
-    resolutions = len(config.model.channels)
+def denoiser(config: RunConfig, shape: tuple[int, int, int], text: Text | None = None) -> Denoiser:
+    """Fresh weights, the same on every rank and machine; of a base and adapters, fresh adapters. shape: (C, H, W) of an
+    observation. text: what caption ids mean, where the network is to be asked about them."""
+    model = config.model
+    if isinstance(model, UNet2DConfig):
+        _check_sides(model, shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        if isinstance(model, SDXLConfig):
+            backbone = base_pipeline.backbone(config, model, shape, text)
+        else:
+            backbone = UNet2D(model, shape[0], shape[1])
+        return Denoiser(backbone, config.process, config.prediction)
+
+
+def _check_sides(model: UNet2DConfig, shape: tuple[int, int, int]) -> None:
+    resolutions = len(model.channels)
     halvings = 2 ** (resolutions - 1)
     if shape[1] % halvings or shape[2] % halvings:
         raise UserError(
             f"model.channels has {resolutions} resolutions, so image sides must be multiples of {halvings}; the shards"
             f" have {shape[2]}x{shape[1]}: shard with another --size, or give fewer channels"
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return Denoiser(UNet2D(config.model, shape[0], shape[1]), config.process, config.prediction)

@@ -35,9 +35,15 @@ def restore(run_dir: Path) -> Restored:
         )
     state = read_state(path)
     denoiser = networks.denoiser(config, state.shape)
+    average = read_tensors(path, "ema")
+    trained = {
+        name for name, p in denoiser.named_parameters() if p.requires_grad
+    }  # a frozen base is not in checkpoints
     try:
-        denoiser.load_state_dict(read_tensors(path, "ema"))
-    except RuntimeError:
+        if trained != average.keys():
+            raise RuntimeError
+        denoiser.load_state_dict(average, strict=False)
+    except RuntimeError:  # also for another shape
         raise UserError(
             f"{path}: these weights are not of the model in {run_dir / 'config.yaml'}; was it edited?"
         ) from None
