@@ -22,6 +22,10 @@ class Restored:
     state: TrainState
     denoiser: Denoiser
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
 
 def restore(run_dir: Path) -> Restored:
     """From the last checkpoint. Raises UserError when there is none."""
