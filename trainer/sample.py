@@ -80,17 +80,19 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(
             f"--guide {args.guide}: its images are {guide.state.shape}, those of {args.run_dir} {run.state.shape}"
         )
+    if guide and guide.config.model.kind != model.kind:
+        raise UserError(
+            f"--guide {args.guide}: its model is a {guide.config.model.kind}, that of {args.run_dir} a {model.kind}"
+        )
     draw = partial(
         generate, run.denoiser, args.num, run.state.shape, seed=args.seed, steps=args.steps, sampler=args.sampler, stop_at=args.stop_at
     )  # fmt: skip
     guidance = args.guidance or (1.5 if guide else 1.0)
     if isinstance(model, SDXLConfig):
         told, empty = conditioning.of_prompt(model, [prompt] * args.num, run.state.shape, run.device)
-        if guide is None and guidance != 1:
-            led = {"guide": run.denoiser, "guide_conditioning": empty, "guidance": guidance}
-        else:
-            led = {"guide": guide and guide.denoiser, "guidance": guidance}
-        images = draw(conditioning=told, batch_size=base_pipeline.AT_ONCE, **led)
+        away_from = guide.denoiser if guide else run.denoiser if guidance != 1 else None
+        images = draw(guide=away_from, guidance=guidance, conditioning=told,
+                      guide_conditioning=told if guide else empty, batch_size=base_pipeline.AT_ONCE)  # fmt: skip
         images = base_pipeline.decoded(model, images, run.device)
     else:
         images = draw(guide=guide and guide.denoiser, guidance=guidance)

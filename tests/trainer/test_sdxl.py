@@ -96,6 +96,14 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(train_sdxl: Train, tmp_p
         assert any(part in name for name in held), part
 
 
+def test_activations_that_are_computed_again_give_the_same_weights(train_sdxl: Train, tmp_path: Path) -> None:
+    for name in ("kept", "again"):
+        code, output = train_sdxl(name, "steps=3", f"model.activation_checkpointing={name == 'again'}")
+        assert code == 0, output
+    a, b = final(tmp_path / "kept"), final(tmp_path / "again")
+    assert max((a[key] - b[key]).abs().max() for key in a) < WEIGHT_TOLERANCE
+
+
 def test_batches_have_the_ids_of_their_captions_and_their_time_ids(latents: Path) -> None:
     loader = Loader(DataConfig(str(latents), workers=0), Layout(24, 24, 0, 1), 0, torch.device("cpu"), captions=True)
     batch = next(loader.stream(0))
@@ -208,6 +216,7 @@ def test_sample_needs_a_prompt_where_captions_were_trained_and_guidance_changes_
         (run,): "--prompt: must be given, since",
         (run, "--prompt", "x", "--guidance", "0"): "--guidance 0: must be above 0 and below 100",
         (str(tmp_path / "pixels"), "--prompt", "x"): "--prompt x: needs a run with text",
+        (run, "--prompt", "x", "--guide", str(tmp_path / "pixels")): "pixels: its images are (1, 16, 16), those of",
     }.items():
         assert errors.run(lambda arguments=arguments: sample.main([*arguments])) == 2
         assert expected in capfd.readouterr().err.splitlines()[-1]
