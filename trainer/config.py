@@ -29,6 +29,7 @@ from trainer.ema import EMAConfig
 from trainer.engine_config import EngineConfig, OptimizerConfig
 from trainer.errors import UserError
 from trainer.mlflow_logger import LoggingConfig
+from trainer.models.dit import DiTConfig
 from trainer.models.sdxl import SDXLConfig
 from trainer.models.unet2d import UNet2DConfig
 
@@ -38,7 +39,8 @@ def _kind_of_model(value: Any) -> str:
 
 
 Model = Annotated[
-    Annotated[UNet2DConfig, Tag("unet2d")] | Annotated[SDXLConfig, Tag("sdxl")], Discriminator(_kind_of_model)
+    Annotated[UNet2DConfig, Tag("unet2d")] | Annotated[DiTConfig, Tag("dit")] | Annotated[SDXLConfig, Tag("sdxl")],
+    Discriminator(_kind_of_model),
 ]
 """unet2d where no kind is given."""
 
@@ -199,6 +201,7 @@ def _dataclasses_in(kind: Any) -> Iterator[Any]:
 def _explain(error: Any, data: dict[str, Any]) -> str:
     tags = {
         "unet2d",
+        "dit",
         "sdxl",
         "ve",
         "vp_table",

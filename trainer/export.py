@@ -26,7 +26,7 @@ EXAMPLE = """examples:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m trainer.export",
-        description="Writes the averaged weights of a run's last checkpoint as diffusers loads them, with a model card. Adapters are for StableDiffusionXLPipeline.load_lora_weights, an SDXL that was trained whole is a pipeline's folder, and a UNet2DModel a model's folder.",
+        description="Writes the averaged weights of a run's last checkpoint as diffusers loads them, with a model card. Adapters are for StableDiffusionXLPipeline.load_lora_weights, an SDXL that was trained whole is a pipeline's folder, and what was trained from scratch a model's folder.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

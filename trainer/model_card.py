@@ -12,6 +12,7 @@ from data_pipeline.index import ShardIndex, read_index
 from trainer.config import RunConfig, to_yaml
 from trainer.diffusion.process import AnyProcess
 from trainer.errors import UserError, WorkFailed
+from trainer.models.dit import DiTConfig
 from trainer.models.sdxl import SDXLConfig
 from trainer.restore import Restored
 
@@ -49,18 +50,21 @@ def card(run: Restored, run_dir: Path) -> str:
 def _code(config: RunConfig) -> str:
     model = config.model
     if not isinstance(model, SDXLConfig):
+        a_dit = isinstance(model, DiTConfig)
+        network = "DiTTransformer2DModel" if a_dit else "UNet2DModel"
+        label = ", torch.zeros(len(x), dtype=torch.int64)" if a_dit else ""
         return f"""import numpy
 import torch
-from diffusers import UNet2DModel
+from diffusers import {network}
 
-model = UNet2DModel.from_pretrained("THIS_FOLDER")
+model = {network}.from_pretrained("THIS_FOLDER").eval()
 
 
 def h(x, sigma):
     \"\"\"E[x0 | x], where x = x0 + sigma z and x0 is in [-1, 1]. x: (B, C, H, W); sigma: (B,).\"\"\"
     time = {time_code(config.process)}
     sigma = sigma.reshape(-1, 1, 1, 1)
-    out = model(x * {scale_code(config.process)}, time).sample
+    out = model(x * {scale_code(config.process)}, time{label}).sample
     return {OUTPUTS[config.prediction]}"""
     load = (
         f'pipeline = StableDiffusionXLPipeline.from_pretrained("{model.base}")\npipeline.load_lora_weights("THIS_FOLDER", weight_name="pytorch_lora_weights.safetensors")\n{SCHEDULER}'

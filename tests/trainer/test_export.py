@@ -79,8 +79,11 @@ def test_diffusers_alone_makes_the_same_images(
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
 
 
-def test_the_card_says_what_the_model_is_and_its_code_loads_a_unet(train: Train, shards: Path, tmp_path: Path) -> None:
-    code, output = train("run")
+@pytest.mark.parametrize(
+    "model", ["model.layers=1", "model={kind: dit, layers: 2, heads: 2, head_dim: 8}"], ids=["unet2d", "dit"]
+)
+def test_the_card_says_what_the_model_is_and_its_code_loads_it(model: str, train: Train, tmp_path: Path) -> None:
+    code, output = train("run", model)
     assert code == 0, output
     out = exported(tmp_path / "run")
     _, head, text = (out / "README.md").read_text().split("---\n", 2)
