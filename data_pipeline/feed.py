@@ -18,6 +18,7 @@ from torch.utils.data import get_worker_info
 
 from data_pipeline.batch_order import BatchOrder, MicroBatch
 from data_pipeline.index import Shape
+from data_pipeline.latents.text_cache import TextCache
 from data_pipeline.order import Group, Int, stand_in
 from data_pipeline.reader import BadShard, ShardReader
 from trainer.diffusion.noise import address
@@ -39,10 +40,15 @@ class Piece(NamedTuple):
     failed: tuple[str, ...] = ()
 
 
-def conditioning_of(about: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[Any]]:
+def conditioning_of(about: Sequence[Mapping[str, Any]], text: TextCache | None) -> dict[str, NDArray[Any]]:
     """From what is recorded beside each observation to what the backbone is given: arrays whose first dimension is B, by
-    name. None are yet."""
-    return {}
+    name. time_ids (B, 6) float32, of latents. caption (B,) int64, the ids in `text`, where there is one; 0 is no caption."""
+    conditioning: dict[str, NDArray[Any]] = {}
+    if all("time_ids" in record for record in about):
+        conditioning["time_ids"] = np.array([record["time_ids"] for record in about], np.float32)
+    if text is not None:
+        conditioning["caption"] = np.array(text.ids(record.get("caption", "") for record in about), np.int64)
+    return conditioning
 
 
 class Slots:
@@ -77,9 +83,19 @@ class Slots:
 
 
 class Feed:
-    """A pipeline's stages from places to pieces. flip: as in DataConfig. skip: goes on without shards that fail."""
+    """A pipeline's stages from places to pieces. flip: as in DataConfig. skip: goes on without shards that fail.
+    text: has the captions' ids, where the network is given them."""
 
-    def __init__(self, order: BatchOrder, reader: ShardReader, slots: Slots, flip: bool, skip: bool) -> None:
+    def __init__(
+        self,
+        order: BatchOrder,
+        reader: ShardReader,
+        slots: Slots,
+        flip: bool,
+        skip: bool,
+        text: TextCache | None = None,
+    ) -> None:
+        self._text = text
         self._order, self._reader, self._slots, self._flip, self._skip = order, reader, slots, flip, skip
         self._groups: dict[int, Group] = {}
         """That each shape is in."""
@@ -136,7 +152,7 @@ class Feed:
             mirrored = [i for i in range(len(shards)) if address(self._order.seed, "flip", first + i) % 2]
             x_n[mirrored] = x_n[mirrored, ..., ::-1]
         sigma_n = np.array([record["sigma_n"] for record in about], np.float32)
-        conditioning = conditioning_of(about)
+        conditioning = conditioning_of(about, self._text)
         return Piece(worker.id if worker else 0, number, shape, sigma_n, conditioning, tuple(keys), skipped, tuple(failed))  # fmt: skip
 
     def _replaced(self, micro_batch: MicroBatch, failed: list[str]) -> tuple[Int, Int, int]:

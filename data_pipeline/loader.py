@@ -20,6 +20,8 @@ from data_pipeline.batch_order import BatchOrder, MicroBatch
 from data_pipeline.cache import ShardCache, retrying
 from data_pipeline.feed import Feed, Piece, Slots
 from data_pipeline.index import read_index
+from data_pipeline.latents.captions import FOLDER as TEXT
+from data_pipeline.latents.text_remote import open_text
 from data_pipeline.reader import ShardReader
 from trainer import folders
 from trainer.diffusion.batch import Batch
@@ -92,11 +94,14 @@ class Layout:
 class Loader:
     """Batches of one rank. Position p of the global sequence is row p % batch_size of step p // batch_size.
 
+    captions: whether batches have caption ids, of the shards' text cache.
     skipped: samples of this rank that others stood in for since the loader was made; 0 unless data.on_error is skip.
     """
 
-    def __init__(self, config: DataConfig, layout: Layout, seed: int, device: torch.device) -> None:
-        self.config, self.layout, self.device = config, layout, device
+    def __init__(
+        self, config: DataConfig, layout: Layout, seed: int, device: torch.device, captions: bool = False
+    ) -> None:
+        self.config, self.layout, self.device, self._captions = config, layout, device, captions
         local = storage.local_path(config.shards)
         self._folder = str(local or config.shards)
         retries = config.retries if local is None else 0
@@ -151,7 +156,8 @@ class Loader:
         """In the background process, where there is one."""
         config = self.config
         reader = ShardReader(self._folder, self.index, 2 * self.order.group, self._cache, config.verify)
-        return Feed(self.order, reader, slots, config.flip, config.on_error == "skip")
+        text = open_text(storage.join(self._folder, TEXT)) if self._captions else None
+        return Feed(self.order, reader, slots, config.flip, config.on_error == "skip", text)
 
     def _batch(self, piece: Piece, slots: Slots) -> Batch:
         self.skipped += piece.skipped

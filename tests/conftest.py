@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two ranks on two cores, and sum
 
 from data_pipeline.corruption import Gaussian
 from data_pipeline.shard import shard
+from trainer.models.tiny_sdxl import write_tiny_sdxl
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny.yaml"
@@ -43,6 +44,14 @@ def shards(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The pictures at sigma_n 0.4, in 8 shards."""
     folder = tmp_path_factory.mktemp("shards") / "sigma0.4"
     shard(str(pictures), folder, Gaussian(0.4), shard_size=8)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline of Stable Diffusion XL's classes."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-sdxl"
+    write_tiny_sdxl(folder)
     return folder
 
 

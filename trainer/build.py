@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from data_pipeline.loader import Layout, Loader
-from trainer import networks
+from trainer import base_pipeline, conditioning, networks
 from trainer.budget import Budget, settled
 from trainer.checkpoint import Checkpoints, TrainState, read_pool, read_state, read_tensors
 from trainer.config import RunConfig, flatten, load, to_data, to_yaml
@@ -23,6 +23,7 @@ from trainer.ema import EMA
 from trainer.engine import Engine, State
 from trainer.errors import UserError
 from trainer.mlflow_logger import MLflowLogger
+from trainer.models.sdxl import SDXLConfig
 from trainer.provenance import tags
 
 MAY_CHANGE = ("steps", "threads", "micro_batch_size", "data.workers", "data.cache_dir", "data.cache_gb", "data.retries",
@@ -42,6 +43,8 @@ class Run:
     ranks: Ranks
     layout: Layout
     loader: Loader
+    text: conditioning.TextRows | None
+    conditioner: conditioning.Conditioner
     denoiser: Denoiser
     engine: Engine
     ema: EMA
@@ -66,7 +69,9 @@ def run(config: RunConfig, ranks: Ranks) -> Run:
     if config.threads:
         torch.set_num_threads(config.threads)
     layout = _layout(config, ranks)
-    loader = Loader(config.data, layout, config.seed, ranks.device)
+    model = config.model
+    captions = isinstance(model, SDXLConfig) and model.prompt is None
+    loader = Loader(config.data, layout, config.seed, ranks.device, captions)
     _check_levels(config, loader)
     few = _few(config, loader)
     if few and ranks.is_main:
@@ -77,8 +82,11 @@ def run(config: RunConfig, ranks: Ranks) -> Run:
     ranks.barrier()
 
     for shape in loader.index.shapes:
-        networks.check_shape(config, shape)
-    network = networks.denoiser(config, loader.index.shape).to(ranks.device)
+        networks.check_shape(config.model, shape)
+    if isinstance(model, SDXLConfig):
+        base_pipeline.check_data(model, loader.index, config.data.shards)
+    text = conditioning.text_of(config, ranks.device)
+    network = networks.denoiser(config, loader.index.shape, text).to(ranks.device)
     engine = Engine(network, config.engine, config.optimizer, layout.micro_batch_size, layout.accumulation, ranks.world)
     sigma_min = config.process.sigma_min
     c = config.consistency
@@ -98,7 +106,7 @@ def run(config: RunConfig, ranks: Ranks) -> Run:
     budget = _budget(c, state)
     _claim(config, directory, ranks)
     return Run(
-        config, directory, ranks, layout, loader, network, engine, ema,
+        config, directory, ranks, layout, loader, text, conditioning.conditioner(config), network, engine, ema,
         ambient=AmbientLoss(config.levels, config.weight, config.process, config.ambient),
         consistency=ConsistencyLoss(config.weight, sigma_min, c.ratio, c.steps, c.gradient) if c else None,
         pool=pool,

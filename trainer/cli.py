@@ -15,6 +15,7 @@ COMMANDS = {
     "inspect": ("data_pipeline.inspect", "verify shards, and show what is in them"),
     "train": ("trainer.train", "train a run, or go on with it"),
     "sample": ("trainer.sample", "draw images from a run"),
+    "export": ("trainer.export", "write a run's model as diffusers loads it"),
     "quickstart": ("trainer.quickstart", "all of it on a packaged set of images, in minutes"),
 }
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError
 
 from data_pipeline.loader import DataConfig
 from trainer.checkpoint import CheckpointConfig
@@ -29,7 +29,20 @@ from trainer.ema import EMAConfig
 from trainer.engine_config import EngineConfig, OptimizerConfig
 from trainer.errors import UserError
 from trainer.mlflow_logger import LoggingConfig
+from trainer.models.dit import DiTConfig
+from trainer.models.sdxl import SDXLConfig
 from trainer.models.unet2d import UNet2DConfig
+
+
+def _kind_of_model(value: Any) -> str:
+    return str(value.get("kind", "unet2d")) if isinstance(value, dict) else value.kind
+
+
+Model = Annotated[
+    Annotated[UNet2DConfig, Tag("unet2d")] | Annotated[DiTConfig, Tag("dit")] | Annotated[SDXLConfig, Tag("sdxl")],
+    Discriminator(_kind_of_model),
+]
+"""unet2d where no kind is given."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +62,7 @@ class RunConfig:
     micro_batch_size: int | None = None
     seed: int = 0
     threads: int | None = None
-    model: UNet2DConfig = field(default_factory=UNet2DConfig)
+    model: Model = field(default_factory=UNet2DConfig)
     process: Annotated[AnyProcess, Field(discriminator="kind")] = field(default_factory=VPCosine)
     prediction: Prediction = "v"
     levels: Annotated[Levels, Field(discriminator="kind")] = field(default_factory=LogNormal)
@@ -187,6 +200,9 @@ def _dataclasses_in(kind: Any) -> Iterator[Any]:
 
 def _explain(error: Any, data: dict[str, Any]) -> str:
     tags = {
+        "unet2d",
+        "dit",
+        "sdxl",
         "ve",
         "vp_table",
         "vp_cosine",

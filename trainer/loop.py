@@ -103,7 +103,9 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
 def _loss(run: Run, batch: Batch, step: int, micro: int, meter: Meter) -> torch.Tensor:
     """The ambient loss and, at the steps that the schedule says, the consistency loss of the batch's particles."""
     first_row = run.layout.first_row(micro)
-    terms = run.ambient(run.engine, batch, AddressedNoise(run.config.seed, step, first_row))
+    noise = AddressedNoise(run.config.seed, step, first_row)
+    batch = run.conditioner(batch, noise)
+    terms = run.ambient(run.engine, batch, noise)
     meter.add("ambient", terms)
     loss = terms.loss.mean()
     if run.consistency and run.config.consistency and run.schedule.has_consistency(step):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from trainer import networks
+from functools import partial
+
+from trainer import base_pipeline, conditioning, networks
 from trainer.build import Run
 from trainer.evaluation.grids import save_grid
 from trainer.generate import generate
+from trainer.models.sdxl import SDXLConfig
 
 
 class Preview:
@@ -21,10 +24,18 @@ class Preview:
         average = run.averaged_weights()
         if run.logger is None:
             return
+        model, shape, device = run.config.model, run.state.shape, run.ranks.device
         if self._network is None:
-            self._network = networks.denoiser(run.config, run.state.shape).to(run.ranks.device)
+            self._network = networks.denoiser(run.config, shape, run.text).to(device)
         self._network.load_state_dict(average, strict=False)
-        images = generate(self._network, 16, run.state.shape, seed=0, steps=18, sampler="ddim", progress=False)
+        drawn = partial(generate, self._network, 16, shape, seed=0, steps=18, sampler="ddim", progress=False)
+        if isinstance(model, SDXLConfig):
+            assert run.text is not None
+            told = conditioning.of_training(model, run.text, 16, shape, device)
+            latents = drawn(conditioning=told, batch_size=base_pipeline.AT_ONCE)
+            images = base_pipeline.decoded(model, latents, device)
+        else:
+            images = drawn()
         path = run.directory / "samples" / f"step-{step:08d}.png"
         save_grid(images, path, columns=4)
         run.logger.image(step, "samples", path)

@@ -22,6 +22,10 @@ class Restored:
     state: TrainState
     denoiser: Denoiser
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
 
 def restore(run_dir: Path) -> Restored:
     """From the last checkpoint. Raises UserError when there is none."""
@@ -35,9 +39,15 @@ def restore(run_dir: Path) -> Restored:
         )
     state = read_state(path)
     denoiser = networks.denoiser(config, state.shape)
+    average = read_tensors(path, "ema")
+    trained = {
+        name for name, p in denoiser.named_parameters() if p.requires_grad
+    }  # a frozen base is not in checkpoints
     try:
-        denoiser.load_state_dict(read_tensors(path, "ema"))
-    except RuntimeError:
+        if trained != average.keys():
+            raise RuntimeError
+        denoiser.load_state_dict(average, strict=False)
+    except RuntimeError:  # also for another shape
         raise UserError(
             f"{path}: these weights are not of the model in {run_dir / 'config.yaml'}; was it edited?"
         ) from None

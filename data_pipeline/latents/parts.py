@@ -9,8 +9,11 @@ from typing import Any
 
 from trainer.errors import UserError
 
-STEMS = {"vae": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_2": "model"}
+STEMS = {
+    "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_2": "model",
+}  # fmt: skip
 """The name of each part's weights, without suffix."""
+SCHEDULER = "scheduler"
 ENCODERS, TOKENIZERS = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")
 
 
@@ -44,7 +47,7 @@ def _download(flag: str, source: str, names: Sequence[str]) -> Path:
 
     wanted: list[str] = []
     for name in names:
-        if name in TOKENIZERS:
+        if name in (*TOKENIZERS, SCHEDULER):
             wanted.append(f"{name}/*")
             continue
         stem = STEMS[name]

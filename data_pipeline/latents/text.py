@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.latents.identity import text_identity
-from data_pipeline.latents.parts import ENCODERS, STEMS, TOKENIZERS, find_parts
+from data_pipeline.latents.parts import ENCODERS, STEMS, TOKENIZERS, find_parts, read_config
 from data_pipeline.latents.vae import default_device, load_part
 from trainer.errors import UserError, WorkFailed
 
@@ -49,11 +49,7 @@ class TextEncoders:
         self.tokens = min(int(encoder.config.max_position_embeddings) for encoder in self.encoders)
         self.width = sum(int(encoder.config.hidden_size) for encoder in self.encoders)
         self.pooled_width = int(self.encoders[1].config.projection_dim)
-        behaviour = {
-            name: {"vocabulary": tokenizer.get_vocab(), "probes": self._ids(tokenizer, PROBES)[0].tolist()}
-            for name, tokenizer in zip(TOKENIZERS, self.tokenizers, strict=True)
-        }
-        self.identity = text_identity({name: folders[name] for name in ENCODERS}, behaviour)
+        self.identity = _identity(folders, self.tokenizers, self.tokens)
 
     def embed(self, captions: Sequence[str]) -> tuple[Embeddings, int]:
         """The embeddings, and how many captions were longer than the encoders take, and were cut.
@@ -64,7 +60,7 @@ class TextEncoders:
         output: Any = None
         cut = 0
         for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
-            ids, cut = self._ids(tokenizer, captions)
+            ids, cut = _ids(tokenizer, captions, self.tokens)
             with torch.inference_mode():
                 output = encoder(ids.to(self.device), output_hidden_states=True)
             hidden.append(output.hidden_states[-2])
@@ -73,12 +69,26 @@ class TextEncoders:
             raise WorkFailed(f"--latents {self.source}: its text encoders give NaN, or more than float16 holds: check their weights")  # fmt: skip
         return Embeddings(prompt_embeds, pooled), cut
 
-    def _ids(self, tokenizer: Any, captions: Sequence[str]) -> tuple[Tensor, int]:
-        padded = tokenizer(
-            list(captions), padding="max_length", max_length=self.tokens, truncation=True, return_tensors="pt"
-        )
-        cut = sum(len(ids) > self.tokens for ids in tokenizer(list(captions), verbose=False).input_ids)
-        return padded.input_ids, cut
+
+def encoders_identity(source: str) -> str:
+    """`TextEncoders(source).identity`, without loading the encoders."""
+    folders = find_parts("--latents", source, [*ENCODERS, *TOKENIZERS])
+    tokens = min(int(read_config(folders[name]).get("max_position_embeddings", 77)) for name in ENCODERS)
+    return _identity(folders, [_load_tokenizer(folders[name]) for name in TOKENIZERS], tokens)
+
+
+def _identity(folders: Mapping[str, Path], tokenizers: Sequence[Any], tokens: int) -> str:
+    behaviour = {
+        name: {"vocabulary": tokenizer.get_vocab(), "probes": _ids(tokenizer, PROBES, tokens)[0].tolist()}
+        for name, tokenizer in zip(TOKENIZERS, tokenizers, strict=True)
+    }
+    return text_identity({name: folders[name] for name in ENCODERS}, behaviour)
+
+
+def _ids(tokenizer: Any, captions: Sequence[str], tokens: int) -> tuple[Tensor, int]:
+    padded = tokenizer(list(captions), padding="max_length", max_length=tokens, truncation=True, return_tensors="pt")
+    cut = sum(len(ids) > tokens for ids in tokenizer(list(captions), verbose=False).input_ids)
+    return padded.input_ids, cut
 
 
 def _load_tokenizer(folder: Path) -> Any:

@@ -1,4 +1,4 @@
-"""A tiny pipeline of Stable Diffusion XL's classes, and captioned pictures for it."""
+"""Captioned pictures."""
 
 from __future__ import annotations
 
@@ -8,17 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainer.models.tiny_sdxl import write_tiny_sdxl
-
 CAPTIONS = ["a disc", "another disc", "a disc, again"]
 COUNT = 14
-
-
-@pytest.fixture(scope="session")
-def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny-sdxl"
-    write_tiny_sdxl(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -58,7 +58,8 @@ def test_a_guide_changes_the_samples_unless_the_scale_is_one(train: Train, tmp_p
         (["{run}", "--stop-at", "30"], "--stop-at 30: must be from 0.05 to below 20"),
         (["{run}", "--out", "grid.txt"], "must be a file that ends in .png"),
         (["{tmp}/nowhere"], "not a run directory"),
-        (["{run}", "--guidance", "2"], "--guidance 2: needs --guide, and a scale above 0 and below 100"),
+        (["{run}", "--guidance", "2"], "--guidance 2: needs --guide, or a run with text"),
+        (["{run}", "--guidance", "0"], "--guidance 0: must be above 0 and below 100"),
         (["{run}", "--guide", "{tmp}/nowhere"], "nowhere: not a run directory"),
     ],
 )

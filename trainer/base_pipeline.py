@@ -1,0 +1,131 @@
+"""The base pipeline of a run on latents: its UNet, and what is around it, checked against the data and the configuration."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipeline.index import ShardIndex
+from data_pipeline.latents.identity import require_same, vae_identity
+from data_pipeline.latents.parts import ENCODERS, SCHEDULER, STEMS, TOKENIZERS, find_parts, read_config
+from trainer.config import RunConfig
+from trainer.diffusion.process import VPTable
+from trainer.errors import UserError
+from trainer.models.lora import add_lora
+from trainer.models.sdxl import DTYPES, SDXL, SDXLConfig, Text
+
+AT_ONCE = 4
+"""Latents that are drawn together: those of 1024 px fill a GPU, and leave room beside training."""
+
+PARTS = ["unet", SCHEDULER, "vae", *ENCODERS, *TOKENIZERS]
+
+
+def backbone(config: RunConfig, model: SDXLConfig, text: Text | None) -> SDXL:
+    """The base's UNet, with fresh adapters or all to be trained. Raises UserError where it does not fit."""
+    if not torch.cuda.is_available():
+        logging.getLogger("xformers").setLevel(logging.ERROR)  # it has no operator for CPU, and says so at length
+    from data_pipeline.latents.vae import load_part
+
+    folders = find_parts("model.base", model.base, PARTS)
+    _check_schedule(config, model, folders[SCHEDULER])
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel  # here, since it takes seconds
+
+    dtype = DTYPES[model.base_dtype] if model.lora else torch.float32
+    unet = load_part(UNet2DConditionModel, folders["unet"], STEMS["unet"], torch_dtype=dtype)
+    if unet.config.addition_embed_type != "text_time":
+        raise UserError(
+            f"model.base {model.base}: not Stable Diffusion XL: its UNet takes no size and crop (addition_embed_type is {unet.config.addition_embed_type})"
+        )
+    if model.lora:
+        add_lora(unet, model.lora)
+    else:
+        unet.requires_grad_(True)
+    if model.activation_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return SDXL(unet.train(), text)
+
+
+def check_data(model: SDXLConfig, index: ShardIndex, shards: str) -> None:
+    """Raises UserError for shards that were made by another VAE or other text encoders than the base's, or of a shape that
+    its UNet cannot take."""
+    latents = index.request.get("latents")
+    if not latents:
+        raise UserError(
+            f"model.kind sdxl: {shards} holds pixels, not latents: shard with --latents {model.base}, or train a unet2d"
+        )
+    folders = find_parts("model.base", model.base, PARTS)
+    unet = read_config(folders["unet"])
+    halvings = 2 ** (len(unet["block_out_channels"]) - 1)
+    for channels, height, width in index.shapes:
+        if unet["in_channels"] != channels or height % halvings or width % halvings:
+            raise UserError(
+                f"model.base {model.base}: its UNet takes latents of {unet['in_channels']} channels, with sides that are multiples of {halvings}; {shards} has {(channels, height, width)}: shard with another --size or --buckets"
+            )
+    require_same(latents["vae"], vae_identity(folders["vae"]), f"the VAE of model.base {model.base}")
+    if model.prompt is None:
+        if index.text is None:
+            raise UserError(
+                f"model.prompt null: {shards} has no embeddings of captions (text/): give one prompt for all images, such as 'a face', or shard with captions, and --latents a pipeline with text encoders"
+            )
+        from data_pipeline.latents.text import encoders_identity
+
+        require_same(
+            index.text["identity"], encoders_identity(model.base), f"the text encoders of model.base {model.base}"
+        )
+
+
+def _check_schedule(config: RunConfig, model: SDXLConfig, folder: Path) -> None:
+    """The base was trained with one noise schedule and prediction; adapters and further training go on from there."""
+    path = folder / "scheduler_config.json"
+    try:
+        recorded: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.base {model.base}: {path.name} cannot be read: {error}") from None
+    if recorded.get("beta_schedule") != "scaled_linear":
+        raise UserError(
+            f"model.base {model.base}: its beta_schedule is {recorded.get('beta_schedule')}; only scaled_linear, SDXL's, is supported"
+        )
+    table = VPTable(recorded["beta_start"], recorded["beta_end"], recorded.get("num_train_timesteps", 1000))
+    if config.process != table:
+        raise UserError(
+            f"process.kind {config.process.kind}: model.base {model.base} was trained with kind: vp_table, beta_start: {table.beta_start:g}, beta_end: {table.beta_end:g}, steps: {table.steps}: give these"
+        )
+    prediction = {"epsilon": "eps", "v_prediction": "v"}.get(recorded.get("prediction_type", "epsilon"))
+    if config.prediction != prediction:
+        raise UserError(
+            f"prediction {config.prediction}: model.base {model.base} predicts {recorded.get('prediction_type')}: set it to {prediction}"
+        )
+
+
+def pixels_a_side(model: SDXLConfig) -> int:
+    """Of the image, for one of the latent: 8 for SDXL."""
+    return 2 ** (len(read_config(find_parts("model.base", model.base, PARTS)["vae"])["block_out_channels"]) - 1)
+
+
+def embed(model: SDXLConfig, prompts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+    """prompt_embeds (N, T, D) and pooled (N, P) of prompts, float16. The encoders are loaded, and let go."""
+    from data_pipeline.latents.text import TextEncoders
+
+    find_parts("model.base", model.base, PARTS)
+    embeddings, _ = TextEncoders(model.base, device).embed(prompts)
+    return embeddings.prompt_embeds.to(device), embeddings.pooled.to(device)
+
+
+@torch.no_grad()
+def decoded(model: SDXLConfig, latents: Tensor, device: torch.device) -> Tensor:
+    """latents (N, C, H, W), as stored -> images (N, 3, 8 H, 8 W), float32, on the CPU. In float32: SDXL's VAE overflows
+    in float16."""
+    from data_pipeline.latents.vae import Vae, images_a_pass
+
+    find_parts("model.base", model.base, PARTS)
+    vae = Vae(model.base, device)
+    module: Any = vae.module
+    at_once = images_a_pass(latents.shape[3] * vae.factor, latents.shape[2] * vae.factor)
+    images = [module.decode(z.to(device) / vae.scale + vae.shift).sample for z in latents.split(at_once)]
+    return torch.cat([image.float().cpu() for image in images])

@@ -1,0 +1,110 @@
+"""`python -m trainer.export RUN_DIR OUT`: a run's averaged weights as diffusers loads them, with a model card."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer import errors
+from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from trainer.models.sdxl import SDXLConfig
+    from trainer.restore import Restored
+
+EXAMPLE = """examples:
+  python -m trainer.export runs/sdxl-face exports/face       # adapters: pytorch_lora_weights.safetensors
+  python -m trainer.export runs/sdxl-whole exports/whole     # a model that was trained whole: a pipeline's folder
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m trainer.export",
+        description="Writes the averaged weights of a run's last checkpoint as diffusers loads them, with a model card. Adapters are for StableDiffusionXLPipeline.load_lora_weights, an SDXL that was trained whole is a pipeline's folder, and what was trained from scratch a model's folder.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the folder of a run")
+    p.add_argument("out", metavar="OUT", type=Path, help="a new folder")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
+        raise UserError(f"OUT {args.out}: exists already: choose a new one")
+    from trainer.model_card import card  # imports from here on take seconds, which --help should not
+    from trainer.models.sdxl import SDXLConfig
+    from trainer.restore import restore
+
+    run = restore(args.run_dir)
+    model = run.config.model
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=f".{args.out.name}.") as name:
+        partial = Path(name) / "export"
+        partial.mkdir()
+        network: Any = run.denoiser.backbone
+        if not isinstance(model, SDXLConfig):
+            network.model.save_pretrained(partial)
+        elif model.lora:
+            _write_lora(network.unet, partial)
+        else:
+            _write_pipeline(run, model, partial)
+        (partial / "README.md").write_text(card(run, args.run_dir))
+        if args.out.exists():
+            args.out.rmdir()
+        shutil.move(partial, args.out)
+    print(f"{args.out}: the averaged weights of step {run.state.step}; {args.out / 'README.md'} says how to load them")
+    return errors.DONE
+
+
+def _write_lora(unet: Any, folder: Path) -> None:
+    from diffusers.loaders.lora_pipeline import StableDiffusionXLLoraLoaderMixin
+    from peft import get_peft_model_state_dict
+
+    settings = unet.peft_config["default"].to_dict()  # has alpha, which the weights alone do not tell
+    layers: dict[str, Any] = get_peft_model_state_dict(unet)
+    StableDiffusionXLLoraLoaderMixin.save_lora_weights(
+        folder, unet_lora_layers=layers, unet_lora_adapter_metadata=settings
+    )
+    (folder / LORA).chmod(0o644)  # it is written for its owner alone
+
+
+LORA = "pytorch_lora_weights.safetensors"
+PIPELINE: dict[str, list[str]] = {
+    "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+    "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"], "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+}  # fmt: skip
+
+
+def _write_pipeline(run: Restored, model: SDXLConfig, folder: Path) -> None:
+    """The base's other parts are copied as they are."""
+    from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+
+    from data_pipeline.latents.parts import SCHEDULER, find_parts
+    from trainer.base_pipeline import PARTS
+
+    parts = find_parts("model.base", model.base, PARTS)
+    for name, part in parts.items():
+        if name not in ("unet", SCHEDULER):
+            shutil.copytree(part, folder / name)
+    network: Any = run.denoiser.backbone
+    network.unet.save_pretrained(folder / "unet")
+    recorded = json.loads((parts[SCHEDULER] / "scheduler_config.json").read_text())
+    scheduler: Any = EulerDiscreteScheduler.from_config(recorded, use_karras_sigmas=True, timestep_spacing="linspace")
+    scheduler.save_pretrained(folder / SCHEDULER)
+    # Without captions it was shown the empty one's embeddings, not zeros.
+    index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": False, **PIPELINE}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run(main))

@@ -1,0 +1,61 @@
+"""diffusers' diffusion transformer (Peebles & Xie 2022), trained from scratch on pixels or latents, without classes."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from trainer.diffusion.batch import Conditioning
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """patch: the side of the squares that become tokens. layers: transformer blocks. heads, head_dim: of attention; their
+    product is the width. activation_checkpointing: keeps less for the backward pass, and computes it again there."""
+
+    patch: int = 2
+    layers: int = 6
+    heads: int = 6
+    head_dim: int = 64
+    activation_checkpointing: bool = False
+    kind: Literal["dit"] = "dit"
+
+    def __post_init__(self) -> None:
+        if min(self.patch, self.layers, self.heads) < 1 or self.head_dim < 4 or self.head_dim % 4:
+            raise ValueError("need patch, layers and heads of at least 1, and a head_dim that is a multiple of 4")
+
+
+class DiT(nn.Module):
+    """The adapter: (input, time, conditioning) -> output. Images are squares of `image_size`."""
+
+    def __init__(self, config: DiTConfig, image_channels: int, image_size: int) -> None:
+        super().__init__()
+        if not torch.cuda.is_available():
+            logging.getLogger("xformers").setLevel(logging.ERROR)  # it has no operator for CPU, and says so at length
+        from diffusers.models.embeddings import LabelEmbedding
+        from diffusers.models.transformers.dit_transformer_2d import (
+            DiTTransformer2DModel,  # here, since it takes seconds
+        )
+
+        self.model: Any = DiTTransformer2DModel(
+            num_attention_heads=config.heads,
+            attention_head_dim=config.head_dim,
+            in_channels=image_channels,
+            num_layers=config.layers,
+            sample_size=image_size,
+            patch_size=config.patch,
+            num_embeds_ada_norm=1,
+        )
+        for module in self.model.modules():
+            if isinstance(module, LabelEmbedding):
+                module.dropout_prob = 0.0  # it would drop the one class, by noise that is not addressed
+        if config.activation_checkpointing:
+            self.model.enable_gradient_checkpointing()
+
+    def forward(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        label = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        return self.model(x, timestep=time, class_labels=label).sample

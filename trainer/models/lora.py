@@ -1,0 +1,55 @@
+"""Low-rank adapters on a diffusers network, by peft: which layers have one, and of what size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+Target = Literal["attention", "feed_forward", "convolutions"]
+
+LAYERS: dict[Target, tuple[str, ...]] = {
+    "attention": ("to_q", "to_k", "to_v", "to_out.0"),
+    "feed_forward": ("ff.net.0.proj", "ff.net.2"),
+    "convolutions": ("conv1", "conv2", "conv_shortcut"),
+}
+"""The ends of the layers' names, in diffusers' UNets: those of self- and cross-attention, of transformer blocks' two linear
+layers, and of residual blocks."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Each layer W of the targets becomes W + (alpha / rank) B A, with A random and B = 0 at the start (Hu et al. 2021).
+
+    rank: of A and B. alpha: None takes rank, so that the factor is 1. targets: see LAYERS. dora: also trains the length
+    of each column of the sum (Liu et al. 2024), at more time and memory."""
+
+    rank: int = 16
+    alpha: float | None = None
+    targets: tuple[Target, ...] = ("attention",)
+    dora: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or (self.alpha is not None and not 0 < self.alpha < float("inf")):
+            raise ValueError("need rank >= 1 and alpha > 0")
+        if not self.targets or len(set(self.targets)) != len(self.targets):
+            raise ValueError(f"targets {list(self.targets)} must name layers, each once: {', '.join(LAYERS)}")
+
+
+def add_lora(network: Any, config: LoraConfig) -> None:
+    """Freezes a diffusers network and gives it adapters, float32 whatever the frozen weights are."""
+    import peft  # here, since it takes seconds
+
+    network.requires_grad_(False)
+    network.add_adapter(
+        peft.LoraConfig(
+            r=config.rank,
+            lora_alpha=config.rank if config.alpha is None else config.alpha,  # pyright: ignore[reportArgumentType]  # floats do
+            target_modules=[name for target in config.targets for name in LAYERS[target]],
+            use_dora=config.dora,
+        )
+    )
+    for p in network.parameters():
+        if p.requires_grad:
+            p.data = p.data.to(torch.float32)
