@@ -10,6 +10,7 @@ import torch
 
 from data_pipeline.loader import Layout, Loader
 from trainer import networks
+from trainer.attention import Choice, set_attention
 from trainer.budget import Budget, settled
 from trainer.checkpoint import Checkpoints, TrainState, read_pool, read_state, read_tensors
 from trainer.config import RunConfig, flatten, load, to_data, to_yaml
@@ -20,7 +21,7 @@ from trainer.diffusion.interleave import StepSchedule
 from trainer.diffusion.particles import ParticlePool
 from trainer.distributed import Ranks
 from trainer.ema import EMA
-from trainer.engine import Engine, State
+from trainer.engine import Engine, State, resolve_precision
 from trainer.errors import UserError
 from trainer.mlflow_logger import MLflowLogger
 from trainer.provenance import tags
@@ -44,6 +45,7 @@ class Run:
     loader: Loader
     denoiser: Denoiser
     engine: Engine
+    attention: Choice
     ema: EMA
     ambient: AmbientLoss
     consistency: ConsistencyLoss | None
@@ -77,6 +79,10 @@ def run(config: RunConfig, ranks: Ranks) -> Run:
     ranks.barrier()
 
     network = networks.denoiser(config, loader.index.shape).to(ranks.device)
+    dtype = torch.bfloat16 if resolve_precision(config.engine.precision) == "bf16" else torch.float32
+    attention = set_attention(network, config.engine.attention, dtype, ranks)
+    if config.engine.compile:
+        network.backbone.compile()
     engine = Engine(network, config.engine, config.optimizer, layout.micro_batch_size, layout.accumulation, ranks.world)
     sigma_min = config.process.sigma_min
     c = config.consistency
@@ -96,7 +102,7 @@ def run(config: RunConfig, ranks: Ranks) -> Run:
     budget = _budget(c, state)
     _claim(config, directory, ranks)
     return Run(
-        config, directory, ranks, layout, loader, network, engine, ema,
+        config, directory, ranks, layout, loader, network, engine, attention, ema,
         ambient=AmbientLoss(config.levels, config.weight, config.process, config.ambient),
         consistency=ConsistencyLoss(config.weight, sigma_min, c.ratio, c.steps, c.gradient) if c else None,
         pool=pool,
@@ -104,16 +110,14 @@ def run(config: RunConfig, ranks: Ranks) -> Run:
         schedule=_schedule(c, budget, state),
         budget=budget,
         checkpoints=checkpoints,
-        logger=_logger(config, directory, engine, {"notice.few_images": few} if few else {}) if ranks.is_main else None,
+        logger=_logger(config, directory, engine, attention.tags() | ({"notice.few_images": few} if few else {})) if ranks.is_main else None,
         state=state,
     )  # fmt: skip
 
 
-def _logger(config: RunConfig, directory: Path, engine: Engine, notices: dict[str, str]) -> MLflowLogger:
+def _logger(config: RunConfig, directory: Path, engine: Engine, more: dict[str, str]) -> MLflowLogger:
     parameters = dict(flatten(to_data(config)))
-    return MLflowLogger(
-        config.logging, directory, parameters, {**tags(), "engine.precision": engine.precision, **notices}
-    )
+    return MLflowLogger(config.logging, directory, parameters, {**tags(), "engine.precision": engine.precision, **more})
 
 
 def _layout(config: RunConfig, ranks: Ranks) -> Layout:

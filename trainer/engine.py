@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -45,6 +45,11 @@ def resolve_precision(wanted: Literal["fp32", "bf16", "auto"]) -> Literal["fp32"
     return "bf16" if native else "fp32"
 
 
+def bucket_size(trainable: Iterable[nn.Parameter]) -> int:
+    """Elements of the buffer in which ZeRO collects gradients: all of them, at most DeepSpeed's usual size."""
+    return max(1, min(500_000_000, sum(p.numel() for p in trainable)))
+
+
 class Engine:
     """A module under DeepSpeed. Call it as the module; then `backward`, and `step` once a micro-batch."""
 
@@ -72,7 +77,8 @@ class Engine:
             "train_micro_batch_size_per_gpu": micro_batch_size,
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": optimizer.clip if config.zero_stage else 0.0,
-            "zero_optimization": {"stage": config.zero_stage},
+            # DeepSpeed's own size is 2 GB of float32 on every rank, however small the model.
+            "zero_optimization": {"stage": config.zero_stage, "reduce_bucket_size": bucket_size(self._named.values())},
             # A plain torch optimiser: DeepSpeed's own would compile for a minute at the first start.
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
