@@ -24,6 +24,8 @@ from trainer.ema import EMA
 from trainer.engine import Engine, State, resolve_precision
 from trainer.errors import UserError
 from trainer.mlflow_logger import MLflowLogger
+from trainer.planning.models import conditioning_shapes
+from trainer.planning.trace import Flops, flops
 from trainer.provenance import tags
 
 MAY_CHANGE = ("steps", "threads", "micro_batch_size", "data.workers", "data.cache_dir", "data.cache_gb", "data.retries",
@@ -46,6 +48,7 @@ class Run:
     denoiser: Denoiser
     engine: Engine
     attention: Choice
+    flops: Flops
     ema: EMA
     ambient: AmbientLoss
     consistency: ConsistencyLoss | None
@@ -79,6 +82,7 @@ def run(config: RunConfig, ranks: Ranks) -> Run:
     ranks.barrier()
 
     network = networks.denoiser(config, loader.index.shape).to(ranks.device)
+    work = flops(network, loader.index.shape, conditioning_shapes(network))
     dtype = torch.bfloat16 if resolve_precision(config.engine.precision) == "bf16" else torch.float32
     attention = set_attention(network, config.engine.attention, dtype, ranks)
     if config.engine.compile:
@@ -102,7 +106,7 @@ def run(config: RunConfig, ranks: Ranks) -> Run:
     budget = _budget(c, state)
     _claim(config, directory, ranks)
     return Run(
-        config, directory, ranks, layout, loader, network, engine, attention, ema,
+        config, directory, ranks, layout, loader, network, engine, attention, work, ema,
         ambient=AmbientLoss(config.levels, config.weight, config.process, config.ambient),
         consistency=ConsistencyLoss(config.weight, sigma_min, c.ratio, c.steps, c.gradient) if c else None,
         pool=pool,

@@ -15,6 +15,7 @@ COMMANDS = {
     "inspect": ("data_pipeline.inspect", "verify shards, and show what is in them"),
     "train": ("trainer.train", "train a run, or go on with it"),
     "sample": ("trainer.sample", "draw images from a run"),
+    "plan": ("trainer.plan", "what a run takes in memory, time and traffic, before it starts"),
     "quickstart": ("trainer.quickstart", "all of it on a packaged set of images, in minutes"),
 }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ import deepspeed.ops
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-from trainer.engine_config import EngineConfig, OptimizerConfig
+from trainer.engine_config import MOST_IN_BUCKET, EngineConfig, OptimizerConfig
 
 setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010  # skips probing for compilers: no fused operator of theirs is used
 deepspeed_logger.setLevel(logging.WARNING)
@@ -45,11 +45,6 @@ def resolve_precision(wanted: Literal["fp32", "bf16", "auto"]) -> Literal["fp32"
     return "bf16" if native else "fp32"
 
 
-def bucket_size(trainable: Iterable[nn.Parameter]) -> int:
-    """Elements of the buffer in which ZeRO collects gradients: all of them, at most DeepSpeed's usual size."""
-    return max(1, min(500_000_000, sum(p.numel() for p in trainable)))
-
-
 class Engine:
     """A module under DeepSpeed. Call it as the module; then `backward`, and `step` once a micro-batch."""
 
@@ -65,6 +60,7 @@ class Engine:
         self.module, self.config, self.optimizer_config = module, config, optimizer
         self.precision = resolve_precision(config.precision)
         self._named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        trainable = sum(p.numel() for p in self._named.values())
         client = torch.optim.AdamW(
             self._named.values(),
             lr=optimizer.lr,
@@ -77,8 +73,8 @@ class Engine:
             "train_micro_batch_size_per_gpu": micro_batch_size,
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": optimizer.clip if config.zero_stage else 0.0,
-            # DeepSpeed's own size is 2 GB of float32 on every rank, however small the model.
-            "zero_optimization": {"stage": config.zero_stage, "reduce_bucket_size": bucket_size(self._named.values())},
+            # DeepSpeed's buffer is 2 GB of float32 on every rank, however small the model.
+            "zero_optimization": {"stage": config.zero_stage, "reduce_bucket_size": min(MOST_IN_BUCKET, trainable)},
             # A plain torch optimiser: DeepSpeed's own would compile for a minute at the first start.
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,

@@ -7,6 +7,9 @@ from typing import Literal
 
 Attention = Literal["auto", "xformers", "sdpa"]
 
+MOST_IN_BUCKET = 500_000_000
+"""Elements of the buffer in which ZeRO collects gradients, at most, as DeepSpeed has it; a small model needs less."""
+
 
 @dataclass(frozen=True)
 class EngineConfig:
