@@ -115,17 +115,38 @@ def activations(
         for tensor in state.values():
             if tensor.requires_grad:
                 tensor.register_post_accumulate_grad_hook(gradient_made)
-        outputs: list[Tensor] = []
-        for rows, gradient in passes.rows:
-            x, sigma = torch.empty(rows, *shape), torch.empty(rows)
-            given = {name: torch.empty(rows, *s) for name, s in conditioning.items()}
-            # as DeepSpeed does: autocast ends with each call, and forgets the weights that it cast
-            with torch.set_grad_enabled(gradient), torch.autocast("cpu", autocast, enabled=autocast is not None):
-                outputs.append(torch.func.functional_call(network, state, (x, sigma, given)))
-        sum((o.square().mean() for o in outputs), torch.zeros(())).backward()
+        doubled = {f"network.{name}": tensor for name, tensor in state.items()}
+        torch.func.functional_call(_MicroBatch(network, shape, conditioning, passes, autocast), doubled, ())
         found = Activations(first[0] - before, live.peak_held - before, live.peak - before)
     network.evaluations, network.evaluations_with_gradient = counted
     return found
+
+
+class _MicroBatch(nn.Module):
+    """The passes and the backward one, in one call: checkpointing calls the network again in the backward pass."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        shape: tuple[int, ...],
+        conditioning: Shapes,
+        passes: Passes,
+        autocast: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self._shape, self._conditioning, self._passes, self._autocast = shape, conditioning, passes, autocast
+
+    def forward(self) -> None:
+        outputs: list[Tensor] = []
+        for rows, gradient in self._passes.rows:
+            x, sigma = torch.empty(rows, *self._shape), torch.empty(rows)
+            given = {name: torch.empty(rows, *s) for name, s in self._conditioning.items()}
+            # as DeepSpeed does: autocast ends with each call, and forgets the weights that it cast
+            low = torch.autocast("cpu", self._autocast, enabled=self._autocast is not None)
+            with torch.set_grad_enabled(gradient), low:
+                outputs.append(self.network(x, sigma, given))
+        sum((o.square().mean() for o in outputs), torch.zeros(())).backward()
 
 
 @contextmanager
