@@ -42,6 +42,11 @@ def backbone(config: RunConfig, model: SDXLConfig, text: Text | None) -> SDXL:
         raise UserError(
             f"model.base {model.base}: not Stable Diffusion XL: its UNet takes no size and crop (addition_embed_type is {unet.config.addition_embed_type})"
         )
+    return adapted(unet, model, text)
+
+
+def adapted(unet: Any, model: SDXLConfig, text: Text | None = None) -> SDXL:
+    """A UNet with fresh adapters, or all of it to be trained."""
     if model.lora:
         add_lora(unet, model.lora)
     else:

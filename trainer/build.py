@@ -10,6 +10,7 @@ import torch
 
 from data_pipeline.loader import Layout, Loader
 from trainer import base_pipeline, conditioning, networks
+from trainer.attention import Choice, set_attention
 from trainer.budget import Budget, settled
 from trainer.checkpoint import Checkpoints, TrainState, read_pool, read_state, read_tensors
 from trainer.config import RunConfig, flatten, load, to_data, to_yaml
@@ -20,10 +21,12 @@ from trainer.diffusion.interleave import StepSchedule
 from trainer.diffusion.particles import ParticlePool
 from trainer.distributed import Ranks
 from trainer.ema import EMA
-from trainer.engine import Engine, State
+from trainer.engine import Engine, State, resolve_precision
 from trainer.errors import UserError
 from trainer.mlflow_logger import MLflowLogger
 from trainer.models.sdxl import SDXLConfig
+from trainer.planning.models import conditioning_shapes
+from trainer.planning.trace import Flops, flops
 from trainer.provenance import tags
 
 MAY_CHANGE = ("steps", "threads", "micro_batch_size", "data.workers", "data.cache_dir", "data.cache_gb", "data.retries",
@@ -47,6 +50,8 @@ class Run:
     conditioner: conditioning.Conditioner
     denoiser: Denoiser
     engine: Engine
+    attention: Choice
+    flops: Flops
     ema: EMA
     ambient: AmbientLoss
     consistency: ConsistencyLoss | None
@@ -87,6 +92,11 @@ def run(config: RunConfig, ranks: Ranks) -> Run:
         base_pipeline.check_data(model, loader.index, config.data.shards)
     text = conditioning.text_of(config, ranks.device)
     network = networks.denoiser(config, loader.index.shape, text).to(ranks.device)
+    work = flops(network, loader.index.shape, conditioning_shapes(network))
+    dtype = torch.bfloat16 if resolve_precision(config.engine.precision) == "bf16" else torch.float32
+    attention = set_attention(network, config.engine.attention, dtype, ranks)
+    if config.engine.compile:
+        network.backbone.compile()
     engine = Engine(network, config.engine, config.optimizer, layout.micro_batch_size, layout.accumulation, ranks.world)
     sigma_min = config.process.sigma_min
     c = config.consistency
@@ -106,7 +116,7 @@ def run(config: RunConfig, ranks: Ranks) -> Run:
     budget = _budget(c, state)
     _claim(config, directory, ranks)
     return Run(
-        config, directory, ranks, layout, loader, text, conditioning.conditioner(config), network, engine, ema,
+        config, directory, ranks, layout, loader, text, conditioning.conditioner(config), network, engine, attention, work, ema,
         ambient=AmbientLoss(config.levels, config.weight, config.process, config.ambient),
         consistency=ConsistencyLoss(config.weight, sigma_min, c.ratio, c.steps, c.gradient) if c else None,
         pool=pool,
@@ -114,16 +124,14 @@ def run(config: RunConfig, ranks: Ranks) -> Run:
         schedule=_schedule(c, budget, state),
         budget=budget,
         checkpoints=checkpoints,
-        logger=_logger(config, directory, engine, {"notice.few_images": few} if few else {}) if ranks.is_main else None,
+        logger=_logger(config, directory, engine, attention.tags() | ({"notice.few_images": few} if few else {})) if ranks.is_main else None,
         state=state,
     )  # fmt: skip
 
 
-def _logger(config: RunConfig, directory: Path, engine: Engine, notices: dict[str, str]) -> MLflowLogger:
+def _logger(config: RunConfig, directory: Path, engine: Engine, more: dict[str, str]) -> MLflowLogger:
     parameters = dict(flatten(to_data(config)))
-    return MLflowLogger(
-        config.logging, directory, parameters, {**tags(), "engine.precision": engine.precision, **notices}
-    )
+    return MLflowLogger(config.logging, directory, parameters, {**tags(), "engine.precision": engine.precision, **more})
 
 
 def _layout(config: RunConfig, ranks: Ranks) -> Layout:

@@ -16,6 +16,8 @@ COMMANDS = {
     "train": ("trainer.train", "train a run, or go on with it"),
     "sample": ("trainer.sample", "draw images from a run"),
     "export": ("trainer.export", "write a run's model as diffusers loads it"),
+    "plan": ("trainer.plan", "what a run takes in memory, time and traffic, before it starts"),
+    "doctor": ("trainer.doctor", "what of this machine works for training, and what to do about the rest"),
     "quickstart": ("trainer.quickstart", "all of it on a packaged set of images, in minutes"),
 }
 

@@ -23,7 +23,7 @@ import deepspeed.ops
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-from trainer.engine_config import EngineConfig, OptimizerConfig
+from trainer.engine_config import MOST_IN_BUCKET, EngineConfig, OptimizerConfig
 
 setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010  # skips probing for compilers: no fused operator of theirs is used
 deepspeed_logger.setLevel(logging.WARNING)
@@ -60,6 +60,7 @@ class Engine:
         self.module, self.config, self.optimizer_config = module, config, optimizer
         self.precision = resolve_precision(config.precision)
         self._named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        trainable = sum(p.numel() for p in self._named.values())
         client = torch.optim.AdamW(
             self._named.values(),
             lr=optimizer.lr,
@@ -72,7 +73,8 @@ class Engine:
             "train_micro_batch_size_per_gpu": micro_batch_size,
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": optimizer.clip if config.zero_stage else 0.0,
-            "zero_optimization": {"stage": config.zero_stage},
+            # DeepSpeed's buffer is 2 GB of float32 on every rank, however small the model.
+            "zero_optimization": {"stage": config.zero_stage, "reduce_bucket_size": min(MOST_IN_BUCKET, trainable)},
             # A plain torch optimiser: DeepSpeed's own would compile for a minute at the first start.
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,

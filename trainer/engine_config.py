@@ -5,15 +5,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+Attention = Literal["auto", "xformers", "sdpa"]
+
+MOST_IN_BUCKET = 500_000_000
+"""Elements of the buffer in which ZeRO collects gradients, at most, as DeepSpeed has it; a small model needs less."""
+
 
 @dataclass(frozen=True)
 class EngineConfig:
     """zero_stage: what DeepSpeed shards over ranks: 0 nothing, 1 the optimiser, 2 and gradients, 3 and parameters.
     precision: of the network's arithmetic; bf16 is by autocast, around float32 weights; auto is bf16 where the device
-    multiplies it natively, else fp32 (a CPU that emulates bf16 takes ten times as long)."""
+    multiplies it natively, else fp32 (a CPU that emulates bf16 takes ten times as long).
+    attention: by xformers, or by torch's scaled_dot_product_attention; auto is xformers where a probe on the device finds
+    that it runs, agrees with SDPA and is not slower.
+    compile: the network by torch.compile; the first steps take minutes, and a compiler is needed."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    attention: Attention = "auto"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.compile and self.zero_stage == 3:
+            raise ValueError(
+                "compile cannot be used with zero_stage 3, whose weights come and go: choose stage 2, or set compile to false"
+            )
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from trainer.diffusion.batch import Batch, variance
 from trainer.diffusion.noise import AddressedNoise
 from trainer.errors import WorkFailed
 from trainer.metrics import Meter
+from trainer.planning.utilization import Utilization
 from trainer.preview import Preview
 
 
@@ -28,6 +29,7 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
     """
     config, ranks, engine, layout = run.config, run.ranks, run.engine, run.layout
     meter, preview = Meter(ranks), Preview(run)
+    utilization = Utilization(run.denoiser, run.flops, ranks, engine.precision == "bf16")
     collapse = guard.CollapseGuard(config.consistency) if config.consistency else None
     begun, before = time.perf_counter(), run.state
     evaluations_before, last_report = run.denoiser.evaluations, (0, before.step)
@@ -69,7 +71,7 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
             if done % config.logging.every == 0 or done == config.steps:
                 report = meter.report(evaluations - last_report[0], (done - last_report[1]) * layout.batch_size)
                 last_report = (evaluations, done)
-                report |= {
+                report |= utilization.report() | {
                     "optimizer/learning_rate": config.optimizer.rate(step),
                     "optimizer/gradient_norm": float(engine.grad_norm),
                     "progress/network_evaluations": float(run.state.evaluations),

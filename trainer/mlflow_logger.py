@@ -19,6 +19,13 @@ from typing import Any, Literal
 
 from trainer.errors import UserError
 
+QUESTION = """import os, sys
+os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_HTTP_REQUEST_MAX_RETRIES="1", MLFLOW_HTTP_REQUEST_TIMEOUT="10")
+from mlflow.tracking import MlflowClient
+print(len(MlflowClient(tracking_uri=sys.argv[1]).search_experiments(max_results=100)))
+"""
+"""A program that asks the server at its argument for its experiments, and prints how many there are, up to 100."""
+
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 

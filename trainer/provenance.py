@@ -14,7 +14,7 @@ PACKAGES = ("torch", "deepspeed", "diffusers", "peft", "webdataset", "xformers",
 
 def tags() -> dict[str, str]:
     """Tags for a run: git revision (with "+changes" where files differ from it), and versions."""
-    found = {f"version.{name}": _version(name) for name in PACKAGES}
+    found = {f"version.{name}": version_of(name) or "not installed" for name in PACKAGES}
     return {
         "git.revision": _revision(),
         "version.ambient-trainer": trainer.__version__,
@@ -23,11 +23,11 @@ def tags() -> dict[str, str]:
     }
 
 
-def _version(name: str) -> str:
+def version_of(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:
-        return "not installed"
+        return None
 
 
 def _revision() -> str:

@@ -61,6 +61,11 @@ def _train(run: Run, stopped: list[int]) -> int:
         )
     if run.ranks.is_main and config.engine.precision != run.engine.precision:
         print(f"engine.precision {config.engine.precision}: {run.engine.precision} on this machine", file=sys.stderr)
+    if run.ranks.is_main and config.engine.attention != run.attention.backend:
+        print(
+            f"engine.attention {config.engine.attention}: {run.attention.backend} ({run.attention.why})",
+            file=sys.stderr,
+        )
     finished, status = False, "FAILED"
     try:
         finished = train(run, stop=lambda: bool(stopped))

@@ -22,7 +22,8 @@ class Denoiser(nn.Module):
     """h(x_t, sigma_t), an estimate of E[x0 | x_t], computed in float32 (float64 for float64) around the backbone.
 
     backbone: called as `backbone(input (B, *D), time (B,), conditioning)`, returns (B, *D) in any float dtype.
-    `evaluations` counts the samples that went through the network, the unit of cost.
+    `evaluations` counts the samples that went through the network, the unit of cost; `evaluations_with_gradient` those of
+    them that a backward pass follows.
     """
 
     def __init__(self, backbone: nn.Module, process: Process, prediction: Prediction) -> None:
@@ -31,9 +32,11 @@ class Denoiser(nn.Module):
         self.process = process
         self.prediction: Prediction = prediction
         self.evaluations = 0
+        self.evaluations_with_gradient = 0
 
     def forward(self, x_t: Tensor, sigma_t: Tensor, conditioning: Conditioning) -> Tensor:
         self.evaluations += x_t.shape[0]
+        self.evaluations_with_gradient += x_t.shape[0] if torch.is_grad_enabled() else 0
         with torch.autocast(x_t.device.type, enabled=False):
             dtype = torch.promote_types(x_t.dtype, torch.float32)
             x_t, sigma_t = x_t.to(dtype), sigma_t.to(dtype)

@@ -1,0 +1,60 @@
+"""The doctor finds what works, and what was broken on purpose."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from trainer import doctor, errors, provenance
+
+
+def test_this_machine_can_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert errors.run(lambda: doctor.main(["--shared", str(tmp_path)])) == 0
+    lines = capsys.readouterr().out.splitlines()
+    verdicts = {line[6:22].strip(): line[:4].strip() for line in lines if line[:4].strip() in ("ok", "warn", "fail")}
+    assert {"packages", "bf16", "attention fp32", "communication", "shared folder"} <= verdicts.keys()
+    assert verdicts["communication"] == verdicts["shared folder"] == verdicts["packages"] == "ok"
+    assert lines[-1] == "nothing failed"
+    assert not list(tmp_path.iterdir()), "it leaves nothing behind"
+    for line, following in pairwise(lines):
+        if line.startswith(("warn", "fail")):
+            assert "->" in following, "what to do"
+
+
+def test_a_missing_package_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(provenance, "PACKAGES", ("torch", "no-such-package"))
+    for name in ("devices", "arithmetic", "attention", "communication"):
+        monkeypatch.setattr(doctor, name, lambda: iter(()))
+    assert errors.run(lambda: doctor.main([])) == 1
+    printed = capsys.readouterr().out
+    assert "fail  packages         missing: no-such-package" in printed
+    assert printed.splitlines()[-1] == "something failed"
+
+
+def test_a_folder_that_is_not_there_fails(tmp_path: Path) -> None:
+    (found,) = doctor.shared_folder(tmp_path / "nowhere")
+    assert (found.verdict, found.detail) == ("fail", f"{tmp_path / 'nowhere'}: No such file or directory")
+
+
+def test_locks_that_exclude_nobody_are_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "fcntl", SimpleNamespace(flock=lambda file, how: None, LOCK_EX=2))
+    (found,) = doctor.shared_folder(tmp_path)
+    assert found.verdict == "warn"
+    assert "two processes can lock one file" in found.detail
+    assert not list(tmp_path.iterdir())
+
+
+def test_processes_that_do_not_meet_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "SECONDS", 0.01)
+    (found,) = doctor.communication()
+    assert (found.verdict, found.name) == ("fail", "communication")
+
+
+def test_a_server_that_is_not_there_fails_in_one_line() -> None:
+    (found,) = doctor.tracking("http://127.0.0.1:9")
+    assert found.verdict == "fail"
+    assert found.detail.startswith("http://127.0.0.1:9: ")
+    assert "\n" not in found.detail

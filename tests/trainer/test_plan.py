@@ -1,0 +1,327 @@
+"""What is planned is what a run takes: arithmetic against torch's counter, memory against runs, and the command's words."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.conftest import ROOT, TINY, Outcome
+from tests.trainer.measured_memory import measure
+from trainer import errors, networks, plan
+from trainer.config import RunConfig, load
+from trainer.diffusion.denoiser import Denoiser
+from trainer.distributed import Ranks
+from trainer.planning import gpus, models, utilization
+from trainer.planning.estimate import Estimate, Setting
+from trainer.planning.live import LiveTensors
+from trainer.planning.memory import memory
+from trainer.planning.trace import Flops, activations, flops, passes
+
+SHAPE = (1, 16, 16)
+WIDE = ("model.channels=[32,64]", "model.norm_groups=8")
+
+
+def config_of(*overrides: str) -> RunConfig:
+    return load(TINY, ["data.shards=nowhere", *overrides])
+
+
+def of_sdxl(base: str | Path, *fields: str) -> Denoiser:
+    model = f"model={{kind: sdxl, base: '{base}', {', '.join(fields)}}}"
+    return models.configured(config_of("process.kind=vp_table", "prediction=eps", model), (4, 8, 8))
+
+
+def test_sdxl_has_the_parameters_that_are_known() -> None:
+    weights = models.weights_of(of_sdxl("somebody/sdxl", "lora: null"))
+    assert weights.trainable == 2_567_463_684
+    assert weights.frozen == 0
+
+
+def test_adapters_are_those_that_training_adds(tiny_sdxl: Path) -> None:
+    from trainer import base_pipeline
+    from trainer.models.sdxl import SDXLConfig
+
+    fields = ["lora: {rank: 4, targets: [attention, convolutions]}", "base_dtype: bf16"]
+    planned = of_sdxl(tiny_sdxl, *fields)
+    config = config_of("process.kind=vp_table", "prediction=eps", f"model={{kind: sdxl, base: '{tiny_sdxl}', {', '.join(fields)}}}")  # fmt: skip
+    assert isinstance(config.model, SDXLConfig)
+    trained = base_pipeline.backbone(config, config.model, None)
+    described = [[(name, p.shape, p.dtype, p.requires_grad) for name, p in backbone.named_parameters()] for backbone in (planned.backbone, trained)]  # fmt: skip
+    assert described[0] == described[1]
+
+
+def with_weights(network: Denoiser) -> Denoiser:
+    network = network.to_empty(device="cpu")
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return network
+
+
+def by_layer(network: Denoiser, call: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> float:
+    """An independent count of a forward pass: two operations a product, of linear layers, convolutions and attention."""
+    total = 0.0
+    attention = nn.functional.scaled_dot_product_attention
+
+    def layer(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        nonlocal total
+        assert isinstance(module, nn.Linear | nn.Conv2d)
+        total += 2 * output.numel() * math.prod(module.weight.shape[1:])
+
+    def counted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        nonlocal total
+        total += 2 * math.prod(q.shape[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1])
+        return attention(q, k, v, **kwargs)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", counted)
+    hooks = [m.register_forward_hook(layer) for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    call()
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
+@pytest.mark.parametrize("kind", ["unet2d", "lora"])
+def test_the_flops_are_those_of_real_tensors_and_of_the_layers(
+    kind: str, tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "unet2d":
+        network, shape = networks.denoiser(config_of(), SHAPE), SHAPE
+    else:
+        network, shape = of_sdxl(tiny_sdxl, "lora: {rank: 4}", "base_dtype: fp32"), (4, 8, 8)
+    told = models.conditioning_shapes(network)
+    found = flops(network, shape, told)
+    assert network.evaluations == 0, "planning is not training"
+    if kind != "unet2d":
+        network = with_weights(network)
+    inputs = torch.randn(1, *shape), torch.ones(1), {name: torch.ones(1, *s) for name, s in told.items()}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        network(*inputs).sum().backward()
+    assert found.both == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert found.forward == pytest.approx(by_layer(network, lambda: network(*inputs), monkeypatch), rel=0.02)
+    # frozen weights need no gradient of their own; inputs of the first layers and of the text's none at all
+    low, high = (1.6, 2.7) if kind == "lora" else (2.7, 3.0)
+    assert low < found.both / found.forward <= high
+
+
+def test_checkpointing_takes_less_memory_and_is_no_work_of_the_model(tiny_sdxl: Path) -> None:
+    plain, checkpointed = (of_sdxl(tiny_sdxl, "base_dtype: fp32", *more) for more in ([], ["activation_checkpointing: true"]))  # fmt: skip
+    told = models.conditioning_shapes(plain)
+    assert flops(plain, (4, 8, 8), told) == flops(checkpointed, (4, 8, 8), told)
+    rows = passes(config_of("consistency=null"), 4, False)
+    kept = [activations(network, (4, 8, 8), told, rows, None).forward for network in (plain, checkpointed)]
+    assert kept[1] < 0.6 * kept[0]
+
+
+def test_live_tensors_counts_what_is_alive() -> None:
+    with LiveTensors() as live:
+        a = torch.zeros(1000)
+        b = a.view(10, 100)[2:]  # the same storage
+        assert live.live == 4000
+        c = a * 2
+        del c
+        assert (live.live, live.peak) == (4000, 8000)
+        torch.zeros(10**9, device="meta")
+        assert live.peak == 8000
+        del a
+        assert live.live == 4000, "a view keeps it"
+        del b
+    assert live.live == 0
+
+
+# What a run takes beside: batches, noise, the loss's own tensors, and stage 3's order of gathering.
+MEMORY_TOLERANCE = 0.15
+
+
+def predicted(config: RunConfig, stage: int, world: int, accumulation: int = 1) -> int:
+    network = models.configured(config, SHAPE)
+    bf16 = config.engine.precision == "bf16"
+    rows = config.batch_size // world // accumulation
+    kept = activations(network, SHAPE, {}, passes(config, rows, True), torch.bfloat16 if bf16 else None)
+    return memory(models.weights_of(network), kept, stage, world, accumulation, bf16).peak
+
+
+@pytest.mark.parametrize(
+    ("stage", "batch", "more"),
+    [
+        (0, 16, ()),
+        (0, 2, ("micro_batch_size=1",)),
+        (1, 16, ("engine.precision=bf16",)),
+        (2, 8, ("micro_batch_size=2", "ambient.pairs=true", "consistency.steps=2")),
+        (3, 4, ()),
+    ],
+)
+def test_a_run_takes_the_memory_that_was_planned(
+    stage: int, batch: int, more: tuple[str, ...], shards: Path, tmp_path: Path
+) -> None:
+    wanted = [f"run_dir={tmp_path / 'run'}", f"data.shards={shards}", f"engine.zero_stage={stage}", f"batch_size={batch}",
+              "steps=3", "engine.attention=sdpa", *WIDE, *more]  # fmt: skip
+    config = load(TINY, wanted)
+    accumulation = batch // (config.micro_batch_size or batch)
+    assert measure(TINY, wanted) == pytest.approx(predicted(config, stage, 1, accumulation), rel=MEMORY_TOLERANCE)
+
+
+@pytest.mark.distributed
+def test_two_ranks_take_the_memory_that_was_planned(shards: Path, tmp_path: Path) -> None:
+    stage = 2
+    wanted = [f"run_dir={tmp_path / 'run'}", f"data.shards={shards}", f"engine.zero_stage={stage}", "batch_size=4",
+              "steps=3", "engine.attention=sdpa", *WIDE]  # fmt: skip
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = subprocess.run(
+        [*launcher, "-m", "tests.trainer.measured_memory", str(TINY), *wanted],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=200, check=True,
+    )  # fmt: skip
+    peak = json.loads(result.stdout.splitlines()[-1])["peak"]
+    config = load(TINY, wanted)
+    assert peak == pytest.approx(predicted(config, stage, 2), rel=MEMORY_TOLERANCE)
+    assert peak < 0.9 * predicted(config, stage, 1), "ranks share"
+
+
+def test_what_fits_is_found_nearest_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of("batch_size=32", *WIDE)
+    estimate = Estimate(config, models.configured(config, SHAPE), SHAPE, Setting("h100", 1, 0, 32))
+    assert estimate.fits(estimate.setting)
+
+    def device_of(taken: Setting) -> None:
+        """Devices in which `taken` just fits."""
+        room = estimate.memory(taken).peak / gpus.USABLE * 1.001
+        monkeypatch.setitem(gpus.GPUS, "h100", gpus._gpu(room / 1e9, 989, 67, 450, "H100", "test"))
+
+    for setting in (Setting("h100", 1, 0, 8), Setting("h100", 2, 3, 1)):
+        device_of(setting)
+        assert not estimate.fits(estimate.setting)
+        nearest = estimate.nearest()
+        assert nearest is not None
+        assert estimate.fits(nearest)
+        assert (nearest.micro, nearest.gpus) <= (8, setting.gpus) if setting.gpus == 1 else nearest.gpus == 2
+    # the line between the two traces is where a trace of its own would be
+    between = dataclass_peak(estimate, config, 8)
+    assert estimate.memory(Setting("h100", 4, 0, 8)).peak == pytest.approx(between, rel=0.03)
+
+
+def dataclass_peak(estimate: Estimate, config: RunConfig, micro: int) -> float:
+    kept = activations(models.configured(config, SHAPE), SHAPE, {}, passes(config, micro, True), None)
+    return memory(estimate.weights, kept, 0, 4).peak
+
+
+def test_a_budget_is_planned_by_arithmetic() -> None:
+    config = config_of(
+        "steps=1000", "consistency.period=null", "consistency.overhead_budget=0.25", "consistency.start=100"
+    )
+    estimate = Estimate(config, models.configured(config, SHAPE), SHAPE, Setting("h100", 1, 0, 8))
+    # two thirds of a training evaluation's work twice and one third once: 7/3 of an ambient step, at most 0.25 of it
+    assert estimate.consistency_steps() == 900 // math.ceil((2 + 1 / 3) / 0.25)
+    assert estimate.step_flops(True) / estimate.step_flops(False) == pytest.approx(1 + 2 + 1 / 3, rel=0.02)
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> Outcome:
+    code = errors.run(lambda: plan.main([str(TINY), *arguments]))
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+def test_the_command_reads_the_shards_and_says_what_fits(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = printed(capsys, f"data.shards={shards}", "steps=100", "--gpus", "2", "--gpu", "a100")
+    assert code == 0, text
+    assert "unet2d on 1x16x16, batch 8: 2 x a100, engine.zero_stage=0, micro_batch_size=4, fp32" in text
+    assert "100 steps, 49 of them with consistency" in text
+    assert "It fits" in text
+    seconds = float(re.search(r"time +([\d.]+) ms at an MFU of 0.4 of 19.5 TFLOP/s", text)[1]) / 1000  # pyright: ignore[reportOptionalSubscript]
+    samples = float(re.search(r"reading +([\d.e+]+) samples/s", text)[1])  # pyright: ignore[reportOptionalSubscript]
+    assert samples * seconds == pytest.approx(100 * 8, rel=0.01)
+
+
+def test_the_command_says_what_would_fit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(gpus.GPUS, "l4", gpus._gpu(0.004, 121, 30.3, 32, "L4$", "a device of 4 MB"))
+    arguments = ["--gpus", "1", "--gpu", "l4", "--shape", "1", "16", "16", "batch_size=64", "model.channels=[32,64]"]
+    code, text = printed(capsys, *arguments)
+    assert code == 1
+    assert "It does not fit" in text
+    found = re.search(r"nearest that does: (\d+) x (\w+), engine.zero_stage=(\d), micro_batch_size=(\d+)", text)
+    assert found
+    code, text = printed(capsys, *arguments[4:], "--gpus", found[1], "--gpu", found[2], f"engine.zero_stage={found[3]}",
+                         f"micro_batch_size={found[4]}")  # fmt: skip
+    assert code == 0, text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--gpus", "0", "--shape", "1", "16", "16"], "--gpus and --shape must be at least 1"),
+        (["--gpus", "1", "--mfu", "1.5"], "--mfu above 0 and at most 1"),
+        (["--gpus", "3", "--shape", "1", "16", "16"], "batch_size 8: must be a multiple of the 3 ranks (--gpus)"),
+        (["--gpus", "1", "--shape", "1", "16", "16", "micro_batch_size=3"], "micro_batch_size 3: must divide the 8"),
+        (["--gpus", "1"], "unset: no such shard folder; make it with"),
+        (["--gpus", "1"], "or give --shape C H W to plan without shards"),
+        (["--gpus", "1", "--shape", "1", "15", "15"], "image sides must be multiples of 2"),
+        (["--gpus", "1", "stepz=3"], "stepz: no such field; did you mean steps?"),
+    ],
+)
+def test_a_wrong_request_is_one_line(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = printed(capsys, *arguments)
+    assert code == 2
+    assert expected in text.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100 80GB PCIe", "a100"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA A10", "a10"),
+        ("NVIDIA A10G", None),
+        ("Tesla K80", None),
+    ],
+)
+def test_devices_are_known_by_their_name(name: str, kind: str | None) -> None:
+    assert gpus.peak_of(name, True) == (gpus.GPUS[kind].bf16 if kind else None)
+    assert gpus.peak_of(name, False) == (gpus.GPUS[kind].fp32 if kind else None)
+
+
+def test_a_run_logs_the_arithmetic_that_it_does(
+    train: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a clock that ticks a second a look, the first step's rate is an ambient step's work."""
+
+    class Clock:
+        now = 0.0
+
+        def perf_counter(self) -> float:
+            self.now += 1
+            return self.now
+
+    monkeypatch.setattr(utilization, "time", Clock())
+    code, output = train("run", "steps=3")
+    assert code == 0, output
+    records = [json.loads(line)["metrics"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    config = load(tmp_path / "run" / "config.yaml")
+    work = flops(networks.denoiser(config, SHAPE), SHAPE, {})
+    rates = [record["progress/flops_per_second"] for record in records]
+    assert rates == [work.of(passes(config, 8, consistency)) for consistency in (False, False, True)]
+    assert "progress/mfu" not in records[0], "a CPU's peak is not known"
+
+
+def test_mfu_is_the_share_of_the_devices_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    network = networks.denoiser(config_of(), SHAPE)
+    meter = utilization.Utilization(network, Flops(1e12, 3e12), Ranks(0, 4, torch.device("cuda")), bf16=True)
+    meter._before = (meter._before[0] - 10.0, 0, 0)
+    network.evaluations, network.evaluations_with_gradient = 400, 300
+    rates = meter.report()  # of 4 ranks, each (100 x 1 + 300 x 3) TFLOP in 10 s
+    assert rates["progress/mfu"] == pytest.approx(100 / 989, rel=1e-3)
+    assert rates["progress/flops_per_second"] == pytest.approx(400e12, rel=1e-3)

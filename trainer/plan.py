@@ -1,0 +1,154 @@
+"""`python -m trainer.plan CONFIG --gpus N`: what a run takes, before it is started; no weights, no data, no GPU needed."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer import errors
+from trainer.errors import UserError
+from trainer.planning.gpus import GPUS, USABLE
+
+if TYPE_CHECKING:
+    from trainer.config import RunConfig
+    from trainer.planning.estimate import Estimate
+
+EXAMPLE = """examples:
+  python -m trainer.plan configs/quickstart.yaml --gpus 2 --shape 1 28 28
+  python -m trainer.plan configs/sdxl-face.yaml --gpus 8
+  python -m trainer.plan configs/sdxl-face.yaml model.lora=null batch_size=256 --gpus 64 --gpu a100
+
+Exit codes: 0 it fits, 1 it does not, 2 the request was wrong.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m trainer.plan",
+        description="Prints memory, arithmetic, time, traffic, reading and disk of a run, for N devices of a kind.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("config", metavar="CONFIG", type=Path, help="a YAML file, as trainer.train takes it")
+    p.add_argument("overrides", metavar="key.path=value", nargs="*", help="replaces a field, such as batch_size=256")
+    p.add_argument("--gpus", type=int, required=True, metavar="N", help="how many devices: ranks")
+    p.add_argument("--gpu", choices=sorted(GPUS), default="h100", help="of which kind (default: h100)")
+    p.add_argument("--mfu", type=float, default=0.4, help="the share of the device's peak that is reached (default: 0.4); a run logs its own as progress/mfu")  # fmt: skip
+    p.add_argument("--shape", type=int, nargs=3, metavar=("C", "H", "W"), help="of an image or latent (default: that of data.shards; for an sdxl without shards, 4 128 128, of 1024 px)")  # fmt: skip
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_intermixed_args(argv)
+    if args.gpus < 1 or not 0 < args.mfu <= 1 or min(args.shape or [1]) < 1:
+        raise UserError("--gpus and --shape must be at least 1, and --mfu above 0 and at most 1")
+    from trainer.config import load  # imports from here on take seconds, which --help should not
+
+    config = load(args.config, args.overrides)
+    from trainer.planning import models
+    from trainer.planning.estimate import Estimate, Setting
+
+    shape, sample_bytes = _data(config, args.shape)
+    network = models.configured(config, shape)
+    rows = max(1, config.batch_size // args.gpus)
+    setting = Setting(args.gpu, args.gpus, config.engine.zero_stage, min(config.micro_batch_size or rows, rows))
+    estimate = Estimate(config, network, shape, setting)
+    print(f"{config.model.kind} on {'x'.join(map(str, shape))}, batch {config.batch_size}: {setting}, {'bf16' if estimate.bf16 else 'fp32'}")  # fmt: skip
+    _print_costs(estimate, args.mfu, sample_bytes)
+    _print_memory(estimate)
+    if estimate.fits(setting):
+        print(f"\nIt fits: the peak is below {USABLE:.0%} of the device's {GPUS[args.gpu].memory / 1e9:g} GB.")
+        return errors.DONE
+    nearest = estimate.nearest()
+    print(f"\nIt does not fit into {USABLE:.0%} of the device's {GPUS[args.gpu].memory / 1e9:g} GB. " + (
+        f"The nearest that does: {nearest}, with {estimate.memory(nearest).peak / 1e9:.1f} GB." if nearest else
+        "Nothing near it does: plan for smaller images, or for adapters."
+    ))  # fmt: skip
+    return errors.FAILED
+
+
+def _data(config: RunConfig, given: list[int] | None) -> tuple[tuple[int, int, int], float]:
+    """The shape of a sample, and its bytes in the shards: as they are, or float16 where they are not made yet."""
+    if given:
+        return (given[0], given[1], given[2]), 2.0 * math.prod(given)
+    from data_pipeline.index import read_index
+    from trainer.planning.models import SDXL_LATENT
+
+    try:
+        index = read_index(config.data.shards)
+    except UserError as error:
+        if config.model.kind == "sdxl":
+            print(f"{config.data.shards}: no shards yet, so this is for latents of 1024 x 1024 pixels")
+            return SDXL_LATENT, 2.0 * math.prod(SDXL_LATENT)
+        raise UserError(f"{error}; or give --shape C H W to plan without shards") from None
+    return index.shape, index.bytes / index.samples
+
+
+def _print_costs(e: Estimate, mfu: float, sample_bytes: float) -> None:
+    config, setting, gpu = e.config, e.setting, GPUS[e.setting.gpu]
+    w, total, consistent = e.weights, e.run_flops(), e.consistency_steps()
+    seconds = e.seconds(total, mfu)
+    lines = [
+        ("parameters", f"{_count(w.trainable + w.frozen)}, of which {_count(w.trainable)} are trained"),
+        ("a sample", f"{_si(e.flops.forward)}FLOP forward, {_si(e.flops.both)}FLOP with backward"),
+    ]
+    for label, consistency in [("ambient step", False)] + ([("step with consistency", True)] if consistent else []):
+        work = e.step_flops(consistency)
+        took, sent = e.seconds(work, mfu), e.traffic(consistency)
+        share = f", {sent / gpu.link / took:.1%} of the step's time at the device's own link" if sent else ""
+        lines.append((label, f"{_si(work)}FLOP, {_duration(took)}; each rank sends {_si(sent)}B{share}"))
+    per_second = config.steps * config.batch_size / seconds
+    lines += [
+        ("the run", f"{config.steps} steps, {consistent} of them with consistency: {_si(total)}FLOP"),
+        ("time", f"{_duration(seconds)} at an MFU of {mfu:g} of {_si(gpu.peak(e.bf16))}FLOP/s; {seconds / 3600 * setting.gpus:.4g} GPU-hours"),
+        ("reading", f"{per_second:.4g} samples/s over all ranks, {_si(per_second * sample_bytes)}B/s from the shards"),
+        ("a checkpoint", f"{_si(e.checkpoint_bytes())}B; {config.checkpoint.keep} are kept"),
+    ]  # fmt: skip
+    for label, text in lines:
+        print(f"  {label:<22} {text}")
+
+
+def _print_memory(e: Estimate) -> None:
+    m = e.memory(e.setting)
+    print(f"\nMemory of a rank, GB (zero_stage {e.setting.stage}, micro-batch {e.setting.micro}):")
+    for label, value in [("weights", m.weights), ("optimizer, average", m.optimizer), ("gradients, buffers", m.gradients),
+                         ("activations", m.activations), ("peak", m.peak)]:  # fmt: skip
+        print(f"  {label:<22} {value / 1e9:8.2f}")
+    print("  (gradients are made while activations are freed, so the peak is less than the sum)")
+    print("\nPeak by ZeRO stage and micro-batch, GB; * does not fit:")
+    micros = e.micros(e.setting.gpus)
+    shown = sorted({m for m in micros if m <= 2 * e.setting.micro})[-6:]
+    print("  micro-batch" + "".join(f"{m:>10}" for m in shown))
+    for stage in range(4):
+        cells: list[str] = []
+        for micro in shown:
+            other = dataclasses.replace(e.setting, stage=stage, micro=micro)
+            cells.append(f"{e.memory(other).peak / 1e9:.2f}{' ' if e.fits(other) else '*'}".rjust(10))
+        print(f"  stage {stage}    " + "".join(cells))
+
+
+def _si(value: float) -> str:
+    for factor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.4g} {prefix}"
+    return f"{value:.4g} "
+
+
+def _count(value: int) -> str:
+    return f"{value:,}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 0.1:
+        return f"{seconds * 1000:.3g} ms"
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 3600:.3g} h" if seconds < 48 * 3600 else f"{seconds / 86400:.3g} days"
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run(main))

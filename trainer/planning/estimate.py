@@ -1,0 +1,174 @@
+"""What a run takes on N devices of a kind: memory, arithmetic, time, traffic, reading, disk; and what would fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from trainer.config import RunConfig
+from trainer.diffusion.consistency import DEFAULT_PERIOD
+from trainer.diffusion.denoiser import Denoiser
+from trainer.diffusion.interleave import period_within
+from trainer.errors import UserError
+from trainer.planning.gpus import GPUS, USABLE
+from trainer.planning.memory import FLOAT, Memory, Weights, memory
+from trainer.planning.models import conditioning_shapes, weights_of
+from trainer.planning.trace import Activations, Flops, activations, flops, passes
+
+MOST_GPUS = 4096
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the memory of a rank depends on, apart from the model."""
+
+    gpu: str
+    gpus: int
+    stage: int
+    micro: int
+
+    def __str__(self) -> str:
+        return f"{self.gpus} x {self.gpu}, engine.zero_stage={self.stage}, micro_batch_size={self.micro}"
+
+
+class Estimate:
+    """Of a configuration, its network and the shape of its images. bf16: of the network's arithmetic.
+
+    Raises UserError where the batch does not divide. Makes two traces of the network, which take half a minute for SDXL.
+    """
+
+    def __init__(self, config: RunConfig, network: Denoiser, shape: tuple[int, int, int], setting: Setting) -> None:
+        self.config, self.shape, self.setting = config, shape, setting
+        self.bf16 = config.engine.precision != "fp32"
+        self.rows = _rows(config, setting.gpus)
+        c = config.consistency
+        self.stride = config.batch_size // (c.batch_size or config.batch_size) if c else 1
+        if self.rows % setting.micro or setting.micro % self.stride:
+            raise UserError(
+                f"micro_batch_size {setting.micro}: must divide the {self.rows} samples that each of {setting.gpus} ranks has of batch_size {config.batch_size}, and be a multiple of {self.stride}"
+            )
+        self.weights: Weights = weights_of(network)
+        conditioning = conditioning_shapes(network)
+        self.flops: Flops = flops(network, shape, conditioning)
+        dtype = torch.bfloat16 if self.bf16 else None
+        self._traces = {
+            micro: activations(network, shape, conditioning, passes(config, micro, True), dtype)
+            for micro in sorted({self.stride, self.stride * 2 if setting.micro == self.stride else setting.micro})
+        }
+
+    # Memory.
+
+    def memory(self, setting: Setting) -> Memory:
+        """Of one rank. The particle pool and a batch are counted with the activations."""
+        rows = _rows(self.config, setting.gpus)
+        sample = FLOAT * self.shape[0] * self.shape[1] * self.shape[2]
+        depth = self.config.consistency.pool_depth if self.config.consistency else 0
+        beside = sample * (rows // self.stride * depth + setting.micro)
+        found = memory(
+            self.weights,
+            self._activations(setting.micro),
+            setting.stage,
+            setting.gpus,
+            rows // setting.micro,
+            self.bf16,
+        )
+        return dataclasses.replace(found, activations=found.activations + beside, peak=found.peak + beside)
+
+    def fits(self, setting: Setting) -> bool:
+        return self.memory(setting).peak <= USABLE * GPUS[setting.gpu].memory
+
+    def micros(self, gpus: int) -> list[int]:
+        """Micro-batches that a rank's share of the batch can be cut into."""
+        rows = _rows(self.config, gpus)
+        return [m for m in range(self.stride, rows + 1, self.stride) if rows % m == 0]
+
+    def nearest(self) -> Setting | None:
+        """The setting nearest to the asked one that fits: a smaller micro-batch first, which costs nothing but time; then a
+        higher stage; then more ranks; then a larger device."""
+        return next((setting for setting in self._others() if self.fits(setting)), None)
+
+    def _others(self) -> Iterator[Setting]:
+        asked = self.setting
+        stages = range(asked.stage, 4)
+        for stage in stages:
+            for micro in reversed(self.micros(asked.gpus)):
+                if micro <= asked.micro:
+                    yield dataclasses.replace(asked, stage=stage, micro=micro)
+        for gpus in range(asked.gpus + 1, min(MOST_GPUS, self.config.batch_size) + 1):
+            if self.config.batch_size % gpus == 0 and (micros := self.micros(gpus)):
+                for stage in stages:
+                    yield Setting(asked.gpu, gpus, stage, micros[0])
+        for gpu in sorted(GPUS, key=lambda name: GPUS[name].memory):
+            if GPUS[gpu].memory > GPUS[asked.gpu].memory:
+                for stage in stages:
+                    yield Setting(gpu, asked.gpus, stage, self.micros(asked.gpus)[0])
+
+    def _activations(self, micro: int) -> Activations:
+        """By a straight line through the two traces: what is kept grows with the rows, and cast weights do not."""
+        (low, a), (high, b) = self._traces.items()
+        share = (micro - low) / (high - low)
+        return Activations(*(
+            round(x + share * (y - x)) for x, y in zip(dataclasses.astuple(a), dataclasses.astuple(b), strict=True)
+        ))  # fmt: skip
+
+    # Arithmetic.
+
+    def step_flops(self, consistency: bool) -> float:
+        """Of one optimiser step, over all ranks."""
+        return self.flops.of(passes(self.config, self.config.batch_size, consistency))
+
+    def consistency_steps(self) -> int:
+        """How many of the run's steps have consistency. A budget chooses its period by time when the run has begun; here
+        by arithmetic."""
+        c = self.config.consistency
+        if c is None:
+            return 0
+        if c.overhead_budget is not None:
+            period, count = period_within(c.overhead_budget, self.step_flops(False), self.step_flops(True)), 1
+        else:
+            period, count = c.period or DEFAULT_PERIOD, c.count
+        end = self.config.steps if c.end is None else min(c.end, self.config.steps)
+        return max(0, end - c.start) * count // period
+
+    def run_flops(self) -> float:
+        with_consistency = self.consistency_steps()
+        return with_consistency * self.step_flops(True) + (self.config.steps - with_consistency) * self.step_flops(
+            False
+        )
+
+    def seconds(self, work: float, mfu: float) -> float:
+        return work / (self.setting.gpus * mfu * GPUS[self.setting.gpu].peak(self.bf16))
+
+    # Network and disk.
+
+    def traffic(self, consistency: bool) -> float:
+        """Bytes that each rank sends in a step, and as many that it receives, by rings; at stage 3 at most."""
+        world, micros = self.setting.gpus, self.rows // self.setting.micro
+        weights = FLOAT * self.weights.trainable
+        gradients = weights // 2 if self.bf16 and self.setting.stage else weights  # autocast's layers send bfloat16
+        once = (world - 1) / world
+        if self.setting.stage == 0:
+            return 2 * once * weights
+        if self.setting.stage == 1:
+            return once * (2 * gradients + weights)
+        if self.setting.stage == 2:
+            return once * (2 * gradients * micros + weights)
+        calls = len(passes(self.config, self.setting.micro, consistency).rows)
+        graphs = sum(gradient for _, gradient in passes(self.config, self.setting.micro, consistency).rows)
+        return once * micros * ((calls + graphs) * (weights + self.weights.frozen_bytes) + gradients)
+
+    def checkpoint_bytes(self) -> int:
+        """Weights, average and two moments, float32, and the particle pool; never a frozen base."""
+        c, sample = self.config.consistency, FLOAT * self.shape[0] * self.shape[1] * self.shape[2]
+        pool = self.config.batch_size // self.stride * c.pool_depth * sample if c else 0
+        return 4 * FLOAT * self.weights.trainable + pool
+
+
+def _rows(config: RunConfig, gpus: int) -> int:
+    rows, rest = divmod(config.batch_size, gpus)
+    if rest or not rows:
+        raise UserError(f"batch_size {config.batch_size}: must be a multiple of the {gpus} ranks (--gpus)")
+    return rows

@@ -1,0 +1,76 @@
+"""Networks to be planned for: on the meta device, which has shapes and no weights."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from data_pipeline.latents.parts import find_parts, read_config
+from trainer import networks
+from trainer.base_pipeline import adapted
+from trainer.config import RunConfig
+from trainer.diffusion.denoiser import Denoiser
+from trainer.models.sdxl import DTYPES, SDXLConfig
+from trainer.planning.memory import Weights
+from trainer.planning.trace import Shapes
+
+SDXL_UNET: dict[str, Any] = {
+    "sample_size": 128, "in_channels": 4, "out_channels": 4, "layers_per_block": 2,
+    "block_out_channels": (320, 640, 1280), "attention_head_dim": (5, 10, 20), "cross_attention_dim": 2048,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10), "use_linear_projection": True,
+    "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+}  # fmt: skip
+"""The architecture of Stable Diffusion XL's UNet, as diffusers names it (Podell et al. 2023): 2.567 billion parameters."""
+SDXL_LATENT = (4, 128, 128)
+"""Of an image of 1024 x 1024 pixels."""
+TOKENS, TIME_IDS = 77, 6
+
+
+def configured(config: RunConfig, shape: tuple[int, int, int]) -> Denoiser:
+    """The network of a configuration, for observations (C, H, W). The base of an sdxl is read from its folder, without the
+    weights; one on a hub is taken for SDXL's own architecture. Raises UserError for a shape that it cannot take."""
+    model = config.model
+    networks.check_shape(model, shape)
+    with torch.device("meta"):
+        if not isinstance(model, SDXLConfig):
+            return networks.denoiser(config, shape)
+        logging.getLogger("xformers").setLevel(
+            logging.ERROR
+        )  # says at length what it cannot do here, which is not asked
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel  # here, since it takes seconds
+
+        unet: Any = UNet2DConditionModel(**_architecture(model))
+        if model.lora:
+            unet.to(DTYPES[model.base_dtype])
+        return Denoiser(adapted(unet, model), config.process, config.prediction)
+
+
+def _architecture(model: SDXLConfig) -> dict[str, Any]:
+    folder = Path(model.base).expanduser()
+    if not folder.is_dir():
+        return SDXL_UNET
+    found = read_config(find_parts("model.base", model.base, ["unet"])["unet"])
+    return {name: value for name, value in found.items() if not name.startswith("_")}
+
+
+def conditioning_shapes(network: Denoiser) -> Shapes:
+    """What the network is told beside image and level, of one sample."""
+    config: Any = getattr(getattr(network.backbone, "unet", None), "config", None)
+    if config is None or config.addition_embed_type != "text_time":
+        return {}
+    pooled = config.projection_class_embeddings_input_dim - TIME_IDS * config.addition_time_embed_dim
+    return {
+        "prompt_embeds": (TOKENS, config.cross_attention_dim), "pooled": (pooled,), "time_ids": (TIME_IDS,)
+    }  # fmt: skip
+
+
+def weights_of(network: nn.Module) -> Weights:
+    trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    frozen = [p for p in network.parameters() if not p.requires_grad]
+    return Weights(trainable, sum(p.numel() for p in frozen), sum(p.nbytes for p in frozen))
