@@ -19,6 +19,9 @@ from typing import Any, Literal
 
 from slurm.rank import Place
 
+SHORT = 200
+"""Characters of a crash's message in a decision; the log has it whole."""
+
 Outcome = Literal["done", "interrupted", "refused", "failed", "crashed"]
 Follows = Literal["nothing", "another start", "a person"]
 
@@ -137,7 +140,7 @@ def _outcome(attempt: Attempt | None, code: int) -> tuple[Follows, str]:
     if attempt and attempt.hung:
         ranks = ", ".join(map(str, attempt.hung))
         return "another start", f"hung: no step for too long; stacks of ranks {ranks} in {attempt.folder}"
-    crashed = [f"rank {rank}: {e.message}" for rank, e in attempt.endings.items() if e.outcome == "crashed"] if attempt else []  # fmt: skip
+    crashed = [f"rank {rank}: {e.message[:SHORT]}" for rank, e in attempt.endings.items() if e.outcome == "crashed"] if attempt else []  # fmt: skip
     if attempt and len(endings) < attempt.ranks and code != 0:
         gone = [str(rank) for rank in range(attempt.ranks) if rank not in attempt.endings]
         return "another start", f"killed: ranks {', '.join(gone)} ended without a word (exit code {code})" + "".join(f"; {c}" for c in crashed[:1])  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from typing import Any
 import yaml
 
 from slurm import attempts
-from slurm.queue import listed
+from slurm.queue import is_alive, listed
 from trainer.config import RunConfig, load
 from trainer.errors import UserError
 
@@ -41,7 +40,7 @@ class Point:
         if not submitted:
             return None
         job, kind = str(submitted["job"]), submitted["kind"]
-        active = _is_alive(job) if kind == "local" else bool((now := listed(job)) and now.active)
+        active = is_alive(job) if kind == "local" else bool((now := listed(job)) and now.active)
         return job if active else None
 
 
@@ -86,11 +85,3 @@ def _short(value: str) -> str:
     """optimizer.lr="3e-4" as lr=3e-4."""
     key, _, text = value.partition("=")
     return f"{key.rpartition('.')[2]}={text.replace(chr(34), '')}"
-
-
-def _is_alive(process: str) -> bool:
-    try:
-        os.kill(int(process), 0)
-    except OSError:
-        return False
-    return True

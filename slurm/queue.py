@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -47,3 +48,12 @@ def _ask(*command: str) -> str:
         return ""
     result = subprocess.run(command, capture_output=True, text=True)
     return result.stdout if result.returncode == 0 else ""
+
+
+def is_alive(process: str) -> bool:
+    """Of this machine: what a job of kind local is."""
+    try:
+        os.kill(int(process), 0)
+    except OSError:
+        return False
+    return True

@@ -15,6 +15,8 @@ COMMANDS = {
     "inspect": ("data_pipeline.inspect", "verify shards, and show what is in them"),
     "train": ("trainer.train", "train a run, or go on with it"),
     "sample": ("trainer.sample", "draw images from a run"),
+    "submit": ("slurm.submit", "train by jobs of a cluster, one run or a sweep"),
+    "status": ("slurm.status", "how far submitted runs are"),
     "quickstart": ("trainer.quickstart", "all of it on a packaged set of images, in minutes"),
 }
 
