@@ -104,7 +104,7 @@ def _attempt(folder: Path) -> Attempt:
     job, _, number = folder.name.rpartition("-")
     first = _read(folder / "rank-0.json")
     decision = _read(folder / "decision.json")
-    endings = {int(path.name.split("-")[1]): Ending(**_read(path)) for path in folder.glob("rank-*-end.json")}
+    endings = {int(path.name.split("-")[1]): Ending(**_read(path)) for path in sorted(folder.glob("rank-*-end.json"))}
     hung = sorted(int(path.name.split("-")[1]) for path in folder.glob("rank-*-stacks.txt") if path.stat().st_size)
     started = first.get("started", decision.get("time", folder.stat().st_mtime))
     return Attempt(
@@ -122,8 +122,8 @@ def decide(run_dir: Path, job: str, number: int, code: int, most: int) -> Decisi
     this = next((attempt for attempt in of_job if attempt.number == number), None)
     step = steps_done(run_dir)
     follows, why = _outcome(this, code)
-    begun = [attempt.step for attempt in of_job if attempt.number in (number, number - 1)]
-    if follows == "another start" and begun == [step, step]:
+    before = [attempt.step for attempt in of_job if attempt.number == number - 1]
+    if follows == "another start" and [*before, this.step if this else step] == [step, step]:
         follows, why = "a person", f"{why}; no step further in two starts: mend the cause, and submit it again"
     elif follows == "another start" and number >= most:
         follows, why = "a person", f"{why}; started again {number} times, which is max_requeues: submit it again to go on"  # fmt: skip

@@ -179,13 +179,18 @@ def executor(config: ClusterConfig, folder: Path, name: str, around: Surrounding
         "partition": config.partition, "account": config.account, "qos": config.qos, "constraint": config.constraint,
         "gpus_per_node": config.gpus_per_node or None, "mem": config.mem_gb and f"{round(config.mem_gb * 1024)}MB",
         "teardown": list(around.after) or None,
-        "additional_parameters": {"nodes": f"{config.min_nodes}-{config.nodes}"} if config.min_nodes else None,
+        "ntasks_per_node": around.tasks,
     }  # fmt: skip
+    cpus, srun_args = config.cpus_per_task, [*config.srun_args, *around.srun_args]
+    if config.min_nodes:  # with a number of tasks, SLURM would take them all into as few nodes as possible
+        optional |= {"ntasks_per_node": None, "additional_parameters": {"nodes": f"{config.min_nodes}-{config.nodes}"}}
+        srun_args += [f"--ntasks-per-node={around.tasks}", f"--cpus-per-task={cpus}"]
+        cpus *= around.tasks
     slurm = submitit.SlurmExecutor(folder, python=shlex.join([*at, sys.executable]))
     slurm.update_parameters(
-        job_name=name, nodes=config.nodes, ntasks_per_node=around.tasks, cpus_per_task=config.cpus_per_task,
-        time=config.time_minutes, signal_delay_s=config.signal_delay_s, setup=[*config.setup, *exports, *around.before],
-        srun_args=[*config.srun_args, *around.srun_args], **{key: value for key, value in optional.items() if value is not None},
+        job_name=name, nodes=config.nodes, cpus_per_task=cpus, time=config.time_minutes,
+        signal_delay_s=config.signal_delay_s, setup=[*config.setup, *exports, *around.before], srun_args=srun_args,
+        **{key: value for key, value in optional.items() if value is not None},
     )  # fmt: skip
     return slurm
 
