@@ -138,7 +138,7 @@ case ${1:-} in
   up) up ;;
   down) down ;;
   env) echo "export SLURM_CONF=$SLURM_CONF AMBIENT_TEST_SLURM=$base" ;;
-  node-up) slurmd -N "$2" ;;
+  node-up) slurmd -N "$2" >/dev/null 2>&1 ;;
   node-kill) kill -9 "$(cat "$base/pid/slurmd.$2")" ;;
   *) sed -n '2,5s/^# //p' "$0" >&2; exit 2 ;;
 esac
