@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import tempfile
 import urllib.error
@@ -55,6 +56,7 @@ def _logs(cluster: ClusterConfig) -> None:
 
 def _writable(name: str, folder: Path) -> None:
     """The folder is not made: one that holds nothing should not stay behind."""
+    folder = folder.absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=there):
@@ -99,7 +101,10 @@ def _tracking(point: Point, cluster: ClusterConfig) -> None:
         return
     uri = logging.uri(point.run_dir)
     if uri.startswith("sqlite:///"):
-        _writable("logging.tracking_uri", Path(uri.removeprefix("sqlite:///")))
+        file = Path(uri.removeprefix("sqlite:///"))
+        _writable("logging.tracking_uri", file.parent)  # SQLite writes its journal beside the file
+        if file.exists() and not os.access(file, os.W_OK):
+            raise UserError(f"logging.tracking_uri {uri}: {file} cannot be written")
     elif uri.startswith(("http://", "https://")):
         try:
             urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=ANSWER_S).close()

@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,8 @@ class TrainingJob:
 
             code, ending = self._train(at, attempt, stop)
         attempts.end(attempt, at.rank, ending)
-        if at.restarts is None and at.rank == 0 and not {signal.SIGTERM, signal.SIGINT} & set(stopped):
-            self._decide_locally(run_dir, attempt, code)
+        if at.restarts is None and at.rank == 0:
+            self._decide_locally(run_dir, attempt, code, by_hand=bool({signal.SIGTERM, signal.SIGINT} & set(stopped)))
         if code not in (errors.DONE, errors.INTERRUPTED):
             raise SystemExit(code)
 
@@ -83,10 +83,13 @@ class TrainingJob:
         print(f"{ending.outcome}: {ending.message}", file=sys.stderr, flush=True)
         return code, ending
 
-    def _decide_locally(self, run_dir: Path, attempt: Path, code: int) -> None:
-        """On this machine no script outlives the ranks; rank 0 decides at its own end."""
+    def _decide_locally(self, run_dir: Path, attempt: Path, code: int, by_hand: bool) -> None:
+        """On this machine no script outlives the ranks; rank 0 decides at its own end. by_hand: who stops a job here by a
+        signal means it, as nobody preempts it."""
         job, _, number = attempt.name.rpartition("-")
         decision = attempts.decide(run_dir, job, int(number), code, self.most)
+        if by_hand and decision.follows == "another start":
+            decision = replace(decision, follows="a person", reason=f"{decision.reason}; by a signal: submit it again to go on")  # fmt: skip
         attempts.record(attempt, decision)
         print(decision.reason, file=sys.stderr, flush=True)
         if decision.follows == "another start":

@@ -37,10 +37,10 @@ ONLY = {
     "deepspeed": "trainer.engine",
     "pydantic": "trainer.config",
     "mlflow": "trainer.mlflow_logger",
-    "submitit": "slurm.cluster",
+    "submitit": "slurm",
     "fsspec": "data_pipeline.storage",
 }
-"""Packages that one module alone may import."""
+"""Packages that one module, or one package, alone may import."""
 
 
 def name_of(path: Path) -> str:

@@ -27,7 +27,7 @@ Submit = Callable[..., Job]
         ("partition: mian", "partition mian: no such partition; there are main, urgent"),
         ("gpus_per_node: 2\ntasks_per_node: 1", "the cluster refuses the job: "),
         ("mem_gb: 90000", "the cluster refuses the job: "),
-        ("nodes: 3", "the cluster refuses the job: "),
+        ("nodes: 4", "the cluster refuses the job: "),
         ("nodes: 2\nmin_nodes: 1\ntasks_per_node: 5", "batch_size 8: must be a multiple of the 5 ranks, which 1 nodes of 5 ranks have"),
     ],
 )  # fmt: skip
@@ -46,8 +46,8 @@ def test_what_the_cluster_does_not_have_is_refused_in_one_line(
 def test_a_dry_run_prints_the_script_and_sends_nothing(submit: Submit) -> None:
     job = submit("run", "--dry-run", min_nodes=1, cpus_per_task=2, tasks_per_node=2)
     assert job.id == ""
-    for line in ("#SBATCH --nodes=1-2", "#SBATCH --cpus-per-task=4", "trap : TERM", "--ntasks-per-node=2 --cpus-per-task=2 --kill-on-bad-exit=1"):  # fmt: skip
-        assert line in job.output or line in job.output.replace("--kill-on-bad-exit=1 --open-mode=append ", "")
+    for line in ("#SBATCH --nodes=1-2", "#SBATCH --cpus-per-task=4", "trap : TERM", "--kill-on-bad-exit=1 --open-mode=append --ntasks-per-node=2 --cpus-per-task=2 env -C "):  # fmt: skip
+        assert line in job.output
     assert "batch 8 = 2 x 1 micro-batches x 4 ranks" in job.output
     assert not job.run_dir.exists()
 

@@ -85,6 +85,23 @@ def test_a_job_on_this_machine_loses_a_rank_goes_on_and_is_one_run_of_the_code_a
     assert "killed: ranks 1 ended without a word" in text
 
 
+def test_a_job_on_this_machine_that_is_killed_saves_and_stays_down(call: Call, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert call("steps=100000", "checkpoint.every=100000")[0] == 0
+    while not (run_dir / "metrics.jsonl").is_file() or (run_dir / "metrics.jsonl").read_text().count("\n") < 3:
+        assert is_alive(job_of(run_dir))
+        time.sleep(0.05)
+    os.kill(int(job_of(run_dir)), signal.SIGTERM)  # what the submission said
+    wait(run_dir)
+    (start,) = read(run_dir)
+    assert start.decision
+    assert start.decision.step >= 3
+    assert (
+        start.decision.reason
+        == f"step {start.decision.step}: interrupted, and saved; by a signal: submit it again to go on"
+    )
+
+
 def test_the_code_that_runs_is_the_code_at_submission(tmp_path: Path) -> None:
     code = snapshot.copy_code(tmp_path / "code")
     program = (
@@ -154,6 +171,15 @@ def test_a_torn_shard_and_another_run_are_found(train: Call, shards: Path, tmp_p
     found = problems(points(TINY, overrides, []), ClusterConfig("local", logs=str(tmp_path)))
     assert any("shard-000003.tar has 3000 bytes, not " in line for line in found)
     assert any("choose another run_dir" in line for line in found)
+
+
+def test_a_database_that_is_there_already_is_no_problem_and_one_that_cannot_be_is(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("")
+    overrides = [f"data.shards={shards}", f"run_dir={tmp_path / 'run'}", "logging.enabled=true"]
+    assert problems(points(TINY, overrides, []), ClusterConfig("local", logs=str(tmp_path))) == []
+    wrong = [*overrides, f"logging.tracking_uri=sqlite:///{tmp_path / 'mlflow.db' / 'mlflow.db'}"]
+    (line,) = problems(points(TINY, wrong, []), ClusterConfig("local", logs=str(tmp_path)))
+    assert line == f"logging.tracking_uri {tmp_path / 'mlflow.db'}: cannot be written: Not a directory"
 
 
 def test_a_server_that_answers_is_no_problem(shards: Path, tmp_path: Path) -> None:
