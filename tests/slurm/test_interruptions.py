@@ -90,18 +90,15 @@ def test_scontrol_requeue_loses_no_step(submit: Submit, uncut: Path) -> None:
     assert_same_bits(uncut, job.run_dir)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_is_killed_costs_the_steps_since_the_last_checkpoint(
-    rank: int, submit: Submit, uncut: Path
-) -> None:
+def test_a_rank_that_is_killed_costs_the_steps_since_the_last_checkpoint(submit: Submit, uncut: Path) -> None:
     job = submit("run", "checkpoint.every=10")
     job.reach(14)
     killed = time.time()
-    os.kill(job.pid(rank), signal.SIGKILL)
+    os.kill(job.pid(0), signal.SIGKILL)
     job.end()
-    assert job.say(f"`kill -9` of rank {rank}, a checkpoint each 10 steps", killed) <= 10
+    assert job.say("`kill -9` of a rank, a checkpoint each 10 steps", killed) <= 10
     assert_same_bits(uncut, job.run_dir)
-    assert f"killed: ranks {rank}" in job.reasons[0]
+    assert "killed: ranks 0" in job.reasons[0]
 
 
 def test_a_cancelled_job_is_not_started_again(submit: Submit) -> None:
