@@ -90,8 +90,9 @@ def _model(point: Point, cluster: ClusterConfig) -> None:
     for shard in index.shards:
         if local and (size := (local / shard.name).stat().st_size) != shard.bytes:
             raise UserError(f"data.shards {shards}: {shard.name} has {size} bytes, not {shard.bytes}: shard again")
-    with torch.device("meta"):
-        networks.denoiser(point.config, index.shape)
+    if point.config.model.kind == "unet2d":  # others would be read from their files
+        with torch.device("meta"):
+            networks.denoiser(point.config, index.shape)
 
 
 def _tracking(point: Point, cluster: ClusterConfig) -> None:

@@ -59,14 +59,14 @@ def test_a_job_on_this_machine_loses_a_rank_goes_on_and_is_one_run_of_the_code_a
     call: Call, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
-    code, output = call("steps=60", "checkpoint.every=5", cluster="kind: local\ntasks_per_node: 2")
+    code, output = call("steps=30", "checkpoint.every=5", cluster="kind: local\ntasks_per_node: 2")
     assert code == 0, output
     assert f"job {job_of(run_dir)}: {run_dir}" in output
     assert f"cancel  kill {job_of(run_dir)}" in output
     while not (run_dir / "metrics.jsonl").is_file() or (run_dir / "metrics.jsonl").read_text().count("\n") < 7:
         assert is_alive(job_of(run_dir))
         time.sleep(0.05)
-    code, output = call("steps=60")
+    code, output = call("steps=30")
     assert code == 2
     assert f"job {job_of(run_dir)} has to do with it: cancel it, or choose another" in output
     pid = json.loads((read(run_dir)[0].folder / "rank-1.json").read_text())["pid"]
@@ -78,10 +78,10 @@ def test_a_job_on_this_machine_loses_a_rank_goes_on_and_is_one_run_of_the_code_a
     assert first.decision.follows == "another start"
     assert second.step >= 5
     assert second.decision
-    assert second.decision.reason == "step 60: done"
+    assert second.decision.reason == "step 30: done"
     assert errors.run(lambda: status.main([str(run_dir)])) == 0
     text = capfd.readouterr().out
-    assert f"{run_dir}: COMPLETED, step 60 of 60 (100%), loss/ambient " in text
+    assert f"{run_dir}: COMPLETED, step 30 of 30 (100%), loss/ambient " in text
     assert "killed: ranks 1 ended without a word" in text
 
 
