@@ -1,5 +1,6 @@
 # make quickstart   real images, corrupted, to a trained model and one picture   (DATASET=digits|fashion|emoji|faces)
 # make test         the tests          make lint, make types, make format
+# make test-slurm   starts a real SLURM of two nodes on this machine (root, Debian), and runs the tests that need one
 # make directions   trains on images for about ten minutes, and checks that ours beats naive and ambient alone
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,7 +8,7 @@ DATASET ?= digits
 STARTED := $(shell date +%s)
 BIN := $(VENV)/bin
 
-.PHONY: install dev quickstart test directions lint types format clean
+.PHONY: install dev quickstart test test-slurm directions lint types format clean
 install: $(VENV)/.installed
 dev: $(VENV)/.installed-dev
 
@@ -27,6 +28,12 @@ quickstart: install
 
 test: dev
 	$(BIN)/python -m pytest
+
+# Nothing is skipped then. The cluster is taken down again, also after a failure.
+test-slurm: dev
+	tests/slurm/cluster.sh up
+	eval "$$(tests/slurm/cluster.sh env)"; $(BIN)/python -m pytest -m slurm tests/slurm; \
+	code=$$?; tests/slurm/cluster.sh down; exit $$code
 
 directions: dev
 	$(BIN)/python -m benchmarks.images --quick

@@ -15,16 +15,20 @@ from typing import Any
 from trainer.errors import UserError, WorkFailed
 
 KINDS = ("slurm", "local")
+REQUEUES = {"slurm": 20, "local": 5}
 
 
 @dataclass(frozen=True)
 class ClusterConfig:
     """What a job asks for. kind: `slurm`, or `local`, which starts the jobs on this machine through the same code.
 
-    partition, account, qos, constraint: as sbatch takes them. nodes, gpus_per_node, cpus_per_task: of each job. mem_gb:
-    memory of a node in GB; None: the partition's default. time_minutes: the job's limit. signal_delay_s: the warning
-    before it, in seconds. setup: shell commands that run before the job (slurm only). environment: variables of the job.
-    srun_args: given to srun as they are (slurm only). logs: the folder for the jobs' files, which all nodes must see.
+    partition, account, qos, constraint: as sbatch takes them. nodes, gpus_per_node, cpus_per_task: of each job. min_nodes:
+    a training may start, and come back, with as few (slurm only). tasks_per_node: ranks of a training on a node; None: one
+    for each GPU, or one. mem_gb: memory of a node in GB; None: the partition's default. time_minutes: the job's limit.
+    signal_delay_s: the warning before it, in seconds. max_requeues: how often a training may be started again; None: 20 times, 5 for kind local, which can no more. hang_minutes:
+    a training whose ranks take no step for so long is ended and started again; 0: never. setup: shell commands that run
+    before the job (slurm only). environment: variables of the job. srun_args: given to srun as they are (slurm only). logs:
+    the folder for the jobs' files, which all nodes must see.
     """
 
     kind: str
@@ -33,11 +37,15 @@ class ClusterConfig:
     qos: str | None = None
     constraint: str | None = None
     nodes: int = 1
+    min_nodes: int | None = None
+    tasks_per_node: int | None = None
     gpus_per_node: int = 0
     cpus_per_task: int = 1
     mem_gb: float | None = None
     time_minutes: int = 60
     signal_delay_s: int = 90
+    max_requeues: int | None = None
+    hang_minutes: float = 30
     setup: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict[str, str])
     srun_args: tuple[str, ...] = ()
@@ -46,9 +54,14 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"kind {self.kind!r}: must be {' or '.join(KINDS)}")
-        for name, least in {"nodes": 1, "gpus_per_node": 0, "cpus_per_task": 1, "time_minutes": 1, "signal_delay_s": 0}.items():  # fmt: skip
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} {getattr(self, name)}: must be at least {least}")
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} {value:g}: must be at least {least}")
+        if self.min_nodes is not None and self.min_nodes > self.nodes:
+            raise ValueError(f"min_nodes {self.min_nodes}: must be at most nodes {self.nodes}")
+        if self.kind == "local" and (self.max_requeues or 0) > REQUEUES["local"]:
+            raise ValueError(f"max_requeues {self.max_requeues}: kind local starts a job again at most 5 times")
         if self.mem_gb is not None and self.mem_gb <= 0:
             raise ValueError(f"mem_gb {self.mem_gb:g}: must be above 0")
         if self.signal_delay_s >= 60 * self.time_minutes:
@@ -57,13 +70,29 @@ class ClusterConfig:
             )
         if self.kind == "local" and self.nodes > 1:
             raise ValueError(f"nodes {self.nodes}: kind local has one node")
-        for name in ("setup", "srun_args"):
+        for name in ("setup", "srun_args", "min_nodes"):
             if self.kind == "local" and getattr(self, name):
                 raise ValueError(f"{name}: kind local does not use it; remove it, or choose kind: slurm")
 
+    @property
+    def ranks_per_node(self) -> int:
+        """Of a training."""
+        return self.tasks_per_node or max(1, self.gpus_per_node)
+
+    @property
+    def requeues(self) -> int:
+        """How often a training may be started again."""
+        return REQUEUES[self.kind] if self.max_requeues is None else self.max_requeues
+
+
+LEAST = {
+    "nodes": 1, "min_nodes": 1, "tasks_per_node": 1, "gpus_per_node": 0, "cpus_per_task": 1, "time_minutes": 1,
+    "signal_delay_s": 0, "max_requeues": 0, "hang_minutes": 0,
+}  # fmt: skip
 
 TYPES = {
-    "str": (str,), "str | None": (str,), "int": (int,), "float | None": (int, float), "tuple[str, ...]": (list,), "Mapping[str, str]": (dict,),
+    "str": (str,), "str | None": (str,), "int": (int,), "int | None": (int,), "float": (int, float), "float | None": (int, float),
+    "tuple[str, ...]": (list,), "Mapping[str, str]": (dict,),
 }  # fmt: skip
 """What YAML may give for a field, by the field's annotation."""
 
@@ -115,18 +144,33 @@ def _in_words(kind: str) -> str:
     return words[kind.removesuffix(" | None")]
 
 
-def executor(config: ClusterConfig, folder: Path, name: str) -> Any:
+@dataclass(frozen=True)
+class Surroundings:
+    """What a job has around it, beside what its cluster's file asks for. tasks: processes on each node. code: the folder
+    whose code it runs; None: where it is submitted. before, after: shell commands around its processes (slurm)."""
+
+    tasks: int = 1
+    code: Path | None = None
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    srun_args: tuple[str, ...] = ()
+
+
+def executor(config: ClusterConfig, folder: Path, name: str, around: Surroundings | None = None) -> Any:
     """submitit's executor that writes its files to `folder`, a new one: submitit takes the result of an older job of the
     same id for this one's. name: the jobs' name. Raises UserError where there is no such cluster."""
     import submitit
 
+    around = around or Surroundings()
+    at = ["env", "-C", str(around.code)] if around.code else []  # python -m looks for code in the working folder first
     if config.kind == "local":
         words = [f"{key}={value}" for key, value in config.environment.items()]
-        python = shlex.join(["env", *words, sys.executable])
+        python = shlex.join([*(at or ["env"]), *words, sys.executable])
         local = submitit.LocalExecutor(folder, python=python)
         local.update_parameters(
-            timeout_min=config.time_minutes, signal_delay_s=config.signal_delay_s, gpus_per_node=config.gpus_per_node
-        )
+            timeout_min=config.time_minutes, signal_delay_s=config.signal_delay_s, gpus_per_node=config.gpus_per_node,
+            tasks_per_node=around.tasks,
+        )  # fmt: skip
         return local
     if shutil.which("srun") is None or shutil.which("sbatch") is None:
         raise UserError("kind slurm: no srun and sbatch on this machine: submit from a login node, or take kind: local")
@@ -134,14 +178,30 @@ def executor(config: ClusterConfig, folder: Path, name: str) -> Any:
     optional = {
         "partition": config.partition, "account": config.account, "qos": config.qos, "constraint": config.constraint,
         "gpus_per_node": config.gpus_per_node or None, "mem": config.mem_gb and f"{round(config.mem_gb * 1024)}MB",
+        "teardown": list(around.after) or None,
+        "ntasks_per_node": around.tasks,
     }  # fmt: skip
-    slurm = submitit.SlurmExecutor(folder)
+    cpus, srun_args = config.cpus_per_task, [*config.srun_args, *around.srun_args]
+    if config.min_nodes:  # with a number of tasks, SLURM would take them all into as few nodes as possible
+        optional |= {"ntasks_per_node": None, "additional_parameters": {"nodes": f"{config.min_nodes}-{config.nodes}"}}
+        srun_args += [f"--ntasks-per-node={around.tasks}", f"--cpus-per-task={cpus}"]
+        cpus *= around.tasks
+    slurm = submitit.SlurmExecutor(folder, python=shlex.join([*at, sys.executable]))
     slurm.update_parameters(
-        job_name=name, nodes=config.nodes, ntasks_per_node=1, cpus_per_task=config.cpus_per_task,
-        time=config.time_minutes, signal_delay_s=config.signal_delay_s, setup=[*config.setup, *exports],
-        srun_args=list(config.srun_args), **{key: value for key, value in optional.items() if value is not None},
+        job_name=name, nodes=config.nodes, cpus_per_task=cpus, time=config.time_minutes,
+        signal_delay_s=config.signal_delay_s, setup=[*config.setup, *exports, *around.before], srun_args=srun_args,
+        **{key: value for key, value in optional.items() if value is not None},
     )  # fmt: skip
     return slurm
+
+
+def script(made: Any, jobs: int) -> str:
+    """What sbatch is given for so many jobs by an executor of kind slurm."""
+    made.parameters.update({"map_count": jobs} if jobs > 1 else {})
+    try:
+        return made._make_submission_file_text(made._submitit_command_str, "")
+    finally:
+        made.parameters.pop("map_count", None)
 
 
 def submit(made: Any, jobs: list[Any]) -> list[Any]:

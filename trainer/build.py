@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,21 +70,24 @@ class Run:
             return self.engine.weights()
 
 
-def run(config: RunConfig, ranks: Ranks) -> Run:
-    """Builds a run, new or from its last checkpoint. A collective. Raises UserError for what does not fit together."""
+def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = None) -> Run:
+    """Builds a run, new or from its last checkpoint. A collective. Raises UserError for what does not fit together.
+
+    extra_tags: for MLflow, in place of or beside its own."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    layout = _layout(config, ranks)
+    layout = layout_of(config, ranks.rank, ranks.world)
     model = config.model
     captions = isinstance(model, SDXLConfig) and model.prompt is None
     loader = Loader(config.data, layout, config.seed, ranks.device, captions)
     _check_levels(config, loader)
     few = _few(config, loader)
+    few_tag = {"notice.few_images": few} if few else {}
     if few and ranks.is_main:
         print(f"warning: {few}", file=sys.stderr)
     directory = Path(config.run_dir)
     checkpoints = Checkpoints(directory, config.checkpoint)
-    _refuse_another_run(config, directory)
+    refuse_another_run(config, directory)
     ranks.barrier()
 
     for shape in loader.index.shapes:
@@ -124,7 +128,7 @@ def run(config: RunConfig, ranks: Ranks) -> Run:
         schedule=_schedule(c, budget, state),
         budget=budget,
         checkpoints=checkpoints,
-        logger=_logger(config, directory, engine, attention.tags() | ({"notice.few_images": few} if few else {})) if ranks.is_main else None,
+        logger=_logger(config, directory, engine, attention.tags() | few_tag | dict(extra_tags or {})) if ranks.is_main else None,
         state=state,
     )  # fmt: skip
 
@@ -134,16 +138,17 @@ def _logger(config: RunConfig, directory: Path, engine: Engine, more: dict[str, 
     return MLflowLogger(config.logging, directory, parameters, {**tags(), "engine.precision": engine.precision, **more})
 
 
-def _layout(config: RunConfig, ranks: Ranks) -> Layout:
-    rows, rest = divmod(config.batch_size, ranks.world)
+def layout_of(config: RunConfig, rank: int, world: int) -> Layout:
+    """Raises UserError where the batch cannot be split over so many ranks."""
+    rows, rest = divmod(config.batch_size, world)
     if rest or rows == 0:
-        raise UserError(f"batch_size {config.batch_size}: must be a multiple of the {ranks.world} ranks")
+        raise UserError(f"batch_size {config.batch_size}: must be a multiple of the {world} ranks")
     micro = min(config.micro_batch_size or rows, rows)
     if rows % micro:
         raise UserError(
-            f"micro_batch_size {config.micro_batch_size}: must divide the {rows} samples that each of {ranks.world} ranks has of batch_size {config.batch_size}"
+            f"micro_batch_size {config.micro_batch_size}: must divide the {rows} samples that each of {world} ranks has of batch_size {config.batch_size}"
         )
-    return Layout(config.batch_size, micro, ranks.rank, ranks.world)
+    return Layout(config.batch_size, micro, rank, world)
 
 
 def _stride(config: RunConfig, layout: Layout) -> int:
@@ -189,7 +194,8 @@ def _few(config: RunConfig, loader: Loader) -> str | None:
     return f"{config.data.shards} has {loader.index.samples} images; below about {FEW} training from noisy images fails: expect copies or blur, and give more images, or a share of clean ones"
 
 
-def _refuse_another_run(config: RunConfig, directory: Path) -> None:
+def refuse_another_run(config: RunConfig, directory: Path) -> None:
+    """Raises UserError where the directory holds a run whose fixed fields have other values."""
     path = directory / "config.yaml"
     if path.is_file():
         old, new = dict(flatten(to_data(load(path)))), dict(flatten(to_data(config)))

@@ -18,6 +18,8 @@ COMMANDS = {
     "export": ("trainer.export", "write a run's model as diffusers loads it"),
     "plan": ("trainer.plan", "what a run takes in memory, time and traffic, before it starts"),
     "doctor": ("trainer.doctor", "what of this machine works for training, and what to do about the rest"),
+    "submit": ("slurm.submit", "train by jobs of a cluster, one run or a sweep"),
+    "status": ("slurm.status", "how far submitted runs are"),
     "quickstart": ("trainer.quickstart", "all of it on a packaged set of images, in minutes"),
 }
 

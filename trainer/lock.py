@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import fcntl
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from trainer.distributed import Ranks
 from trainer.errors import UserError
 
 
 @contextmanager
-def exclusive(directory: Path, ranks: Ranks) -> Iterator[None]:
+def exclusive(directory: Path, ranks: Ranks, patience: float = 0.0) -> Iterator[None]:
     """Holds a lock on the directory, on rank 0. Raises UserError where another process on this machine, or on a file
-    system with locks, holds it. The system frees it when the process ends, however it ends."""
+    system with locks, still holds it after `patience` seconds. The system frees it when the process ends, however it
+    ends."""
     if not ranks.is_main:
         yield
         return
@@ -24,10 +27,17 @@ def exclusive(directory: Path, ranks: Ranks) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"run_dir {directory}: cannot be written: {error.strerror}") from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"run_dir {directory}: another process trains in it: wait for it, or choose another"
-            ) from None
+        deadline = time.monotonic() + patience
+        while not _locked(file):
+            if time.monotonic() >= deadline:
+                raise UserError(f"run_dir {directory}: another process trains in it: wait for it, or choose another")
+            time.sleep(0.5)
         yield
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -157,22 +157,10 @@ class MLflowLogger:
                 wait = min(60.0, wait * 2)
 
     def _connect(self) -> Any:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         from mlflow.entities import Param, RunTag  # here, since it takes seconds
-        from mlflow.tracking import MlflowClient
 
-        for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.WARNING)
-        uri = self._config.uri(self._run_dir)
-        client = MlflowClient(tracking_uri=uri)
+        client, experiment_id = _client(self._config, self._run_dir)
         if self._state["run_id"] is None:
-            experiment = client.get_experiment_by_name(self._config.experiment)
-            artifacts = None if self._config.tracking_uri else (self._run_dir.resolve().parent / "mlartifacts").as_uri()
-            experiment_id = (
-                experiment.experiment_id
-                if experiment
-                else client.create_experiment(self._config.experiment, artifact_location=artifacts)
-            )
             run = client.create_run(experiment_id, run_name=self._config.name or self._run_dir.name)
             self._state = {"experiment_id": experiment_id, "run_id": run.info.run_id, "sent": 0}
             self._save_state()
@@ -181,6 +169,8 @@ class MLflowLogger:
             client.log_artifact(run.info.run_id, str(self._run_dir / "config.yaml"))
         else:
             client.update_run(self._state["run_id"], status="RUNNING")
+        if (changes := self._run_dir / "changes.diff").is_file():
+            client.log_artifact(self._state["run_id"], str(changes))
         client.log_batch(self._state["run_id"], tags=[RunTag(name, value) for name, value in self._tags.items()])
         return client
 
@@ -208,3 +198,26 @@ class MLflowLogger:
         partial = self._state_file.with_suffix(".partial")
         partial.write_text(json.dumps(self._state))
         partial.replace(self._state_file)
+
+
+def heading(config: LoggingConfig, run_dir: Path, tags: dict[str, str]) -> str:
+    """Makes a run that has no training of its own, for others to be children of; returns its id. run_dir: its folder, in
+    which the children have theirs."""
+    client, experiment_id = _client(config, run_dir / "child")
+    run = client.create_run(experiment_id, run_name=config.name or run_dir.name, tags=tags)
+    client.set_terminated(run.info.run_id, "FINISHED")
+    return run.info.run_id
+
+
+def _client(config: LoggingConfig, run_dir: Path) -> tuple[Any, str]:
+    """MLflow's client, and the id of the experiment, which is made if need be."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from mlflow.tracking import MlflowClient
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    client = MlflowClient(tracking_uri=config.uri(run_dir))
+    if experiment := client.get_experiment_by_name(config.experiment):
+        return client, experiment.experiment_id
+    artifacts = None if config.tracking_uri else (run_dir.resolve().parent / "mlartifacts").as_uri()
+    return client, client.create_experiment(config.experiment, artifact_location=artifacts)

@@ -16,7 +16,7 @@ def tags() -> dict[str, str]:
     """Tags for a run: git revision (with "+changes" where files differ from it), and versions."""
     found = {f"version.{name}": version_of(name) or "not installed" for name in PACKAGES}
     return {
-        "git.revision": _revision(),
+        "git.revision": revision(),
         "version.ambient-trainer": trainer.__version__,
         "version.python": platform.python_version(),
         **found,
@@ -30,7 +30,9 @@ def version_of(name: str) -> str | None:
         return None
 
 
-def _revision() -> str:
+def revision() -> str:
+    """Of the code's git repository, "unknown" where there is none."""
+
     def git(*arguments: str) -> str:
         folder = Path(trainer.__file__).parent
         return subprocess.run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from trainer import errors
 
 if TYPE_CHECKING:
     from trainer.build import Run
+    from trainer.config import RunConfig
 
 EXAMPLE = """examples:
   python -m trainer.train configs/quickstart.yaml optimizer.lr=3e-4
@@ -37,21 +39,36 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     from trainer.config import load  # imports from here on take seconds, which --help should not
 
-    config = load(args.config, args.overrides)
-    from trainer import build, distributed
-    from trainer.lock import exclusive
+    stopped = listen()
+    return train(load(args.config, args.overrides), lambda: bool(stopped))
 
+
+def listen() -> list[int]:
+    """The signals that ask to stop, as they come from now on."""
     stopped: list[int] = []
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(name, lambda number, frame: stopped.append(number))
+    return stopped
+
+
+def train(
+    config: RunConfig, stop: Callable[[], bool], tags: Mapping[str, str] | None = None, patience: float = 0.0
+) -> int:
+    """Trains as one of the ranks that the environment describes; returns the exit code, DONE or INTERRUPTED.
+
+    stop: asked at each step; when it is true on any rank, all save and leave. tags: of the MLflow run, beside its own.
+    patience: seconds to wait for another process that trains in the same run directory.
+    """
+    from trainer import build, distributed
+    from trainer.lock import exclusive
+
     ranks = distributed.init()
-    with exclusive(Path(config.run_dir), ranks):
-        return _train(build.run(config, ranks), stopped)
+    with exclusive(Path(config.run_dir), ranks, patience):
+        return _train(build.run(config, ranks, tags), stop)
 
 
-def _train(run: Run, stopped: list[int]) -> int:
-    """stopped: the signals that came so far."""
-    from trainer.loop import train
+def _train(run: Run, stop: Callable[[], bool]) -> int:
+    from trainer import loop
 
     config = run.config
     if run.ranks.is_main and run.state.step:
@@ -68,7 +85,7 @@ def _train(run: Run, stopped: list[int]) -> int:
         )
     finished, status = False, "FAILED"
     try:
-        finished = train(run, stop=lambda: bool(stopped))
+        finished = loop.train(run, stop)
         status = "FINISHED" if finished else "KILLED"
     finally:
         if run.logger:

@@ -97,9 +97,9 @@ def test_the_script_for_slurm_asks_for_what_the_file_says(tmp_path: Path, monkey
     assert "--container-image=/a b" in text.replace("'", "")
 
 
-@pytest.mark.parametrize("name", ["local.yaml", "example.yaml"])
-def test_the_files_that_come_with_the_project_are_read(name: str) -> None:
-    assert read_cluster(ROOT / "configs" / "clusters" / name).kind in name.replace("example", "slurm")
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "clusters").iterdir()), ids=lambda path: path.name)
+def test_the_files_that_come_with_the_project_are_read(path: Path) -> None:
+    assert read_cluster(path).kind == ("local" if path.name == "local.yaml" else "slurm")
 
 
 @pytest.mark.parametrize(
@@ -120,6 +120,11 @@ def test_the_files_that_come_with_the_project_are_read(name: str) -> None:
         ("kind: slurm\nsetup: module load", "setup: 'module load' must be a list of texts"),
         ("kind: slurm\nsetup: [1]", "must be a list of texts"),
         ("kind: slurm\nenvironment: {A: 1}", "must be names with texts: quote the numbers"),
+        ("kind: slurm\nmin_nodes: 3\nnodes: 2", "min_nodes 3: must be at most nodes 2"),
+        ("kind: slurm\ntasks_per_node: 0", "tasks_per_node 0: must be at least 1"),
+        ("kind: slurm\nhang_minutes: -1", "hang_minutes -1: must be at least 0"),
+        ("kind: local\nmax_requeues: 6", "max_requeues 6: kind local starts a job again at most 5 times"),
+        ("kind: local\nmin_nodes: 1", "min_nodes: kind local does not use it"),
         ("kind: local\nnodes: 2", "nodes 2: kind local has one node"),
         ("kind: local\nsetup: [module load]", "setup: kind local does not use it"),
     ],

@@ -1,0 +1,147 @@
+"""What can be known to be wrong before a training is submitted."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from slurm import queue
+from slurm.cluster import ClusterConfig
+from slurm.points import Point
+from trainer.errors import UserError, WorkFailed
+
+ANSWER_S = 10
+"""Seconds that a tracking server has to answer."""
+
+
+def problems(points: Sequence[Point], cluster: ClusterConfig) -> list[str]:
+    """One line each; empty where all is well. What several points share is said once."""
+    found: dict[str, None] = {}
+    for point in points:
+        for check in (_free, _run_dir, _ranks, _tracking, _model):
+            found.update(dict.fromkeys(_said(lambda check=check, point=point: check(point, cluster))))
+    for line in (*_said(lambda: _logs(cluster)), *_said(lambda: _machine(cluster))):
+        found[line] = None
+    return list(found)
+
+
+def _said(check: Callable[[], object]) -> Iterator[str]:
+    try:
+        check()
+    except (UserError, WorkFailed) as error:
+        yield str(error)
+
+
+def _free(point: Point, cluster: ClusterConfig) -> None:
+    if job := point.job:
+        raise UserError(f"run_dir {point.run_dir}: job {job} has to do with it: cancel it, or choose another")
+
+
+def _run_dir(point: Point, cluster: ClusterConfig) -> None:
+    from trainer.build import refuse_another_run
+
+    _writable("run_dir", point.run_dir)
+    refuse_another_run(point.config, point.run_dir)
+
+
+def _logs(cluster: ClusterConfig) -> None:
+    _writable("logs", Path(cluster.logs).absolute())
+
+
+def _writable(name: str, folder: Path) -> None:
+    """The folder is not made: one that holds nothing should not stay behind."""
+    folder = folder.absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"{name} {folder}: cannot be written: {error.strerror}") from None
+
+
+def _ranks(point: Point, cluster: ClusterConfig) -> None:
+    """Each number of nodes that the job may get."""
+    from trainer.build import layout_of
+
+    for nodes in range(cluster.min_nodes or cluster.nodes, cluster.nodes + 1):
+        try:
+            layout_of(point.config, 0, nodes * cluster.ranks_per_node)
+        except UserError as error:
+            raise UserError(f"{error}, which {nodes} nodes of {cluster.ranks_per_node} ranks have") from None
+
+
+def _model(point: Point, cluster: ClusterConfig) -> None:
+    """The shards' index, and a model for their shapes, without its memory; of an sdxl also that its base made the shards."""
+    from data_pipeline.index import read_index
+    from data_pipeline.storage import local_path
+    from trainer import base_pipeline
+    from trainer.models.sdxl import SDXLConfig
+    from trainer.planning.models import configured
+
+    shards = point.config.data.shards
+    local = local_path(shards)
+    index = read_index(str(local or shards))
+    for shard in index.shards:
+        if local and (size := (local / shard.name).stat().st_size) != shard.bytes:
+            raise UserError(f"data.shards {shards}: {shard.name} has {size} bytes, not {shard.bytes}: shard again")
+    if isinstance(point.config.model, SDXLConfig):
+        base_pipeline.check_data(point.config.model, index, shards)
+    for shape in index.shapes:
+        configured(point.config, shape)
+
+
+def _tracking(point: Point, cluster: ClusterConfig) -> None:
+    """That a server answers, or that there is a place for a database. Other kinds of URI are left to MLflow."""
+    logging = point.config.logging
+    if not logging.enabled:
+        return
+    uri = logging.uri(point.run_dir)
+    if uri.startswith("sqlite:///"):
+        file = Path(uri.removeprefix("sqlite:///"))
+        _writable("logging.tracking_uri", file.parent)  # SQLite writes its journal beside the file
+        if file.exists() and not os.access(file, os.W_OK):
+            raise UserError(f"logging.tracking_uri {uri}: {file} cannot be written")
+    elif uri.startswith(("http://", "https://")):
+        try:
+            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=ANSWER_S).close()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "reason", None) or error
+            raise UserError(f"logging.tracking_uri {uri}: does not answer: {reason}") from None
+
+
+def _machine(cluster: ClusterConfig) -> None:
+    if cluster.kind == "slurm":
+        known = queue.partitions()
+        if cluster.partition and known and cluster.partition not in known:
+            raise UserError(f"partition {cluster.partition}: no such partition; there are {', '.join(known)}")
+    elif cluster.gpus_per_node:
+        import torch
+
+        if (count := torch.cuda.device_count()) < cluster.gpus_per_node:
+            raise UserError(f"gpus_per_node {cluster.gpus_per_node}: this machine has {count}")
+
+
+def refused_by_slurm(text: str) -> str | None:
+    """Why sbatch would not take this script, by its own test; None where it would."""
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+        file.write(text)
+        file.flush()
+        result = subprocess.run(["sbatch", "--test-only", file.name], capture_output=True, text=True)
+    if result.returncode == 0:
+        return None
+    lines = [line.removeprefix("sbatch: error: ").strip() for line in result.stderr.splitlines() if line.strip()]
+    return f"the cluster refuses the job: {'; '.join(line for line in lines if not line.startswith('allocation failure')) or 'sbatch --test-only failed'}"
+
+
+def without_slurm_fields(cluster: ClusterConfig) -> tuple[ClusterConfig, list[str]]:
+    """The cluster's file for this machine, and the fields that have no meaning here."""
+    plain = ClusterConfig("local")
+    unused = [name for name in ("setup", "srun_args", "min_nodes", "nodes") if getattr(cluster, name) != getattr(plain, name)]  # fmt: skip
+    most = min(cluster.requeues, plain.requeues)
+    return replace(cluster, kind="local", max_requeues=most, **{name: getattr(plain, name) for name in unused}), unused

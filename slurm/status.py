@@ -1,0 +1,157 @@
+"""`python -m slurm.status RUN`: what became of a submitted run, or of a sweep's runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from slurm import attempts
+from slurm.attempts import Attempt
+from slurm.queue import is_alive, listed
+from trainer import errors
+from trainer.errors import UserError
+
+EXAMPLE = """examples:
+  python -m slurm.status runs/digits
+  python -m slurm.status runs/sweep        # the folder of a sweep: a line for each of its runs
+"""
+RECENT = 50
+"""Records that the speed is taken from."""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m slurm.status", description="Shows the job of a run, how far it is, and what became of each of its starts.",
+                                epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    p.add_argument("run", metavar="RUN", type=Path, help="a run's folder, or that of a sweep")
+    return p
+
+
+@dataclass(frozen=True)
+class Status:
+    """state: of the job, SLURM's word where SLURM knows it. step, steps: done, and wanted (None until it has begun).
+    metric: the last ambient loss. speed: steps a second, None where nothing is running."""
+
+    run_dir: Path
+    job: str
+    state: str
+    reason: str
+    step: int
+    steps: int | None
+    metric: float | None
+    speed: float | None
+    starts: list[Attempt]
+    folder: str
+    most: int
+
+    @property
+    def seconds_left(self) -> float | None:
+        return (self.steps - self.step) / self.speed if self.steps and self.speed else None
+
+    @property
+    def line(self) -> str:
+        of = f" of {self.steps} ({self.step / self.steps:.0%})" if self.steps else ""
+        parts = [f"{self.state}{f' ({self.reason})' if self.reason else ''}", f"step {self.step}{of}"]
+        if self.metric is not None:
+            parts.append(f"loss/ambient {self.metric:.4g}")
+        if self.seconds_left is not None:
+            parts.append(f"{self.speed:.3g} steps/s, {_duration(self.seconds_left)} left")
+        return ", ".join(parts)
+
+    @property
+    def text(self) -> str:
+        lines = [
+            f"{self.run_dir}: {self.line}",
+            f"job {self.job}, started again at most {self.most} times; its starts:",
+        ]
+        for start in self.starts:
+            after = start.decision.reason if start.decision else "no word of its end yet"
+            began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(start.started))
+            where = f"{start.ranks} ranks on {','.join(start.nodes)}" if start.nodes else "no rank began"
+            lines.append(f"  {start.job}-{start.number}  {began}  {where}, from step {start.step}; {after}")
+        return "\n".join([*lines, f"logs in {self.folder}"])
+
+
+def status(run_dir: Path) -> Status | None:
+    """None where nothing was submitted for this folder."""
+    note = _json(run_dir / "job.json")
+    if not note:
+        return None
+    starts = attempts.read(run_dir)
+    records = _metrics(run_dir)
+    step = max([attempts.steps_done(run_dir), *(record["step"] for record in records[-1:])])
+    steps, state, reason = _wanted(run_dir), *_state(note, starts)
+    metric = next((r["metrics"]["loss/ambient"] for r in reversed(records) if "loss/ambient" in r["metrics"]), None)
+    since = starts[-1].started if starts else time.time()
+    recent = [record for record in records if record["time"] / 1000 >= since][-RECENT:]
+    speed = None
+    if state == "RUNNING" and len(recent) > 1 and recent[-1]["time"] > recent[0]["time"]:
+        speed = (recent[-1]["step"] - recent[0]["step"]) / ((recent[-1]["time"] - recent[0]["time"]) / 1000)
+    return Status(run_dir, note["job"], state, reason, step, steps, metric, speed, starts, note["folder"], note["max_requeues"])  # fmt: skip
+
+
+def _state(note: dict[str, Any], starts: list[Attempt]) -> tuple[str, str]:
+    """And SLURM's reason, where a job waits."""
+    if note["kind"] == "slurm" and (now := listed(note["job"])):
+        return now.state, now.reason if now.state == "PENDING" else ""
+    if note["kind"] == "local" and is_alive(note["job"]):
+        return "RUNNING", ""
+    last = starts[-1] if starts and starts[-1].job == note["job"] else None
+    if last is None:
+        return "UNKNOWN", "no start was recorded, and SLURM does not know the job"
+    if all(ending.outcome == "done" for ending in last.endings.values()) and last.endings:
+        return "COMPLETED", ""
+    return "ENDED", ""
+
+
+def _wanted(run_dir: Path) -> int | None:
+    try:
+        return int(yaml.safe_load((run_dir / "config.yaml").read_text())["steps"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
+
+
+def _metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Whole records with metrics; the last line may still be in the writing."""
+    try:
+        lines = (run_dir / "metrics.jsonl").read_text().rpartition("\n")[0].splitlines()
+        return [record for line in lines if "metrics" in (record := json.loads(line))]
+    except (OSError, ValueError):
+        return []
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = round(seconds / 60), seconds / 3600
+    return f"{seconds:.0f} s" if seconds < 90 else f"{minutes} minutes" if minutes < 90 else f"{hours:.1f} hours"
+
+
+def main(argv: list[str] | None = None) -> int:
+    run: Path = parser().parse_args(argv).run
+    if whole := status(run):
+        print(whole.text)
+        return errors.DONE
+    points = [found for path in sorted(run.glob("*/job.json")) if (found := status(path.parent))]
+    if not points:
+        raise UserError(f"{run}: nothing was submitted for it: no job.json in it, nor in its folders")
+    for point in points:
+        print(f"{point.run_dir.name}: job {point.job} {point.line}")
+        if point.starts and (last := point.starts[-1].decision) and last.follows == "a person":
+            print(f"  {last.reason}")
+    return errors.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run(main))

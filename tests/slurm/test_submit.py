@@ -1,0 +1,235 @@
+"""Submissions: what is refused before anything is sent, what is sent, and trainings as jobs on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from slurm import snapshot, status, submit
+from slurm.attempts import read
+from slurm.cluster import ClusterConfig
+from slurm.points import points
+from slurm.preflight import problems, without_slurm_fields
+from slurm.queue import is_alive
+from tests.conftest import ROOT, TINY, Outcome
+from trainer import errors
+from trainer.errors import UserError
+
+Call = Callable[..., Outcome]
+
+
+@pytest.fixture
+def call(shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Call:
+    """`slurm.submit` of the tiny training to this machine; fields: of the cluster's file."""
+
+    def run(*arguments: str, cluster: str = "kind: local") -> Outcome:
+        path = tmp_path / "cluster.yaml"
+        path.write_text(f'{cluster}\nlogs: {tmp_path / "jobs"}\nenvironment: {{OMP_NUM_THREADS: "1"}}\n')
+        overrides = [f"data.shards={shards}", f"run_dir={tmp_path / 'run'}", *arguments]
+        capfd.readouterr()
+        code = errors.run(lambda: submit.main([str(TINY), "--cluster", str(path), *overrides]))
+        return code, "".join(capfd.readouterr())
+
+    return run
+
+
+def job_of(run_dir: Path) -> str:
+    return json.loads((run_dir / "job.json").read_text())["job"]
+
+
+def wait(run_dir: Path) -> None:
+    deadline = time.monotonic() + 100
+    while is_alive(job_of(run_dir)):
+        with suppress(ChildProcessError):  # it is this process's child, as submit ran in it
+            os.waitpid(int(job_of(run_dir)), os.WNOHANG)
+        assert time.monotonic() < deadline, [start.endings for start in read(run_dir)]
+        time.sleep(0.1)
+
+
+@pytest.mark.distributed
+def test_a_job_on_this_machine_loses_a_rank_goes_on_and_is_one_run_of_the_code_as_submitted(
+    call: Call, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    code, output = call("steps=30", "checkpoint.every=5", cluster="kind: local\ntasks_per_node: 2")
+    assert code == 0, output
+    assert f"job {job_of(run_dir)}: {run_dir}" in output
+    assert f"cancel  kill {job_of(run_dir)}" in output
+    while not (run_dir / "metrics.jsonl").is_file() or (run_dir / "metrics.jsonl").read_text().count("\n") < 7:
+        assert is_alive(job_of(run_dir))
+        time.sleep(0.05)
+    code, output = call("steps=30")
+    assert code == 2
+    assert f"job {job_of(run_dir)} has to do with it: cancel it, or choose another" in output
+    pid = json.loads((read(run_dir)[0].folder / "rank-1.json").read_text())["pid"]
+    assert Path(f"/proc/{pid}/cwd").resolve() == ROOT, "relative paths mean what they meant to the user"
+    os.kill(pid, signal.SIGKILL)
+    wait(run_dir)
+    first, second = read(run_dir)
+    assert first.decision
+    assert first.decision.follows == "another start"
+    assert second.step >= 5
+    assert second.decision
+    assert second.decision.reason == "step 30: done"
+    assert errors.run(lambda: status.main([str(run_dir)])) == 0
+    text = capfd.readouterr().out
+    assert f"{run_dir}: COMPLETED, step 30 of 30 (100%), loss/ambient " in text
+    assert "killed: ranks 1 ended without a word" in text
+
+
+def test_a_job_on_this_machine_that_is_killed_saves_and_stays_down(call: Call, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert call("steps=100000", "checkpoint.every=100000")[0] == 0
+    while not (run_dir / "metrics.jsonl").is_file() or (run_dir / "metrics.jsonl").read_text().count("\n") < 3:
+        assert is_alive(job_of(run_dir))
+        time.sleep(0.05)
+    os.kill(int(job_of(run_dir)), signal.SIGTERM)  # what the submission said
+    wait(run_dir)
+    (start,) = read(run_dir)
+    assert start.decision
+    assert start.decision.step >= 3
+    assert (
+        start.decision.reason
+        == f"step {start.decision.step}: interrupted, and saved; by a signal: submit it again to go on"
+    )
+
+
+def test_the_code_that_runs_is_the_code_at_submission(tmp_path: Path) -> None:
+    code = snapshot.copy_code(tmp_path / "code")
+    program = (
+        "import trainer.train, slurm.training, data_pipeline; print(trainer.train.__file__, slurm.training.__file__)"
+    )
+    result = subprocess.run(["python3", "-c", program], cwd=code, capture_output=True, text=True, env={**os.environ, "PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}"})  # fmt: skip
+    assert result.stdout.split() == [str(code / "trainer" / "train.py"), str(code / "slurm" / "training.py")], result
+
+
+def test_the_difference_to_git_has_new_and_changed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("old\n")
+    for command in (["init", "-q"], ["add", "a.txt"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a"]):  # fmt: skip
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    monkeypatch.setattr(snapshot, "ROOT", tmp_path)
+    assert snapshot.changes() == ""
+    (tmp_path / "a.txt").write_text("new\n")
+    (tmp_path / "b.txt").write_text("born\n")
+    (tmp_path / "large.bin").write_bytes(bytes(snapshot.LARGE + 1))
+    text = snapshot.changes()
+    for line in ("-old", "+new", "+born", "new file, too large to be shown: large.bin"):
+        assert line in text.splitlines()
+    staged = subprocess.run(["git", "status", "--porcelain"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert staged.stdout.split() == ["M", "a.txt", "??", "b.txt", "??", "large.bin"], "the user's index is untouched"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cluster", "message"),
+    [
+        (["data.shards=nowhere"], "", "nowhere: no such shard folder"),
+        (["batch_size=3"], "tasks_per_node: 2", "batch_size 3: must be a multiple of the 2 ranks, which 1 nodes of 2 ranks have"),
+        (["run_dir=/proc/run"], "", "run_dir /proc/run: cannot be written"),
+        (["logging.enabled=true", "logging.tracking_uri=http://127.0.0.1:9"], "", "logging.tracking_uri http://127.0.0.1:9: does not answer"),
+        (["model.channels=[8,8,8,8,8,8]"], "", "model.channels"),
+        (["batch_size=99", "consistency=null"], "gpus_per_node: 99", "gpus_per_node 99: this machine has"),
+        (["model.chanels=[8]"], "", "did you mean channels?"),
+        (["--sweep", "seed"], "", "--sweep seed: is key.path=a,b,c"),
+        (["--sweep", "seed=1,1"], "", "--sweep: two points are named seed=1"),
+        (["--nodes", "2"], "", "--nodes 2: nodes 2: kind local has one node"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_in_one_line_before_anything_is_sent(
+    arguments: list[str], cluster: str, message: str, call: Call, tmp_path: Path
+) -> None:
+    code, output = call(*arguments, cluster=f"kind: local\n{cluster}")
+    assert code == 2, output
+    assert sum(line.startswith("error: ") for line in output.splitlines()) == 1, output
+    assert message in output
+    assert not (tmp_path / "jobs").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_that_is_wrong_is_said_at_once(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    wrong = ["data.shards=nowhere", "batch_size=3", f"run_dir={tmp_path / 'file' / 'run'}"]
+    cluster = ClusterConfig("local", tasks_per_node=2, logs=str(tmp_path / "file"))
+    found = problems(points(TINY, wrong, []), cluster)
+    assert [line.split()[0] for line in found] == ["run_dir", "batch_size", "nowhere:", "logs"]
+
+
+def test_a_torn_shard_and_another_run_are_found(train: Call, shards: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(shards, tmp_path / "torn")
+    os.truncate(tmp_path / "torn" / "shard-000003.tar", 3000)
+    assert train("old", "steps=1")[0] == 0
+    overrides = [f"data.shards={tmp_path / 'torn'}", f"run_dir={tmp_path / 'old'}", "optimizer.lr=0.5"]
+    found = problems(points(TINY, overrides, []), ClusterConfig("local", logs=str(tmp_path)))
+    assert any("shard-000003.tar has 3000 bytes, not " in line for line in found)
+    assert any("choose another run_dir" in line for line in found)
+
+
+def test_a_database_that_is_there_already_is_no_problem_and_one_that_cannot_be_is(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("")
+    overrides = [f"data.shards={shards}", f"run_dir={tmp_path / 'run'}", "logging.enabled=true"]
+    assert problems(points(TINY, overrides, []), ClusterConfig("local", logs=str(tmp_path))) == []
+    wrong = [*overrides, f"logging.tracking_uri=sqlite:///{tmp_path / 'mlflow.db' / 'mlflow.db'}"]
+    (line,) = problems(points(TINY, wrong, []), ClusterConfig("local", logs=str(tmp_path)))
+    assert line == f"logging.tracking_uri {tmp_path / 'mlflow.db'}: cannot be written: Not a directory"
+
+
+def test_a_server_that_answers_is_no_problem(shards: Path, tmp_path: Path) -> None:
+    import threading
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+
+    class Health(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/health" else 404)
+            self.end_headers()
+
+        def log_message(self, *arguments: object) -> None: ...  # pyright: ignore[reportIncompatibleMethodOverride]
+
+    server = HTTPServer(("127.0.0.1", 0), Health)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    uri = f"http://127.0.0.1:{server.server_port}"
+    overrides = [f"data.shards={shards}", f"run_dir={tmp_path / 'run'}", "logging.enabled=true", f"logging.tracking_uri={uri}"]  # fmt: skip
+    try:
+        assert problems(points(TINY, overrides, []), ClusterConfig("local", logs=str(tmp_path))) == []
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_sweep_is_a_run_for_each_combination(shards: Path, tmp_path: Path) -> None:
+    found = points(TINY, [f"run_dir={tmp_path}", f"data.shards={shards}"], ["optimizer.lr=3e-4,0.001", "model.channels=[8,16],[16,16]"])  # fmt: skip
+    assert [(p.config.optimizer.lr, p.config.model.channels) for p in found] == [
+        (3e-4, (8, 16)), (3e-4, (16, 16)), (1e-3, (8, 16)), (1e-3, (16, 16)),
+    ]  # fmt: skip
+    assert [p.run_dir.name for p in found][1:3] == ["lr=3e-4,channels=-16,-16-", "lr=0.001,channels=-8,-16-"]
+    assert found[0].config.logging.name == found[0].run_dir.name
+    assert all(p.run_dir.parent == tmp_path for p in found)
+
+
+def test_a_dry_run_says_what_would_be_done_and_leaves_nothing(call: Call, tmp_path: Path) -> None:
+    code, output = call("--dry-run", "--sweep", "seed=0,1", "batch_size=8", "micro_batch_size=2", cluster="kind: local\ntasks_per_node: 2")  # fmt: skip
+    assert code == 0, output
+    assert "2 jobs of 1 nodes x 2 ranks, 60 minutes each, started again at most 5 times" in output
+    assert f"{tmp_path / 'run' / 'seed=1'}: steps 0 to 6, batch 8 = 2 x 2 micro-batches x 2 ranks" in output
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "jobs").exists()
+
+
+def test_a_file_for_slurm_serves_this_machine_with_local(tmp_path: Path) -> None:
+    slurm = ClusterConfig("slurm", nodes=4, min_nodes=2, setup=("module load x",), cpus_per_task=3, max_requeues=9)
+    local, unused = without_slurm_fields(slurm)
+    assert (local.kind, local.nodes, local.setup, local.cpus_per_task, local.requeues) == ("local", 1, (), 3, 5)
+    assert unused == ["setup", "min_nodes", "nodes"]
+
+
+def test_a_folder_without_a_submission_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nothing was submitted for it: no job\.json in it"):
+        status.main([str(tmp_path)])
