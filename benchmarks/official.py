@@ -49,7 +49,7 @@ class OfficialConsistency:
                     sigma_t = sigma_s
                 ends.append(x)
         h_1, h_2 = (denoiser(x, sigma_t, {}) for x in ends)
-        return (weight(sigma_t) * ((h_1 - x_0) * (h_2 - x_0)).mean(1)).mean()
+        return (weight(sigma_t) * ((h_1 - x_0) * (h_2 - x_0)).flatten(1).mean(1)).mean()
 
 
 def _ancestral(x_t: Tensor, x_0: Tensor, sigma_t: Tensor, sigma_s: Tensor, z: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
                 asked = time.perf_counter()
                 batch = next(batches)
                 waited += time.perf_counter() - asked
-                loss = _loss(run, batch, step, micro, meter)
+                loss = step_loss(run, batch, step, micro, meter)
                 finite &= loss.isfinite()
                 keys += batch.keys
                 engine.backward(loss)
@@ -102,7 +102,7 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
     return run.state.step >= config.steps
 
 
-def _loss(run: Run, batch: Batch, step: int, micro: int, meter: Meter) -> torch.Tensor:
+def step_loss(run: Run, batch: Batch, step: int, micro: int, meter: Meter) -> torch.Tensor:
     """The ambient loss and, at the steps that the schedule says, the consistency loss of the batch's particles."""
     first_row = run.layout.first_row(micro)
     noise = AddressedNoise(run.config.seed, step, first_row)

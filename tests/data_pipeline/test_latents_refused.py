@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from data_pipeline import plan
 from data_pipeline.corruption import Degraded, Gaussian
 from data_pipeline.latents.arguments import LatentRequest
-from data_pipeline.latents.identity import vae_identity
 from data_pipeline.plan import Request, refuse_another
-from data_pipeline.shard import main, shard
+from data_pipeline.shard import main
 from trainer import errors
 from trainer.errors import UserError
 
@@ -38,14 +36,6 @@ def test_wrong_requests_are_one_line(
     assert line.startswith("error: ")
     assert expected in line
     assert not (tmp_path / "out" / "index.json").exists()
-
-
-def test_embeddings_are_not_written_to_a_url_but_latents_are(photos: Path, tiny_sdxl: Path) -> None:
-    request = LatentRequest(str(tiny_sdxl), vae_identity(tiny_sdxl / "vae"), 32)
-    options: dict[str, Any] = {"size": 32, "latents": request, "max_rejected": 2}
-    with pytest.raises(UserError, match="OUTPUT memory://latents/out: the captions' embeddings"):
-        shard(str(photos), "memory://latents/out", Gaussian(0.4), **options)
-    assert shard(str(photos), "memory://latents/out", Gaussian(0.4), captions=False, **options).shape == (4, 4, 4)
 
 
 def test_what_a_request_cannot_be_is_said_to_other_callers_too(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from data_pipeline.index import read_index
 from data_pipeline.inspect import main as inspect_main
@@ -184,3 +185,23 @@ def test_a_wrong_step_is_refused(
 def test_buckets_are_for_latents_alone(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert errors.run(lambda: main([str(pictures), str(tmp_path / "out"), "--sigma", "0.4", "--buckets"])) == 2
     assert "--buckets: only with --latents" in capsys.readouterr().err
+
+
+def test_sdxl_is_trained_on_all_shapes_that_its_unet_takes(
+    pictures: Path, shards: Path, tiny_sdxl: Path, train: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    arguments = [word if word != "16" else "32" for word in words(pictures, tmp_path / "wide", tiny_sdxl)]
+    assert main([*arguments, "--workers", "1"]) == 0
+    model = f"{{kind: sdxl, base: '{tiny_sdxl}', prompt: a face, base_dtype: fp32, lora: {{rank: 2}}}}"
+    settings = [f"model={model}", "process={kind: vp_table}", "prediction=eps", "batch_size=2", "steps=8",
+                "consistency.start=0", "consistency.period=1"]  # fmt: skip
+    code, printed = train("sdxl", *settings, f"data.shards={tmp_path / 'wide'}")
+    assert code == 0, printed
+    pool = load_file(next((tmp_path / "sdxl" / "checkpoints").glob("step-00000008/pool-*.safetensors")))
+    shapes = {name.partition(".")[0] for name in pool}
+    assert len(shapes) >= 2
+    for shape in shapes:
+        assert pool[f"{shape}.conditioning.time_ids"].shape == (2, 2, 6)
+    code, printed = train("refused", *settings, f"data.shards={shards}")
+    assert code == 2
+    assert "with sides that are multiples of 4" in printed

@@ -88,9 +88,9 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(train_sdxl: Train, tmp_p
         assert code == 0, output
     assert_same_files(tmp_path / "whole", tmp_path / "parts")
     pool = final(tmp_path / "whole", "pool-00000-of-00001")
-    assert pool["conditioning.caption"].dtype == torch.int64
-    assert {2, 3} & {*pool["conditioning.caption"].flatten().tolist()}
-    assert pool["conditioning.time_ids"].shape == (8, 2, 6)
+    assert pool["4x4x4.conditioning.caption"].dtype == torch.int64
+    assert {2, 3} & {*pool["4x4x4.conditioning.caption"].flatten().tolist()}
+    assert pool["4x4x4.conditioning.time_ids"].shape == (8, 2, 6)
     held = final(tmp_path / "whole")
     for part in ("to_q.lora_magnitude_vector", "ff.net.2.lora_A", "conv1.lora_B", "conv_shortcut.lora_A"):
         assert any(part in name for name in held), part

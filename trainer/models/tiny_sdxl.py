@@ -51,8 +51,8 @@ SCHEDULER: dict[str, Any] = {
 }  # fmt: skip
 
 
-def write_tiny_sdxl(folder: Path, seed: int = 0) -> None:
-    """The same bytes for the same seed and versions of the libraries. Raises UserError where `folder` has content."""
+def write_tiny_sdxl(folder: Path, seed: int = 0, unet: dict[str, Any] = UNET) -> None:
+    """The same bytes for the same seed and versions of the libraries. unet: settings of a larger one, for benchmarks. Raises UserError where `folder` has content."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"FOLDER {folder}: exists already: choose a new one")
     import torch
@@ -76,7 +76,7 @@ def write_tiny_sdxl(folder: Path, seed: int = 0) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name, torch.random.fork_rng():
         partial = Path(name) / "pipeline"
         torch.manual_seed(seed)
-        UNet2DConditionModel(**UNET).save_pretrained(partial / "unet")
+        UNet2DConditionModel(**unet).save_pretrained(partial / "unet")
         AutoencoderKL(**VAE).save_pretrained(partial / "vae")
         _save(CLIPTextModel(first), partial / "text_encoder")
         _save(CLIPTextModelWithProjection(second), partial / "text_encoder_2")

@@ -1,0 +1,270 @@
+"""What a training step on SDXL's classes costs, beside a step as the paper's published loop has it.
+
+    python -m benchmarks.step_cost            tiny, and a U-Net of about 100 M parameters
+    python -m benchmarks.step_cost --quick    tiny alone, in minutes; ends with one line of JSON
+
+Adapters on a frozen U-Net, fp32, ZeRO stage 0, shards of latents with captions. All kinds of step are timed in turns in one
+process: a slow minute of the machine is a slow minute of all. "published": both text encoders at every step; consistency at
+every step, whose passes all have a gradient (4 passes with one sampler step, 7 with two). "ours": cached embeddings; within
+a budget of 0.2 consistency is in some steps, and the time is the mean over the period. Ratios: published over ours.
+
+passes       network passes a step, in batches
+text         the share of the published step that the text encoders take; of real SDXL at 1024 px it is a few percent, of
+             a tiny U-Net on 8 x 8 latents much more, so the ratio of "ambient alone" depends on it
+overhead     of whole runs by the loop itself: time outside the network, the backward pass and the optimiser, as a share;
+             reading, noise, the pool, the average and logging
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).parent.parent))  # `python benchmarks/step_cost.py` works, too
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.official import OfficialConsistency
+from benchmarks.report import arguments, save, table
+from data_pipeline.latents.text import TextEncoders
+from data_pipeline.shard import main as shard
+from trainer import build, distributed, loop
+from trainer.build import Run
+from trainer.config import load
+from trainer.diffusion.batch import Batch, Conditioning
+from trainer.diffusion.levels import EDM
+from trainer.diffusion.noise import AddressedNoise, StreamNoise
+from trainer.distributed import Ranks
+from trainer.metrics import Meter
+from trainer.models.tiny_sdxl import UNET, write_tiny_sdxl
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+ROOT = Path(__file__).parent.parent
+CAPTIONS = [f"a photo of {n} {what} on a table" for n in ("one", "two", "three") for what in ("apples", "cups", "cats")]
+PICTURES = {f"p{i:03d}": CAPTIONS[i % len(CAPTIONS)] for i in range(128)}
+MID: dict[str, Any] = {**UNET, "block_out_channels": (128, 256, 512), "norm_num_groups": 32, "attention_head_dim": (2, 4, 8), "transformer_layers_per_block": (1, 2, 6)}  # fmt: skip
+"""SDXL's own ratio of widths, and depths between its and the tiny one's."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """unet: its settings. latent: the side of a latent."""
+
+    name: str
+    unet: dict[str, Any]
+    latent: int
+    batch: int
+    rounds: int
+
+
+SIZES = (Size("tiny", UNET, 8, 16, 12), Size("about 100 M parameters", MID, 16, 2, 4))
+
+
+@dataclass
+class Timed:
+    """An engine whose time is counted. seconds: in the network, the backward pass and the optimiser."""
+
+    engine: Any
+    seconds: float = 0.0
+
+    def _counted(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        started = time.perf_counter()
+        found = work(*arguments)
+        self.seconds += time.perf_counter() - started
+        return found
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._counted(self.engine, *arguments)
+
+    def backward(self, loss: Tensor) -> None:
+        self._counted(self.engine.backward, loss)
+
+    def step(self, number: int) -> None:
+        self._counted(self.engine.step, number)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+
+@dataclass
+class Stepper:
+    """A run that is advanced step by step. published: consistency as the published loop has it, on all steps; -1: none,
+    but its text encoders; None: ours."""
+
+    run: Run
+    published: int | None = None
+    encoders: TextEncoders | None = None
+    seconds: list[float] = field(default_factory=list[float])
+    text_seconds: float = 0.0
+    evaluations: int = 0
+    _step: int = 0
+
+    def __post_init__(self) -> None:
+        self._batches: Iterator[Batch] = self.run.loader.stream(0)
+        self._meter = Meter(ALONE)
+        next(self._batches)  # the background process has started
+
+    def advance(self, steps: int) -> None:
+        """Times one turn as a whole, since only some of ours have consistency."""
+        before, started = self.run.denoiser.evaluations, time.perf_counter()
+        for _ in range(steps):
+            batch = next(self._batches)
+            if self.published is None:
+                loss = loop.step_loss(self.run, batch, self._step, 0, self._meter)
+            else:
+                loss = self._published(batch, self.published)
+            self.run.engine.backward(loss)
+            self.run.engine.step(self._step)
+            self.run.ema.update(self.run.engine.masters, self._step + 1)
+            self._step += 1
+        self.seconds.append((time.perf_counter() - started) / steps)
+        self.evaluations += self.run.denoiser.evaluations - before
+
+    def _published(self, batch: Batch, sampler_steps: int) -> Tensor:
+        assert self.encoders is not None
+        started = time.perf_counter()
+        text, _ = self.encoders.embed([PICTURES[key.removesuffix("_png")] for key in batch.keys])
+        self.text_seconds += time.perf_counter() - started
+        told = {"prompt_embeds": text.prompt_embeds, "pooled": text.pooled, "time_ids": batch.conditioning["time_ids"]}
+        batch = Batch(batch.x_n, batch.sigma_n, told, batch.keys)
+        noise = AddressedNoise(0, self._step, 0)
+        loss = self.run.ambient(self.run.engine, batch, noise).loss.mean()
+        if sampler_steps > 0:
+            denoiser = _WithText(self.run, told)
+            stream = StreamNoise(torch.Generator().manual_seed(self._step))
+            loss = loss + 0.01 * OfficialConsistency(sampler_steps)(denoiser, batch, EDM(), stream)  # pyright: ignore[reportArgumentType]
+        return loss
+
+
+@dataclass(frozen=True)
+class _WithText:
+    """A denoiser that is told the batch's text whatever it is asked."""
+
+    run: Run
+    told: Conditioning
+
+    @property
+    def process(self) -> Any:
+        return self.run.denoiser.process
+
+    def __call__(self, x: Tensor, sigma: Tensor, _: Conditioning) -> Tensor:
+        return self.run.engine(x, sigma, self.told)
+
+
+def main(argv: list[str] | None = None) -> int:
+    def add(p: argparse.ArgumentParser) -> None:
+        p.add_argument("--quick", action="store_true", help="the tiny pipeline alone, fewer rounds")
+
+    args = arguments(__doc__, argv, add)
+    torch.set_num_threads(1)
+    distributed.init()
+    results = {size.name: measure(size, args.quick) for size in (SIZES[:1] if args.quick else SIZES)}
+    for name, (rows, ratios) in results.items():
+        print(f"\n{name}\n\n{table(['step', 'ms', 'passes a step', 'published over ours'], rows)}\n\noverhead {ratios['overhead']:.3f}, text {ratios['text']:.3f}")  # fmt: skip
+    if not args.quick:
+        print(save("step_cost", {name: {"rows": rows, **ratios} for name, (rows, ratios) in results.items()}))
+    ratios = results[SIZES[0].name][1]
+    print(json.dumps({name: round(ratios[name], 3) for name in ("ambient", "k1", "k2", "overhead")}))
+    return 0
+
+
+def measure(size: Size, quick: bool) -> tuple[list[list[str]], dict[str, float]]:
+    with tempfile.TemporaryDirectory(prefix="step-cost-") as temporary:
+        folder = Path(temporary)
+        base, shards = data(folder, size)
+
+        def made(name: str, *overrides: str) -> Run:
+            model = f"{{kind: sdxl, base: '{base}', lora: {{rank: 8}}, base_dtype: fp32, drop_captions: 0}}"
+            fixed = [f"run_dir={folder / name}", f"data.shards={shards}", f"model={model}", f"batch_size={size.batch}",
+                     "ambient={pairs: false}", "logging.enabled=false", "logging.sample_every=0"]  # fmt: skip
+            (folder / name).mkdir()
+            return build.run(load(ROOT / "configs" / "sdxl-tiny.yaml", [*fixed, *overrides]), ALONE)
+
+        def consistent(name: str, steps: int) -> Run:
+            return made(name, f"consistency={{weight: 0.01, start: 0, steps: {steps}, pool_depth: 2, period: {period(steps)}}}")  # fmt: skip
+
+        encoders = TextEncoders(str(base), torch.device("cpu"))
+        steppers = {
+            "published, ambient alone": Stepper(made("p0", "consistency=null"), -1, encoders),
+            "published, k = 1": Stepper(made("p1", "consistency=null"), 1, encoders),
+            "published, k = 2": Stepper(made("p2", "consistency=null"), 2, encoders),
+            "ours, ambient alone": Stepper(made("o0", "consistency=null")),
+            "ours, k = 1, budget 0.2": Stepper(consistent("o1", 1)),
+            "ours, k = 2, budget 0.2": Stepper(consistent("o2", 2)),
+        }
+        turn = {name: period(2 if "k = 2" in name else 1) if name.startswith("ours, k") else 2 for name in steppers}
+        for number in range(1 + (size.rounds // 2 if quick else size.rounds)):
+            for name, stepper in steppers.items():
+                stepper.advance(turn[name])
+            if number == 0:  # the first has what is done once
+                for stepper in steppers.values():
+                    stepper.seconds.clear()
+                    stepper.evaluations, stepper.text_seconds = 0, 0.0
+        middle = {name: statistics.median(stepper.seconds) for name, stepper in steppers.items()}
+        rows: list[list[str]] = []
+        for name, stepper in steppers.items():
+            peer = middle[name.replace("ours", "published").replace(", budget 0.2", "")]
+            passes = stepper.evaluations / size.batch / (len(stepper.seconds) * turn[name])
+            ratio = f"{peer / middle[name]:.2f}" if name.startswith("ours") else ""
+            rows.append([name, f"{1000 * middle[name]:.1f}", f"{passes:.2f}", ratio])
+        published = steppers["published, ambient alone"]
+        text = published.text_seconds / (sum(published.seconds) * turn["published, ambient alone"])
+        ratios = {
+            short: middle[f"published, {name}"] / middle[f"ours, {name}{', budget 0.2' if 'k' in short else ''}"]
+            for short, name in {"ambient": "ambient alone", "k1": "k = 1", "k2": "k = 2"}.items()
+        }
+        return rows, {**ratios, "text": text, "overhead": overhead(made)}
+
+
+def period(steps: int) -> int:
+    """That a budget of 0.2 comes to by passes: of 1 + 2 a reverse step, the last two of which have a gradient; a backward pass
+    takes as long as two forward ones."""
+    ambient, consistency = 3, 1 + 2 * (steps - 1) + 2 * 3
+    return -(-consistency * 5 // ambient)
+
+
+def overhead(made: Callable[..., Run]) -> float:
+    """Of a run by the loop itself, with logging and the schedule of its configuration, after its first steps."""
+    run = made("loop", "steps=40", "logging.enabled=true", "checkpoint.every=1000")
+    timed = Timed(run.engine)
+    run.engine = timed  # pyright: ignore[reportAttributeAccessIssue]
+    marks: list[tuple[float, float]] = []
+
+    def mark() -> bool:
+        marks.append((time.perf_counter(), timed.seconds))
+        return False
+
+    loop.train(run, mark)
+    (begun, before), (ended, after) = marks[9], marks[-2]
+    return 1 - (after - before) / (ended - begun)
+
+
+def data(folder: Path, size: Size) -> tuple[Path, Path]:
+    """A pipeline whose U-Net is of this size, and shards of latents with captions."""
+    base, pictures, shards = folder / "base", folder / "pictures", folder / "shards"
+    write_tiny_sdxl(base, unet=size.unet)
+    pictures.mkdir()
+    generator = np.random.default_rng(0)
+    side = 8 * size.latent
+    for name, caption in PICTURES.items():
+        Image.fromarray(generator.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(pictures / f"{name}.png")
+        (pictures / f"{name}.txt").write_text(caption)
+    code = shard([str(pictures), str(shards), "--latents", str(base), "--size", str(side), "--sigma", "0.3", "--workers", "1"])  # fmt: skip
+    assert code == 0
+    return base, shards
+
+
+if __name__ == "__main__":
+    sys.exit(main())
