@@ -86,7 +86,7 @@ class Method:
 
 class Training:
     """One training, which can be advanced in turns with others, so that a slow minute of the machine is a slow minute
-    of all of them. seconds: spent in this one alone."""
+    of all of them. seconds: of the processor, spent in this one alone; what else the machine does changes it little."""
 
     def __init__(self, problem: Problem, method: Method, seed: int) -> None:
         self.problem, self.method = problem, method
@@ -118,9 +118,9 @@ class Training:
 
     def advance(self, steps: int) -> None:
         for _ in range(min(steps, self.method.steps - self.step)):
-            started = time.perf_counter()
+            started = time.process_time()
             self._step()
-            seconds = time.perf_counter() - started
+            seconds = time.process_time() - started
             self.seconds += seconds
             if self._budget and (choice := self._budget.observe(self.step, seconds, ALONE)) and self.method.consistency:
                 self._budget, self.schedule = None, settled(self.method.consistency, choice.period)
