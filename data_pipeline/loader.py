@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
+from threading import Thread
 from typing import Any, Literal
 
 import numpy as np
@@ -135,6 +138,7 @@ class Loader:
         if workers:
             # Forked, so that they share the slots. A worker starts on a piece when the one PREFETCH before it was taken.
             settings: dict[str, Any] = {"num_workers": workers, "prefetch_factor": PREFETCH, "collate_fn": _as_is}
+            settings["worker_init_fn"] = _leave_signals_to_the_training
             pieces = iter(DataLoader(pipeline, batch_size=None, multiprocessing_context="fork", **settings))
         batches = self._batches(pieces, slots)
         try:
@@ -207,6 +211,22 @@ class Loader:
             raise UserError(
                 f"data.cache_gb {self.config.cache_gb:g}: two groups of {self.order.group} shards take {needed:.3g} GB: raise it, or lower data.group"
             )
+
+
+def _leave_signals_to_the_training(_: int) -> None:
+    """In a background process. A signal may go to the whole group; the training process answers it, saves, and ends this
+    one, by SIGTERM if need be: so of all SIGTERMs its own alone counts. (macOS does not tell whose it is.)"""
+    for number in (signal.SIGINT, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=_end_when_the_parent_says, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_the_parent_says(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _as_is(piece: Piece | Exception) -> Piece | Exception:

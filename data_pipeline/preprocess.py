@@ -60,7 +60,7 @@ class Limit:
         if len(found) > (self.asked if self.asked >= 1 else self.asked * count):
             records.write_rejected(output, found)
             raise WorkFailed(
-                f"{output}: {len(found)} of {count} images were rejected, more than --max-rejected {self.asked:g}; see {storage.join(output, records.REJECTED)}; the first is {found[0].key}: {found[0].reason}"
+                f"{output}: {len(found)} of {count} images were rejected, more than --max-rejected {self.asked:g}; see {storage.join(output, records.REJECTED)}; the first is {found[0].key}: {found[0].reason}; mend or remove them, or run again with a higher --max-rejected"
             )
 
 

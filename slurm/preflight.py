@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from slurm import queue
+from slurm.attempts import steps_done
 from slurm.cluster import ClusterConfig
 from slurm.points import Point
 from trainer.errors import UserError, WorkFailed
@@ -41,6 +42,8 @@ def _said(check: Callable[[], object]) -> Iterator[str]:
 def _free(point: Point, cluster: ClusterConfig) -> None:
     if job := point.job:
         raise UserError(f"run_dir {point.run_dir}: job {job} has to do with it: cancel it, or choose another")
+    if (done := steps_done(point.run_dir)) >= point.config.steps:
+        raise UserError(f"run_dir {point.run_dir}: its {done} steps are done: raise steps, or choose another")
 
 
 def _run_dir(point: Point, cluster: ClusterConfig) -> None:

@@ -44,8 +44,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_intermixed_args(argv)
-    if args.gpus < 1 or not 0 < args.mfu <= 1 or min(args.shape or [1]) < 1:
-        raise UserError("--gpus and --shape must be at least 1, and --mfu above 0 and at most 1")
+    if args.gpus < 1:
+        raise UserError(f"--gpus {args.gpus}: must be at least 1")
+    if min(args.shape or [1]) < 1:
+        raise UserError(f"--shape {' '.join(map(str, args.shape))}: must be at least 1 each")
+    if not 0 < args.mfu <= 1:
+        raise UserError(f"--mfu {args.mfu:g}: must be above 0 and at most 1")
     from trainer.config import load  # imports from here on take seconds, which --help should not
 
     config = load(args.config, args.overrides)

@@ -35,9 +35,11 @@ class LatentRequest:
             raise UserError(f"--size {self.size}: with --latents it must be a multiple of 8, at least 8")
         if self.crop not in ("centre", "random"):
             raise UserError(f"--crop {self.crop}: must be centre or random")
-        if self.buckets is not None and (self.buckets < 8 or self.buckets % 8 or len(self.sizes) < 2):
+        if self.buckets is not None and (self.buckets < 8 or self.buckets % 8):
+            raise UserError(f"--buckets {self.buckets}: must be a multiple of 8, at least 8")
+        if len(self.sizes) < 2 and self.buckets:
             raise UserError(
-                f"--buckets {self.buckets}: must be a multiple of 8, and small enough for two sizes of about {self.size}x{self.size} pixels"
+                f"--buckets {self.buckets}: too large for --size {self.size}, it leaves {len(self.sizes)} size of about {self.size}x{self.size} pixels: give at most {max(8, self.size // 16 * 8)}"
             )
 
     @property

@@ -170,8 +170,11 @@ def test_inspection_shows_all_shapes(shards: Path, tmp_path: Path, capsys: pytes
     ("more", "message"),
     [
         (["--buckets", "12"], "--buckets 12: must be a multiple of 8"),
-        (["--buckets", "64"], "--buckets 64: must be a multiple of 8, and small enough"),
-        (["--buckets"], "--buckets 64: must be a multiple of 8, and small enough for two sizes of about 64x64"),
+        (
+            ["--buckets", "64"],
+            "--buckets 64: too large for --size 64, it leaves 1 size of about 64x64 pixels: give at most 32",
+        ),
+        (["--buckets"], "--buckets 64: too large for --size 64"),
     ],
 )
 def test_a_wrong_step_is_refused(

@@ -233,3 +233,15 @@ def test_a_file_for_slurm_serves_this_machine_with_local(tmp_path: Path) -> None
 def test_a_folder_without_a_submission_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing was submitted for it: no job\.json in it"):
         status.main([str(tmp_path)])
+
+
+def test_a_run_that_is_done_is_not_submitted_again(shards: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "run" / "checkpoints" / "step-00000006"
+    saved.mkdir(parents=True)
+    (saved / "state.json").write_text('{"step": 6}')
+    (saved.parent / "latest").write_text(saved.name)
+    overrides = [f"run_dir={tmp_path / 'run'}", f"data.shards={shards}"]
+    cluster = ClusterConfig("local", logs=str(tmp_path))
+    (line,) = problems(points(TINY, [*overrides, "steps=6"], []), cluster)
+    assert line == f"run_dir {tmp_path / 'run'}: its 6 steps are done: raise steps, or choose another"
+    assert problems(points(TINY, [*overrides, "steps=7"], []), cluster) == []

@@ -256,8 +256,8 @@ def test_the_command_says_what_would_fit(capsys: pytest.CaptureFixture[str], mon
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--gpus", "0", "--shape", "1", "16", "16"], "--gpus and --shape must be at least 1"),
-        (["--gpus", "1", "--mfu", "1.5"], "--mfu above 0 and at most 1"),
+        (["--gpus", "0", "--shape", "1", "16", "16"], "--gpus 0: must be at least 1"),
+        (["--gpus", "1", "--mfu", "1.5"], "--mfu 1.5: must be above 0 and at most 1"),
         (["--gpus", "3", "--shape", "1", "16", "16"], "batch_size 8: must be a multiple of the 3 ranks (--gpus)"),
         (["--gpus", "1", "--shape", "1", "16", "16", "micro_batch_size=3"], "micro_batch_size 3: must divide the 8"),
         (["--gpus", "1"], "unset: no such shard folder; make it with"),

@@ -119,10 +119,11 @@ def test_a_seed_decides_everything(train: Train, tmp_path: Path) -> None:
 def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(
     number: signal.Signals, train: Train, shards: Path, tmp_path: Path
 ) -> None:
-    steps = ["steps=60", "checkpoint.every=1000"]
+    """The signal goes to the whole process group, as from a terminal or a time limit, so the reader's process gets it, too."""
+    steps = ["steps=60", "checkpoint.every=1000", "data.workers=1"]
     process = subprocess.Popen(
         [sys.executable, "-m", "trainer.train", str(TINY), f"run_dir={tmp_path / 'cut'}", f"data.shards={shards}", *steps],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     records = tmp_path / "cut" / "metrics.jsonl"
     deadline = time.monotonic() + 100
@@ -130,7 +131,7 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     output = process.communicate(timeout=100)[0]
     assert process.returncode == 75, output
     assert "interrupted, run it again to go on" in output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from trainer import networks
 from trainer.base_pipeline import adapted
 from trainer.config import RunConfig
 from trainer.diffusion.denoiser import Denoiser
+from trainer.errors import UserError
 from trainer.models.sdxl import DTYPES, SDXLConfig
 from trainer.planning.memory import Weights
 from trainer.planning.trace import Shapes
@@ -54,6 +56,12 @@ def configured(config: RunConfig, shape: tuple[int, int, int]) -> Denoiser:
 def _architecture(model: SDXLConfig) -> dict[str, Any]:
     folder = Path(model.base).expanduser()
     if not folder.is_dir():
+        if model.base.startswith(("/", ".", "~")) or model.base.count("/") != 1:
+            raise UserError(f"model.base {model.base}: no such folder")
+        print(
+            f"model.base {model.base}: no folder here, so it is taken for a hub's, with SDXL's own UNet",
+            file=sys.stderr,
+        )
         return SDXL_UNET
     found = read_config(find_parts("model.base", model.base, ["unet"])["unet"])
     return {name: value for name, value in found.items() if not name.startswith("_")}
