@@ -213,18 +213,19 @@ def measure(size: Size, quick: bool) -> tuple[list[list[str]], dict[str, float]]
                     stepper.seconds.clear()
                     stepper.evaluations, stepper.text_seconds = 0, 0.0
         middle = {name: statistics.median(stepper.seconds) for name, stepper in steppers.items()}
+        over = {
+            name: middle[name.replace("ours", "published").replace(", budget 0.2", "")] / seconds
+            for name, seconds in middle.items()
+        }
         rows: list[list[str]] = []
         for name, stepper in steppers.items():
-            peer = middle[name.replace("ours", "published").replace(", budget 0.2", "")]
             passes = stepper.evaluations / size.batch / (len(stepper.seconds) * turn[name])
-            ratio = f"{peer / middle[name]:.2f}" if name.startswith("ours") else ""
+            ratio = f"{over[name]:.2f}" if name.startswith("ours") else ""
             rows.append([name, f"{1000 * middle[name]:.1f}", f"{passes:.2f}", ratio])
         published = steppers["published, ambient alone"]
         text = published.text_seconds / (sum(published.seconds) * turn["published, ambient alone"])
-        ratios = {
-            short: middle[f"published, {name}"] / middle[f"ours, {name}{', budget 0.2' if 'k' in short else ''}"]
-            for short, name in {"ambient": "ambient alone", "k1": "k = 1", "k2": "k = 2"}.items()
-        }
+        named = {"ambient": "ours, ambient alone", "k1": "ours, k = 1, budget 0.2", "k2": "ours, k = 2, budget 0.2"}
+        ratios = {short: over[name] for short, name in named.items()}
         return rows, {**ratios, "text": text, "overhead": overhead(made)}
 
 

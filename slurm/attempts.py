@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from data_pipeline.storage import write_atomically
 from slurm.rank import Place
 
 SHORT = 200
@@ -67,6 +68,11 @@ def steps_done(run_dir: Path) -> int:
         return int(json.loads((folder / (folder / "latest").read_text().strip() / "state.json").read_text())["step"])
     except (OSError, ValueError, KeyError):
         return 0
+
+
+def submission(run_dir: Path) -> dict[str, Any]:
+    """What `slurm.submit` noted in the run directory last; empty if nothing."""
+    return _read(run_dir / "job.json")
 
 
 def begin(run_dir: Path, at: Place) -> Path:
@@ -154,9 +160,7 @@ def _outcome(attempt: Attempt | None, code: int) -> tuple[Follows, str]:
 
 
 def _write(path: Path, data: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(data))
-    partial.replace(path)
+    write_atomically(str(path), json.dumps(data).encode())
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -36,20 +35,12 @@ class Point:
     @property
     def job(self) -> str | None:
         """The id of a job that has still to do with it, waiting or running."""
-        submitted = submission(self.run_dir)
+        submitted = attempts.submission(self.run_dir)
         if not submitted:
             return None
         job, kind = str(submitted["job"]), submitted["kind"]
         active = is_alive(job) if kind == "local" else bool((now := listed(job)) and now.active)
         return job if active else None
-
-
-def submission(run_dir: Path) -> dict[str, Any]:
-    """What `slurm.submit` noted in the run directory last; empty if nothing."""
-    try:
-        return json.loads((run_dir / "job.json").read_text())
-    except (OSError, ValueError):
-        return {}
 
 
 def points(path: Path, overrides: Sequence[str], sweeps: Sequence[str]) -> list[Point]:

@@ -80,7 +80,7 @@ class Status:
 
 def status(run_dir: Path) -> Status | None:
     """None where nothing was submitted for this folder."""
-    note = _json(run_dir / "job.json")
+    note = attempts.submission(run_dir)
     if not note:
         return None
     starts = attempts.read(run_dir)
@@ -124,13 +124,6 @@ def _metrics(run_dir: Path) -> list[dict[str, Any]]:
         return [record for line in lines if "metrics" in (record := json.loads(line))]
     except (OSError, ValueError):
         return []
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
 
 
 def _duration(seconds: float) -> str:

@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -156,7 +156,7 @@ class Submission:
         runs = [str(point.run_dir) for point in self.points]
         (self.folder / "job.json").write_text(json.dumps({"runs": runs, "max_requeues": self.cluster.requeues}))
         made = self._executor()
-        with _detached(self.folder / "controller.log") if self.cluster.kind == "local" else _as_it_is():
+        with _detached(self.folder / "controller.log") if self.cluster.kind == "local" else nullcontext():
             handles = submit(made, jobs)
         for point, handle in zip(self.points, handles, strict=True):
             note = {"job": handle.job_id, "kind": self.cluster.kind, "folder": str(self.folder), "submitted": time.time(),
@@ -197,11 +197,6 @@ class Submission:
             logging = replace(point.config.logging, name=base.name)
             path.write_text(json.dumps({"parent": heading(logging, base, {"sweep.folder": str(base)})}))
         return {"mlflow.parentRunId": json.loads(path.read_text())["parent"]}
-
-
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield
 
 
 @contextmanager

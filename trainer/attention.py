@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from trainer.distributed import Ranks
 from trainer.engine_config import Attention
 from trainer.errors import UserError
+from trainer.models.quiet import quieten_xformers
 
 Backend = Literal["xformers", "sdpa"]
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -109,8 +109,7 @@ def probe(kernel: Kernel, dims: list[int], dtype: torch.dtype, device: torch.dev
 
 def xformers_kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Raises NotImplementedError, with the reason of each of its operators, where none can run."""
-    if not torch.cuda.is_available():
-        logging.getLogger("xformers").setLevel(logging.ERROR)  # it has no operator for CPU, and says so at length
+    quieten_xformers()
     import xformers.ops  # here, since it takes seconds
 
     return xformers.ops.memory_efficient_attention(q, k, v)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from trainer.config import RunConfig
 from trainer.diffusion.process import VPTable
 from trainer.errors import UserError
 from trainer.models.lora import add_lora
+from trainer.models.quiet import quieten_xformers
 from trainer.models.sdxl import DTYPES, SDXL, SDXLConfig, Text
 
 AT_ONCE = 4
@@ -28,8 +28,7 @@ PARTS = ["unet", SCHEDULER, "vae", *ENCODERS, *TOKENIZERS]
 
 def backbone(config: RunConfig, model: SDXLConfig, text: Text | None) -> SDXL:
     """The base's UNet, with fresh adapters or all to be trained. Raises UserError where it does not fit."""
-    if not torch.cuda.is_available():
-        logging.getLogger("xformers").setLevel(logging.ERROR)  # it has no operator for CPU, and says so at length
+    quieten_xformers()
     from data_pipeline.latents.vae import load_part
 
     folders = find_parts("model.base", model.base, PARTS)

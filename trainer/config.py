@@ -199,22 +199,7 @@ def _dataclasses_in(kind: Any) -> Iterator[Any]:
 
 
 def _explain(error: Any, data: dict[str, Any]) -> str:
-    tags = {
-        "unet2d",
-        "dit",
-        "sdxl",
-        "ve",
-        "vp_table",
-        "vp_cosine",
-        "flow",
-        "log_normal",
-        "log_uniform",
-        "uniform_time",
-        "uniform",
-        "edm",
-        "min_snr",
-        "soft_min_snr",
-    }
+    tags = {inner.kind for inner in _dataclasses_in(RunConfig) if hasattr(inner, "kind")}
     location = [str(part) for i, part in enumerate(error["loc"]) if not (part in tags and i > 0)]
     name = ".".join(location) or "configuration"
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):

@@ -6,12 +6,12 @@ import argparse
 import json
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer import errors
+from trainer import errors, folders
 from trainer.errors import UserError
+from trainer.models.tiny_sdxl import PIPELINE
 
 if TYPE_CHECKING:
     from trainer.models.sdxl import SDXLConfig
@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
+    if not folders.is_free(args.out):
         raise UserError(f"OUT {args.out}: exists already: choose a new one")
     from trainer.model_card import card  # imports from here on take seconds, which --help should not
     from trainer.models.sdxl import SDXLConfig
@@ -45,10 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 
     run = restore(args.run_dir)
     model = run.config.model
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=f".{args.out.name}.") as name:
-        partial = Path(name) / "export"
-        partial.mkdir()
+    with folders.appearing(args.out) as partial:
         network: Any = run.denoiser.backbone
         if not isinstance(model, SDXLConfig):
             network.model.save_pretrained(partial)
@@ -57,9 +54,6 @@ def main(argv: list[str] | None = None) -> int:
         else:
             _write_pipeline(run, model, partial)
         (partial / "README.md").write_text(card(run, args.run_dir))
-        if args.out.exists():
-            args.out.rmdir()
-        shutil.move(partial, args.out)
     print(f"{args.out}: the averaged weights of step {run.state.step}; {args.out / 'README.md'} says how to load them")
     return errors.DONE
 
@@ -68,21 +62,14 @@ def _write_lora(unet: Any, folder: Path) -> None:
     from diffusers.loaders.lora_pipeline import StableDiffusionXLLoraLoaderMixin
     from peft import get_peft_model_state_dict
 
+    from trainer.model_card import LORA
+
     settings = unet.peft_config["default"].to_dict()  # has alpha, which the weights alone do not tell
     layers: dict[str, Any] = get_peft_model_state_dict(unet)
     StableDiffusionXLLoraLoaderMixin.save_lora_weights(
         folder, unet_lora_layers=layers, unet_lora_adapter_metadata=settings
     )
     (folder / LORA).chmod(0o644)  # it is written for its owner alone
-
-
-LORA = "pytorch_lora_weights.safetensors"
-PIPELINE: dict[str, list[str]] = {
-    "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
-    "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
-    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"], "tokenizer_2": ["transformers", "CLIPTokenizer"],
-    "scheduler": ["diffusers", "EulerDiscreteScheduler"],
-}  # fmt: skip
 
 
 def _write_pipeline(run: Restored, model: SDXLConfig, folder: Path) -> None:
@@ -102,7 +89,7 @@ def _write_pipeline(run: Restored, model: SDXLConfig, folder: Path) -> None:
     scheduler: Any = EulerDiscreteScheduler.from_config(recorded, use_karras_sigmas=True, timestep_spacing="linspace")
     scheduler.save_pretrained(folder / SCHEDULER)
     # Without captions it was shown the empty one's embeddings, not zeros.
-    index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": False, **PIPELINE}
+    index = {**PIPELINE, "force_zeros_for_empty_prompt": False}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 

@@ -1,11 +1,33 @@
-"""Where what was fetched is kept for the next time."""
+"""Where what was fetched is kept for the next time, and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
 def cache() -> Path:
     """AMBIENT_CACHE, or else ~/.cache/ambient-trainer; it need not exist."""
     return Path(os.environ.get("AMBIENT_CACHE", Path.home() / ".cache" / "ambient-trainer"))
+
+
+def is_free(folder: Path) -> bool:
+    """Whether a new folder may take this place: nothing is there, or an empty folder."""
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """A folder to be filled, which becomes `folder` at the end, and vanishes if there was an error. folder: a free place."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
+        partial = Path(name) / "whole"
+        partial.mkdir()
+        yield partial
+        if folder.exists():
+            folder.rmdir()
+        shutil.move(partial, folder)

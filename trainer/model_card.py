@@ -16,6 +16,7 @@ from trainer.models.dit import DiTConfig
 from trainer.models.sdxl import SDXLConfig
 from trainer.restore import Restored
 
+LORA = "pytorch_lora_weights.safetensors"
 SCHEDULER = """pipeline.scheduler = EulerDiscreteScheduler.from_config(
     pipeline.scheduler.config, use_karras_sigmas=True, timestep_spacing="linspace"
 )"""
@@ -67,7 +68,7 @@ def h(x, sigma):
     out = model(x * {scale_code(config.process)}, time{label}).sample
     return {OUTPUTS[config.prediction]}"""
     load = (
-        f'pipeline = StableDiffusionXLPipeline.from_pretrained("{model.base}")\npipeline.load_lora_weights("THIS_FOLDER", weight_name="pytorch_lora_weights.safetensors")\n{SCHEDULER}'
+        f'pipeline = StableDiffusionXLPipeline.from_pretrained("{model.base}")\npipeline.load_lora_weights("THIS_FOLDER", weight_name="{LORA}")\n{SCHEDULER}'
         if model.lora
         else 'pipeline = StableDiffusionXLPipeline.from_pretrained("THIS_FOLDER")'
     )

@@ -1,12 +1,18 @@
-"""Captioned pictures."""
+"""Captioned pictures, and an independent reader of shards."""
 
 from __future__ import annotations
 
+import json
+import tarfile
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from data_pipeline.index import read_index
 
 CAPTIONS = ["a disc", "another disc", "a disc, again"]
 COUNT = 14
@@ -23,3 +29,13 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "p05a.png").write_bytes(b"not a picture")
     Image.fromarray(np.full((32, 40), 999, np.uint16)).save(folder / "p05b.png")
     return folder
+
+
+def samples(folder: Path) -> dict[str, tuple[np.ndarray, dict[str, Any]]]:
+    """By key, in the shards' order: the observation, and what is recorded beside it; by tarfile and numpy alone."""
+    members: dict[str, bytes] = {}
+    for entry in read_index(folder).shards:
+        with tarfile.open(folder / entry.name) as tar:
+            members |= {m.name: file.read() for m in tar if (file := tar.extractfile(m))}
+    keys = [name.removesuffix(".json") for name in members if name.endswith(".json")]
+    return {key: (np.load(BytesIO(members[f"{key}.x_n.npy"])), json.loads(members[f"{key}.json"])) for key in keys}

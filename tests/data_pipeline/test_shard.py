@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tarfile
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,7 @@ from data_pipeline.index import NAME, read_index
 from data_pipeline.inspect import main as inspect_main
 from data_pipeline.shard import main, shard
 from data_pipeline.sources import open_source, prepare
+from tests.data_pipeline.conftest import samples
 from trainer import errors
 from trainer.errors import UserError, WorkFailed
 
@@ -24,26 +23,7 @@ CLUSTER = Path(__file__).parent.parent.parent / "configs" / "clusters" / "local.
 
 
 def observations(folder: Path) -> dict[str, np.ndarray]:
-    found: dict[str, np.ndarray] = {}
-    for entry in read_index(folder).shards:
-        with tarfile.open(folder / entry.name) as tar:
-            for member in tar:
-                if member.name.endswith(".x_n.npy"):
-                    file = tar.extractfile(member)
-                    assert file is not None
-                    found[member.name.removesuffix(".x_n.npy")] = np.load(BytesIO(file.read()))
-    return found
-
-
-def recorded(folder: Path) -> dict[str, dict[str, object]]:
-    """What is recorded beside each observation, by its key."""
-    found: dict[str, dict[str, object]] = {}
-    for entry in read_index(folder).shards:
-        with tarfile.open(folder / entry.name) as tar:
-            for member in tar:
-                if member.name.endswith(".json") and (file := tar.extractfile(member)):
-                    found[member.name.removesuffix(".json")] = json.loads(file.read())
-    return found
+    return {key: x_n for key, (x_n, _) in samples(folder).items()}
 
 
 def test_an_observation_is_the_image_plus_the_noise_of_its_key(pictures: Path, shards: Path) -> None:
@@ -69,7 +49,7 @@ def test_a_clean_share_leaves_the_other_observations_as_they_are(pictures: Path,
     for i, key in enumerate(source.keys):
         if key in clean:
             np.testing.assert_allclose(some[key], prepare(source.read(i), None, 1), atol=1e-3)
-    levels = {key: about["sigma_n"] for key, about in recorded(tmp_path / "some").items()}
+    levels = {key: about["sigma_n"] for key, (_, about) in samples(tmp_path / "some").items()}
     assert {key for key, level in levels.items() if level == 0} == set(clean)
     assert {level for level in levels.values() if level} == {0.4}
 

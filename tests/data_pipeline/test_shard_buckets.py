@@ -6,7 +6,6 @@ import json
 import tarfile
 from collections import Counter
 from collections.abc import Callable
-from io import BytesIO
 from itertools import islice
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from data_pipeline.loader import DataConfig, Layout, Loader
 from data_pipeline.shard import main
 from data_pipeline.sources import open_source
 from tests.conftest import Outcome
+from tests.data_pipeline.conftest import samples
 from trainer import errors
 
 SIDES = [(64, 64), (128, 32), (40, 100), (64, 70), (33, 64)]
@@ -60,21 +60,12 @@ def shards(pictures: Path, tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFac
     return output
 
 
-def stored(folder: Path) -> dict[str, tuple[np.ndarray, list[int]]]:
-    """By key: the observation, and its time_ids."""
-    members: dict[str, bytes] = {}
-    for entry in read_index(folder).shards:
-        with tarfile.open(folder / entry.name) as tar:
-            members |= {m.name: file.read() for m in tar if (file := tar.extractfile(m))}
-    keys = [name.removesuffix(".json") for name in members if name.endswith(".json")]
-    return {k: (np.load(BytesIO(members[f"{k}.x_n.npy"])), json.loads(members[f"{k}.json"])["time_ids"]) for k in keys}
-
-
 def test_each_picture_is_in_the_nearest_bucket_and_each_shard_has_one_shape(shards: Path, pictures: Path) -> None:
-    index, found = read_index(shards), stored(shards)
+    index, found = read_index(shards), samples(shards)
     assert len(found) == index.samples == COUNT + 1
     sizes = buckets_of(64, 16)
-    for key, (x_n, (height, width, _, _, target_height, target_width)) in found.items():
+    for key, (x_n, about) in found.items():
+        height, width, _, _, target_height, target_width = about["time_ids"]
         image = Image.open(pictures / key.replace("_png", ".png").replace("_jpg", ".jpg"))
         assert (width, height) == (image.size if key != "turned_jpg" else (32, 128))
         nearest = sizes[bucket_of(width, height, sizes)]
@@ -112,7 +103,7 @@ def test_two_workers_and_a_source_of_another_kind_give_the_same_latents(
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_have_one_shape_and_what_was_stored(workers: int, shards: Path) -> None:
-    found = stored(shards)
+    found = samples(shards)
     loader = Loader(DataConfig(str(shards), workers=workers, group=2), Layout(4, 2, 0, 1), 0, torch.device("cpu"))
     other = Loader(DataConfig(str(shards), workers=workers, group=2), Layout(4, 2, 1, 2), 0, torch.device("cpu"))
     micro = list(islice(loader.stream(0), 70))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tarfile
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -26,7 +25,7 @@ from data_pipeline.latents.text_cache import TextCache
 from data_pipeline.shard import main, shard
 from data_pipeline.sources import Picture, prepare
 from tests.conftest import Outcome
-from tests.data_pipeline.conftest import CAPTIONS, COUNT
+from tests.data_pipeline.conftest import CAPTIONS, COUNT, samples
 from trainer import errors
 from trainer.errors import UserError
 
@@ -51,15 +50,6 @@ def encoders(tiny_sdxl: Path) -> TextEncoders:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def samples(folder: Path) -> dict[str, tuple[np.ndarray, dict[str, Any]]]:
-    members: dict[str, bytes] = {}
-    for entry in read_index(folder).shards:
-        with tarfile.open(folder / entry.name) as tar:
-            members |= {m.name: file.read() for m in tar if (file := tar.extractfile(m))}
-    keys = [name.removesuffix(".json") for name in members if name.endswith(".json")]
-    return {key: (np.load(BytesIO(members[f"{key}.x_n.npy"])), json.loads(members[f"{key}.json"])) for key in keys}
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.diffusion.batch import Conditioning
+from trainer.models.quiet import quieten_xformers
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,7 @@ class DiT(nn.Module):
 
     def __init__(self, config: DiTConfig, image_channels: int, image_size: int) -> None:
         super().__init__()
-        if not torch.cuda.is_available():
-            logging.getLogger("xformers").setLevel(logging.ERROR)  # it has no operator for CPU, and says so at length
+        quieten_xformers()
         from diffusers.models.embeddings import LabelEmbedding
         from diffusers.models.transformers.dit_transformer_2d import (
             DiTTransformer2DModel,  # here, since it takes seconds

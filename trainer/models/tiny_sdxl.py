@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from trainer import errors
+from trainer import errors, folders
 from trainer.errors import UserError
 from trainer.models.clip_vocabulary import END, SIZE, START, vocabulary
+from trainer.models.quiet import quieten_xformers
 
 WIDTHS = (16, 24)
 """Of the two text encoders. All widths differ, so that mixing two of them up shows."""
@@ -45,6 +43,14 @@ TEXT: dict[str, Any] = {
     # As the real ones: 2 makes transformers pool at the token of the highest id, which is END.
     "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1,
 }  # fmt: skip
+PIPELINE: dict[str, Any] = {
+    "_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True,
+    "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+    "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"], "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+}  # fmt: skip
+"""The real one's model_index.json, too."""
 SCHEDULER: dict[str, Any] = {
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
     "prediction_type": "epsilon", "timestep_spacing": "leading", "steps_offset": 1, "interpolation_type": "linear",
@@ -53,12 +59,11 @@ SCHEDULER: dict[str, Any] = {
 
 def write_tiny_sdxl(folder: Path, seed: int = 0, unet: dict[str, Any] = UNET) -> None:
     """The same bytes for the same seed and versions of the libraries. unet: settings of a larger one, for benchmarks. Raises UserError where `folder` has content."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if not folders.is_free(folder):
         raise UserError(f"FOLDER {folder}: exists already: choose a new one")
     import torch
 
-    if not torch.cuda.is_available():
-        logging.getLogger("xformers").setLevel(logging.ERROR)  # it has no operator for CPU, and says so at length
+    quieten_xformers()
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
@@ -72,9 +77,7 @@ def write_tiny_sdxl(folder: Path, seed: int = 0, unet: dict[str, Any] = UNET) ->
         hidden_size=WIDTHS[1], intermediate_size=2 * WIDTHS[1], projection_dim=PROJECTION, num_attention_heads=3,
         hidden_act="gelu", **TEXT,
     )  # fmt: skip
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name, torch.random.fork_rng():
-        partial = Path(name) / "pipeline"
+    with folders.appearing(folder) as partial, torch.random.fork_rng():
         torch.manual_seed(seed)
         UNet2DConditionModel(**unet).save_pretrained(partial / "unet")
         AutoencoderKL(**VAE).save_pretrained(partial / "vae")
@@ -90,16 +93,7 @@ def write_tiny_sdxl(folder: Path, seed: int = 0, unet: dict[str, Any] = UNET) ->
             _write_json(partial / part / "special_tokens_map.json", special)
             named = {"tokenizer_class": "CLIPTokenizer", "model_max_length": MAX_TOKENS, "do_lower_case": True}
             _write_json(partial / part / "tokenizer_config.json", {**named, **special})
-        _write_json(partial / "model_index.json", {
-            "_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True,
-            "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
-            "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
-            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-            "tokenizer_2": ["transformers", "CLIPTokenizer"], "scheduler": ["diffusers", "EulerDiscreteScheduler"],
-        })  # fmt: skip
-        if folder.exists():
-            folder.rmdir()
-        shutil.move(partial, folder)
+        _write_json(partial / "model_index.json", PIPELINE)
 
 
 def _save(encoder: Any, folder: Path) -> None:

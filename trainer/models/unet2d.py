@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.diffusion.batch import Conditioning
+from trainer.models.quiet import quieten_xformers
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,7 @@ class UNet2D(nn.Module):
 
     def __init__(self, config: UNet2DConfig, image_channels: int, image_size: int) -> None:
         super().__init__()
-        if not torch.cuda.is_available():
-            logging.getLogger("xformers").setLevel(logging.ERROR)  # it has no operator for CPU, and says so at length
+        quieten_xformers()
         from diffusers.models.unets.unet_2d import UNet2DModel  # here, since it takes seconds
 
         levels = range(len(config.channels))

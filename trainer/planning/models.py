@@ -36,9 +36,8 @@ TOKENS, TIME_IDS = 77, 6
 
 def configured(config: RunConfig, shape: tuple[int, int, int]) -> Denoiser:
     """The network of a configuration, for observations (C, H, W). The base of an sdxl is read from its folder, without the
-    weights; one on a hub is taken for SDXL's own architecture. Raises UserError for a shape that it cannot take."""
+    weights; one on a hub is taken for SDXL's own architecture. Raises UserError for a shape that one trained from scratch cannot take."""
     model = config.model
-    networks.check_shape(model, shape)
     with torch.device("meta"):
         if not isinstance(model, SDXLConfig):
             return networks.denoiser(config, shape)
