@@ -73,7 +73,9 @@ class Job:
         until(lambda: self.step >= step, f"{self.run_dir}: step {step}, {self.logs}")
 
     def end(self, state: str = "COMPLETED", seconds: float = 120) -> None:
-        until(lambda: self.state not in ("PENDING", "RUNNING", "COMPLETING"), f"the end of {self.id}: {self.logs}", seconds)  # fmt: skip
+        """Waits until SLURM has done with it. SLURM's own list says what goes on: a job that is told of its preemption
+        is SIGNALING for a moment."""
+        until(lambda: not (now := listed(self.id)) or not now.active, f"the end of {self.id}: {self.logs}", seconds)
         assert self.state == state, self.logs
 
     @property
