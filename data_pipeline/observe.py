@@ -42,7 +42,7 @@ def _pixels(
 ) -> Observed:
     for i in images:
         try:
-            picture = source.read(i)
+            picture = source.read_for(i, request.size)
             observation = observe(request, picture, source.keys[i], plan.channels)
             _check_shape(observation, plan)
         except BadImage as error:

@@ -111,7 +111,7 @@ def _first_plan(request: Request, source: Source, output: str, limit: Limit) -> 
         return Plan(request.recorded(), count, keys, 3, shapes, shape_of)
     for i in range(count):
         try:
-            picture = source.read(i)
+            picture = source.read_for(i, request.size)
             channels = request.channels or (1 if picture.pixels.ndim == 2 else picture.pixels.shape[2])
             shape = observe(request, picture, source.keys[i], channels).x_n.shape
             return Plan(request.recorded(), count, keys, channels, ((shape[0], shape[1], shape[2]),))
