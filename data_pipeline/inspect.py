@@ -19,9 +19,8 @@ from tqdm import tqdm
 from data_pipeline import index as indices
 from data_pipeline import storage
 from data_pipeline.corruption import ORIGIN
-from data_pipeline.index import Shard, ShardIndex
+from data_pipeline.index import REJECTED, Shard, ShardIndex
 from data_pipeline.reader import BadSample, meta, npy_array
-from data_pipeline.records import REJECTED
 from data_pipeline.writer import META, OBSERVATION
 from trainer import errors
 from trainer.errors import WorkFailed

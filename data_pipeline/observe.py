@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from tqdm import tqdm
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from data_pipeline.bad_image import BadImage
 from data_pipeline.corruption import Observation, generator_of
 from data_pipeline.latents.arguments import LatentRequest
-from data_pipeline.latents.buckets import Bucket, bucket_of
+from data_pipeline.latents.buckets import TIME_IDS, Bucket, bucket_of
 from data_pipeline.plan import Plan, Request
 from data_pipeline.sources import Picture, Source, prepare
 
@@ -22,15 +23,23 @@ if TYPE_CHECKING:
 
 FLOAT16 = float(np.finfo(np.float16).max)
 
-Observed = Iterator[tuple[int, "str | None", Observation]]
-"""Of each image that can be used: its place in the source, its caption, and the observation."""
 Reject = Callable[[int, BadImage], None]
 """Told of each image that cannot be used, by its place in the source."""
 
 
+@dataclass(frozen=True)
+class Observed:
+    """Of an image that can be used. place: in the source. enlarged: it has fewer pixels than the size asked for."""
+
+    place: int
+    caption: str | None
+    observation: Observation
+    enlarged: bool
+
+
 def observed(
     request: Request, plan: Plan, source: Source, number: int, reject: Reject, on_image: Callable[[], object]
-) -> Observed:
+) -> Iterator[Observed]:
     """The images of shard `number`, in their order. on_image: called once for each image, usable or not."""
     if request.latents is not None:
         return _latents(request, request.latents, plan, source, number, reject, on_image)
@@ -39,7 +48,7 @@ def observed(
 
 def _pixels(
     request: Request, plan: Plan, source: Source, images: Sequence[int], reject: Reject, on_image: Callable[[], object]
-) -> Observed:
+) -> Iterator[Observed]:
     for i in images:
         try:
             picture = source.read_for(i, request.size)
@@ -48,13 +57,13 @@ def _pixels(
         except BadImage as error:
             reject(i, error)
         else:
-            yield i, picture.caption, observation
+            yield Observed(i, picture.caption, observation, min(picture.pixels.shape[:2]) < (request.size or 0))
         on_image()
 
 
 def _latents(
     request: Request, latents: LatentRequest, plan: Plan, source: Source, number: int, reject: Reject, on_image: Callable[[], object]
-) -> Observed:  # fmt: skip
+) -> Iterator[Observed]:  # fmt: skip
     places: dict[str, int] = {}
     captions: dict[str, str | None] = {}
 
@@ -80,7 +89,9 @@ def _latents(
         except BadImage as error:
             reject(places[key], error)
         else:
-            yield places[key], captions.pop(key), observation
+            height, width, _, _, target_height, target_width = cast("list[int]", observation.about[TIME_IDS])
+            enlarged = height < target_height or width < target_width
+            yield Observed(places[key], captions.pop(key), observation, enlarged)
 
 
 def nearest_sizes(source: Source, count: int, sizes: Sequence[Bucket]) -> list[int]:

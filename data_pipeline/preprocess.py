@@ -60,7 +60,7 @@ class Limit:
         if len(found) > (self.asked if self.asked >= 1 else self.asked * count):
             records.write_rejected(output, found)
             raise WorkFailed(
-                f"{output}: {len(found)} of {count} images were rejected, more than --max-rejected {self.asked:g}; see {storage.join(output, records.REJECTED)}; the first is {found[0].key}: {found[0].reason}; mend or remove them, or run again with a higher --max-rejected"
+                f"{output}: {len(found)} of {count} images were rejected, more than --max-rejected {self.asked:g}; see {storage.join(output, index.REJECTED)}; the first is {found[0].key}: {found[0].reason}; mend or remove them, or run again with a higher --max-rejected"
             )
 
 
@@ -119,7 +119,7 @@ def _first_plan(request: Request, source: Source, output: str, limit: Limit) -> 
             rejected.append(Rejected.of(source.keys[i], error))
             limit.check(output, rejected, count)
     records.write_rejected(output, rejected)
-    raise WorkFailed(f"{output}: all {count} images were rejected: see {storage.join(output, records.REJECTED)}")
+    raise WorkFailed(f"{output}: all {count} images were rejected: see {storage.join(output, index.REJECTED)}")
 
 
 @dataclass
@@ -156,6 +156,11 @@ def _work(work: Work, source: Source, limit: Limit, means: Means) -> ShardIndex:
             submit_shards(work, missing, means.cluster, means.jobs, bar.update, progress.add)
         elif missing:
             write_shards(work, source, missing, means.workers, bar.update, progress.add)
+    if enlarged := sum(record.enlarged for record in progress.done.values()):
+        print(
+            f"warning: {enlarged} of {work.plan.count} images had fewer pixels than --size {work.request.size} and were enlarged, so they hold less detail: choose a smaller --size, or leave them out",
+            file=sys.stderr,
+        )
     text = None
     if work.request.latents is not None:
         ordered = (progress.done[number] for number in sorted(progress.done))

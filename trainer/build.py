@@ -23,7 +23,7 @@ from trainer.diffusion.particles import ParticlePool
 from trainer.distributed import Ranks
 from trainer.ema import EMA
 from trainer.engine import Engine, State, resolve_precision
-from trainer.errors import UserError
+from trainer.errors import UserError, differences
 from trainer.mlflow_logger import MLflowLogger
 from trainer.models.sdxl import SDXLConfig
 from trainer.planning.models import conditioning_shapes
@@ -197,13 +197,13 @@ def _few(config: RunConfig, loader: Loader) -> str | None:
 def refuse_another_run(config: RunConfig, directory: Path) -> None:
     """Raises UserError where the directory holds a run whose fixed fields have other values."""
     path = directory / "config.yaml"
-    if path.is_file():
-        old, new = dict(flatten(to_data(load(path)))), dict(flatten(to_data(config)))
-        for name in sorted(old.keys() | new.keys()):
-            if old.get(name) != new.get(name) and not name.startswith((*MAY_CHANGE, "run_dir")):
-                raise UserError(
-                    f"{directory} holds a run with {name}={old.get(name)}, not {new.get(name)}: choose another run_dir"
-                )
+    if path.is_file() and (found := differences(_fixed(load(path)), _fixed(config))):
+        raise UserError(f"{directory} holds a run with {found}: choose another run_dir")
+
+
+def _fixed(config: RunConfig) -> dict[str, object]:
+    """What stays the same for all of a run, by name."""
+    return {name: value for name, value in flatten(to_data(config)) if not name.startswith((*MAY_CHANGE, "run_dir"))}
 
 
 def _claim(config: RunConfig, directory: Path, ranks: Ranks) -> None:

@@ -151,9 +151,9 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(
 
 def test_another_run_in_the_same_directory_is_refused(train: Train) -> None:
     assert train("run", "steps=1")[0] == 0
-    code, output = train("run", "optimizer.lr=0.5", "steps=2")
+    code, output = train("run", "optimizer.lr=0.5", "steps=2", "seed=7")
     assert code == 2
-    assert "holds a run with optimizer.lr=0.001, not 0.5: choose another run_dir" in output
+    assert "holds a run with optimizer.lr=0.001, not 0.5; seed=0, not 7: choose another run_dir" in output
     assert "Traceback" not in output
 
 

@@ -181,7 +181,7 @@ def damaged(base: Path, folder: Path, part: str, stem: str) -> Path:
         ("process.kind=vp_cosine", "process.kind vp_cosine: model.base"),
         ("process.beta_end=0.02", "was trained with kind: vp_table, beta_start: 0.00085, beta_end: 0.012"),
         ("prediction=v", "prediction v: model.base"),
-        ("model.lora.rank=0", "need rank >= 1"),
+        ("model.lora.rank=0", "rank 0 must be at least 1"),
         ("model.lora.targets=[]", "must name layers, each once: attention, feed_forward, convolutions"),
         ("model.lora.targets=[attentions]", "model.lora.targets.0: 'attentions': "),
         ("model.lora.rnk=4", "model.lora.rnk: no such field; did you mean rank?"),
