@@ -14,7 +14,7 @@ FILES = sorted(path for top in ("trainer", "data_pipeline", "slurm") for path in
 
 ALLOWED = {
     "trainer.errors": (),
-    "trainer.folders": (),
+    "trainer.folders": ("trainer.errors",),
     "trainer.diffusion": ("trainer.diffusion",),
     "trainer.models": ("trainer.diffusion", "trainer.models", "trainer.errors", "trainer.folders"),
     "trainer.evaluation": (

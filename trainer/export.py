@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if not folders.is_free(args.out):
         raise UserError(f"OUT {args.out}: exists already: choose a new one")
+    from trainer import exported
     from trainer.model_card import card  # imports from here on take seconds, which --help should not
     from trainer.models.sdxl import SDXLConfig
     from trainer.restore import restore
@@ -53,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
             _write_lora(network.unet, partial)
         else:
             _write_pipeline(run, model, partial)
+        (partial / exported.NAME).write_text(exported.describe(run.config, run.state))
         (partial / "README.md").write_text(card(run, args.run_dir))
     print(f"{args.out}: the averaged weights of step {run.state.step}; {args.out / 'README.md'} says how to load them")
     return errors.DONE
@@ -62,7 +64,7 @@ def _write_lora(unet: Any, folder: Path) -> None:
     from diffusers.loaders.lora_pipeline import StableDiffusionXLLoraLoaderMixin
     from peft import get_peft_model_state_dict
 
-    from trainer.model_card import LORA
+    from trainer.exported import LORA
 
     settings = unet.peft_config["default"].to_dict()  # has alpha, which the weights alone do not tell
     layers: dict[str, Any] = get_peft_model_state_dict(unet)

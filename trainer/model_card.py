@@ -12,11 +12,11 @@ from data_pipeline.index import ShardIndex, read_index
 from trainer.config import RunConfig, to_yaml
 from trainer.diffusion.process import AnyProcess
 from trainer.errors import UserError, WorkFailed
+from trainer.exported import LORA
 from trainer.models.dit import DiTConfig
 from trainer.models.sdxl import SDXLConfig
 from trainer.restore import Restored
 
-LORA = "pytorch_lora_weights.safetensors"
 SCHEDULER = """pipeline.scheduler = EulerDiscreteScheduler.from_config(
     pipeline.scheduler.config, use_karras_sigmas=True, timestep_spacing="linspace"
 )"""

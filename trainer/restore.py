@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from trainer import networks
+from trainer import exported, networks
 from trainer.checkpoint import Checkpoints, TrainState, read_state, read_tensors
 from trainer.config import RunConfig, load
 from trainer.diffusion.denoiser import Denoiser
@@ -28,9 +28,14 @@ class Restored:
 
 
 def restore(run_dir: Path) -> Restored:
-    """From the last checkpoint. Raises UserError when there is none."""
+    """From the last checkpoint of a run, or from an export. Raises UserError when there is none."""
+    if (run_dir / exported.NAME).is_file():
+        config, state, denoiser = exported.read(run_dir)
+        return Restored(config, state, denoiser.to("cuda" if torch.cuda.is_available() else "cpu").eval())
     if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{run_dir}: not a run directory: no config.yaml in it")
+        raise UserError(
+            f"{run_dir}: not a run directory, nor an export: neither config.yaml nor {exported.NAME} is in it"
+        )
     config = load(run_dir / "config.yaml")
     path = Checkpoints(run_dir, config.checkpoint).latest()
     if path is None:

@@ -222,7 +222,7 @@ def test_sample_needs_a_prompt_where_captions_were_trained_and_guidance_changes_
         assert expected in capfd.readouterr().err.splitlines()[-1]
     pictures: list[bytes] = []
     for extra in (["--prompt", "a disc"], ["--prompt", "a disc", "--guidance", "4"], ["--prompt", "a square"]):
-        words = [run, "--num", "1", "--steps", "3", "--out", str(out), *extra]
+        words = [run, "--number", "1", "--steps", "3", "--out", str(out), *extra]
         assert errors.run(lambda words=words: sample.main(words)) == 0
         pictures.append(out.read_bytes())
     assert len({*pictures}) == 3
