@@ -9,7 +9,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
-from tqdm import tqdm
 
 from data_pipeline.bad_image import BadImage
 from data_pipeline.corruption import Observation, generator_of
@@ -17,6 +16,7 @@ from data_pipeline.latents.arguments import LatentRequest
 from data_pipeline.latents.buckets import TIME_IDS, Bucket, bucket_of
 from data_pipeline.plan import Plan, Request
 from data_pipeline.sources import Picture, Source, prepare
+from trainer.progress import progress_bar
 
 if TYPE_CHECKING:
     from data_pipeline.latents.encoder import LatentEncoder
@@ -98,7 +98,7 @@ def nearest_sizes(source: Source, count: int, sizes: Sequence[Bucket]) -> list[i
     """For each of the first `count` images, which of the sizes its ratio is nearest to. From the files' headers where they
     have any; one whose size cannot be told counts as square, and is rejected when it is read."""
     nearest: list[int] = []
-    for i in tqdm(range(count), desc="sizes", unit="img"):
+    for i in progress_bar(iterable=range(count), desc="sizes", unit="img"):
         try:
             width, height = source.size(i)
         except BadImage:

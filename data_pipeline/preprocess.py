@@ -25,6 +25,7 @@ from data_pipeline.sources import Source, open_source
 from data_pipeline.work import Work, write_shards
 from slurm.cluster import ClusterConfig
 from trainer.errors import UserError, WorkFailed
+from trainer.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class _Progress:
         self.done[record.number] = record
         if record.rejected:
             self.rejected += len(record.rejected)
-            self.bar.set_postfix(rejected=self.rejected)
+            self.bar.set_postfix(rejected=self.rejected, refresh=False)
             ordered = (entry for number in sorted(self.done) for entry in self.done[number].rejected)
             self.limit.check(self.output, ordered, self.count)
 
@@ -147,7 +148,7 @@ def _work(work: Work, source: Source, limit: Limit, means: Means) -> ShardIndex:
     done = records.finished(work.output, numbers)
     records.remove_leftovers(work.output, done)
     first = sum(record.images for record in done.values())
-    with tqdm(total=work.plan.count, initial=first, desc=f"shard {work.output}", unit="img") as bar:
+    with progress_bar(total=work.plan.count, initial=first, desc=f"shard {work.output}", unit="img") as bar:
         progress = _Progress(work.output, work.plan.count, limit, bar)
         for record in done.values():
             progress.add(record)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from trainer import base_pipeline, conditioning
 from trainer.diffusion.sampling import Sampler
@@ -22,6 +21,7 @@ from trainer.errors import UserError, differences
 from trainer.evaluation.grids import to_pixels
 from trainer.generate import generate
 from trainer.models.sdxl import SDXLConfig
+from trainer.progress import progress_bar
 from trainer.restore import Restored
 
 AT_ONCE = 64
@@ -72,7 +72,7 @@ def drawer(run: Restored, guide: Restored | None, wanted: Wanted) -> tuple[Draw,
 def into_grid(draw: Draw, at_once: int, number: int) -> Tensor:
     """(number, C, H, W)."""
     parts: list[Tensor] = []
-    with tqdm(total=number, desc="sample", unit="img") as bar:
+    with progress_bar(total=number, desc="sample", unit="img") as bar:
         for first in range(0, number, at_once):
             parts.append(draw(first, min(at_once, number - first)))
             bar.update(len(parts[-1]))
@@ -90,7 +90,7 @@ def into_folder(draw: Draw, at_once: int, number: int, folder: Path, record: dic
     _check(folder, record)
     blocks = range(0, number, at_once)[ranks.rank :: ranks.world]
     drawn = 0
-    with tqdm(total=number, desc=f"sample {folder}", unit="img", disable=not ranks.is_main) as bar:
+    with progress_bar(total=number, desc=f"sample {folder}", unit="img", disable=not ranks.is_main) as bar:
         for first in blocks:
             size = min(at_once, number - first)
             paths = [folder / f"{i:06d}.png" for i in range(first, first + size)]

@@ -6,13 +6,13 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from trainer.diffusion.batch import Conditioning
 from trainer.diffusion.denoiser import Denoise, Denoiser
 from trainer.diffusion.levels import karras_levels
 from trainer.diffusion.noise import AddressedNoise, Noise
 from trainer.diffusion.sampling import Sampler, guided, sample
+from trainer.progress import progress_bar
 
 
 def generate(
@@ -45,7 +45,7 @@ def generate(
     images: list[Tensor] = []
     was_training = denoiser.training
     denoiser.eval()
-    with tqdm(total=number, desc="sample", unit="img", disable=not progress) as bar:
+    with progress_bar(total=number, desc="sample", unit="img", disable=not progress) as bar:
         for done in range(0, number, batch_size):
             like = torch.empty(min(batch_size, number - done), *shape, device=device)
             x = AddressedNoise(seed, -1, first + done).normal("sample.start", like) * levels[0].to(like)

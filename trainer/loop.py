@@ -20,6 +20,7 @@ from trainer.errors import WorkFailed
 from trainer.metrics import Meter
 from trainer.planning.utilization import Utilization
 from trainer.preview import Preview
+from trainer.progress import progress_bar
 
 
 def train(run: Run, stop: Callable[[], bool]) -> bool:
@@ -35,7 +36,9 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
     evaluations_before, last_report = run.denoiser.evaluations, (0, before.step)
     saved_at = before.step
     batches = run.loader.stream(before.samples)
-    bar = tqdm(total=config.steps, initial=before.step, desc=run.directory.name, unit="step", disable=not ranks.is_main)
+    bar = progress_bar(
+        total=config.steps, initial=before.step, desc=run.directory.name, unit="step", disable=not ranks.is_main
+    )
 
     with bar, closing(batches):  # on errors, too: they stand on a line of their own, and no worker is left
         for step in range(before.step, config.steps):
