@@ -16,6 +16,7 @@ EXAMPLE = """examples:
   python -m trainer.sample runs/quickstart-digits/ambient --num 64
   python -m trainer.sample runs/mine --guide runs/mine-short --guidance 1.5
   python -m trainer.sample runs/sdxl-face --prompt "a face" --guidance 5
+  python -m trainer.sample runs/mine --checkpoint best --ema-sigma-rel 0.08
   python -m trainer.sample runs/mine --num 16 --sampler ancestral --steps 200 --out mine.png
 """
 
@@ -23,17 +24,19 @@ EXAMPLE = """examples:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m trainer.sample",
-        description="Draws images from the averaged weights of a run's last checkpoint, into one PNG.",
+        description="Draws images from the averaged weights of a run, of its last checkpoint by default, into one PNG.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the folder of a run")
+    p.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best (by checkpoint.keep_best), or a step (default: latest)")  # fmt: skip
+    p.add_argument("--ema-sigma-rel", type=float, metavar="WIDTH", help="take an average of this width, put together from the run's ema.snapshots (default: the run's own average)")  # fmt: skip
     p.add_argument("--num", type=int, default=64, help="how many images (default: 64)")
     p.add_argument("--seed", type=int, default=0, help="image i depends on the seed and i alone (default: 0)")
     p.add_argument("--steps", type=int, default=40, help="noise levels on the way down (default: 40)")
     p.add_argument("--sampler", choices=get_args(Sampler), default="heun", help="default: heun")
     p.add_argument("--stop-at", type=float, metavar="SIGMA", help="end at this noise level with E[x0 | x], such as sigma_n for a model without consistency")  # fmt: skip
-    p.add_argument("--guide", type=Path, metavar="RUN_DIR", help="a worse run of the same images, such as a shorter one, to be led away from (autoguidance)")  # fmt: skip
+    p.add_argument("--guide", type=Path, metavar="RUN_DIR", help="a worse run of the same images, such as a shorter one, to be led away from (autoguidance); its last checkpoint")  # fmt: skip
     p.add_argument("--prompt", metavar="TEXT", help="what to draw, for a run with text (default: its model.prompt)")
     p.add_argument("--guidance", type=float, metavar="SCALE", help="how far to be led away from --guide, or, for a run with text and without --guide, from no caption: 1 is none (default: 1.5 with --guide, else 1)")  # fmt: skip
     p.add_argument("--out", type=Path, help="the PNG to write (default: RUN_DIR/samples.png)")
@@ -56,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     from trainer.models.sdxl import SDXLConfig
     from trainer.restore import restore
 
-    run = restore(args.run_dir)
+    run = restore(args.run_dir, args.checkpoint, args.ema_sigma_rel)
     model = run.config.model
     if isinstance(model, SDXLConfig):
         prompt = model.prompt if args.prompt is None else args.prompt
@@ -97,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         images = draw(guide=guide and guide.denoiser, guidance=guidance)
     save_grid(images, out, columns=max(1, round(args.num**0.5)))
-    print(f"{out}: {args.num} images of step {run.state.step}")
+    print(f"{out}: {args.num} images of step {run.state.step}, by weights averaged by {run.average}")
     return errors.DONE
 
 
