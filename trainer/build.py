@@ -31,7 +31,7 @@ from trainer.planning.trace import Flops, flops
 from trainer.provenance import tags
 
 MAY_CHANGE = ("steps", "threads", "micro_batch_size", "data.workers", "data.cache_dir", "data.cache_gb", "data.retries",
-              "data.verify", "data.on_error", "engine.", "checkpoint.", "logging.")  # fmt: skip
+              "data.verify", "data.on_error", "engine.", "ema.snapshots.every", "checkpoint.", "logging.")  # fmt: skip
 """Fields that a run may be started again with another value of. The others would make it another run."""
 
 
@@ -64,9 +64,9 @@ class Run:
     logger: MLflowLogger | None
     state: TrainState
 
-    def averaged_weights(self) -> State:
-        """The averaged weights, whole. A collective."""
-        with self.engine.replaced(self.ema.shadow):
+    def averaged_weights(self, name: str = "ema") -> State:
+        """The averaged weights, whole; name: of the average. A collective."""
+        with self.engine.replaced(self.ema.averages[name]):
             return self.engine.weights()
 
 
@@ -110,10 +110,10 @@ def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = 
     state, ema = TrainState(0, 0, 0, 0.0, loader.index.shape), EMA(config.ema, engine.masters)
     if (path := checkpoints.latest()) is not None:
         state = read_state(path)
-        average = read_tensors(path, "ema")
+        for name in ema.averages:
+            engine.load(read_tensors(path, name), {}, state.step)
+            ema.averages[name] = [t.clone() for t in engine.masters]
         weights, moments = read_tensors(path, "weights"), read_tensors(path, "optimizer")
-        engine.load(average, {}, state.step)
-        ema.shadow = [t.clone() for t in engine.masters]
         engine.load(weights, moments, state.step)
         rows = read_pool(path, layout.first_row(0) // stride, pool.rows)
         pool.load_state_dict({name: value.to(ranks.device) for name, value in rows.items()})

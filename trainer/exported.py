@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from trainer import networks
-from trainer.checkpoint import TrainState
+from trainer.checkpoint import TrainState, state_from
 from trainer.config import RunConfig, parse, to_data
 from trainer.diffusion.denoiser import Denoiser
 from trainer.errors import UserError
@@ -21,25 +21,25 @@ NAME = "ambient.json"
 LORA = "pytorch_lora_weights.safetensors"
 
 
-def describe(config: RunConfig, state: TrainState) -> str:
-    """What goes into NAME."""
-    return json.dumps({"config": to_data(config), "state": asdict(state)}, indent=2) + "\n"
+def describe(config: RunConfig, state: TrainState, average: str) -> str:
+    """What goes into NAME. average: which one of the weights, in words."""
+    recorded = {"config": to_data(config), "state": asdict(state), "average": average}
+    return json.dumps(recorded, indent=2) + "\n"
 
 
-def read(folder: Path) -> tuple[RunConfig, TrainState, Denoiser]:
-    """The denoiser on the CPU. Raises UserError for a folder that is not what `trainer.export` wrote."""
+def read(folder: Path) -> tuple[RunConfig, TrainState, Denoiser, str]:
+    """The denoiser on the CPU, and how its weights were averaged. Raises UserError for a folder that is not what `trainer.export` wrote."""
     path = folder / NAME
     try:
         recorded = json.loads(path.read_text())
-        data, fields = recorded["config"], recorded["state"]
-        state = TrainState(**{**fields, "shape": tuple(fields["shape"])})
+        data, state, average = recorded["config"], state_from(recorded["state"]), str(recorded["average"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read ({type(error).__name__}): export the run again") from None
     config = parse(data, str(path))
     model = config.model
     if isinstance(model, SDXLConfig) and not model.lora:  # the export is a base by itself
         config = replace(config, model=replace(model, base=str(folder)))
-        return config, state, networks.denoiser(config, state.shape)
+        return config, state, networks.denoiser(config, state.shape), average
     denoiser = networks.denoiser(config, state.shape)
     backbone: Any = denoiser.backbone
     weights = folder / (LORA if isinstance(model, SDXLConfig) else "diffusion_pytorch_model.safetensors")
@@ -52,7 +52,7 @@ def read(folder: Path) -> tuple[RunConfig, TrainState, Denoiser]:
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{weights}: not the weights of {path}: {reason}: export the run again") from None
-    return config, state, denoiser
+    return config, state, denoiser, average
 
 
 def _load_lora(unet: Any, tensors: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ EXAMPLE = """examples:
   python -m trainer.sample runs/quickstart-digits/ambient --number 64
   python -m trainer.sample runs/mine --guide runs/mine-short --guidance 1.5
   python -m trainer.sample runs/sdxl-face --prompt "a face" --guidance 5
+  python -m trainer.sample runs/mine --checkpoint best --ema-sigma-rel 0.08
   python -m trainer.sample runs/mine --number 16 --sampler ancestral --steps 200 --out mine.png
   torchrun --nproc_per_node 2 -m trainer.sample runs/mine --number 10000 --out samples/mine    # goes on where it was
 """
@@ -27,11 +28,13 @@ EXAMPLE = """examples:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m trainer.sample",
-        description="Draws images from the averaged weights of a run's last checkpoint: a grid in one PNG, or into a folder.",
+        description="Draws images from the averaged weights of a run, of its last checkpoint by default: a grid in one PNG, or into a folder.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the folder of a run, or of an export")
+    p.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best (by checkpoint.keep_best), or a step (default: latest)")  # fmt: skip
+    p.add_argument("--ema-sigma-rel", type=float, metavar="WIDTH", help="take an average of this width, put together from the run's ema.snapshots (default: the run's own average)")  # fmt: skip
     p.add_argument(
         "--number",
         type=int,
@@ -42,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, default=40, help="noise levels on the way down (default: 40)")
     p.add_argument("--sampler", choices=get_args(Sampler), default="heun", help="default: heun")
     p.add_argument("--stop-at", type=float, metavar="SIGMA", help="end at this noise level with E[x0 | x], such as sigma_n for a model without consistency")  # fmt: skip
-    p.add_argument("--guide", type=Path, metavar="RUN_DIR", help="a worse run of the same images, such as a shorter one, to be led away from (autoguidance)")  # fmt: skip
+    p.add_argument("--guide", type=Path, metavar="RUN_DIR", help="a worse run of the same images, such as a shorter one, to be led away from (autoguidance); its last checkpoint")  # fmt: skip
     p.add_argument("--prompt", metavar="TEXT", help="what to draw, for a run with text (default: its model.prompt)")
     p.add_argument("--guidance", type=float, metavar="SCALE", help="how far to be led away from --guide, or, for a run with text and without --guide, from no caption: 1 is none (default: 1.5 with --guide, else 1)")  # fmt: skip
     p.add_argument(
@@ -73,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     ranks = distributed.init()
     if ranks.world > 1 and a_grid:
         raise UserError(f"--out {out}: one process draws a grid, and there are {ranks.world}: give a folder")
-    run = restore(args.run_dir)
+    run = restore(args.run_dir, args.checkpoint, args.ema_sigma_rel)
     guide = restore(args.guide) if args.guide else None
     if guide:
         _check_guide(args, run, guide)
@@ -82,17 +85,17 @@ def main(argv: list[str] | None = None) -> int:
     draw, at_once = drawer(run, guide, wanted)
     if a_grid:
         save_grid(into_grid(draw, at_once, args.number), out, columns=max(1, round(args.number**0.5)))
-        print(f"{out}: {args.number} images of step {run.state.step}")
+        print(f"{out}: {args.number} images of step {run.state.step}, by weights averaged by {run.average}")
         return errors.DONE
     record = {"run": _name(args.run_dir, run), "guide": guide and _name(args.guide, guide), **asdict(wanted)}
     drawn = into_folder(draw, at_once, args.number, out, record, ranks)
     if ranks.is_main:
-        print(f"{out}: {args.number} images of step {run.state.step}; {args.number - drawn} of them were there")
+        print(f"{out}: {args.number} images of step {run.state.step}, by weights averaged by {run.average}; {args.number - drawn} of them were there")  # fmt: skip
     return errors.DONE
 
 
 def _name(run_dir: Path, run: Restored) -> str:
-    return f"{run_dir.resolve().name}, step {run.state.step}"
+    return f"{run_dir.resolve().name}, step {run.state.step}, averaged by {run.average}"
 
 
 def _prompt(args: argparse.Namespace, run: Restored) -> str:
