@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from trainer.distributed import Ranks
 from trainer.errors import UserError, WorkFailed
+from trainer.loss_scale import LossScale
 
 FORMAT = 2
 State = dict[str, Tensor]
@@ -40,7 +41,7 @@ class CheckpointConfig:
 class TrainState:
     """Where training is. step: optimiser steps done. samples: position in the data. evaluations: network evaluations
     of samples so far, over all ranks. seconds: time spent training, over all starts. shape: (C, H, W) of an image.
-    period: of consistency, once a budget has chosen it."""
+    period: of consistency, once a budget has chosen it. loss_scale: of the step to come."""
 
     step: int
     samples: int
@@ -48,6 +49,7 @@ class TrainState:
     seconds: float
     shape: tuple[int, int, int]
     period: int | None = None
+    loss_scale: LossScale = field(default_factory=LossScale)
 
 
 class Checkpoints:
@@ -110,7 +112,8 @@ def read_state(path: Path) -> TrainState:
         data = json.loads((path / "state.json").read_text())
         if data.pop("format") != FORMAT:
             raise UserError(f"{path}: another format of checkpoint; this version reads {FORMAT}")
-        return TrainState(**{**data, "shape": tuple(data["shape"])})
+        scale = LossScale(**data.pop("loss_scale", {}))
+        return TrainState(**{**data, "shape": tuple(data["shape"]), "loss_scale": scale})
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path / 'state.json'}: not a checkpoint's state: {error}") from None
 
