@@ -27,7 +27,7 @@ from trainer.diffusion.particles import ParticlePool
 from trainer.diffusion.process import VPCosine
 from trainer.diffusion.sampling import sample
 from trainer.distributed import Ranks
-from trainer.ema import EMA, EMAConfig
+from trainer.ema import EMA, PowerEMA
 
 PROCESS = VPCosine(sigma_min=0.02, sigma_max=10.0)
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -95,7 +95,7 @@ class Training:
             self.denoiser = Denoiser(MLP(problem.mixture.means.shape[1], method.width), PROCESS, method.prediction)
         self._parameters = list(self.denoiser.parameters())
         self._optimizer = torch.optim.AdamW(self._parameters, lr=2e-3, weight_decay=0.0, fused=True)
-        self._ema = EMA(EMAConfig(method.sigma_rel), [p.data for p in self._parameters])
+        self._ema = EMA(PowerEMA(method.sigma_rel), [p.data for p in self._parameters])
         self._averaged = Denoiser(MLP(problem.mixture.means.shape[1], method.width), PROCESS, method.prediction)
         self._generator = torch.Generator().manual_seed(seed + 1000)
         self._noise = StreamNoise(self._generator)
@@ -176,7 +176,7 @@ class Training:
 
     def averaged(self) -> Denoiser:
         """The denoiser with the averaged weights."""
-        for target, value in zip(self._averaged.parameters(), self._ema.shadow, strict=True):
+        for target, value in zip(self._averaged.parameters(), self._ema.averages["ema"], strict=True):
             target.data.copy_(value)
         return self._averaged
 

@@ -13,7 +13,7 @@ from typing import Any
 from data_pipeline import storage
 from trainer.errors import UserError, WorkFailed
 
-NAME = "index.json"
+NAME, REJECTED = "index.json", "rejected.jsonl"
 FORMAT = 2
 Shape = tuple[int, int, int]
 """(C, H, W) of an observation."""
@@ -113,8 +113,10 @@ def read_index(folder: str | Path) -> ShardIndex:
     try:
         index = parse_index(path, storage.read_bytes(path))
     except FileNotFoundError:
+        rejected = storage.join(str(folder), REJECTED)
+        why = f" ({rejected} says which images were refused)" if storage.exists(rejected) else ""
         raise UserError(
-            f"{folder}: no {NAME} in it, so the shards are not complete; run `python -m data_pipeline.shard` again"
+            f"{folder}: no {NAME} in it, so the shards are not complete{why}; run `python -m data_pipeline.shard` again"
         ) from None
     except OSError as error:
         raise WorkFailed(f"{path}: cannot be read: {error.strerror or error}") from None

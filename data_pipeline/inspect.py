@@ -14,17 +14,16 @@ from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from data_pipeline import index as indices
 from data_pipeline import storage
 from data_pipeline.corruption import ORIGIN
-from data_pipeline.index import Shard, ShardIndex
+from data_pipeline.index import REJECTED, Shard, ShardIndex
 from data_pipeline.reader import BadSample, meta, npy_array
-from data_pipeline.records import REJECTED
 from data_pipeline.writer import META, OBSERVATION
 from trainer import errors
 from trainer.errors import WorkFailed
+from trainer.progress import progress_bar
 
 SHOWN = 64
 """Observations on the contact sheet."""
@@ -73,7 +72,7 @@ def inspect(output: str, verify: bool = True) -> tuple[ShardIndex, Contents, lis
     contents, wrong = Contents(), _wrong_rejected(output, index)
     wanted = set(np.linspace(0, index.samples - 1, min(SHOWN, index.samples)).round().astype(int).tolist())
     first = 0
-    with tqdm(total=index.bytes, unit="B", unit_scale=True, desc=f"inspect {output}") as bar:
+    with progress_bar(total=index.bytes, unit="B", unit_scale=True, desc=f"inspect {output}") as bar:
         for shard in index.shards:
             rows = {n - first for n in wanted if first <= n < first + shard.samples}
             file = storage.join(output, shard.name)

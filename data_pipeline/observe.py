@@ -4,33 +4,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
-from tqdm import tqdm
 
 from data_pipeline.bad_image import BadImage
 from data_pipeline.corruption import Observation, generator_of
 from data_pipeline.latents.arguments import LatentRequest
-from data_pipeline.latents.buckets import Bucket, bucket_of
+from data_pipeline.latents.buckets import TIME_IDS, Bucket, bucket_of
 from data_pipeline.plan import Plan, Request
 from data_pipeline.sources import Picture, Source, prepare
+from trainer.progress import progress_bar
 
 if TYPE_CHECKING:
     from data_pipeline.latents.encoder import LatentEncoder
 
 FLOAT16 = float(np.finfo(np.float16).max)
 
-Observed = Iterator[tuple[int, "str | None", Observation]]
-"""Of each image that can be used: its place in the source, its caption, and the observation."""
 Reject = Callable[[int, BadImage], None]
 """Told of each image that cannot be used, by its place in the source."""
 
 
+@dataclass(frozen=True)
+class Observed:
+    """Of an image that can be used. place: in the source. enlarged: it has fewer pixels than the size asked for."""
+
+    place: int
+    caption: str | None
+    observation: Observation
+    enlarged: bool
+
+
 def observed(
     request: Request, plan: Plan, source: Source, number: int, reject: Reject, on_image: Callable[[], object]
-) -> Observed:
+) -> Iterator[Observed]:
     """The images of shard `number`, in their order. on_image: called once for each image, usable or not."""
     if request.latents is not None:
         return _latents(request, request.latents, plan, source, number, reject, on_image)
@@ -39,22 +48,22 @@ def observed(
 
 def _pixels(
     request: Request, plan: Plan, source: Source, images: Sequence[int], reject: Reject, on_image: Callable[[], object]
-) -> Observed:
+) -> Iterator[Observed]:
     for i in images:
         try:
-            picture = source.read(i)
+            picture = source.read_for(i, request.size)
             observation = observe(request, picture, source.keys[i], plan.channels)
             _check_shape(observation, plan)
         except BadImage as error:
             reject(i, error)
         else:
-            yield i, picture.caption, observation
+            yield Observed(i, picture.caption, observation, min(picture.pixels.shape[:2]) < (request.size or 0))
         on_image()
 
 
 def _latents(
     request: Request, latents: LatentRequest, plan: Plan, source: Source, number: int, reject: Reject, on_image: Callable[[], object]
-) -> Observed:  # fmt: skip
+) -> Iterator[Observed]:  # fmt: skip
     places: dict[str, int] = {}
     captions: dict[str, str | None] = {}
 
@@ -80,14 +89,16 @@ def _latents(
         except BadImage as error:
             reject(places[key], error)
         else:
-            yield places[key], captions.pop(key), observation
+            height, width, _, _, target_height, target_width = cast("list[int]", observation.about[TIME_IDS])
+            enlarged = height < target_height or width < target_width
+            yield Observed(places[key], captions.pop(key), observation, enlarged)
 
 
 def nearest_sizes(source: Source, count: int, sizes: Sequence[Bucket]) -> list[int]:
     """For each of the first `count` images, which of the sizes its ratio is nearest to. From the files' headers where they
     have any; one whose size cannot be told counts as square, and is rejected when it is read."""
     nearest: list[int] = []
-    for i in tqdm(range(count), desc="sizes", unit="img"):
+    for i in progress_bar(iterable=range(count), desc="sizes", unit="img"):
         try:
             width, height = source.size(i)
         except BadImage:

@@ -24,7 +24,7 @@ from data_pipeline.corruption import Corruption
 from data_pipeline.index import Shape
 from data_pipeline.latents.arguments import LatentRequest, check_channels, check_corruption
 from data_pipeline.sources import Source
-from trainer.errors import UserError
+from trainer.errors import UserError, differences
 
 NAME = "plan.json"
 FORMAT = 2
@@ -78,12 +78,9 @@ DEFAULTS = {field.name: field.default for field in fields(Request)}
 
 
 def refuse_another(output: str, recorded: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Raises UserError that names the first field in which the two requests differ."""
-    one, other = _flat(recorded), _flat(asked)
-    for name in sorted(one.keys() | other.keys()):
-        there, wanted = one.get(name), other.get(name)
-        if there != wanted:
-            raise UserError(f"{output} holds shards made with {name}={there}, not {wanted}: choose another OUTPUT")
+    """Raises UserError that names the fields in which the two requests differ."""
+    if found := differences(_flat(recorded), _flat(asked)):
+        raise UserError(f"{output} holds shards made with {found}: choose another OUTPUT")
 
 
 def _flat(request: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from data_pipeline.sources import Source, open_source
 from data_pipeline.work import Work, write_shards
 from slurm.cluster import ClusterConfig
 from trainer.errors import UserError, WorkFailed
+from trainer.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Limit:
         if len(found) > (self.asked if self.asked >= 1 else self.asked * count):
             records.write_rejected(output, found)
             raise WorkFailed(
-                f"{output}: {len(found)} of {count} images were rejected, more than --max-rejected {self.asked:g}; see {storage.join(output, records.REJECTED)}; the first is {found[0].key}: {found[0].reason}; mend or remove them, or run again with a higher --max-rejected"
+                f"{output}: {len(found)} of {count} images were rejected, more than --max-rejected {self.asked:g}; see {storage.join(output, index.REJECTED)}; the first is {found[0].key}: {found[0].reason}; mend or remove them, or run again with a higher --max-rejected"
             )
 
 
@@ -111,7 +112,7 @@ def _first_plan(request: Request, source: Source, output: str, limit: Limit) -> 
         return Plan(request.recorded(), count, keys, 3, shapes, shape_of)
     for i in range(count):
         try:
-            picture = source.read(i)
+            picture = source.read_for(i, request.size)
             channels = request.channels or (1 if picture.pixels.ndim == 2 else picture.pixels.shape[2])
             shape = observe(request, picture, source.keys[i], channels).x_n.shape
             return Plan(request.recorded(), count, keys, channels, ((shape[0], shape[1], shape[2]),))
@@ -119,7 +120,7 @@ def _first_plan(request: Request, source: Source, output: str, limit: Limit) -> 
             rejected.append(Rejected.of(source.keys[i], error))
             limit.check(output, rejected, count)
     records.write_rejected(output, rejected)
-    raise WorkFailed(f"{output}: all {count} images were rejected: see {storage.join(output, records.REJECTED)}")
+    raise WorkFailed(f"{output}: all {count} images were rejected: see {storage.join(output, index.REJECTED)}")
 
 
 @dataclass
@@ -137,7 +138,7 @@ class _Progress:
         self.done[record.number] = record
         if record.rejected:
             self.rejected += len(record.rejected)
-            self.bar.set_postfix(rejected=self.rejected)
+            self.bar.set_postfix(rejected=self.rejected, refresh=False)
             ordered = (entry for number in sorted(self.done) for entry in self.done[number].rejected)
             self.limit.check(self.output, ordered, self.count)
 
@@ -147,7 +148,7 @@ def _work(work: Work, source: Source, limit: Limit, means: Means) -> ShardIndex:
     done = records.finished(work.output, numbers)
     records.remove_leftovers(work.output, done)
     first = sum(record.images for record in done.values())
-    with tqdm(total=work.plan.count, initial=first, desc=f"shard {work.output}", unit="img") as bar:
+    with progress_bar(total=work.plan.count, initial=first, desc=f"shard {work.output}", unit="img") as bar:
         progress = _Progress(work.output, work.plan.count, limit, bar)
         for record in done.values():
             progress.add(record)
@@ -156,6 +157,11 @@ def _work(work: Work, source: Source, limit: Limit, means: Means) -> ShardIndex:
             submit_shards(work, missing, means.cluster, means.jobs, bar.update, progress.add)
         elif missing:
             write_shards(work, source, missing, means.workers, bar.update, progress.add)
+    if enlarged := sum(record.enlarged for record in progress.done.values()):
+        print(
+            f"warning: {enlarged} of {work.plan.count} images had fewer pixels than --size {work.request.size} and were enlarged, so they hold less detail: choose a smaller --size, or leave them out",
+            file=sys.stderr,
+        )
     text = None
     if work.request.latents is not None:
         ordered = (progress.done[number] for number in sorted(progress.done))

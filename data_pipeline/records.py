@@ -9,13 +9,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from data_pipeline import index, plan, storage
-from data_pipeline.index import Shard, ShardIndex
+from data_pipeline.index import REJECTED, Shard, ShardIndex
 from data_pipeline.latents.captions import FOLDER as TEXT
 from data_pipeline.plan import Plan
 from data_pipeline.writer import META, OBSERVATION
 from trainer.errors import UserError, WorkFailed
 
-REJECTED = "rejected.jsonl"
 OWN = re.compile(
     rf"shard-\d{{6,}}\.(tar|json)|{re.escape(plan.NAME)}|{re.escape(index.NAME)}|{re.escape(REJECTED)}|\..*\.partial|inspect/.*|{TEXT}/.*"
 )
@@ -38,7 +37,8 @@ class Rejected:
 class Record:
     """One finished shard. number: its place in the plan. shard: None where all its images were rejected. sigma_min and
     sigma_max: the range of its sigma_n. fields: what the samples' JSON has. rejected: in the source's order. captions: with
-    latents, the shard's distinct captions, in the order in which they come."""
+    latents, the shard's distinct captions, in the order in which they come. enlarged: images that had fewer pixels than the
+    size asked for."""
 
     number: int
     shard: Shard | None
@@ -47,6 +47,7 @@ class Record:
     fields: tuple[str, ...]
     rejected: tuple[Rejected, ...]
     captions: tuple[str, ...] = ()
+    enlarged: int = 0
 
     @property
     def images(self) -> int:

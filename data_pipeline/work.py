@@ -45,32 +45,36 @@ def write_shard(work: Work, source: Source, number: int, on_image: Callable[[], 
     fields: set[str] = set()
     captions: dict[str, None] = {}
     rejected: dict[int, Rejected] = {}
+    enlarged = 0
 
     def reject(i: int, error: BadImage) -> None:
         rejected[i] = Rejected.of(source.keys[i], error)
 
     def samples() -> Iterator[tuple[str, Members]]:
-        for i, caption, observation in observed(work.request, work.plan, source, number, reject, on_image):
+        nonlocal enlarged
+        for one in observed(work.request, work.plan, source, number, reject, on_image):
+            observation, key = one.observation, source.keys[one.place]
             meta = {"sigma_n": float(observation.sigma_n), **observation.about}
-            if caption is not None and work.request.captions:
-                meta["caption"] = caption
+            if one.caption is not None and work.request.captions:
+                meta["caption"] = one.caption
             try:
                 members = {OBSERVATION: npy_bytes(observation.x_n), META: json_bytes(meta)}
             except ValueError as error:
-                reject(i, BadImage(f"what is recorded of it is no JSON: {error}"))
+                reject(one.place, BadImage(f"what is recorded of it is no JSON: {error}"))
                 continue
             levels.append(meta["sigma_n"])
             fields.update(meta)
             if work.request.latents and "caption" in meta:
                 captions[meta["caption"]] = None
-            yield source.keys[i], members
+            enlarged += one.enlarged
+            yield key, members
 
     name = name_of(number)
     count, size, digest = write_tar(work.output, name, samples())
     lowest, highest = (min(levels), max(levels)) if levels else (0.0, 0.0)
     shard = Shard(name, count, size, digest, work.plan.shape(number)) if count else None
     in_order = tuple(entry for _, entry in sorted(rejected.items()))
-    record = Record(number, shard, lowest, highest, tuple(sorted(fields)), in_order, tuple(captions))
+    record = Record(number, shard, lowest, highest, tuple(sorted(fields)), in_order, tuple(captions), enlarged)
     write_record(work.output, record)
     return record
 

@@ -14,7 +14,8 @@ FILES = sorted(path for top in ("trainer", "data_pipeline", "slurm") for path in
 
 ALLOWED = {
     "trainer.errors": (),
-    "trainer.folders": (),
+    "trainer.folders": ("trainer.errors",),
+    "trainer.progress": (),
     "trainer.diffusion": ("trainer.diffusion",),
     "trainer.models": ("trainer.diffusion", "trainer.models", "trainer.errors", "trainer.folders"),
     "trainer.evaluation": (
@@ -25,7 +26,14 @@ ALLOWED = {
         "trainer.restore",
         "data_pipeline",
     ),
-    "data_pipeline": ("data_pipeline", "trainer.diffusion", "trainer.errors", "trainer.folders", "slurm.cluster"),
+    "data_pipeline": (
+        "data_pipeline",
+        "trainer.diffusion",
+        "trainer.errors",
+        "trainer.folders",
+        "trainer.progress",
+        "slurm.cluster",
+    ),
     "slurm.cluster": ("trainer.errors",),
     "slurm": ("slurm", "trainer", "data_pipeline"),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +121,7 @@ def embed(model: SDXLConfig, prompts: Sequence[str], device: torch.device) -> tu
     return embeddings.prompt_embeds.to(device), embeddings.pooled.to(device)
 
 
-@torch.no_grad()
-def decoded(model: SDXLConfig, latents: Tensor, device: torch.device) -> Tensor:
+def decoder(model: SDXLConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
     """latents (N, C, H, W), as stored -> images (N, 3, 8 H, 8 W), float32, on the CPU. In float32: SDXL's VAE overflows
     in float16."""
     from data_pipeline.latents.vae import Vae, images_a_pass
@@ -130,6 +129,11 @@ def decoded(model: SDXLConfig, latents: Tensor, device: torch.device) -> Tensor:
     find_parts("model.base", model.base, PARTS)
     vae = Vae(model.base, device)
     module: Any = vae.module
-    at_once = images_a_pass(latents.shape[3] * vae.factor, latents.shape[2] * vae.factor)
-    images = [module.decode(z.to(device) / vae.scale + vae.shift).sample for z in latents.split(at_once)]
-    return torch.cat([image.float().cpu() for image in images])
+
+    @torch.no_grad()
+    def decode(latents: Tensor) -> Tensor:
+        at_once = images_a_pass(latents.shape[3] * vae.factor, latents.shape[2] * vae.factor)
+        images = [module.decode(z.to(device) / vae.scale + vae.shift).sample for z in latents.split(at_once)]
+        return torch.cat([image.float().cpu() for image in images])
+
+    return decode

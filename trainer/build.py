@@ -24,7 +24,7 @@ from trainer.diffusion.particles import ParticlePool
 from trainer.distributed import Ranks
 from trainer.ema import EMA
 from trainer.engine import Engine, State
-from trainer.errors import UserError
+from trainer.errors import UserError, differences
 from trainer.mlflow_logger import MLflowLogger
 from trainer.models.sdxl import SDXLConfig
 from trainer.planning.models import conditioning_shapes
@@ -32,7 +32,7 @@ from trainer.planning.trace import Flops, flops
 from trainer.provenance import tags
 
 MAY_CHANGE = ("steps", "threads", "micro_batch_size", "data.workers", "data.cache_dir", "data.cache_gb", "data.retries",
-              "data.verify", "data.on_error", "engine.", "checkpoint.", "logging.")  # fmt: skip
+              "data.verify", "data.on_error", "engine.", "ema.snapshots.every", "checkpoint.", "logging.")  # fmt: skip
 """Fields that a run may be started again with another value of. The others would make it another run."""
 
 
@@ -65,9 +65,9 @@ class Run:
     logger: MLflowLogger | None
     state: TrainState
 
-    def averaged_weights(self) -> State:
-        """The averaged weights, whole. A collective."""
-        with self.engine.replaced(self.ema.shadow):
+    def averaged_weights(self, name: str = "ema") -> State:
+        """The averaged weights, whole; name: of the average. A collective."""
+        with self.engine.replaced(self.ema.averages[name]):
             return self.engine.weights()
 
 
@@ -115,10 +115,10 @@ def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = 
     state, ema = TrainState(0, 0, 0, 0.0, loader.index.shape), EMA(config.ema, engine.masters)
     if (path := checkpoints.latest()) is not None:
         state = read_state(path)
-        average = read_tensors(path, "ema")
+        for name in ema.averages:
+            engine.load(read_tensors(path, name), {}, state.step, state.loss_scale)
+            ema.averages[name] = [t.clone() for t in engine.masters]
         weights, moments = read_tensors(path, "weights"), read_tensors(path, "optimizer")
-        engine.load(average, {}, state.step, state.loss_scale)
-        ema.shadow = [t.clone() for t in engine.masters]
         engine.load(weights, moments, state.step, state.loss_scale)
         rows = read_pool(path, layout.first_row(0) // stride, pool.rows)
         pool.load_state_dict({name: value.to(ranks.device) for name, value in rows.items()})
@@ -204,13 +204,13 @@ def _few(config: RunConfig, loader: Loader) -> str | None:
 def refuse_another_run(config: RunConfig, directory: Path) -> None:
     """Raises UserError where the directory holds a run whose fixed fields have other values."""
     path = directory / "config.yaml"
-    if path.is_file():
-        old, new = dict(flatten(to_data(load(path)))), dict(flatten(to_data(config)))
-        for name in sorted(old.keys() | new.keys()):
-            if old.get(name) != new.get(name) and not name.startswith((*MAY_CHANGE, "run_dir")):
-                raise UserError(
-                    f"{directory} holds a run with {name}={old.get(name)}, not {new.get(name)}: choose another run_dir"
-                )
+    if path.is_file() and (found := differences(_fixed(load(path)), _fixed(config))):
+        raise UserError(f"{directory} holds a run with {found}: choose another run_dir")
+
+
+def _fixed(config: RunConfig) -> dict[str, object]:
+    """What stays the same for all of a run, by name."""
+    return {name: value for name, value in flatten(to_data(config)) if not name.startswith((*MAY_CHANGE, "run_dir"))}
 
 
 def _claim(config: RunConfig, directory: Path, ranks: Ranks) -> None:

@@ -1,6 +1,6 @@
 """Checkpoints: safetensors and JSON, whole or absent, for any number of ranks.
 
-RUN_DIR/checkpoints/step-00000600/   weights, ema, optimizer, pool-R-of-W (.safetensors), state.json
+RUN_DIR/checkpoints/step-00000600/   weights, ema, ema-WIDTH, optimizer, pool-R-of-W (.safetensors), state.json
 RUN_DIR/checkpoints/latest           the name of the newest whole one
 """
 
@@ -9,8 +9,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,28 +23,18 @@ from torch import Tensor
 from trainer.distributed import Ranks
 from trainer.errors import UserError, WorkFailed
 from trainer.loss_scale import LossScale
+from trainer.retention import CheckpointConfig, Tally, kept
 
 FORMAT = 2
 State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
-    """every: steps between checkpoints. keep: how many of the newest to keep."""
-
-    every: int = 500
-    keep: int = 2
-
-    def __post_init__(self) -> None:
-        if self.every < 1 or self.keep < 1:
-            raise ValueError("need every >= 1 and keep >= 1")
-
-
-@dataclass(frozen=True)
 class TrainState:
     """Where training is. step: optimiser steps done. samples: position in the data. evaluations: network evaluations
     of samples so far, over all ranks. seconds: time spent training, over all starts. shape: (C, H, W) of an image.
-    period: of consistency, once a budget has chosen it. loss_scale: of the step to come."""
+    period: of consistency, once a budget has chosen it. tally: of the metric that checkpoints are judged by. loss_scale: of
+    the step to come."""
 
     step: int
     samples: int
@@ -49,6 +42,7 @@ class TrainState:
     seconds: float
     shape: tuple[int, int, int]
     period: int | None = None
+    tally: Tally | None = None
     loss_scale: LossScale = field(default_factory=LossScale)
 
 
@@ -70,9 +64,38 @@ class Checkpoints:
             )
         return path
 
-    def save(self, ranks: Ranks, state: TrainState, weights: State, ema: State, moments: State, pool: State) -> Path:
-        """A collective. Rank 0 writes what is whole, each rank its rows of the pool. The pointer moves last."""
-        final = self.folder / f"step-{state.step:08d}"
+    def find(self, which: str) -> Path | None:
+        """which: latest, best or a step. None where nothing was saved yet; UserError where there are only others."""
+        steps = self._steps()
+        if which == "latest" or not steps:
+            return self.latest()
+        if which == "best":
+            if self.config.keep_best is None:
+                raise UserError("--checkpoint best: this run judges none; train it with checkpoint.keep_best")
+            if (best := _best(self._scores(steps))) is not None:
+                return self._path(best)
+            raise UserError(
+                f"--checkpoint best: none of {self.folder} is judged by {self.config.keep_best.metric} yet; those at multiples of checkpoint.every are"
+            )
+        if which.isdecimal() and int(which) in steps:
+            return self._path(int(which))
+        raise UserError(
+            f"--checkpoint {which}: must be latest, best or a step; {self.folder} has {', '.join(map(str, steps))}"
+        )
+
+    def save(
+        self,
+        ranks: Ranks,
+        state: TrainState,
+        weights: State,
+        averages: Mapping[str, State],
+        moments: State,
+        pool: State,
+    ) -> Path:
+        """A collective. Rank 0 writes what is whole, each rank its rows of the pool. The pointer moves last.
+
+        averages: by the name of their file."""
+        final = self._path(state.step)
         partial = self.folder / f".{final.name}.partial"
         if ranks.is_main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -83,7 +106,7 @@ class Checkpoints:
             if pool:
                 _write(pool, partial / f"pool-{ranks.rank:05d}-of-{ranks.world:05d}.safetensors")
             if ranks.is_main:
-                for name, tensors in {"weights": weights, "ema": ema, "optimizer": moments}.items():
+                for name, tensors in {"weights": weights, **averages, "optimizer": moments}.items():
                     _write(tensors, partial / f"{name}.safetensors")
                 (partial / "state.json").write_text(json.dumps({"format": FORMAT, **asdict(state)}))
         except (OSError, SafetensorError) as caught:
@@ -100,10 +123,58 @@ class Checkpoints:
             pointer.write_text(final.name)
             _sync(pointer)
             pointer.replace(self.folder / "latest")
-            for old in sorted(self.folder.glob("step-*"))[: -self.config.keep]:
-                shutil.rmtree(old)
+            self._clear(state.step)
         ranks.barrier()
         return final
+
+    def _clear(self, newest: int) -> None:
+        """Deletes what need not stay. Under another name first, so that no checkpoint is ever there in part."""
+        for gone in self.folder.glob(".step-*.gone"):  # of a process that was killed here
+            shutil.rmtree(gone)
+        steps = self._steps()
+        scores: dict[int, float] = {}
+        unknown: list[int] = []
+        if self.config.keep_best:
+            for step in steps:
+                try:
+                    scores |= self._scores([step])
+                except UserError as error:
+                    unknown.append(step)
+                    print(f"warning: {error}: whether it was the best is not known, so it stays", file=sys.stderr)
+        stay = kept(steps, newest, self.config, _best(scores)).union(unknown)
+        for step in steps:
+            if step not in stay:
+                gone = self.folder / f".{self._path(step).name}.gone"
+                self._path(step).replace(gone)
+                shutil.rmtree(gone)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def _steps(self) -> list[int]:
+        numbers = [path.name.removeprefix("step-") for path in self.folder.glob("step-*")]
+        return sorted(int(number) for number in numbers if number.isdecimal())
+
+    def _scores(self, steps: Iterable[int]) -> dict[int, float]:
+        """By step, of those that keep_best has judged. It is read from each checkpoint's own state, so there is no other
+        record of which is the best that could be lost or wrong. Raises UserError for a state that cannot be read."""
+        assert self.config.keep_best
+        metric = self.config.keep_best.metric
+        tallies = {step: read_state(self._path(step)).tally for step in steps}
+        scores = {step: tally.score(metric) for step, tally in tallies.items() if tally}
+        return {step: score for step, score in scores.items() if score is not None}
+
+
+def _best(scores: Mapping[int, float]) -> int | None:
+    """The step with the lowest score, the earliest of equals."""
+    return min(scores, key=lambda step: (scores[step], step), default=None)
+
+
+def state_from(data: dict[str, Any]) -> TrainState:
+    """From what `asdict` made of one. Raises KeyError or TypeError for other data."""
+    tally = Tally(**data["tally"]) if data.get("tally") else None
+    scale = LossScale(**data.get("loss_scale", {}))
+    return TrainState(**{**data, "shape": tuple(data["shape"]), "tally": tally, "loss_scale": scale})
 
 
 def read_state(path: Path) -> TrainState:
@@ -112,8 +183,7 @@ def read_state(path: Path) -> TrainState:
         data = json.loads((path / "state.json").read_text())
         if data.pop("format") != FORMAT:
             raise UserError(f"{path}: another format of checkpoint; this version reads {FORMAT}")
-        scale = LossScale(**data.pop("loss_scale", {}))
-        return TrainState(**{**data, "shape": tuple(data["shape"]), "loss_scale": scale})
+        return state_from(data)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path / 'state.json'}: not a checkpoint's state: {error}") from None
 
@@ -136,8 +206,16 @@ def read_pool(path: Path, first_row: int, rows: int) -> State:
     return {name: value[first_row : first_row + rows] for name, value in whole.items()}
 
 
-def _write(tensors: State, path: Path) -> None:
-    save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+def write_whole(tensors: State, path: Path, metadata: dict[str, str]) -> None:
+    """Writes a file that is there whole or not at all. Raises OSError or SafetensorError."""
+    partial = path.with_name(f".{path.name}.partial")
+    _write(tensors, partial, metadata)
+    _sync(partial)
+    partial.replace(path)
+
+
+def _write(tensors: State, path: Path, metadata: dict[str, str] | None = None) -> None:
+    save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata)
 
 
 def _sync(path: Path) -> None:

@@ -16,22 +16,22 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, ValidationError
 
 from data_pipeline.loader import DataConfig
-from trainer.checkpoint import CheckpointConfig
 from trainer.diffusion.ambient import AmbientConfig
 from trainer.diffusion.consistency import ConsistencyConfig
 from trainer.diffusion.levels import EDM, Levels, LogNormal, Weight
 from trainer.diffusion.prediction import Prediction
 from trainer.diffusion.process import AnyProcess, VPCosine
-from trainer.ema import EMAConfig
+from trainer.ema import AnyEMA, PowerEMA, with_kind
 from trainer.engine_config import EngineConfig, OptimizerConfig
 from trainer.errors import UserError
 from trainer.mlflow_logger import LoggingConfig
 from trainer.models.dit import DiTConfig
 from trainer.models.sdxl import SDXLConfig
 from trainer.models.unet2d import UNet2DConfig
+from trainer.retention import CheckpointConfig
 
 
 def _kind_of_model(value: Any) -> str:
@@ -71,7 +71,7 @@ class RunConfig:
     consistency: ConsistencyConfig | None = field(default_factory=ConsistencyConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
-    ema: EMAConfig = field(default_factory=EMAConfig)
+    ema: Annotated[AnyEMA, Field(discriminator="kind"), BeforeValidator(with_kind)] = field(default_factory=PowerEMA)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
@@ -81,6 +81,10 @@ class RunConfig:
             raise ValueError(f"consistency.batch_size {particles} must divide batch_size {self.batch_size}")
         if min(self.steps, self.batch_size, self.micro_batch_size or 1, self.threads or 1) < 1:
             raise ValueError("steps, batch_size, micro_batch_size and threads must be at least 1")
+        if self.checkpoint.keep_best and self.logging.every > self.checkpoint.every:
+            raise ValueError(
+                f"checkpoint.keep_best judges by reports, so logging.every {self.logging.every} must be at most checkpoint.every {self.checkpoint.every}"
+            )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed} must be from 0 to 2^63 - 1")
         if self.data.sigma_scale == 0 and self.consistency is not None:

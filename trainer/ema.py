@@ -1,33 +1,96 @@
-"""Exponential moving average of the weights, sharded as the optimiser's weights are."""
+"""Exponential moving averages of the weights, sharded as the optimiser's weights are."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+WIDEST = 0.28
+"""sigma_rel must be below: at 0.2887 the profile is flat (gamma = 0)."""
+
 
 @dataclass(frozen=True)
-class EMAConfig:
-    """sigma_rel: width of a power-function average, relative to the training so far (Karras et al. 2024, sec. 3).
-    decay: if given, a fixed decay a step instead."""
+class SnapshotConfig:
+    """every: steps between snapshots in RUN_DIR/ema/, from which an average of any width can be had afterwards.
+    sigma_rels: widths of the averages that they hold; each is kept beside the one that samples take, unless it is it."""
 
-    sigma_rel: float = 0.1
-    decay: float | None = None
+    every: int
+    sigma_rels: tuple[float, ...] = (0.05, 0.1)
 
     def __post_init__(self) -> None:
-        if not 0 < self.sigma_rel < 0.28 or (self.decay is not None and not 0 <= self.decay < 1):
-            raise ValueError("need 0 < sigma_rel < 0.28 and 0 <= decay < 1")
-
-    def beta(self, steps: int) -> float:
-        """The weight of the average so far, after `steps` >= 1 steps."""
-        if self.decay is not None:
-            return self.decay
-        return (1 - 1 / steps) ** (power_of(self.sigma_rel) + 1)
+        if self.every < 1 or not self.sigma_rels or len(set(self.sigma_rels)) < len(self.sigma_rels):
+            raise ValueError("need every >= 1 and sigma_rels that differ, such as [0.05, 0.1]")
+        if not all(0 < width < WIDEST for width in self.sigma_rels):
+            raise ValueError(f"need sigma_rels above 0 and below {WIDEST}")
 
 
+@dataclass(frozen=True)
+class PowerEMA:
+    """The weights of step t count as t^gamma (Karras et al. 2024, sec. 3). sigma_rel: the width of that profile,
+    relative to the training so far, of the average that samples and exports take. snapshots: none by default."""
+
+    sigma_rel: float = 0.1
+    snapshots: SnapshotConfig | None = None
+    kind: Literal["power"] = "power"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_rel < WIDEST:
+            raise ValueError(f"need sigma_rel above 0 and below {WIDEST}")
+
+    def widths(self) -> dict[str, float]:
+        """sigma_rel of each average by its name."""
+        return {"ema": self.sigma_rel, **self.tracked()}
+
+    def tracked(self) -> dict[str, float]:
+        """sigma_rel of the averages that snapshots hold."""
+        widths = self.snapshots.sigma_rels if self.snapshots else ()
+        return {"ema" if width == self.sigma_rel else f"ema-{width}": width for width in widths}
+
+    def betas(self, steps: int) -> dict[str, float]:
+        """The weight of each average so far, after `steps` >= 1 steps."""
+        return {name: (1 - 1 / steps) ** (power_of(width) + 1) for name, width in self.widths().items()}
+
+    def __str__(self) -> str:
+        return f"a power function of sigma_rel {self.sigma_rel:g}"
+
+
+@dataclass(frozen=True)
+class FixedEMA:
+    """decay: the weight of the average so far, at every step."""
+
+    decay: float
+    kind: Literal["fixed"] = "fixed"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError("need 0 <= decay < 1")
+
+    def betas(self, steps: int) -> dict[str, float]:
+        return {"ema": self.decay}
+
+    def __str__(self) -> str:
+        return f"a fixed decay of {self.decay:g} a step"
+
+
+AnyEMA = PowerEMA | FixedEMA
+
+
+def with_kind(value: Any) -> Any:
+    """Adds the kind where none is given: power, unless there is a decay. Runs wrote {sigma_rel, decay} before there were
+    kinds, where a decay replaced the width."""
+    if not isinstance(value, dict) or "kind" in value:
+        return value
+    unused = "decay" if value.get("decay") is None else "sigma_rel"
+    fields = {name: field for name, field in value.items() if name != unused}
+    return {"kind": "power" if unused == "decay" else "fixed", **fields}
+
+
+@cache
 def power_of(sigma_rel: float) -> float:
     """gamma with sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) (Karras et al. 2024, eq. 126), by bisection."""
     low, high = 0.0, 1e6
@@ -39,15 +102,15 @@ def power_of(sigma_rel: float) -> float:
 
 
 class EMA:
-    """Averages of the tensors of `Engine.masters`, one for one."""
+    """averages: by name, of the tensors of `Engine.masters`, one for one; samples take the one named ema."""
 
-    def __init__(self, config: EMAConfig, masters: list[Tensor]) -> None:
+    def __init__(self, config: AnyEMA, masters: list[Tensor]) -> None:
         self.config = config
-        self.shadow = [t.clone() for t in masters]
+        self.averages = {name: [t.clone() for t in masters] for name in config.betas(1)}
 
     @torch.no_grad()
     def update(self, masters: list[Tensor], steps: int) -> None:
         """steps: how many optimiser steps the masters have seen, at least 1."""
-        weight = 1 - self.config.beta(steps)
-        for average, value in zip(self.shadow, masters, strict=True):
-            average.lerp_(value, weight)
+        for name, beta in self.config.betas(steps).items():
+            for average, value in zip(self.averages[name], masters, strict=True):
+                average.lerp_(value, 1 - beta)

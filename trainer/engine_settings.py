@@ -26,7 +26,7 @@ MERGED = (
 """Keys that DeepSpeed is given as they are in the file. It reads over a name that it does not know, so others are refused."""
 
 ELSEWHERE = (
-    "ratio", "super_offload", "zenflow", "nvme_path", "zero_hpz_partition_size", "zero_quantized_weights",
+    "offload_param", "ratio", "super_offload", "zenflow", "nvme_path", "zero_hpz_partition_size", "zero_quantized_weights",
     "zero_quantized_nontrainable_weights", "mics_shard_size",
 )  # fmt: skip
 """Parts of zero_optimization that keep weights or Adam's moments where checkpoints do not look for them."""
@@ -92,11 +92,8 @@ def settings(
 
 def _told(config: EngineConfig, optimizer: OptimizerConfig, layout: Layout, precision: Precision) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": config.zero_stage}
-    offload = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if config.offload_optimizer:
-        zero["offload_optimizer"] = offload
-    if config.offload_parameters:
-        zero["offload_param"] = offload
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_batch_size": layout.batch_size,
         "train_micro_batch_size_per_gpu": layout.micro_batch_size,
@@ -118,9 +115,6 @@ def _owned(config: EngineConfig, optimizer: OptimizerConfig, layout: Layout, pre
     def half(name: Precision) -> bool | None:
         return None if precision == "auto" else precision == name
 
-    def place(offloaded: bool) -> str:
-        return "cpu" if offloaded else "none"
-
     lr, warmup = optimizer.lr, optimizer.warmup_steps
     split = "micro_batch_size", f"{layout.micro_batch_size} of batch_size {layout.batch_size}"
     return {
@@ -130,10 +124,7 @@ def _owned(config: EngineConfig, optimizer: OptimizerConfig, layout: Layout, pre
         "gradient_clipping": Owned("optimizer.clip", optimizer.clip, optimizer.clip),
         "zero_optimization.stage": Owned("engine.zero_stage", config.zero_stage, config.zero_stage),
         "zero_optimization.offload_optimizer.device": Owned(
-            "engine.offload_optimizer", config.offload_optimizer, place(config.offload_optimizer)
-        ),
-        "zero_optimization.offload_param.device": Owned(
-            "engine.offload_parameters", config.offload_parameters, place(config.offload_parameters)
+            "engine.offload_optimizer", config.offload_optimizer, "cpu" if config.offload_optimizer else "none"
         ),
         "zero_allow_untested_optimizer": Owned("engine.adam", config.adam, True),
         "zero_force_ds_cpu_optimizer": Owned("engine.adam", config.adam, False),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 DONE, FAILED, BAD_REQUEST, INTERRUPTED = 0, 1, 2, 75
 """0 done; 1 the work failed; 2 the request was wrong; 75 interrupted with a checkpoint saved: run again to go on."""
@@ -16,6 +16,13 @@ class UserError(Exception):
 
 class WorkFailed(Exception):
     """The request was right and the work failed, for a reason that one line explains."""
+
+
+def differences(old: Mapping[str, object], new: Mapping[str, object]) -> str:
+    """`seed=0, not 1; size=32, not 64`, of the entries that differ; the first three, and how many more. "" for none."""
+    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    said = [f"{name}={old.get(name)}, not {new.get(name)}" for name in names[:3]]
+    return "; ".join(said) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def run(main: Callable[[], int]) -> int:

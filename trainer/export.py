@@ -20,18 +20,21 @@ if TYPE_CHECKING:
 EXAMPLE = """examples:
   python -m trainer.export runs/sdxl-face exports/face       # adapters: pytorch_lora_weights.safetensors
   python -m trainer.export runs/sdxl-whole exports/whole     # a model that was trained whole: a pipeline's folder
+  python -m trainer.export runs/mine exports/mine --checkpoint best --ema-sigma-rel 0.08
 """
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m trainer.export",
-        description="Writes the averaged weights of a run's last checkpoint as diffusers loads them, with a model card. Adapters are for StableDiffusionXLPipeline.load_lora_weights, an SDXL that was trained whole is a pipeline's folder, and what was trained from scratch a model's folder.",
+        description="Writes the averaged weights of a run, of its last checkpoint by default, as diffusers loads them, with a model card. Adapters are for StableDiffusionXLPipeline.load_lora_weights, an SDXL that was trained whole is a pipeline's folder, and what was trained from scratch a model's folder.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the folder of a run")
     p.add_argument("out", metavar="OUT", type=Path, help="a new folder")
+    p.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best (by checkpoint.keep_best), or a step (default: latest)")  # fmt: skip
+    p.add_argument("--ema-sigma-rel", type=float, metavar="WIDTH", help="take an average of this width, put together from the run's ema.snapshots (default: the run's own average)")  # fmt: skip
     return p
 
 
@@ -39,11 +42,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if not folders.is_free(args.out):
         raise UserError(f"OUT {args.out}: exists already: choose a new one")
+    from trainer import exported
     from trainer.model_card import card  # imports from here on take seconds, which --help should not
     from trainer.models.sdxl import SDXLConfig
     from trainer.restore import restore
 
-    run = restore(args.run_dir)
+    run = restore(args.run_dir, args.checkpoint, args.ema_sigma_rel)
     model = run.config.model
     with folders.appearing(args.out) as partial:
         network: Any = run.denoiser.backbone
@@ -53,8 +57,11 @@ def main(argv: list[str] | None = None) -> int:
             _write_lora(network.unet, partial)
         else:
             _write_pipeline(run, model, partial)
+        (partial / exported.NAME).write_text(exported.describe(run.config, run.state, run.average))
         (partial / "README.md").write_text(card(run, args.run_dir))
-    print(f"{args.out}: the averaged weights of step {run.state.step}; {args.out / 'README.md'} says how to load them")
+    print(
+        f"{args.out}: the weights of step {run.state.step}, averaged by {run.average}; {args.out / 'README.md'} says how to load them"
+    )
     return errors.DONE
 
 
@@ -62,7 +69,7 @@ def _write_lora(unet: Any, folder: Path) -> None:
     from diffusers.loaders.lora_pipeline import StableDiffusionXLLoraLoaderMixin
     from peft import get_peft_model_state_dict
 
-    from trainer.model_card import LORA
+    from trainer.exported import LORA
 
     settings = unet.peft_config["default"].to_dict()  # has alpha, which the weights alone do not tell
     layers: dict[str, Any] = get_peft_model_state_dict(unet)

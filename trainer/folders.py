@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from trainer.errors import UserError
+
 
 def cache() -> Path:
     """AMBIENT_CACHE, or else ~/.cache/ambient-trainer; it need not exist."""
@@ -22,9 +24,14 @@ def is_free(folder: Path) -> bool:
 
 @contextmanager
 def appearing(folder: Path) -> Iterator[Path]:
-    """A folder to be filled, which becomes `folder` at the end, and vanishes if there was an error. folder: a free place."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
+    """A folder to be filled, which becomes `folder` at the end, and vanishes if there was an error. folder: a free place.
+    Raises UserError where one cannot write."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
+    with temporary as name:
         partial = Path(name) / "whole"
         partial.mkdir()
         yield partial

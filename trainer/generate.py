@@ -6,13 +6,13 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from trainer.diffusion.batch import Conditioning
 from trainer.diffusion.denoiser import Denoise, Denoiser
 from trainer.diffusion.levels import karras_levels
 from trainer.diffusion.noise import AddressedNoise, Noise
 from trainer.diffusion.sampling import Sampler, guided, sample
+from trainer.progress import progress_bar
 
 
 def generate(
@@ -29,9 +29,10 @@ def generate(
     conditioning: Conditioning | None = None,
     guide_conditioning: Conditioning | None = None,
     batch_size: int = 64,
+    first: int = 0,
     progress: bool = True,
 ) -> Tensor:
-    """(number, *shape) float32 on the CPU, E[x0 | x] at the last level, about in [-1, 1].
+    """(number, *shape) float32 on the CPU, E[x0 | x] at the last level, about in [-1, 1]. first: the first one's number.
 
     stop_at: the last level; None goes down to the process's sigma_min. guide, guidance: see `guided`. conditioning: of
     each image, tensors (number, ...). guide_conditioning: what the guide is given; None is the same.
@@ -44,15 +45,15 @@ def generate(
     images: list[Tensor] = []
     was_training = denoiser.training
     denoiser.eval()
-    with tqdm(total=number, desc="sample", unit="img", disable=not progress) as bar:
-        for first in range(0, number, batch_size):
-            like = torch.empty(min(batch_size, number - first), *shape, device=device)
-            x = AddressedNoise(seed, -1, first).normal("sample.start", like) * levels[0].to(like)
-            rows = slice(first, first + len(like))
+    with progress_bar(total=number, desc="sample", unit="img", disable=not progress) as bar:
+        for done in range(0, number, batch_size):
+            like = torch.empty(min(batch_size, number - done), *shape, device=device)
+            x = AddressedNoise(seed, -1, first + done).normal("sample.start", like) * levels[0].to(like)
+            rows = slice(done, done + len(like))
             h: Denoise = denoiser
             if guide is not None:
                 h = guided(denoiser, _told(guide, _rows(given_to_guide, rows)), guidance)
-            noise_at = partial(_noise_at, seed, first)
+            noise_at = partial(_noise_at, seed, first + done)
             images.append(sample(h, x, levels, _rows(given, rows), sampler, noise_at).cpu())
             bar.update(len(like))
     denoiser.train(was_training)

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 
 import torch
 from tqdm import tqdm
@@ -16,10 +17,14 @@ from trainer.build import Run
 from trainer.checkpoint import TrainState
 from trainer.diffusion.batch import Batch, variance
 from trainer.diffusion.noise import AddressedNoise
+from trainer.ema import PowerEMA
 from trainer.errors import WorkFailed
 from trainer.metrics import Meter
 from trainer.planning.utilization import Utilization
+from trainer.posthoc import write_snapshot
 from trainer.preview import Preview
+from trainer.progress import progress_bar
+from trainer.retention import Judge
 
 
 def train(run: Run, stop: Callable[[], bool]) -> bool:
@@ -32,10 +37,13 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
     utilization = Utilization(run.denoiser, run.flops, ranks, engine.precision in ("bf16", "fp16"))
     collapse = guard.CollapseGuard(config.consistency) if config.consistency else None
     begun, before = time.perf_counter(), run.state
+    judge = Judge(config.checkpoint, before.tally)
     evaluations_before, last_report = run.denoiser.evaluations, (0, before.step)
     saved_at = before.step
     batches = run.loader.stream(before.samples)
-    bar = tqdm(total=config.steps, initial=before.step, desc=run.directory.name, unit="step", disable=not ranks.is_main)
+    bar = progress_bar(
+        total=config.steps, initial=before.step, desc=run.directory.name, unit="step", disable=not ranks.is_main
+    )
 
     with bar, closing(batches):  # on errors, too: they stand on a line of their own, and no worker is left
         for step in range(before.step, config.steps):
@@ -59,14 +67,9 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
             evaluations = (run.denoiser.evaluations - evaluations_before) * ranks.world
             seconds = before.seconds + time.perf_counter() - begun
             run.state = TrainState(
-                done,
-                done * layout.batch_size,
-                before.evaluations + evaluations,
-                seconds,
-                before.shape,
-                period,
-                engine.loss_scale,
-            )
+                done, done * layout.batch_size, before.evaluations + evaluations, seconds, before.shape, period,
+                loss_scale=engine.loss_scale,
+            )  # fmt: skip
             flags = ranks.any({"stop": stop(), "not_finite": not bool(finite)})
             if flags["not_finite"]:
                 raise WorkFailed(
@@ -79,9 +82,9 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
                 )
 
             bar.update()
-            if done % config.logging.every == 0 or done == config.steps:
+            if done % config.logging.every == 0 or done == config.steps or flags["stop"]:
                 report = meter.report(evaluations - last_report[0], (done - last_report[1]) * layout.batch_size)
-                last_report = (evaluations, done)
+                covered, last_report = done - last_report[1], (evaluations, done)
                 report |= utilization.report() | {
                     "optimizer/learning_rate": config.optimizer.rate(step),
                     "optimizer/gradient_norm": float(engine.grad_norm),
@@ -98,16 +101,20 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
                     report["consistency/period"] = run.schedule.scale
                 if collapse and guard.SPREAD in report:
                     warning = collapse.observe(done, report[guard.SPREAD], report["loss/ambient"])
-                    if warning and ranks.is_main:
-                        tqdm.write(f"warning: {warning}", file=sys.stderr)
-                        if run.logger:
-                            run.logger.notice(done, "collapse", warning)
+                    _warn(run, "collapse", warning)
+                judge.observe(report, covered)
                 bar.set_postfix(loss=f"{report['loss/ambient']:.3f}", refresh=False)
                 if run.logger:
                     run.logger.metrics(done, report)
             if config.logging.sample_every and (done % config.logging.sample_every == 0 or done == config.steps):
                 preview.log(done)
+            if isinstance(config.ema, PowerEMA) and config.ema.snapshots and done % config.ema.snapshots.every == 0:
+                for name, width in config.ema.tracked().items():
+                    write_snapshot(run.directory, ranks, done, width, run.averaged_weights(name))
             if done % config.checkpoint.every == 0 or done == config.steps or flags["stop"]:
+                tally, warning = judge.close(done)
+                _warn(run, "keep_best", warning)
+                run.state = replace(run.state, tally=tally)
                 save(run)
                 saved_at = done
             if flags["stop"]:
@@ -157,7 +164,16 @@ def _spend(run: Run, step: int, started: float) -> int | None:
     return choice.period
 
 
+def _warn(run: Run, name: str, warning: str | None) -> None:
+    """Says it, if there is something to say, and leaves it in MLflow as notice.NAME."""
+    if warning and run.ranks.is_main:
+        tqdm.write(f"warning: {warning}", file=sys.stderr)
+        if run.logger:
+            run.logger.notice(run.state.step, name, warning)
+
+
 def save(run: Run) -> None:
     """Writes a checkpoint of the run as it is now. A collective."""
-    weights, average, moments = run.engine.weights(), run.averaged_weights(), run.engine.moments()
-    run.checkpoints.save(run.ranks, run.state, weights, average, moments, run.pool.state_dict())
+    weights, moments = run.engine.weights(), run.engine.moments()
+    averages = {name: run.averaged_weights(name) for name in run.ema.averages}
+    run.checkpoints.save(run.ranks, run.state, weights, averages, moments, run.pool.state_dict())

@@ -12,11 +12,11 @@ from data_pipeline.index import ShardIndex, read_index
 from trainer.config import RunConfig, to_yaml
 from trainer.diffusion.process import AnyProcess
 from trainer.errors import UserError, WorkFailed
+from trainer.exported import LORA
 from trainer.models.dit import DiTConfig
 from trainer.models.sdxl import SDXLConfig
 from trainer.restore import Restored
 
-LORA = "pytorch_lora_weights.safetensors"
 SCHEDULER = """pipeline.scheduler = EulerDiscreteScheduler.from_config(
     pipeline.scheduler.config, use_karras_sigmas=True, timestep_spacing="linspace"
 )"""
@@ -33,7 +33,7 @@ def card(run: Restored, run_dir: Path) -> str:
             head["base_model"] = model.base
         if model.prompt:
             head["instance_prompt"] = model.prompt
-    metrics = _metrics(run_dir)
+    metrics = _metrics(run_dir, run.state.step)
     return "\n".join([
         "---", yaml.safe_dump(head, sort_keys=False).strip(), "---", "",
         f"# {run_dir.resolve().name}", "",
@@ -134,6 +134,7 @@ def _training(run: Restored) -> list[str]:
         f"- {state.step} steps of {config.batch_size} samples; {state.evaluations} network evaluations; {state.seconds:.0f} s",
         f"- noise process `{config.process.kind}`, prediction `{config.prediction}`, levels `{config.levels.kind}`, weight `{config.weight.kind}`",
         f"- consistency: {consistency}",
+        f"- weights averaged by {run.average}",
     ]
 
 
@@ -144,13 +145,14 @@ def _index(shards: str) -> ShardIndex | None:
         return None
 
 
-def _metrics(run_dir: Path) -> dict[str, float]:
-    """The losses of the last report that has each."""
+def _metrics(run_dir: Path, step: int) -> dict[str, float]:
+    """The losses of the last report that has each, up to this step."""
     path, found = run_dir / "metrics.jsonl", dict[str, float]()
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
-            metrics = json.loads(line).get("metrics", {})
+            record = json.loads(line)
         except ValueError:  # a line that was cut by a kill
             continue
+        metrics = record.get("metrics", {}) if record["step"] <= step else {}
         found |= {name: value for name, value in metrics.items() if name.startswith(("loss/", "consistency/"))}
     return found

@@ -110,10 +110,20 @@ def _print_costs(e: Estimate, mfu: float, sample_bytes: float) -> None:
         ("the run", f"{config.steps} steps, {consistent} of them with consistency: {_si(total)}FLOP"),
         ("time", f"{_duration(seconds)} at an MFU of {mfu:g} of {_si(gpu.peak(e.bf16))}FLOP/s; {seconds / 3600 * setting.gpus:.4g} GPU-hours"),
         ("reading", f"{per_second:.4g} samples/s over all ranks, {_si(per_second * sample_bytes)}B/s from the shards"),
-        ("a checkpoint", f"{_si(e.checkpoint_bytes())}B; {config.checkpoint.keep} are kept"),
+        ("a checkpoint", f"{_si(e.checkpoint_bytes())}B; {_kept(config)}"),
     ]  # fmt: skip
+    if snapshots := e.snapshots_bytes():
+        lines.append(("snapshots of averages", f"{_si(snapshots)}B in the whole run; all are kept"))
     for label, text in lines:
         print(f"  {label:<22} {text}")
+
+
+def _kept(config: RunConfig) -> str:
+    c = config.checkpoint
+    text = f"{c.keep} are kept"
+    if c.keep_every:
+        text += f", and {config.steps // c.keep_every} at multiples of {c.keep_every}"
+    return text + (", and the best" if c.keep_best else "")
 
 
 def _print_memory(e: Estimate) -> None:

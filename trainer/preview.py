@@ -33,7 +33,7 @@ class Preview:
             assert run.text is not None
             told = conditioning.of_training(model, run.text, 16, shape, device)
             latents = drawn(conditioning=told, batch_size=base_pipeline.AT_ONCE)
-            images = base_pipeline.decoded(model, latents, device)
+            images = base_pipeline.decoder(model, device)(latents)
         else:
             images = drawn()
         path = run.directory / "samples" / f"step-{step:08d}.png"

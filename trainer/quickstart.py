@@ -141,7 +141,7 @@ def _summary(picture: Path, places: Places) -> str:
         "shards": places.shards,
         "runs": f"{places.ours}  {places.naive}",
         "picture": picture,
-        "more images": f"python -m trainer.sample {places.ours} --num 64",
+        "more images": f"python -m trainer.sample {places.ours} --number 64",
         "charts": server,
     }
     states = [path / "mlflow.json" for path in (places.ours, places.naive)]

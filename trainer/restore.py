@@ -7,39 +7,55 @@ from pathlib import Path
 
 import torch
 
-from trainer import networks
+from trainer import exported, networks
 from trainer.checkpoint import Checkpoints, TrainState, read_state, read_tensors
 from trainer.config import RunConfig, load
 from trainer.diffusion.denoiser import Denoiser
 from trainer.errors import UserError
+from trainer.posthoc import reconstructed
 
 
 @dataclass(frozen=True)
 class Restored:
-    """config and state of the run, and its denoiser with the averaged weights, ready to evaluate."""
+    """config and state of the run, and its denoiser with the averaged weights, ready to evaluate. average: which one."""
 
     config: RunConfig
     state: TrainState
     denoiser: Denoiser
+    average: str
 
     @property
     def device(self) -> torch.device:
         return next(self.denoiser.parameters()).device
 
 
-def restore(run_dir: Path) -> Restored:
-    """From the last checkpoint. Raises UserError when there is none."""
+def restore(run_dir: Path, checkpoint: str = "latest", sigma_rel: float | None = None) -> Restored:
+    """From a run's checkpoint, or from an export.
+
+    checkpoint: latest, best or a step. sigma_rel: of an average put together from snapshots; None takes the run's own.
+    Raises UserError when there is no such checkpoint, or no such average, as in an export, which has its own alone."""
+    if (run_dir / exported.NAME).is_file():
+        if checkpoint != "latest" or sigma_rel is not None:
+            raise UserError(
+                f"{run_dir}: is an export, which has one checkpoint and one average: give the run instead, or leave --checkpoint and --ema-sigma-rel out"
+            )
+        config, state, denoiser, average = exported.read(run_dir)
+        return Restored(config, state, denoiser.to("cuda" if torch.cuda.is_available() else "cpu").eval(), average)
     if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{run_dir}: not a run directory: no config.yaml in it")
+        raise UserError(
+            f"{run_dir}: not a run directory, nor an export: neither config.yaml nor {exported.NAME} is in it"
+        )
     config = load(run_dir / "config.yaml")
-    path = Checkpoints(run_dir, config.checkpoint).latest()
+    path = Checkpoints(run_dir, config.checkpoint).find(checkpoint)
     if path is None:
         raise UserError(
             f"{run_dir}: no checkpoint yet; train it with `python -m trainer.train {run_dir / 'config.yaml'}`"
         )
     state = read_state(path)
     denoiser = networks.denoiser(config, state.shape)
-    average = read_tensors(path, "ema")
+    average, told = read_tensors(path, "ema"), str(config.ema)
+    if sigma_rel is not None:
+        average, told = reconstructed(run_dir, config.ema, path, state.step, sigma_rel)
     trained = {
         name for name, p in denoiser.named_parameters() if p.requires_grad
     }  # a frozen base is not in checkpoints
@@ -51,4 +67,4 @@ def restore(run_dir: Path) -> Restored:
         raise UserError(
             f"{path}: these weights are not of the model in {run_dir / 'config.yaml'}; was it edited?"
         ) from None
-    return Restored(config, state, denoiser.to("cuda" if torch.cuda.is_available() else "cpu").eval())
+    return Restored(config, state, denoiser.to("cuda" if torch.cuda.is_available() else "cpu").eval(), told)

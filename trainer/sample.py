@@ -4,101 +4,132 @@ from __future__ import annotations
 
 import argparse
 import sys
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from trainer import errors
 from trainer.diffusion.sampling import Sampler
 from trainer.errors import UserError
 
+if TYPE_CHECKING:
+    from trainer.restore import Restored
+
 EXAMPLE = """examples:
-  python -m trainer.sample runs/quickstart-digits/ambient --num 64
+  python -m trainer.sample runs/quickstart-digits/ambient --number 64
   python -m trainer.sample runs/mine --guide runs/mine-short --guidance 1.5
   python -m trainer.sample runs/sdxl-face --prompt "a face" --guidance 5
-  python -m trainer.sample runs/mine --num 16 --sampler ancestral --steps 200 --out mine.png
+  python -m trainer.sample runs/mine --checkpoint best --ema-sigma-rel 0.08
+  python -m trainer.sample runs/mine --number 16 --sampler ancestral --steps 200 --out mine.png
+  torchrun --nproc_per_node 2 -m trainer.sample runs/mine --number 10000 --out samples/mine    # goes on where it was
 """
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m trainer.sample",
-        description="Draws images from the averaged weights of a run's last checkpoint, into one PNG.",
+        description="Draws images from the averaged weights of a run, of its last checkpoint by default: a grid in one PNG, or into a folder.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the folder of a run")
-    p.add_argument("--num", type=int, default=64, help="how many images (default: 64)")
+    p.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the folder of a run, or of an export")
+    p.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best (by checkpoint.keep_best), or a step (default: latest)")  # fmt: skip
+    p.add_argument("--ema-sigma-rel", type=float, metavar="WIDTH", help="take an average of this width, put together from the run's ema.snapshots (default: the run's own average)")  # fmt: skip
+    p.add_argument(
+        "--number",
+        type=int,
+        default=64,
+        help="how many images (default: 64); not --num, which torchrun takes for its own",
+    )
     p.add_argument("--seed", type=int, default=0, help="image i depends on the seed and i alone (default: 0)")
     p.add_argument("--steps", type=int, default=40, help="noise levels on the way down (default: 40)")
     p.add_argument("--sampler", choices=get_args(Sampler), default="heun", help="default: heun")
     p.add_argument("--stop-at", type=float, metavar="SIGMA", help="end at this noise level with E[x0 | x], such as sigma_n for a model without consistency")  # fmt: skip
-    p.add_argument("--guide", type=Path, metavar="RUN_DIR", help="a worse run of the same images, such as a shorter one, to be led away from (autoguidance)")  # fmt: skip
+    p.add_argument("--guide", type=Path, metavar="RUN_DIR", help="a worse run of the same images, such as a shorter one, to be led away from (autoguidance); its last checkpoint")  # fmt: skip
     p.add_argument("--prompt", metavar="TEXT", help="what to draw, for a run with text (default: its model.prompt)")
     p.add_argument("--guidance", type=float, metavar="SCALE", help="how far to be led away from --guide, or, for a run with text and without --guide, from no caption: 1 is none (default: 1.5 with --guide, else 1)")  # fmt: skip
-    p.add_argument("--out", type=Path, help="the PNG to write (default: RUN_DIR/samples.png)")
+    p.add_argument(
+        "--out",
+        type=Path,
+        metavar="PATH",
+        help="a PNG for a grid, or a folder for a PNG an image, where those that are there stay (default: RUN_DIR/samples.png)",
+    )
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    for name in ("num", "steps"):
+    for name in ("number", "steps"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     if args.guidance is not None and not 0 < args.guidance < 100:
         raise UserError(f"--guidance {args.guidance:g}: must be above 0 and below 100")
-    out = args.out or args.run_dir / "samples.png"
-    if out.suffix.lower() != ".png" or out.is_dir():
-        raise UserError(f"--out {out}: must be a file that ends in .png")
-    from trainer import base_pipeline, conditioning
-    from trainer.evaluation.grids import save_grid  # imports from here on take seconds, which --help should not
-    from trainer.generate import generate
-    from trainer.models.sdxl import SDXLConfig
+    out: Path = args.out or args.run_dir / "samples.png"
+    a_grid = out.suffix.lower() == ".png"
+    if out.is_dir() if a_grid else out.is_file() or (out.suffix and not out.is_dir()):
+        raise UserError(f"--out {out}: must be a file that ends in .png, or a folder, for a PNG an image")
+    from trainer import distributed  # imports from here on take seconds, which --help should not
+    from trainer.drawing import Wanted, drawer, into_folder, into_grid
+    from trainer.evaluation.grids import save_grid
     from trainer.restore import restore
 
-    run = restore(args.run_dir)
-    model = run.config.model
-    if isinstance(model, SDXLConfig):
-        prompt = model.prompt if args.prompt is None else args.prompt
-        if prompt is None:
-            raise UserError(f"--prompt: must be given, since {args.run_dir} was trained with captions")
-    else:
-        prompt = ""
-        if args.prompt is not None:
-            raise UserError(
-                f"--prompt {args.prompt}: needs a run with text, and the model of {args.run_dir} is a {model.kind}"
-            )
-        if args.guidance is not None and args.guide is None:
-            raise UserError(f"--guidance {args.guidance:g}: needs --guide, or a run with text; the model of {args.run_dir} is a {model.kind}")  # fmt: skip
-    process = run.config.process
+    ranks = distributed.init()
+    if ranks.world > 1 and a_grid:
+        raise UserError(f"--out {out}: one process draws a grid, and there are {ranks.world}: give a folder")
+    run = restore(args.run_dir, args.checkpoint, args.ema_sigma_rel)
+    guide = restore(args.guide) if args.guide else None
+    if guide:
+        _check_guide(args, run, guide)
+    guidance = args.guidance or (1.5 if guide else 1.0)
+    wanted = Wanted(args.seed, args.steps, args.sampler, args.stop_at, guidance, _prompt(args, run))
+    draw, at_once = drawer(run, guide, wanted)
+    if a_grid:
+        save_grid(into_grid(draw, at_once, args.number), out, columns=max(1, round(args.number**0.5)))
+        print(f"{out}: {args.number} images of step {run.state.step}, by weights averaged by {run.average}")
+        return errors.DONE
+    record = {"run": _name(args.run_dir, run), "guide": guide and _name(args.guide, guide), **asdict(wanted)}
+    drawn = into_folder(draw, at_once, args.number, out, record, ranks)
+    if ranks.is_main:
+        print(f"{out}: {args.number} images of step {run.state.step}, by weights averaged by {run.average}; {args.number - drawn} of them were there")  # fmt: skip
+    return errors.DONE
+
+
+def _name(run_dir: Path, run: Restored) -> str:
+    return f"{run_dir.resolve().name}, step {run.state.step}, averaged by {run.average}"
+
+
+def _prompt(args: argparse.Namespace, run: Restored) -> str:
+    """Raises UserError for what does not fit the run, of the prompt, the guidance and the last level."""
+    from trainer.models.sdxl import SDXLConfig
+
+    model, process = run.config.model, run.config.process
     if args.stop_at is not None and not process.sigma_min <= args.stop_at < process.sigma_max:
         raise UserError(
             f"--stop-at {args.stop_at:g}: must be from {process.sigma_min:g} to below {process.sigma_max:g}"
         )
-    guide = restore(args.guide) if args.guide else None
-    if guide and guide.state.shape != run.state.shape:
+    if isinstance(model, SDXLConfig):
+        prompt = model.prompt if args.prompt is None else args.prompt
+        if prompt is None:
+            raise UserError(f"--prompt: must be given, since {args.run_dir} was trained with captions")
+        return prompt
+    if args.prompt is not None:
+        raise UserError(
+            f"--prompt {args.prompt}: needs a run with text, and the model of {args.run_dir} is a {model.kind}"
+        )
+    if args.guidance is not None and args.guide is None:
+        raise UserError(f"--guidance {args.guidance:g}: needs --guide, or a run with text; the model of {args.run_dir} is a {model.kind}")  # fmt: skip
+    return ""
+
+
+def _check_guide(args: argparse.Namespace, run: Restored, guide: Restored) -> None:
+    if guide.state.shape != run.state.shape:
         raise UserError(
             f"--guide {args.guide}: its images are {guide.state.shape}, those of {args.run_dir} {run.state.shape}"
         )
-    if guide and guide.config.model.kind != model.kind:
+    if guide.config.model.kind != run.config.model.kind:
         raise UserError(
-            f"--guide {args.guide}: its model is a {guide.config.model.kind}, that of {args.run_dir} a {model.kind}"
+            f"--guide {args.guide}: its model is a {guide.config.model.kind}, that of {args.run_dir} a {run.config.model.kind}"
         )
-    draw = partial(
-        generate, run.denoiser, args.num, run.state.shape, seed=args.seed, steps=args.steps, sampler=args.sampler, stop_at=args.stop_at
-    )  # fmt: skip
-    guidance = args.guidance or (1.5 if guide else 1.0)
-    if isinstance(model, SDXLConfig):
-        told, empty = conditioning.of_prompt(model, [prompt] * args.num, run.state.shape, run.device)
-        away_from = guide.denoiser if guide else run.denoiser if guidance != 1 else None
-        images = draw(guide=away_from, guidance=guidance, conditioning=told,
-                      guide_conditioning=told if guide else empty, batch_size=base_pipeline.AT_ONCE)  # fmt: skip
-        images = base_pipeline.decoded(model, images, run.device)
-    else:
-        images = draw(guide=guide and guide.denoiser, guidance=guidance)
-    save_grid(images, out, columns=max(1, round(args.num**0.5)))
-    print(f"{out}: {args.num} images of step {run.state.step}")
-    return errors.DONE
 
 
 if __name__ == "__main__":

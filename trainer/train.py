@@ -79,10 +79,8 @@ def _train(run: Run, stop: Callable[[], bool]) -> int:
     if run.ranks.is_main and config.engine.precision != run.engine.precision:
         print(f"engine.precision {config.engine.precision}: {run.engine.precision} on this machine", file=sys.stderr)
     if run.ranks.is_main and config.engine.attention != run.attention.backend:
-        print(
-            f"engine.attention {config.engine.attention}: {run.attention.backend} ({run.attention.why})",
-            file=sys.stderr,
-        )
+        why = run.attention.why.partition(" with inputs")[0]  # what xformers says of each operator is a tag in MLflow
+        print(f"engine.attention {config.engine.attention}: {run.attention.backend} ({why})", file=sys.stderr)
     finished, status = False, "FAILED"
     try:
         finished = loop.train(run, stop)

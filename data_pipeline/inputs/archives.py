@@ -93,7 +93,7 @@ def open_tars(source: str, paths: Sequence[str], names: Sequence[str]) -> Source
         if suffix_of(name) in (".txt", ".json") and (image := samples.get(_sample(name))) is not None:
             texts.setdefault(image, []).append(name)
     files = Files(source, images, partial(_read_tar, places), texts)
-    return Source(keys_of(source, images), files.picture, files.header)
+    return Source(keys_of(source, images), files.picture, files.header, files.picture)
 
 
 def _sample(name: str) -> str:

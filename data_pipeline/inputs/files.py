@@ -26,11 +26,11 @@ class Files:
     texts: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Sequence[str]])
     captions: Mapping[str, str] = field(default_factory=dict[str, str])
 
-    def picture(self, i: int) -> Picture:
+    def picture(self, i: int, size: int | None = None) -> Picture:
         image = self.images[i]
         name = storage.join(self.source, image)
         try:
-            pixels = decode(self.read(image), name)
+            pixels = decode(self.read(image), name, size)
             captions = [self.captions.get(image)]
             for text in self.texts.get(image, ()):
                 parse = json_caption if text.endswith(".json") else text_caption
@@ -74,7 +74,7 @@ def named(source: str, names: Sequence[str], read: Callable[[str], bytes], suffi
     texts = {posixpath.splitext(name)[0]: name for name in names if suffix_of(name) == ".txt"}
     beside = {image: [texts[stem]] for image in images if (stem := posixpath.splitext(image)[0]) in texts}
     files = Files(source, images, read, beside, captions)
-    return Source(keys_of(source, images), files.picture, files.header)
+    return Source(keys_of(source, images), files.picture, files.header, files.picture)
 
 
 def _read_in(folder: str, name: str) -> bytes:

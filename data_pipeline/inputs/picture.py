@@ -43,9 +43,15 @@ class Source:
     read: Callable[[int], Picture]
     header: Callable[[int], tuple[int, int] | None] | None = None
     """Width and height, where the first bytes of a picture tell them."""
+    reduced: Callable[[int, int], Picture] | None = None
+    """Reads a picture of which a square of so many pixels will be made, where one can save work by it; see `decode`."""
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def read_for(self, i: int, size: int | None) -> Picture:
+        """Picture i, of which `prepare` will make a square of `size` pixels. Raises as `read` does."""
+        return self.read(i) if size is None or self.reduced is None else self.reduced(i, size)
 
     def size(self, i: int) -> tuple[int, int]:
         """Width and height of picture i. Raises as `read` does."""

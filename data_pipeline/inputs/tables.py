@@ -64,7 +64,7 @@ class Rows:
     starts: Sequence[int]
     parts: PerProcess[_Kept]
 
-    def picture(self, i: int) -> Picture:
+    def picture(self, i: int, size: int | None = None) -> Picture:
         name = f"{self.source}, row {i}"
         part, row, value, data = self._row(i)
         if data is None:
@@ -74,7 +74,7 @@ class Rows:
             record = {field: part.column(field)[row].as_py() for field in self.column.captions}
         except UnicodeDecodeError:
             raise BadImage(f"{name}: the caption is not UTF-8") from None
-        return Picture(decode(data, name), caption_in(record, name))
+        return Picture(decode(data, name, size), caption_in(record, name))
 
     def header(self, i: int) -> tuple[int, int] | None:
         data = self._row(i)[3]
@@ -108,7 +108,7 @@ def open_parquet(source: str, paths: Sequence[str], names: Sequence[str]) -> Sou
         raise UserError(f"SOURCE {source}: no rows in it")
     kept = PerProcess(partial(_Kept, partial(_row_group, groups, [column.image, *column.captions])))
     held = Rows(source, column, [0, *accumulate(sizes)], kept)
-    return Source(keys_of(source, rows), held.picture, held.header)
+    return Source(keys_of(source, rows), held.picture, held.header, held.picture)
 
 
 def open_saved(folder: str) -> Source:
@@ -142,7 +142,7 @@ def open_arrow(source: str, paths: Sequence[str]) -> Source:
     kept = PerProcess(partial(_Kept, partial(_arrow, paths, [column.image, *column.captions])))
     keys = [f"row-{i:08d}" for i in range(sum(sizes))]
     held = Rows(source, column, [0, *accumulate(sizes)], kept)
-    return Source(keys, held.picture, held.header)
+    return Source(keys, held.picture, held.header, held.picture)
 
 
 def _column(schema: pa.Schema, name: str) -> Column:

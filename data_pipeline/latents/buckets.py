@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+TIME_IDS = "time_ids"
+"""In `Observation.about`, and in a sample's JSON: `Placement.time_ids`."""
 WIDEST = 4
 """The longer side of a bucket is at most this many times the shorter."""
 

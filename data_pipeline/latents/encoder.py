@@ -17,14 +17,14 @@ from data_pipeline.bad_image import BadImage
 from data_pipeline.corruption import Array, Corruption, Observation, generator_of
 from data_pipeline.index import Shape
 from data_pipeline.latents.arguments import LatentRequest, check_corruption
-from data_pipeline.latents.buckets import Bucket, place
+from data_pipeline.latents.buckets import TIME_IDS, Bucket, place
 from data_pipeline.latents.identity import require_same, vae_identity
 from data_pipeline.latents.parts import find_parts
 from data_pipeline.latents.vae import Vae, images_a_pass
 from data_pipeline.sources import Picture, prepare
 
-TIME_IDS, FLIP = "time_ids", "flip"
-"""In `Observation.about`: SDXL's six numbers, of `buckets.Placement`; and, with --flip, whether it was mirrored."""
+FLIP = "flip"
+"""In `Observation.about`, with --flip: whether it was mirrored."""
 
 
 @dataclass(frozen=True)

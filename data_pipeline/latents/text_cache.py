@@ -22,6 +22,7 @@ from tqdm import tqdm
 from data_pipeline.latents.identity import require_same
 from data_pipeline.latents.text import Embeddings
 from trainer.errors import UserError
+from trainer.progress import progress_bar
 
 CAPTIONS, DONE, PROGRESS = "captions.jsonl", "text.json", ".progress.json"
 ARRAYS = ("prompt_embeds.npy", "pooled.npy")
@@ -78,7 +79,7 @@ def write_text_cache(folder: Path, captions: Iterable[str], encoder: Encoder) ->
     arrays = [
         np.lib.format.open_memmap(_partial(folder, name), "r+") for name in ARRAYS if state["done"] < len(distinct)
     ]
-    bar = tqdm(total=len(distinct), initial=state["done"], desc=f"text {folder}", unit="caption")
+    bar = progress_bar(total=len(distinct), initial=state["done"], desc=f"text {folder}", unit="caption")
     while state["done"] < len(distinct):
         chunk = distinct[state["done"] : state["done"] + CHUNK]
         embeddings, cut = encoder.embed(chunk)

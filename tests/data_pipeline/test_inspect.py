@@ -116,13 +116,23 @@ def no_index(folder: Path) -> None:
     (folder / NAME).unlink()
 
 
+def rejected_too_many(folder: Path) -> None:
+    (folder / NAME).unlink()
+    (folder / "rejected.jsonl").write_text("")
+
+
 def broken_index(folder: Path) -> None:
     (folder / NAME).write_text("{")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(shutil.rmtree, "no such shard folder"), (no_index, "not complete"), (broken_index, "not a shard index")],
+    [
+        (shutil.rmtree, "no such shard folder"),
+        (no_index, "not complete; run"),
+        (rejected_too_many, "rejected.jsonl says which images were refused"),
+        (broken_index, "not a shard index"),
+    ],
 )
 def test_what_is_no_shard_folder_is_exit_code_2(
     change: Callable[[Path], None], message: str, folder: Path, capsys: pytest.CaptureFixture[str]

@@ -98,6 +98,31 @@ def test_pictures_are_upright_at_any_depth(orientation: int) -> None:
         np.testing.assert_array_equal(decode(data, "a"), pixels)
 
 
+@pytest.mark.parametrize(("size", "expected"), [(None, (120, 160)), (31, (120, 160)), (30, (60, 80)), (15, (30, 40)), (7, (15, 20)), (1, (15, 20))])  # fmt: skip
+def test_a_large_jpeg_is_decoded_with_at_least_twice_the_pixels_that_are_wanted(
+    size: int | None, expected: tuple[int, int]
+) -> None:
+    photo = by_pillow(Image.fromarray(COLOUR.astype(np.uint8)).resize((160, 120), Image.Resampling.BICUBIC), "JPEG")
+    assert decode(photo, "a", size).shape == (*expected, 3)
+    kept = by_pillow(Image.open(io.BytesIO(photo)), "PNG")
+    np.testing.assert_array_equal(decode(kept, "a", size), decode(photo, "a"), "no other format is")
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_a_reduced_jpeg_becomes_nearly_the_same_square(orientation: int, mode: str) -> None:
+    """Against decoding it whole. The picture is smooth, as the frequencies that are left out are those of noise."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    large = Image.fromarray(COLOUR.astype(np.uint8)).convert(mode).resize((400, 320), Image.Resampling.BICUBIC)
+    photo = by_pillow(large, "JPEG", quality=95, exif=exif)
+    channels = 1 if mode == "L" else 3
+    whole, reduced = decode(photo, "a"), decode(photo, "a", 40)
+    assert reduced.shape[:2] == (whole.shape[0] // 4, whole.shape[1] // 4)
+    difference = prepare(Picture(reduced), 40, channels) - prepare(Picture(whole), 40, channels)
+    assert np.sqrt(np.mean(difference**2)) < 0.012
+
+
 @pytest.mark.parametrize("axes", ["TYX", "ZCYX", "CZYX", "TZYX"])
 @pytest.mark.parametrize("truncate", [False, True])
 def test_a_stack_is_pictures_along_every_axis_but_that_of_channels(axes: str, truncate: bool, tmp_path: Path) -> None:

@@ -167,3 +167,15 @@ def test_a_disk_that_refuses_is_one_line(pictures: Path, tmp_path: Path, capsys:
     arguments = [str(pictures), str(tmp_path / "file" / "out"), "--sigma", "0.5"]
     assert errors.run(lambda: main(arguments)) == 1
     assert capsys.readouterr().err.splitlines()[-1] == f"failed: {tmp_path / 'file' / 'out'}: Not a directory"
+
+
+def test_images_that_had_to_be_enlarged_are_counted_aloud(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(pictures, tmp_path / "in")
+    Image.new("L", (40, 40)).save(tmp_path / "in" / "large.png")
+    Image.new("L", (90, 7)).save(tmp_path / "in" / "thin.png")
+    for size, count in ((7, 0), (8, 1), (16, 1), (17, 61)):
+        shard(str(tmp_path / "in"), tmp_path / str(size), Gaussian(0.4), size=size, workers=2)
+        said = capsys.readouterr().err
+        assert (f"warning: {count} of 62 images had fewer pixels than --size {size}" in said) == bool(count)

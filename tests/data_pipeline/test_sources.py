@@ -225,6 +225,23 @@ def test_every_kind_of_source_gives_the_same_pictures_and_captions(
     assert all_of(open_source(storage.join(memory, name) if name else memory)) == all_of(source), "at a URL, too"
 
 
+def test_a_large_jpeg_is_read_no_finer_than_a_square_of_it_needs(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (160, 120)).save(buffer, "JPEG")
+    photo = buffer.getvalue()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.jpg").write_bytes(photo)
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as file:
+        file.writestr("a.jpg", photo)
+    write_tar(tmp_path / "all.tar", [("a.jpg", photo)])
+    pq.write_table(pa.table({"image": pa.array([photo], pa.binary())}), tmp_path / "all.parquet")
+    for name in ("folder", "all.zip", "all.tar", "all.parquet"):
+        source = open_source(str(tmp_path / name))
+        assert source.read(0).pixels.shape == source.read_for(0, None).pixels.shape == (120, 160, 3)
+        assert source.read_for(0, 20).pixels.shape == (60, 80, 3), name
+        assert source.size(0) == (160, 120)
+
+
 def _read_often(source: Source, seed: int, results: Any) -> None:
     order = np.random.default_rng(seed).integers(0, COUNT, 100)
     results.put((os.getpid(), all(np.array_equal(source.read(int(i)).pixels, PIXELS[i]) for i in order)))

@@ -26,7 +26,7 @@ STEPS = 60
 SCRIPT = ROOT / "tests" / "slurm" / "cluster.sh"
 
 
-def until(holds: Callable[[], object], what: str, seconds: float = 120) -> None:
+def until(holds: Callable[[], object], what: str, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, what
@@ -72,7 +72,7 @@ class Job:
     def reach(self, step: int) -> None:
         until(lambda: self.step >= step, f"{self.run_dir}: step {step}, {self.logs}")
 
-    def end(self, state: str = "COMPLETED", seconds: float = 120) -> None:
+    def end(self, state: str = "COMPLETED", seconds: float = 300) -> None:
         """Waits until SLURM has done with it. SLURM's own list says what goes on: a job that is told of its preemption
         is SIGNALING for a moment."""
         until(lambda: not (now := listed(self.id)) or not now.active, f"the end of {self.id}: {self.logs}", seconds)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import TINY, Outcome
-from trainer import cli, errors, sample
+from tests.conftest import ROOT, TINY, Outcome
+from trainer import cli, drawing, errors, sample
 from trainer.evaluation.denoiser_error import denoiser_error
+from trainer.evaluation.grids import to_pixels
 from trainer.generate import generate
 from trainer.restore import restore
 
@@ -31,10 +35,60 @@ def test_samples_do_not_depend_on_the_batch_they_are_in(train: Train, tmp_path: 
 
 def test_sample_writes_a_grid(train: Train, tmp_path: Path) -> None:
     assert train("run")[0] == 0
-    arguments = [str(tmp_path / "run"), "--num", "9", "--steps", "3", "--stop-at", "0.4"]
+    arguments = [str(tmp_path / "run"), "--number", "9", "--steps", "3", "--stop-at", "0.4"]
     assert errors.run(lambda: sample.main(arguments)) == 0
     with Image.open(tmp_path / "run" / "samples.png") as picture:
         assert picture.size == (2 * (3 * 17 + 1),) * 2
+
+
+def files_in(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(folder.iterdir())}
+
+
+def test_a_folder_gets_a_png_an_image_and_keeps_those_that_it_has(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert train("run")[0] == 0
+    run, folder = restore(tmp_path / "run"), tmp_path / "images"
+    expected = to_pixels(generate(run.denoiser, 8, run.state.shape, seed=3, steps=3, progress=False)).astype(int)
+    monkeypatch.setattr(drawing, "AT_ONCE", 3)
+
+    def draw(number: int, *more: str) -> int:
+        words = [str(tmp_path / "run"), "--number", str(number), "--seed", "3", "--steps", "3", "--out", str(folder)]
+        return errors.run(lambda: sample.main([*words, *more]))
+
+    assert draw(7) == 0
+    first = files_in(folder)
+    assert list(first) == [*(f"{i:06d}.png" for i in range(7)), "sampling.json"]
+    (folder / "000004.png").unlink()
+    assert draw(8) == 0
+    assert "8 images of step 6; 6 of them were there" in capfd.readouterr().out
+    then = files_in(folder)
+    assert {name for name in then if then[name] != first.get(name)} == {"000004.png", "000007.png"}
+    assert then["000004.png"][0] == first["000004.png"][0]
+    for i in range(8):
+        with Image.open(folder / f"{i:06d}.png") as picture:
+            assert abs(np.asarray(picture).astype(int) - expected[i]).max() <= 1
+    assert draw(8, "--steps", "4", "--sampler", "ddim") == 2
+    assert "holds images with sampler=heun, not ddim; steps=3, not 4: choose another" in capfd.readouterr().err
+    (folder / "sampling.json").write_text("{")
+    assert draw(8) == 2
+    assert "sampling.json: cannot be read" in capfd.readouterr().err
+
+
+def test_two_processes_draw_the_files_that_one_draws(train: Train, tmp_path: Path) -> None:
+    assert train("run")[0] == 0
+    words = [str(tmp_path / "run"), "--number", "150", "--steps", "2", "--out"]
+    assert errors.run(lambda: sample.main([*words, str(tmp_path / "one")])) == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, "-m", "trainer.sample", *words]
+    both = subprocess.run([*command, str(tmp_path / "two")], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert both.returncode == 0, both.stderr
+    assert "150 images of step 6; 0 of them were there" in both.stdout
+    one, two = files_in(tmp_path / "one"), files_in(tmp_path / "two")
+    assert {name: data for name, (data, _) in one.items()} == {name: data for name, (data, _) in two.items()}
+    grid = subprocess.run([*command, str(tmp_path / "a.png")], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert "one process draws a grid, and there are 2: give a folder" in grid.stderr
 
 
 def test_a_guide_changes_the_samples_unless_the_scale_is_one(train: Train, tmp_path: Path) -> None:
@@ -42,7 +96,7 @@ def test_a_guide_changes_the_samples_unless_the_scale_is_one(train: Train, tmp_p
     assert train("short", "steps=3")[0] == 0
     pictures: list[bytes] = []
     for extra in ([], ["--guide", str(tmp_path / "short")], ["--guide", str(tmp_path / "short"), "--guidance", "1"]):
-        arguments = [str(tmp_path / "run"), "--num", "4", "--steps", "3", *extra, "--out", str(tmp_path / "out.png")]
+        arguments = [str(tmp_path / "run"), "--number", "4", "--steps", "3", *extra, "--out", str(tmp_path / "out.png")]
         assert errors.run(lambda arguments=arguments: sample.main(arguments)) == 0
         with Image.open(tmp_path / "out.png") as picture:
             pictures.append(picture.tobytes())
@@ -54,9 +108,12 @@ def test_a_guide_changes_the_samples_unless_the_scale_is_one(train: Train, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["{run}", "--num", "0"], "--num 0: must be at least 1"),
+        (["{run}", "--number", "0"], "--number 0: must be at least 1"),
         (["{run}", "--stop-at", "30"], "--stop-at 30: must be from 0.05 to below 20"),
-        (["{run}", "--out", "grid.txt"], "must be a file that ends in .png"),
+        (["{run}", "--out", "grid.jpg"], "--out grid.jpg: must be a file that ends in .png, or a folder"),
+        (["{run}", "--out", "{run}"], "run: holds other files: choose a new folder"),
+        (["{run}", "--out", "{run}/config.yaml"], "config.yaml: must be a file that ends in .png, or a folder"),
+        (["{run}", "--out", "{run}/config.yaml/a"], "config.yaml/a: cannot be written"),
         (["{tmp}/nowhere"], "not a run directory"),
         (["{run}", "--guidance", "2"], "--guidance 2: needs --guide, or a run with text"),
         (["{run}", "--guidance", "0"], "--guidance 0: must be above 0 and below 100"),

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.conftest import Outcome
 from trainer import base_pipeline, conditioning, errors, export
 from trainer.diffusion.noise import AddressedNoise
 from trainer.diffusion.process import VE, AnyProcess, Flow, VPCosine, VPTable
+from trainer.errors import UserError
 from trainer.generate import generate
 from trainer.model_card import scale_code, time_code
 from trainer.models.sdxl import SDXLConfig
@@ -42,7 +44,7 @@ def ours(run_dir: Path) -> Tensor:
         run.denoiser, 2, run.state.shape, seed=0, steps=STEPS, sampler="ddim", conditioning=told,
         guide=run.denoiser, guide_conditioning=empty, guidance=GUIDANCE, progress=False,
     )  # fmt: skip
-    return base_pipeline.decoded(model, latents, run.device)
+    return base_pipeline.decoder(model, run.device)(latents)
 
 
 def theirs(pipeline: Any) -> Tensor:
@@ -77,6 +79,7 @@ def test_diffusers_alone_makes_the_same_images(
     found, wanted = theirs(pipeline), ours(tmp_path / "run").clamp(-1, 1)
     assert (before - wanted).abs().max() > 3e-3, "training changed the images"
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+    torch.testing.assert_close(ours(out), ours(tmp_path / "run"), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +101,9 @@ def test_the_card_says_what_the_model_is_and_its_code_loads_it(model: str, train
     exec(snippet, names)
     x, sigma = torch.randn(3, 1, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([0.1, 0.5, 4.0])
     with torch.no_grad():
-        torch.testing.assert_close(names["h"](x, sigma), restore(tmp_path / "run").denoiser(x, sigma, {}))
+        expected = restore(tmp_path / "run").denoiser(x, sigma, {})
+        torch.testing.assert_close(names["h"](x, sigma), expected)
+        assert torch.equal(restore(out).denoiser(x, sigma, {}), expected)
 
 
 @pytest.mark.parametrize("process", [VE(), VPCosine(), VPTable(), Flow()], ids=lambda p: p.kind)
@@ -116,3 +121,20 @@ def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert errors.run(lambda: export.main([str(tmp_path / "run"), str(tmp_path / "new")])) == 2
     assert "not a run directory" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_a_damaged_export_is_refused(train_sdxl: Train, train: Train, tmp_path: Path) -> None:
+    assert train_sdxl("adapters", "steps=1")[0] == 0
+    assert train("pixels", "steps=1")[0] == 0
+    adapters, pixels = exported(tmp_path / "adapters"), exported(tmp_path / "pixels")
+    weights = adapters / "pytorch_lora_weights.safetensors"
+    tensors = load_file(weights)
+    save_file(dict(list(tensors.items())[1:]), weights)
+    with pytest.raises(UserError, match="other layers have adapters: export the run again"):
+        restore(adapters)
+    (pixels / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"model\.safetensors: not the weights of"):
+        restore(pixels)
+    (pixels / "ambient.json").write_text("[]")
+    with pytest.raises(UserError, match=r"ambient\.json: cannot be read"):
+        restore(pixels)

@@ -186,6 +186,29 @@ def test_two_ranks_take_the_memory_that_was_planned(shards: Path, tmp_path: Path
     assert peak < 0.9 * predicted(config, stage, 1), "ranks share"
 
 
+def test_more_averages_take_the_memory_and_the_disk_that_were_planned(
+    train: Callable[..., Outcome], shards: Path, tmp_path: Path
+) -> None:
+    wanted = [f"run_dir={tmp_path / 'run'}", f"data.shards={shards}", "steps=4", "engine.attention=sdpa", *WIDE]
+    more = "ema.snapshots={every: 2, sigma_rels: [0.05, 0.2]}"
+    estimates = [
+        Estimate(config, models.configured(config, SHAPE), SHAPE, Setting("h100", 1, 0, 8))
+        for config in (load(TINY, wanted), load(TINY, [*wanted, more]))
+    ]
+    planned = [estimate.memory(estimate.setting).peak for estimate in estimates]
+    measured = [measure(TINY, [*wanted, f"run_dir={tmp_path / str(n)}", *words]) for n, words in enumerate(([], [more.replace("2,", "9,")]))]  # fmt: skip
+    assert planned[1] - planned[0] == 2 * 4 * estimates[0].weights.trainable
+    assert measured[1] - measured[0] == pytest.approx(planned[1] - planned[0], rel=MEMORY_TOLERANCE)
+    code, output = train("run", *wanted, more)
+    assert code == 0, output
+    checkpoint = sum(path.stat().st_size for path in (tmp_path / "run/checkpoints/step-00000004").iterdir())
+    assert estimates[1].checkpoint_bytes() == pytest.approx(checkpoint, rel=0.1)
+    assert checkpoint > 1.3 * estimates[0].checkpoint_bytes()
+    written = sum(path.stat().st_size for path in (tmp_path / "run/ema").iterdir())
+    assert estimates[1].snapshots_bytes() == pytest.approx(written, rel=0.1)
+    assert estimates[0].snapshots_bytes() == 0
+
+
 def test_what_fits_is_found_nearest_first(monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of("batch_size=32", *WIDE)
     estimate = Estimate(config, models.configured(config, SHAPE), SHAPE, Setting("h100", 1, 0, 32))
@@ -235,9 +258,19 @@ def test_the_command_reads_the_shards_and_says_what_fits(shards: Path, capsys: p
     assert "unet2d on 1x16x16, batch 8: 2 x a100, engine.zero_stage=0, micro_batch_size=4, fp32" in text
     assert "100 steps, 49 of them with consistency" in text
     assert "It fits" in text
+    assert "B; 2 are kept\n" in text
+    assert "snapshots" not in text
     seconds = float(re.search(r"time +([\d.]+) ms at an MFU of 0.4 of 19.5 TFLOP/s", text)[1]) / 1000  # pyright: ignore[reportOptionalSubscript]
     samples = float(re.search(r"reading +([\d.e+]+) samples/s", text)[1])  # pyright: ignore[reportOptionalSubscript]
     assert samples * seconds == pytest.approx(100 * 8, rel=0.01)
+
+
+def test_the_command_says_what_stays_on_the_disk(capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = ["ema.snapshots.every=10", "checkpoint.keep_every=30", "checkpoint.keep_best.metric=loss/ambient"]
+    code, text = printed(capsys, "--gpus", "1", "--shape", "1", "16", "16", "steps=100", *wanted)
+    assert code == 0, text
+    assert "B; 2 are kept, and 3 at multiples of 30, and the best\n" in text
+    assert re.search(r"snapshots of averages +[\d.]+ MB in the whole run; all are kept", text)
 
 
 def test_the_command_says_what_would_fit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

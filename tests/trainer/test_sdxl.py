@@ -181,7 +181,7 @@ def damaged(base: Path, folder: Path, part: str, stem: str) -> Path:
         ("process.kind=vp_cosine", "process.kind vp_cosine: model.base"),
         ("process.beta_end=0.02", "was trained with kind: vp_table, beta_start: 0.00085, beta_end: 0.012"),
         ("prediction=v", "prediction v: model.base"),
-        ("model.lora.rank=0", "need rank >= 1"),
+        ("model.lora.rank=0", "rank 0 must be at least 1"),
         ("model.lora.targets=[]", "must name layers, each once: attention, feed_forward, convolutions"),
         ("model.lora.targets=[attentions]", "model.lora.targets.0: 'attentions': "),
         ("model.lora.rnk=4", "model.lora.rnk: no such field; did you mean rank?"),
@@ -222,7 +222,7 @@ def test_sample_needs_a_prompt_where_captions_were_trained_and_guidance_changes_
         assert expected in capfd.readouterr().err.splitlines()[-1]
     pictures: list[bytes] = []
     for extra in (["--prompt", "a disc"], ["--prompt", "a disc", "--guidance", "4"], ["--prompt", "a square"]):
-        words = [run, "--num", "1", "--steps", "3", "--out", str(out), *extra]
+        words = [run, "--number", "1", "--steps", "3", "--out", str(out), *extra]
         assert errors.run(lambda words=words: sample.main(words)) == 0
         pictures.append(out.read_bytes())
     assert len({*pictures}) == 3

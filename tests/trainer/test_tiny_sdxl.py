@@ -73,6 +73,12 @@ def test_it_makes_images_that_depend_on_the_prompt_and_the_size_told(pipeline: A
     assert not np.array_equal(cat, image("a cat", original_size=(1000, 50)))
 
 
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=f"^{tmp_path}/file/new: cannot be written: "):
+        main([str(tmp_path / "file" / "new")])
+
+
 def test_the_same_seed_gives_the_same_bytes_and_another_other_weights(folder: Path, tmp_path: Path) -> None:
     first = hashes(folder)
     (tmp_path / "again").mkdir()

@@ -16,9 +16,9 @@ from trainer.diffusion.noise import AddressedNoise
 def clean_images(source: str, count: int, shape: tuple[int, int, int]) -> Tensor:
     """The first images of a source (see `open_source`), at most `count`: (N, C, H, W) in [-1, 1]."""
     images = open_source(source)
-    return torch.stack(
-        [torch.from_numpy(prepare(images.read(i), shape[1], shape[0])) for i in range(min(count, len(images)))]
-    )
+    channels, size, _ = shape
+    pictures = (images.read_for(i, size) for i in range(min(count, len(images))))
+    return torch.stack([torch.from_numpy(prepare(picture, size, channels)) for picture in pictures])
 
 
 @torch.no_grad()

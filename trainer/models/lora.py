@@ -31,8 +31,10 @@ class LoraConfig:
     dora: bool = False
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or (self.alpha is not None and not 0 < self.alpha < float("inf")):
-            raise ValueError("need rank >= 1 and alpha > 0")
+        if self.rank < 1:
+            raise ValueError(f"rank {self.rank} must be at least 1")
+        if self.alpha is not None and not 0 < self.alpha < float("inf"):
+            raise ValueError(f"alpha {self.alpha:g} must be above 0; null takes rank")
         if not self.targets or len(set(self.targets)) != len(self.targets):
             raise ValueError(f"targets {list(self.targets)} must name layers, each once: {', '.join(LAYERS)}")
 

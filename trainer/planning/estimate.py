@@ -12,6 +12,7 @@ from trainer.config import RunConfig
 from trainer.diffusion.consistency import DEFAULT_PERIOD
 from trainer.diffusion.denoiser import Denoiser
 from trainer.diffusion.interleave import period_within
+from trainer.ema import PowerEMA
 from trainer.errors import UserError
 from trainer.planning.gpus import GPUS, USABLE
 from trainer.planning.memory import FLOAT, Memory, Weights, memory
@@ -67,6 +68,7 @@ class Estimate:
         sample = FLOAT * self.shape[0] * self.shape[1] * self.shape[2]
         depth = self.config.consistency.pool_depth if self.config.consistency else 0
         beside = sample * (rows // self.stride * depth + setting.micro)
+        more = FLOAT * self.weights.trainable * (self._averages() - 1) // (setting.gpus if setting.stage else 1)
         found = memory(
             self.weights,
             self._activations(setting.micro),
@@ -75,7 +77,15 @@ class Estimate:
             rows // setting.micro,
             self.bf16,
         )
-        return dataclasses.replace(found, activations=found.activations + beside, peak=found.peak + beside)
+        return dataclasses.replace(
+            found,
+            optimizer=found.optimizer + more,
+            activations=found.activations + beside,
+            peak=found.peak + beside + more,
+        )
+
+    def _averages(self) -> int:
+        return len(self.config.ema.betas(1))
 
     def fits(self, setting: Setting) -> bool:
         return self.memory(setting).peak <= USABLE * GPUS[setting.gpu].memory
@@ -161,10 +171,17 @@ class Estimate:
         return once * micros * ((calls + graphs) * (weights + self.weights.frozen_bytes) + gradients)
 
     def checkpoint_bytes(self) -> int:
-        """Weights, average and two moments, float32, and the particle pool; never a frozen base."""
+        """Weights, averages and two moments, float32, and the particle pool; never a frozen base."""
         c, sample = self.config.consistency, FLOAT * self.shape[0] * self.shape[1] * self.shape[2]
         pool = self.config.batch_size // self.stride * c.pool_depth * sample if c else 0
-        return 4 * FLOAT * self.weights.trainable + pool
+        return (3 + self._averages()) * FLOAT * self.weights.trainable + pool
+
+    def snapshots_bytes(self) -> int:
+        """Of all snapshots of averages that the run leaves in RUN_DIR/ema/."""
+        ema = self.config.ema
+        if not isinstance(ema, PowerEMA) or ema.snapshots is None:
+            return 0
+        return self.config.steps // ema.snapshots.every * len(ema.tracked()) * FLOAT * self.weights.trainable
 
 
 def _rows(config: RunConfig, gpus: int) -> int:

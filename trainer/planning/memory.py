@@ -1,6 +1,6 @@
 """Memory of one rank by ZeRO stage: what DeepSpeed keeps, as its source has it, and the activations of a trace.
 
-P trainable weights are float32, as are Adam's two moments and the average (EMA). N ranks:
+P trainable weights are float32, as are Adam's two moments and one average (EMA); further ones are added by the estimate. N ranks:
 
 | stage | weights | optimiser and average | gradients |
 |---|---|---|---|

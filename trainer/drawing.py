@@ -1,0 +1,136 @@
+"""What is drawn from a run, and where to: a grid in one PNG, or a PNG an image, by any number of processes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from trainer import base_pipeline, conditioning
+from trainer.diffusion.sampling import Sampler
+from trainer.distributed import Ranks
+from trainer.errors import UserError, differences
+from trainer.evaluation.grids import to_pixels
+from trainer.generate import generate
+from trainer.models.sdxl import SDXLConfig
+from trainer.progress import progress_bar
+from trainer.restore import Restored
+
+AT_ONCE = 64
+"""Images of pixels that are drawn together."""
+RECORD = "sampling.json"
+"""Beside the images: what they were drawn with."""
+
+Draw = Callable[[int, int], Tensor]
+"""(first, number) -> images first, first + 1, ...: (number, C, H, W) in [-1, 1], float32 on the CPU. An image depends on
+the seed and on its own number; the company that it is drawn in changes it by rounding at most."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Of every image. stop_at, guidance: see `generate`; prompt: for a run with text."""
+
+    seed: int = 0
+    steps: int = 40
+    sampler: Sampler = "heun"
+    stop_at: float | None = None
+    guidance: float = 1.0
+    prompt: str = ""
+
+
+def drawer(run: Restored, guide: Restored | None, wanted: Wanted) -> tuple[Draw, int]:
+    """Draws from a run; and how many images it draws at once."""
+    model = run.config.model
+    drawn = partial(
+        generate, run.denoiser, shape=run.state.shape, seed=wanted.seed, steps=wanted.steps, sampler=wanted.sampler,
+        stop_at=wanted.stop_at, guidance=wanted.guidance, progress=False,
+    )  # fmt: skip
+    if not isinstance(model, SDXLConfig):
+        return lambda first, number: drawn(number, first=first, guide=guide and guide.denoiser), AT_ONCE
+    told, empty = conditioning.of_prompt(model, [wanted.prompt], run.state.shape, run.device)
+    away_from = guide.denoiser if guide else run.denoiser if wanted.guidance != 1 else None
+    decode = base_pipeline.decoder(model, run.device)
+
+    def draw(first: int, number: int) -> Tensor:
+        each, none = ({name: row.expand(number, *row.shape[1:]) for name, row in c.items()} for c in (told, empty))
+        latents = drawn(
+            number, first=first, guide=away_from, conditioning=each, guide_conditioning=each if guide else none
+        )
+        return decode(latents)
+
+    return draw, base_pipeline.AT_ONCE
+
+
+def into_grid(draw: Draw, at_once: int, number: int) -> Tensor:
+    """(number, C, H, W)."""
+    parts: list[Tensor] = []
+    with progress_bar(total=number, desc="sample", unit="img") as bar:
+        for first in range(0, number, at_once):
+            parts.append(draw(first, min(at_once, number - first)))
+            bar.update(len(parts[-1]))
+    return torch.cat(parts)
+
+
+def into_folder(draw: Draw, at_once: int, number: int, folder: Path, record: dict[str, Any], ranks: Ranks) -> int:
+    """FOLDER/000000.png, 000001.png, ...; those that are there stay. A collective. Returns how many this call drew.
+
+    record: what decides the images; it is written beside them. Raises UserError where they were drawn with another one.
+    """
+    if ranks.is_main:
+        _claim(folder, record)
+    ranks.barrier()
+    _check(folder, record)
+    blocks = range(0, number, at_once)[ranks.rank :: ranks.world]
+    drawn = 0
+    with progress_bar(total=number, desc=f"sample {folder}", unit="img", disable=not ranks.is_main) as bar:
+        for first in blocks:
+            size = min(at_once, number - first)
+            paths = [folder / f"{i:06d}.png" for i in range(first, first + size)]
+            missing = [i for i, path in enumerate(paths) if not path.is_file()]
+            if missing:
+                pixels = to_pixels(draw(first, size))
+                for i in missing:
+                    _save(pixels[i], paths[i])
+                drawn += len(missing)
+            bar.update(min(size * ranks.world, number - bar.n))
+    return int(ranks.sum(torch.tensor(float(drawn), device=ranks.device)))
+
+
+def _claim(folder: Path, record: dict[str, Any]) -> None:
+    path = folder / RECORD
+    try:
+        if path.exists():
+            return
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"--out {folder}: holds other files: choose a new folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        partial_file = folder / f".{RECORD}.partial"
+        partial_file.write_text(json.dumps(record, indent=2) + "\n")
+        os.replace(partial_file, path)
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be written: {error.strerror}") from None
+
+
+def _check(folder: Path, record: dict[str, Any]) -> None:
+    path = folder / RECORD
+    try:
+        there = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}: remove the folder, or choose another --out") from None
+    if found := differences(there, record):
+        raise UserError(f"--out {folder} holds images with {found}: choose another folder")
+
+
+def _save(pixels: Any, path: Path) -> None:
+    partial_file = path.with_name(f".{path.name}.partial")
+    with partial_file.open("wb") as file:
+        Image.fromarray(pixels).save(file, "PNG")
+    os.replace(partial_file, path)

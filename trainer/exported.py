@@ -1,0 +1,63 @@
+"""An export, read back: `ambient.json` beside what diffusers loads says which run it is of."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from trainer import networks
+from trainer.checkpoint import TrainState, state_from
+from trainer.config import RunConfig, parse, to_data
+from trainer.diffusion.denoiser import Denoiser
+from trainer.errors import UserError
+from trainer.models.sdxl import SDXLConfig
+
+NAME = "ambient.json"
+LORA = "pytorch_lora_weights.safetensors"
+
+
+def describe(config: RunConfig, state: TrainState, average: str) -> str:
+    """What goes into NAME. average: which one of the weights, in words."""
+    recorded = {"config": to_data(config), "state": asdict(state), "average": average}
+    return json.dumps(recorded, indent=2) + "\n"
+
+
+def read(folder: Path) -> tuple[RunConfig, TrainState, Denoiser, str]:
+    """The denoiser on the CPU, and how its weights were averaged. Raises UserError for a folder that is not what `trainer.export` wrote."""
+    path = folder / NAME
+    try:
+        recorded = json.loads(path.read_text())
+        data, state, average = recorded["config"], state_from(recorded["state"]), str(recorded["average"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({type(error).__name__}): export the run again") from None
+    config = parse(data, str(path))
+    model = config.model
+    if isinstance(model, SDXLConfig) and not model.lora:  # the export is a base by itself
+        config = replace(config, model=replace(model, base=str(folder)))
+        return config, state, networks.denoiser(config, state.shape), average
+    denoiser = networks.denoiser(config, state.shape)
+    backbone: Any = denoiser.backbone
+    weights = folder / (LORA if isinstance(model, SDXLConfig) else "diffusion_pytorch_model.safetensors")
+    try:
+        tensors = load_file(weights)
+        if isinstance(model, SDXLConfig):
+            _load_lora(backbone.unet, {name.removeprefix("unet."): value for name, value in tensors.items()})
+        else:
+            backbone.model.load_state_dict(tensors)
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{weights}: not the weights of {path}: {reason}: export the run again") from None
+    return config, state, denoiser, average
+
+
+def _load_lora(unet: Any, tensors: dict[str, Any]) -> None:
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    if get_peft_model_state_dict(unet).keys() != tensors.keys():
+        raise ValueError("other layers have adapters")
+    set_peft_model_state_dict(unet, tensors)

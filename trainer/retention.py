@@ -1,0 +1,89 @@
+"""Which checkpoints stay: the newest, those at multiples of a number, and the best by a metric."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class BestConfig:
+    """metric: a name in the reports, such as loss/ambient; lower is better."""
+
+    metric: str
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """every: steps between checkpoints. keep: how many of the newest to keep. keep_every: those at multiples of it are never
+    deleted. keep_best: nor is the one before which a metric was lowest."""
+
+    every: int = 500
+    keep: int = 2
+    keep_every: int | None = None
+    keep_best: BestConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.keep < 1:
+            raise ValueError("need every >= 1 and keep >= 1")
+        if self.keep_every is not None and (self.keep_every < 1 or self.keep_every % self.every):
+            raise ValueError(
+                f"keep_every {self.keep_every} must be a multiple of every {self.every}, or there is no checkpoint to keep"
+            )
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Sum of a metric over the steps reported since the last complete one. complete: at a multiple of checkpoint.every,
+    whose checkpoint is judged by the mean. An incomplete one is gone on with when the run is started again."""
+
+    metric: str
+    total: float = 0.0
+    steps: int = 0
+    complete: bool = False
+
+    def score(self, metric: str) -> float | None:
+        """The mean, for a complete tally of this metric that is not empty."""
+        return self.total / self.steps if self.complete and self.steps and self.metric == metric else None
+
+
+class Judge:
+    """Adds up the reports between checkpoints. Without keep_best it does nothing."""
+
+    def __init__(self, config: CheckpointConfig, tally: Tally | None) -> None:
+        """tally: of the checkpoint that training starts from."""
+        self._every, self._seen, self._warned = config.every, set[str](), False
+        self._metric = config.keep_best.metric if config.keep_best else None
+        goes_on = tally is not None and tally.metric == self._metric and not tally.complete
+        self._tally = tally if goes_on else self._fresh()
+
+    def observe(self, report: Mapping[str, float], steps: int) -> None:
+        """steps: how many the report is the mean of."""
+        self._seen |= report.keys()
+        value = report.get(self._metric or "", math.nan)
+        if self._tally and math.isfinite(value):
+            self._tally = replace(self._tally, total=self._tally.total + value * steps, steps=self._tally.steps + steps)
+
+    def close(self, step: int) -> tuple[Tally | None, str | None]:
+        """The tally that belongs into the checkpoint of this step, and a warning, once, where it does not judge it."""
+        tally, warning = self._tally, None
+        if tally and step % self._every == 0:
+            if not tally.steps and not self._warned:
+                self._warned = True
+                warning = f"checkpoint.keep_best.metric {tally.metric}: no report before step {step} has it, so this checkpoint is not judged; there are {', '.join(sorted(self._seen))}"
+            tally, self._tally = replace(tally, complete=True), self._fresh()
+        return tally, warning
+
+    def _fresh(self) -> Tally | None:
+        return Tally(self._metric) if self._metric else None
+
+
+def kept(steps: Iterable[int], newest: int, config: CheckpointConfig, best: int | None) -> set[int]:
+    """Which of the checkpoints at these steps stay, when the one at `newest` was written last. Those after it, of a run that
+    was set back, are left alone."""
+    steps = sorted(steps)
+    stay = {step for step in steps if step > newest} | set([s for s in steps if s <= newest][-config.keep :])
+    if config.keep_every:
+        stay |= {step for step in steps if step % config.keep_every == 0}
+    return stay | ({best} if best is not None else set())
