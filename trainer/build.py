@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 
 from data_pipeline.loader import Layout, Loader
-from trainer import base_pipeline, conditioning, networks
+from trainer import base_pipeline, conditioning, engine_settings, networks
 from trainer.attention import Choice, set_attention
 from trainer.budget import Budget, settled
 from trainer.checkpoint import Checkpoints, TrainState, read_pool, read_state, read_tensors
@@ -22,7 +23,7 @@ from trainer.diffusion.interleave import StepSchedule
 from trainer.diffusion.particles import ParticlePool
 from trainer.distributed import Ranks
 from trainer.ema import EMA
-from trainer.engine import Engine, State, resolve_precision
+from trainer.engine import Engine, State
 from trainer.errors import UserError, differences
 from trainer.mlflow_logger import MLflowLogger
 from trainer.models.sdxl import SDXLConfig
@@ -85,6 +86,10 @@ def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = 
     few_tag = {"notice.few_images": few} if few else {}
     if few and ranks.is_main:
         print(f"warning: {few}", file=sys.stderr)
+    precision = engine_settings.resolve_precision(config.engine.precision)
+    settings, unused = engine_settings.settings(config.engine, config.optimizer, layout, precision)
+    if unused and ranks.is_main:
+        print(f"warning: engine.deepspeed {config.engine.deepspeed}: not used: {', '.join(unused)}", file=sys.stderr)
     directory = Path(config.run_dir)
     checkpoints = Checkpoints(directory, config.checkpoint)
     refuse_another_run(config, directory)
@@ -97,11 +102,11 @@ def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = 
     text = conditioning.text_of(config, ranks.device)
     network = networks.denoiser(config, loader.index.shape, text).to(ranks.device)
     work = flops(network, loader.index.shape, conditioning_shapes(network))
-    dtype = torch.bfloat16 if resolve_precision(config.engine.precision) == "bf16" else torch.float32
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     attention = set_attention(network, config.engine.attention, dtype, ranks)
     if config.engine.compile:
         network.backbone.compile()
-    engine = Engine(network, config.engine, config.optimizer, layout.micro_batch_size, layout.accumulation, ranks.world)
+    engine = Engine(network, config.engine, config.optimizer, precision, settings)
     sigma_min = config.process.sigma_min
     c = config.consistency
     stride = _stride(config, layout)
@@ -111,14 +116,16 @@ def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = 
     if (path := checkpoints.latest()) is not None:
         state = read_state(path)
         for name in ema.averages:
-            engine.load(read_tensors(path, name), {}, state.step)
+            engine.load(read_tensors(path, name), {}, state.step, state.loss_scale)
             ema.averages[name] = [t.clone() for t in engine.masters]
         weights, moments = read_tensors(path, "weights"), read_tensors(path, "optimizer")
-        engine.load(weights, moments, state.step)
+        engine.load(weights, moments, state.step, state.loss_scale)
         rows = read_pool(path, layout.first_row(0) // stride, pool.rows)
         pool.load_state_dict({name: value.to(ranks.device) for name, value in rows.items()})
     budget = _budget(c, state)
     _claim(config, directory, ranks)
+    if ranks.is_main:
+        (directory / "deepspeed.json").write_text(json.dumps(settings, indent=2))
     return Run(
         config, directory, ranks, layout, loader, text, conditioning.conditioner(config), network, engine, attention, work, ema,
         ambient=AmbientLoss(config.levels, config.weight, config.process, config.ambient),

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from trainer.distributed import Ranks
 from trainer.errors import UserError, WorkFailed
+from trainer.loss_scale import LossScale
 from trainer.retention import CheckpointConfig, Tally, kept
 
 FORMAT = 2
@@ -32,7 +33,8 @@ State = dict[str, Tensor]
 class TrainState:
     """Where training is. step: optimiser steps done. samples: position in the data. evaluations: network evaluations
     of samples so far, over all ranks. seconds: time spent training, over all starts. shape: (C, H, W) of an image.
-    period: of consistency, once a budget has chosen it. tally: of the metric that checkpoints are judged by."""
+    period: of consistency, once a budget has chosen it. tally: of the metric that checkpoints are judged by. loss_scale: of
+    the step to come."""
 
     step: int
     samples: int
@@ -41,6 +43,7 @@ class TrainState:
     shape: tuple[int, int, int]
     period: int | None = None
     tally: Tally | None = None
+    loss_scale: LossScale = field(default_factory=LossScale)
 
 
 class Checkpoints:
@@ -170,7 +173,8 @@ def _best(scores: Mapping[int, float]) -> int | None:
 def state_from(data: dict[str, Any]) -> TrainState:
     """From what `asdict` made of one. Raises KeyError or TypeError for other data."""
     tally = Tally(**data["tally"]) if data.get("tally") else None
-    return TrainState(**{**data, "shape": tuple(data["shape"]), "tally": tally})
+    scale = LossScale(**data.get("loss_scale", {}))
+    return TrainState(**{**data, "shape": tuple(data["shape"]), "tally": tally, "loss_scale": scale})
 
 
 def read_state(path: Path) -> TrainState:

@@ -116,7 +116,7 @@ def arithmetic() -> Iterator[Finding]:
     """Products of matrices in bf16: against float32, and their speed."""
     import torch
 
-    from trainer.engine import resolve_precision
+    from trainer.engine_settings import resolve_precision
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     side = 4096 if device.type == "cuda" else 384

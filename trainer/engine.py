@@ -10,7 +10,8 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,11 @@ os.environ.setdefault("DS_LOG_LEVEL", "warning")
 import deepspeed
 import deepspeed.ops
 from deepspeed.utils import logger as deepspeed_logger
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from deepspeed.utils import safe_get_full_fp32_param
 
-from trainer.engine_config import MOST_IN_BUCKET, EngineConfig, OptimizerConfig
+from trainer.engine_config import MOST_IN_BUCKET, EngineConfig, OptimizerConfig, Precision
+from trainer.errors import UserError
+from trainer.loss_scale import FIRST, LossScale
 
 setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010  # skips probing for compilers: no fused operator of theirs is used
 deepspeed_logger.setLevel(logging.WARNING)
@@ -31,18 +34,6 @@ deepspeed_logger.setLevel(logging.WARNING)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 State = dict[str, Tensor]
 """Whole float32 CPU tensors of the trainable parameters, by name."""
-
-
-def resolve_precision(wanted: Literal["fp32", "bf16", "auto"]) -> Literal["fp32", "bf16"]:
-    """What `auto` is on this machine."""
-    if wanted != "auto":
-        return wanted
-    if torch.cuda.is_available():
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        known = getattr(torch.cpu, "get_capabilities", dict[str, bool])()
-        native = known.get("avx512_bf16", False) or known.get("amx_bf16", False)
-    return "bf16" if native else "fp32"
 
 
 class Engine:
@@ -53,61 +44,87 @@ class Engine:
         module: nn.Module,
         config: EngineConfig,
         optimizer: OptimizerConfig,
-        micro_batch_size: int,
-        accumulation: int,
-        world: int,
+        precision: Precision,
+        settings: dict[str, Any],
     ) -> None:
-        self.module, self.config, self.optimizer_config = module, config, optimizer
-        self.precision = resolve_precision(config.precision)
+        """precision: resolved. settings: of trainer.engine_settings. Raises UserError for what DeepSpeed refuses, or where
+        the optimiser that was asked for is not here."""
+        self.module, self.config, self.optimizer_config, self.precision = module, config, optimizer, precision
         self._named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         trainable = sum(p.numel() for p in self._named.values())
-        client = torch.optim.AdamW(
-            self._named.values(),
-            lr=optimizer.lr,
-            betas=optimizer.betas,
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-        )
-        settings: dict[str, Any] = {
-            "train_batch_size": micro_batch_size * accumulation * world,
-            "train_micro_batch_size_per_gpu": micro_batch_size,
-            "gradient_accumulation_steps": accumulation,
-            "gradient_clipping": optimizer.clip if config.zero_stage else 0.0,
-            # DeepSpeed's buffer is 2 GB of float32 on every rank, however small the model.
-            "zero_optimization": {"stage": config.zero_stage, "reduce_bucket_size": min(MOST_IN_BUCKET, trainable)},
-            # A plain torch optimiser: DeepSpeed's own would compile for a minute at the first start.
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "torch_autocast": {"enabled": self.precision == "bf16", "dtype": "bfloat16"},
-            "steps_per_print": 2**31,
-        }
+        # DeepSpeed's buffer is 2 GB of float32 on every rank, however small the model.
+        settings["zero_optimization"].setdefault("reduce_bucket_size", min(MOST_IN_BUCKET, trainable))
         os.environ.setdefault("LOCAL_RANK", "0")  # it asks for one, also of a process alone
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-        made = deepspeed.initialize(model=module, optimizer=client, config=settings)
+        client = self._adam(list(self._named.values()))
+        with _refusals_in_one_line(config):
+            made = deepspeed.initialize(model=module, optimizer=client, config=settings)
         self._engine: Any = made[0]
         self._zero: Any = made[1]  # ZeRO's optimizer around ours; at stage 0 ours itself
         self.grad_norm = torch.zeros(())
+        self.loss_scale = LossScale(FIRST if precision == "fp16" else 1.0)
+        # Its own scaler of float16 clips before it has unscaled, and never lowers the scale when ZeRO leaves a step out.
+        self._engine.torch_autocast_z0_gradscaler = self._zero.torch_autocast_gradscaler = None
+
+    def _adam(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        o = self.optimizer_config
+        options: dict[str, Any] = {"lr": o.lr, "betas": o.betas, "eps": o.eps, "weight_decay": o.weight_decay}
+        if self.config.adam == "torch":
+            return torch.optim.AdamW(parameters, **options)
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        try:
+            return DeepSpeedCPUAdam(parameters, adamw_mode=True, **options)
+        except Exception as error:  # of the compiler, of ninja, of torch: all kinds
+            raise UserError(
+                f"engine.adam cpu: DeepSpeed cannot compile it ({_first_line(error)}): install a C++ compiler and ninja, or set engine.adam=torch"
+            ) from None
 
     def __call__(self, *args: Any) -> Any:
         return self._engine(*args)
 
     def backward(self, loss: Tensor) -> None:
         """loss: a scalar, the mean over this micro-batch; means over accumulation and ranks are taken here."""
+        if self.precision == "fp16":
+            if self.config.zero_stage:  # it then unscales and clips
+                self._zero.override_loss_scale(self.loss_scale.scale)
+            else:
+                loss = loss * self.loss_scale.scale
         self._engine.backward(loss)
 
     def step(self, number: int) -> None:
-        """To be called once a micro-batch; the last of a step moves the weights, at the rate of step `number`."""
+        """To be called once a micro-batch; the last of a step moves the weights, at the rate of step `number`. It leaves
+        them where a gradient is not finite, and lowers `loss_scale`."""
         last = self._engine.is_gradient_accumulation_boundary()
         if last:
             for group in self._zero.param_groups:
                 group["lr"] = self.optimizer_config.rate(number)
-            if self.config.zero_stage == 0:  # here DeepSpeed clips without telling the norm
-                self.grad_norm = nn.utils.clip_grad_norm_(
-                    self._named.values(), self.optimizer_config.clip or float("inf")
-                )
+            if self.config.zero_stage == 0:
+                self._clip()
         self._engine.step()
         if last and self.config.zero_stage:
-            self.grad_norm = torch.as_tensor(self._engine.get_global_grad_norm())
+            if not self._zero.overflow:
+                self.grad_norm = torch.as_tensor(self._engine.get_global_grad_norm())
+            self._rescale(self._zero.overflow)
+
+    def _clip(self) -> None:
+        """At stage 0, where DeepSpeed clips without telling the norm."""
+        if self.precision == "fp16":
+            for p in self._named.values():
+                if p.grad is not None:
+                    p.grad.mul_(1 / self.loss_scale.scale)
+        norm = nn.utils.clip_grad_norm_(self._named.values(), self.optimizer_config.clip or float("inf"))
+        overflow = not bool(norm.isfinite())
+        if overflow:
+            for p in self._named.values():
+                p.grad = None  # the optimiser leaves these weights
+        else:
+            self.grad_norm = norm
+        self._rescale(overflow)
+
+    def _rescale(self, overflow: bool) -> None:
+        if overflow or self.precision == "fp16":
+            self.loss_scale = self.loss_scale.after(overflow)
 
     # State. Every method below is a collective: all ranks must call it.
 
@@ -137,35 +154,37 @@ class Engine:
 
     def moments(self) -> State:
         """Adam's moments, as `exp_avg.NAME` and `exp_avg_sq.NAME`; empty before the first step."""
-        if self.config.zero_stage == 0:
-            state = self._zero.state
-            return {f"{m}.{name}": _cpu(state[p][m]) for m in MOMENTS for name, p in self._named.items() if p in state}
-        if not any(self._base.state.get(flat) for flat in self._flat()):
+        shares, state = self._shares(), self._base.state
+        if not any(state.get(share) for share in shares):
             return {}
-        return {
-            f"{m}.{name}": _cpu(safe_get_full_optimizer_state(p, m)) for m in MOMENTS for name, p in self._named.items()
-        }
+        pairs = [
+            [state[s][m] for m in MOMENTS] if state.get(s) else [torch.zeros_like(s) for _ in MOMENTS] for s in shares
+        ]
+        found: State = {}
+        for i, moment in enumerate(MOMENTS):  # gathered as weights are, in their place for a moment
+            with self.replaced([pair[i] for pair in pairs]):
+                found |= {f"{moment}.{name}": value for name, value in self.weights().items()}
+        return found
 
-    def load(self, weights: State, moments: State, steps: int) -> None:
-        """Restores what `weights` and `moments` gave after `steps` steps, on any number of ranks and any stage."""
+    def load(self, weights: State, moments: State, steps: int, scale: LossScale) -> None:
+        """Restores what `weights` and `moments` gave after `steps` steps, on any number of ranks and any stage. scale:
+        `loss_scale` then; of it the count alone where either run was not in fp16."""
+        first = scale.scale if scale.scale > 1 else FIRST
+        self.loss_scale = replace(scale, scale=first if self.precision == "fp16" else 1.0)
+        steps -= scale.skipped
         if missing := self._named.keys() ^ weights.keys():
             raise ValueError(
                 f"the checkpoint's parameters are not this model's: {sorted(missing)[0]} and {len(missing) - 1} more"
             )
-        if self.config.zero_stage and moments:
-            for flat in self._flat():
-                self._base.state[flat] = {
-                    "step": torch.tensor(float(steps)),
-                    **{m: torch.zeros_like(flat) for m in MOMENTS},
-                }
-            if self.config.zero_stage < 3:
-                self._zero._lazy_init_hp_params_optimizer_state()
-        for name, p in self._named.items():
-            self._set(p, weights[name], None)
-            for m in MOMENTS if moments else ():
-                self._set(p, moments[f"{m}.{name}"], m)
-            if self.config.zero_stage == 0 and moments:
-                self._zero.state[p]["step"] = torch.tensor(float(steps))
+        if moments:
+            split: list[list[Tensor]] = []
+            for moment in MOMENTS:  # split as weights are
+                self._set({name: moments[f"{moment}.{name}"] for name in self._named})
+                split.append([t.clone() for t in self.masters])
+            for share, m, v in zip(self._shares(), *split, strict=True):
+                step = steps if self.config.adam == "cpu" else torch.tensor(float(steps))
+                self._base.state[share] = {"step": step, "exp_avg": m, "exp_avg_sq": v}
+        self._set(weights)
         if self.config.zero_stage == 3:
             for low, high in zip(self._zero.fp16_partitioned_groups_flat, self._flat(), strict=True):
                 low.data.copy_(high.data)
@@ -173,26 +192,27 @@ class Engine:
                 kept_whole[0].partition(kept_whole)
                 kept_whole[0].all_gather(kept_whole)
 
-    def _set(self, p: nn.Parameter, value: Tensor, moment: str | None) -> None:
-        value = value.to(p.device, torch.float32)
-        if self.config.zero_stage == 0:
-            if moment is None:
+    def _set(self, weights: State) -> None:
+        """Whole weights, into what the optimiser updates; at stages 0 to 2 also into the module."""
+        for name, p in self._named.items():
+            value = weights[name].to(p.device, torch.float32)
+            if self.config.zero_stage < 3:
+                if self.config.zero_stage:
+                    p.set_full_hp_param(value)  # pyright: ignore[reportAttributeAccessIssue]
                 p.data.copy_(value)
-            else:
-                self._zero.state.setdefault(p, {})[moment] = value.clone()
-        elif self.config.zero_stage < 3:
-            p.set_full_hp_param(value, moment)  # pyright: ignore[reportAttributeAccessIssue]
-            if moment is None:
-                p.data.copy_(value)
-        else:  # ZeRO-3 has no setter for a whole value whose size its ranks do not divide
-            share: int = p.ds_tensor.numel()  # pyright: ignore[reportAttributeAccessIssue]
-            padded = nn.functional.pad(value.flatten(), (0, share * torch.distributed.get_world_size() - value.numel()))
-            rank = torch.distributed.get_rank()
-            self._zero.set_local_hp_param(padded[rank * share : (rank + 1) * share], p, moment)
+            else:  # ZeRO-3 has no setter for a whole value whose size its ranks do not divide
+                share: int = p.ds_tensor.numel()  # pyright: ignore[reportAttributeAccessIssue]
+                world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+                padded = nn.functional.pad(value.flatten(), (0, share * world - value.numel()))
+                self._zero.set_local_hp_param(padded[rank * share : (rank + 1) * share], p)
 
     @property
     def _base(self) -> torch.optim.Optimizer:
-        return self._zero.optimizer
+        return self._zero.optimizer if self.config.zero_stage else self._zero
+
+    def _shares(self) -> list[Tensor]:
+        """What the optimiser has as parameters: the keys of its state, one for each of `masters`."""
+        return self._flat() if self.config.zero_stage else list(self._named.values())
 
     def _flat(self) -> list[Tensor]:
         return (
@@ -205,3 +225,20 @@ class Engine:
 def _cpu(value: Tensor | None) -> Tensor:
     assert value is not None, "a trainable parameter is known to ZeRO"
     return value.detach().float().cpu().clone()
+
+
+@contextmanager
+def _refusals_in_one_line(config: EngineConfig) -> Iterator[None]:
+    """Of a file of DeepSpeed's settings, which may ask for anything; our own settings may not fail."""
+    try:
+        yield
+    except Exception as error:
+        if config.deepspeed is None:
+            raise
+        raise UserError(
+            f"engine.deepspeed: {config.deepspeed}: DeepSpeed refuses it: {_first_line(error)}; change it there"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Attention = Literal["auto", "xformers", "sdpa"]
+Precision = Literal["fp32", "bf16", "fp16", "auto"]
 
 MOST_IN_BUCKET = 500_000_000
 """Elements of the buffer in which ZeRO collects gradients, at most, as DeepSpeed has it; a small model needs less."""
@@ -14,14 +15,21 @@ MOST_IN_BUCKET = 500_000_000
 @dataclass(frozen=True)
 class EngineConfig:
     """zero_stage: what DeepSpeed shards over ranks: 0 nothing, 1 the optimiser, 2 and gradients, 3 and parameters.
-    precision: of the network's arithmetic; bf16 is by autocast, around float32 weights; auto is bf16 where the device
-    multiplies it natively, else fp32 (a CPU that emulates bf16 takes ten times as long).
+    precision: of the network's arithmetic; bf16 and fp16 are by autocast, around float32 weights; fp16 scales the loss, and
+    leaves out steps that overflow; auto is bf16 where the device multiplies it natively, else fp32 (a CPU that emulates bf16
+    takes ten times as long).
+    offload_optimizer: Adam's moments and step are the CPU's, at stages 1 to 3.
+    adam: by torch; cpu is DeepSpeed's for offload_optimizer, compiled when first used.
+    deepspeed: a JSON file of DeepSpeed's settings, merged below these fields; see docs/deepspeed.md.
     attention: by xformers, or by torch's scaled_dot_product_attention; auto is xformers where a probe on the device finds
     that it runs, agrees with SDPA and is not slower.
     compile: the network by torch.compile; the first steps take minutes, and a compiler is needed."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
-    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    precision: Precision = "fp32"
+    offload_optimizer: bool = False
+    adam: Literal["torch", "cpu"] = "torch"
+    deepspeed: str | None = None
     attention: Attention = "auto"
     compile: bool = False
 
@@ -29,6 +37,12 @@ class EngineConfig:
         if self.compile and self.zero_stage == 3:
             raise ValueError(
                 "compile cannot be used with zero_stage 3, whose weights come and go: choose stage 2, or set compile to false"
+            )
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3, not 0")
+        if self.adam == "cpu" and not self.offload_optimizer:
+            raise ValueError(
+                "adam cpu updates weights in the CPU's memory: set offload_optimizer to true, or adam to torch"
             )
 
 

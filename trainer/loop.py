@@ -34,7 +34,7 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
     """
     config, ranks, engine, layout = run.config, run.ranks, run.engine, run.layout
     meter, preview = Meter(ranks), Preview(run)
-    utilization = Utilization(run.denoiser, run.flops, ranks, engine.precision == "bf16")
+    utilization = Utilization(run.denoiser, run.flops, ranks, engine.precision in ("bf16", "fp16"))
     collapse = guard.CollapseGuard(config.consistency) if config.consistency else None
     begun, before = time.perf_counter(), run.state
     judge = Judge(config.checkpoint, before.tally)
@@ -67,12 +67,18 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
             evaluations = (run.denoiser.evaluations - evaluations_before) * ranks.world
             seconds = before.seconds + time.perf_counter() - begun
             run.state = TrainState(
-                done, done * layout.batch_size, before.evaluations + evaluations, seconds, before.shape, period
-            )
+                done, done * layout.batch_size, before.evaluations + evaluations, seconds, before.shape, period,
+                loss_scale=engine.loss_scale,
+            )  # fmt: skip
             flags = ranks.any({"stop": stop(), "not_finite": not bool(finite)})
             if flags["not_finite"]:
                 raise WorkFailed(
                     f"the loss is not finite at step {done}; samples of rank {ranks.rank}: {' '.join(keys[:8])}...; the last good checkpoint is {run.checkpoints.latest() or 'none'}; try a lower optimizer.lr or consistency.weight"
+                )
+
+            if engine.loss_scale.scale < 1:
+                raise WorkFailed(
+                    f"the gradients are not finite at step {done}, {'however the loss is scaled' if engine.precision == 'fp16' else 'though the loss is'}; the last good checkpoint is {run.checkpoints.latest() or 'none'}; try a lower optimizer.lr, or engine.precision=fp32"
                 )
 
             bar.update()
@@ -85,6 +91,9 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
                     "progress/network_evaluations": float(run.state.evaluations),
                     "progress/seconds": run.state.seconds,
                 }
+                if engine.precision == "fp16":
+                    report["optimizer/loss_scale"] = engine.loss_scale.scale
+                    report["optimizer/skipped_steps"] = float(engine.loss_scale.skipped)
                 if config.data.on_error == "skip":
                     skipped = torch.tensor(float(run.loader.skipped), device=ranks.device)
                     report["data/skipped_samples"] = float(ranks.sum(skipped))

@@ -169,8 +169,9 @@ class MLflowLogger:
             client.log_artifact(run.info.run_id, str(self._run_dir / "config.yaml"))
         else:
             client.update_run(self._state["run_id"], status="RUNNING")
-        if (changes := self._run_dir / "changes.diff").is_file():
-            client.log_artifact(self._state["run_id"], str(changes))
+        for name in ("changes.diff", "deepspeed.json"):
+            if (file := self._run_dir / name).is_file():
+                client.log_artifact(self._state["run_id"], str(file))
         client.log_batch(self._state["run_id"], tags=[RunTag(name, value) for name, value in self._tags.items()])
         return client
 
