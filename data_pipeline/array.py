@@ -33,7 +33,8 @@ class ShardJob(Resumable):
 
     def __call__(self) -> None:
         source = open_source(self.work.request.source)
-        check_source(source, self.work.plan)
+        planned = self.work.plan
+        check_source(source, planned.request, planned.count, planned.keys)
         done = finished(self.work.output, self.numbers)
         missing = [number for number in self.numbers if number not in done]
         write_shards(self.work, source, missing, self.workers, lambda _: None, _say)

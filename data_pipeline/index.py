@@ -38,7 +38,8 @@ class ShardIndex:
     shapes: (C, H, W) of the observations; several for latents in aspect-ratio buckets. sigma_min, sigma_max: the range of sigma_n. request: what was asked of
     `data_pipeline.shard` (source, corruption, seed, size...), to tell whether a later call asks for the same. schema: the
     members of a sample, with dtype and shape or fields. rejected: images of the source that could not be used. text: with latents of
-    captioned images, what OUTPUT/text/ has: its encoders' identity and how many captions.
+    captioned images, what OUTPUT/text/ has: its encoders' identity and how many captions. keys: SHA-256 of the names of the source's images,
+    to tell whether it is still the same.
     """
 
     shards: tuple[Shard, ...]
@@ -49,6 +50,7 @@ class ShardIndex:
     schema: dict[str, Any] = field(default_factory=dict[str, Any])
     rejected: int = 0
     text: dict[str, Any] | None = None
+    keys: str = ""
 
     @property
     def samples(self) -> int:
@@ -92,7 +94,7 @@ def write_index(folder: str, index: ShardIndex) -> None:
         "format": FORMAT, "samples": index.samples, "bytes": index.bytes,
         "checksum": index.checksum, "shapes": index.shapes, "sigma_min": index.sigma_min, "sigma_max": index.sigma_max,
         "seed": index.request.get("seed"), "corruption": index.request.get("corruption"), "schema": index.schema,
-        "rejected": index.rejected, "request": index.request, **({"text": index.text} if index.text else {}),
+        "rejected": index.rejected, "request": index.request, "keys": index.keys, **({"text": index.text} if index.text else {}),
     }  # fmt: skip
     shards = ",\n  ".join(json.dumps(_plain(shard)) for shard in index.shards)
     text = json.dumps(head, indent=1).removesuffix("\n}") + f',\n "shards": [\n  {shards}\n ]\n}}\n'
@@ -125,7 +127,7 @@ def read_index(folder: str | Path) -> ShardIndex:
         missing = [shard.name for shard in index.shards if shard.name not in there]
         if missing:
             raise UserError(
-                f"{folder}: {len(missing)} of {len(index.shards)} shards are missing, first {missing[0]}: shard again"
+                f"{folder}: {len(missing)} of {len(index.shards)} shards are missing, first {missing[0]}: remove the folder, or choose another, and shard again"
             )
     return index
 
@@ -135,7 +137,9 @@ def parse_index(path: str, content: bytes) -> ShardIndex:
     try:
         data = json.loads(content)
         if data["format"] != FORMAT:
-            raise UserError(f"{path}: format {data['format']}, this version reads {FORMAT}: shard again")
+            raise UserError(
+                f"{path}: format {data['format']}, this version reads {FORMAT}: remove the folder, or choose another, and shard again"
+            )
         index = ShardIndex(
             shards=tuple(Shard(**shard) for shard in data["shards"]),
             shapes=tuple(tuple(shape) for shape in data["shapes"]),
@@ -145,26 +149,39 @@ def parse_index(path: str, content: bytes) -> ShardIndex:
             schema=dict(data.get("schema", {})),
             rejected=int(data.get("rejected", 0)),
             text=dict(data["text"]) if data.get("text") else None,
+            keys=str(data.get("keys", "")),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not a shard index ({type(error).__name__}: {error}): shard again") from None
+        raise UserError(
+            f"{path}: not a shard index ({type(error).__name__}: {error}): remove the folder, or choose another, and shard again"
+        ) from None
     numbers = [number for shard in index.shards for number in (shard.samples, shard.bytes)]
     numbers += [side for shape in index.shapes for side in shape]
     if any(len(shape) != 3 for shape in index.shapes) or any(type(n) is not int or n < 1 for n in numbers):
-        raise UserError(f"{path}: shapes, samples and bytes must be whole numbers, at least 1: shard again")
+        raise UserError(
+            f"{path}: shapes, samples and bytes must be whole numbers, at least 1: remove the folder, or choose another, and shard again"
+        )
     if any(type(shard.shape) is not int for shard in index.shards) or (
         index.shards and {shard.shape for shard in index.shards} != set(range(len(index.shapes)))
     ):
-        raise UserError(f"{path}: its shards are not of its {len(index.shapes)} shapes: shard again")
+        raise UserError(
+            f"{path}: its shards are not of its {len(index.shapes)} shapes: remove the folder, or choose another, and shard again"
+        )
     if not all(type(text) is str for shard in index.shards for text in (shard.name, shard.sha256)):
-        raise UserError(f"{path}: a name or a checksum that is not text: shard again")
+        raise UserError(
+            f"{path}: a name or a checksum that is not text: remove the folder, or choose another, and shard again"
+        )
     if not 0 <= index.sigma_min <= index.sigma_max < math.inf:
-        raise UserError(f"{path}: a level that is not a number: shard again")
+        raise UserError(f"{path}: a level that is not a number: remove the folder, or choose another, and shard again")
     names = {shard.name for shard in index.shards}
     if any(os.path.basename(name) != name for name in names):
         raise UserError(f"{path}: a shard's name has a folder in it, which no index that we write has")
     if any(len(shard.sha256) != 64 or not shard.sha256.isalnum() for shard in index.shards):
-        raise UserError(f"{path}: a checksum that is not 64 hexadecimal digits: shard again")
+        raise UserError(
+            f"{path}: a checksum that is not 64 hexadecimal digits: remove the folder, or choose another, and shard again"
+        )
     if not names or len(names) != len(index.shards):
-        raise UserError(f"{path}: no shards, or two with the same name: shard again")
+        raise UserError(
+            f"{path}: no shards, or two with the same name: remove the folder, or choose another, and shard again"
+        )
     return index

@@ -28,6 +28,8 @@ from trainer.errors import UserError, differences
 
 NAME = "plan.json"
 FORMAT = 2
+LARGEST = 8192
+"""Pixels a side of an observation: 400 MB in colour."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Request:
         }.items():
             if value is not None and value < 1:
                 raise UserError(f"{name} {value}: must be at least 1")
+        if self.size is not None and self.size > LARGEST:
+            raise UserError(f"--size {self.size}: must be at most {LARGEST}")
         if self.latents is not None:
             check_channels(self.channels)
             check_corruption(self.corruption)
@@ -147,13 +151,14 @@ def digest_of_keys(source: Source, count: int) -> str:
     return digest.hexdigest()
 
 
-def check_source(source: Source, plan: Plan) -> None:
-    """Raises UserError when the source no longer has the images that were planned: shards would hold other ones."""
-    count = used(source, plan.request["limit"])
-    if count != plan.count or digest_of_keys(source, count) != plan.keys:
-        now = f"{count} images, not {plan.count}" if count != plan.count else "images of other names"
+def check_source(source: Source, request: dict[str, Any], count: int, keys: str) -> None:
+    """Raises UserError when the source no longer has the images that were planned: shards would hold other ones. request,
+    count, keys: of the plan, or of the index."""
+    there = used(source, request["limit"])
+    if there != count or digest_of_keys(source, there) != keys:
+        now = f"{there} images, not {count}" if there != count else "images of other names"
         raise UserError(
-            f"SOURCE {plan.request['source']}: it has {now}, since OUTPUT was begun: bring them back, or choose another OUTPUT"
+            f"SOURCE {request['source']}: it has {now}, since OUTPUT was begun: bring them back, or choose another OUTPUT"
         )
 
 

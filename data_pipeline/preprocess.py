@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -61,20 +61,21 @@ class Limit:
         if len(found) > (self.asked if self.asked >= 1 else self.asked * count):
             records.write_rejected(output, found)
             raise WorkFailed(
-                f"{output}: {len(found)} of {count} images were rejected, more than --max-rejected {self.asked:g}; see {storage.join(output, index.REJECTED)}; the first is {found[0].key}: {found[0].reason}; mend or remove them, or run again with a higher --max-rejected"
+                f"{output}: at least {len(found)} of {count} images were rejected, more than --max-rejected {self.asked:g}; see {storage.join(output, index.REJECTED)}; the first is {found[0].key}: {found[0].reason}; mend or remove them, or run again with a higher --max-rejected"
             )
 
 
 def preprocess(request: Request, output: str, max_rejected: float, means: Means) -> ShardIndex:
     """Writes OUTPUT, or returns its index where it already holds what is asked for. See `shard.shard` for the errors."""
     limit, asked = Limit(max_rejected), request.recorded()
+    _refuse_places(request.source, output)
     local = storage.local_path(output)
     if local is not None:
         output = str(local)
         if local.exists() and not local.is_dir():
             raise UserError(f"OUTPUT {output}: is a file; give a folder")
     if storage.exists(storage.join(output, index.NAME)):
-        return _complete(output, asked)
+        return _complete(request, output)
     records.refuse_other_files(output)
     planned = plan.read_plan(output)
     if planned is not None:
@@ -84,7 +85,7 @@ def preprocess(request: Request, output: str, max_rejected: float, means: Means)
         if planned is None:
             planned = _first_plan(request, source, output, limit)
             plan.write_plan(output, planned)
-        plan.check_source(source, planned)
+        plan.check_source(source, planned.request, planned.count, planned.keys)
         try:
             return _work(Work(request, planned, output), source, limit, means)
         except KeyboardInterrupt:
@@ -92,9 +93,34 @@ def preprocess(request: Request, output: str, max_rejected: float, means: Means)
             raise
 
 
-def _complete(output: str, asked: dict[str, Any]) -> ShardIndex:
+def _refuse_places(source: str, output: str) -> None:
+    """Raises UserError for an OUTPUT that would become a part of SOURCE, or is none."""
+    if not output.strip():
+        raise UserError("OUTPUT: is empty (a variable that is not set?): give a folder")
+    one, other = storage.local_path(source), storage.local_path(output)
+    if one and other and one.is_dir() and other.resolve().is_relative_to(one.resolve()):
+        raise UserError(
+            f"OUTPUT {output}: lies in SOURCE {source}, and would become a part of it: choose another place"
+        )
+
+
+def _complete(request: Request, output: str) -> ShardIndex:
+    """Raises UserError for shards that are damaged, or of other settings, or of a source that has other images by now."""
     there = index.read_index(output)
-    plan.refuse_another(output, there.request, asked)
+    plan.refuse_another(output, there.request, request.recorded())
+    if storage.local_path(output) is not None:
+        for shard in there.shards:
+            if (size := storage.size_of(storage.join(output, shard.name))) != shard.bytes:
+                raise UserError(
+                    f"{storage.join(output, shard.name)}: {size} bytes, the index says {shard.bytes}: remove the folder, or choose another, and shard again"
+                )
+    if there.keys and not request.source.startswith("packaged:"):  # those do not change
+        try:
+            source = open_source(request.source)
+        except UserError as error:
+            print(f"warning: {error}; its shards are there, and are taken as they are", file=sys.stderr)
+        else:
+            plan.check_source(source, there.request, there.samples + there.rejected, there.keys)
     planned = plan.read_plan(output)
     if planned is not None:  # killed between the index and the end
         records.clean_up(output)

@@ -151,6 +151,7 @@ def merge(output: str, work: Plan, records: Iterable[Record], text: dict[str, An
         },
         rejected=len(rejected),
         text=text,
+        keys=work.keys,
     )
     index.write_index(output, whole)
     clean_up(output)

@@ -32,6 +32,8 @@ def open_source(name: str) -> Source:
 
     Folders are searched recursively, in the order of their paths; hidden files are passed over, linked folders not
     entered. Listing opens no image. Raises UserError where nothing fits, or more than one thing does."""
+    if not name.strip():
+        raise UserError(f"SOURCE: is empty (a variable that is not set?): give {UNDERSTOOD}")
     if name.startswith("packaged:"):
         return _packaged(name.removeprefix("packaged:"))
     if "{" in name and not storage.exists(name):

@@ -153,7 +153,7 @@ def _write(number: int) -> Record:
     work, counter, stop = _state
     if _source is None:  # here, not in _start, whose errors would be lost
         _source = open_source(work.request.source)
-        check_source(_source, work.plan)
+        check_source(_source, work.plan.request, work.plan.count, work.plan.keys)
 
     def on_image() -> None:
         if stop.is_set():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -124,7 +125,7 @@ def test_a_second_call_reuses_and_another_request_is_refused(pictures: Path, tmp
         (["{pictures}", "{out}", "--sigma", "0.5", "--size", "0"], "--size 0"),
         (["{pictures}", "{out}", "--sigma", "0.5", "--limit", "0"], "--limit 0"),
         (["{pictures}", "{out}", "--sigma", "0.5", "--channels", "0"], "--channels 0: must be at least 1"),
-        (["{pictures}", "{pictures}", "--sigma", "0.5"], "holds other files"),
+        (["{pictures}", "{tmp}/sizes", "--sigma", "0.5"], "holds other files"),
         (["{pictures}", "{tmp}/sizes/a.png", "--sigma", "0.5"], "is a file; give a folder"),
         (["{pictures}", "{out}", "--sigma", "0.5", "--workers", "0"], "--workers 0: must be at least 1"),
         (["{pictures}", "{out}", "--sigma", "0.5", "--max-rejected", "-1"], "--max-rejected -1: must be a share"),
@@ -140,6 +141,9 @@ def test_a_second_call_reuses_and_another_request_is_refused(pictures: Path, tmp
             "--jobs 0: must be at least",
         ),
         (["{pictures}", "{out}", "--sigma", "0.5", "--cluster", "{cluster}", "--workers", "2"], "cpus_per_task"),
+        (["", "{out}", "--sigma", "0.5"], "SOURCE: is empty (a variable that is not set?)"),
+        (["{pictures}", "", "--sigma", "0.5"], "OUTPUT: is empty (a variable that is not set?)"),
+        (["{pictures}", "{out}", "--sigma", "0.5", "--size", "9000"], "--size 9000: must be at most 8192"),
         (["{tmp}/alike", "{out}", "--sigma", "0.5"], "would both be named a__b_png"),
     ],
 )
@@ -179,3 +183,36 @@ def test_images_that_had_to_be_enlarged_are_counted_aloud(
         shard(str(tmp_path / "in"), tmp_path / str(size), Gaussian(0.4), size=size, workers=2)
         said = capsys.readouterr().err
         assert (f"warning: {count} of 62 images had fewer pixels than --size {size}" in said) == bool(count)
+
+
+def test_shards_of_a_source_that_changed_since_are_not_taken_for_it(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(pictures, source)
+    before = shard(str(source), output, Gaussian(0.4))
+    assert shard(str(source), output, Gaussian(0.4)) == before
+    shutil.copy(source / "disc 00.png", source / "more.png")
+    with pytest.raises(UserError, match="it has 61 images, not 60, since OUTPUT was begun"):
+        shard(str(source), output, Gaussian(0.4))
+    (source / "disc 00.png").unlink()
+    with pytest.raises(UserError, match="it has images of other names"):
+        shard(str(source), output, Gaussian(0.4))
+    shutil.rmtree(source)
+    assert shard(str(source), output, Gaussian(0.4)) == before
+    assert "no such folder or file" in capsys.readouterr().err
+
+
+def test_damaged_shards_are_not_taken_for_done(pictures: Path, tmp_path: Path) -> None:
+    shard(str(pictures), tmp_path / "out", Gaussian(0.4), shard_size=20)
+    os.truncate(tmp_path / "out" / "shard-000001.tar", 3000)
+    with pytest.raises(UserError, match=r"shard-000001\.tar: 3000 bytes, the index says \d+: remove the folder, or"):
+        shard(str(pictures), tmp_path / "out", Gaussian(0.4), shard_size=20)
+
+
+def test_an_output_inside_the_source_would_become_a_part_of_it(pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(pictures)
+    for inside in (pictures / "out", tmp_path / "link" / "out", pictures):
+        with pytest.raises(UserError, match="lies in SOURCE"):
+            shard(str(pictures), inside, Gaussian(0.4))
+        assert not (pictures / "out").exists()

@@ -61,7 +61,7 @@ def test_too_many_are_one_line_with_the_first_reason_and_a_higher_limit_goes_on(
     assert errors.run(lambda: main([*arguments, "--max-rejected", "8"])) == 1
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith(
-        f"failed: {output}: 9 of 60 images were rejected, more than --max-rejected 8; see {output}/rej"
+        f"failed: {output}: at least 9 of 60 images were rejected, more than --max-rejected 8; see {output}/rej"
     )
     assert "the first is disc 03_png: " in message
     assert len(reasons(output)) == 9
