@@ -62,7 +62,7 @@ def test_a_folder_gets_a_png_an_image_and_keeps_those_that_it_has(
     assert list(first) == [*(f"{i:06d}.png" for i in range(7)), "sampling.json"]
     (folder / "000004.png").unlink()
     assert draw(8) == 0
-    assert "8 images of step 6; 6 of them were there" in capfd.readouterr().out
+    assert "; 6 of them were there" in capfd.readouterr().out
     then = files_in(folder)
     assert {name for name in then if then[name] != first.get(name)} == {"000004.png", "000007.png"}
     assert then["000004.png"][0] == first["000004.png"][0]
@@ -84,7 +84,7 @@ def test_two_processes_draw_the_files_that_one_draws(train: Train, tmp_path: Pat
     command = [*launcher, "-m", "trainer.sample", *words]
     both = subprocess.run([*command, str(tmp_path / "two")], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert both.returncode == 0, both.stderr
-    assert "150 images of step 6; 0 of them were there" in both.stdout
+    assert "; 0 of them were there" in both.stdout
     one, two = files_in(tmp_path / "one"), files_in(tmp_path / "two")
     assert {name: data for name, (data, _) in one.items()} == {name: data for name, (data, _) in two.items()}
     grid = subprocess.run([*command, str(tmp_path / "a.png")], cwd=ROOT, capture_output=True, text=True, timeout=300)
