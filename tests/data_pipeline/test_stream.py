@@ -142,8 +142,9 @@ def test_nothing_is_left_when_a_stream_ends(how: str, workers: int, shards: Path
 
 def test_ctrl_c_ends_the_background_processes(shards: Path) -> None:
     program = f"""
-import psutil, sys, time, torch
+import psutil, signal, sys, time, torch
 from data_pipeline.loader import DataConfig, Layout, Loader
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
 stream = Loader(DataConfig({str(shards)!r}, workers=2), Layout(8, 8, 0, 1), 0, torch.device("cpu")).stream(0)
 next(stream)
 print(*(child.pid for child in psutil.Process().children()), flush=True)
