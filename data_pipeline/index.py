@@ -132,6 +132,15 @@ def read_index(folder: str | Path) -> ShardIndex:
     return index
 
 
+def wrong_size(folder: str, index: ShardIndex) -> tuple[Shard, int] | None:
+    """The first shard of a local folder that has not the size that the index says, and its size; None where all have, or
+    the folder is remote."""
+    if storage.local_path(folder) is None:
+        return None
+    sizes = ((shard, storage.size_of(storage.join(folder, shard.name))) for shard in index.shards)
+    return next((found for found in sizes if found[1] != found[0].bytes), None)
+
+
 def parse_index(path: str, content: bytes) -> ShardIndex:
     """What `read_index` returns, without a look at the shards. path: for the messages."""
     try:

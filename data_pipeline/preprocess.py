@@ -108,12 +108,11 @@ def _complete(request: Request, output: str) -> ShardIndex:
     """Raises UserError for shards that are damaged, or of other settings, or of a source that has other images by now."""
     there = index.read_index(output)
     plan.refuse_another(output, there.request, request.recorded())
-    if storage.local_path(output) is not None:
-        for shard in there.shards:
-            if (size := storage.size_of(storage.join(output, shard.name))) != shard.bytes:
-                raise UserError(
-                    f"{storage.join(output, shard.name)}: {size} bytes, the index says {shard.bytes}: remove the folder, or choose another, and shard again"
-                )
+    if (damaged := index.wrong_size(output, there)) is not None:
+        shard, size = damaged
+        raise UserError(
+            f"{storage.join(output, shard.name)}: {size} bytes, the index says {shard.bytes}: remove the folder, or choose another, and shard again"
+        )
     if there.keys and not request.source.startswith("packaged:"):  # those do not change
         try:
             source = open_source(request.source)

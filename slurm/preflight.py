@@ -81,7 +81,7 @@ def _ranks(point: Point, cluster: ClusterConfig) -> None:
 
 def _model(point: Point, cluster: ClusterConfig) -> None:
     """The shards' index, and a model for their shapes, without its memory; of an sdxl also that its base made the shards."""
-    from data_pipeline.index import read_index
+    from data_pipeline.index import read_index, wrong_size
     from data_pipeline.storage import local_path
     from trainer import base_pipeline
     from trainer.models.sdxl import SDXLConfig
@@ -90,9 +90,9 @@ def _model(point: Point, cluster: ClusterConfig) -> None:
     shards = point.config.data.shards
     local = local_path(shards)
     index = read_index(str(local or shards))
-    for shard in index.shards:
-        if local and (size := (local / shard.name).stat().st_size) != shard.bytes:
-            raise UserError(f"data.shards {shards}: {shard.name} has {size} bytes, not {shard.bytes}: shard again")
+    if (damaged := wrong_size(str(local or shards), index)) is not None:
+        shard, size = damaged
+        raise UserError(f"data.shards {shards}: {shard.name} has {size} bytes, not {shard.bytes}: shard again")
     if isinstance(point.config.model, SDXLConfig):
         base_pipeline.check_data(point.config.model, index, shards)
     for shape in index.shapes:

@@ -123,9 +123,7 @@ def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = 
         rows = read_pool(path, layout.first_row(0) // stride, pool.rows)
         pool.load_state_dict({name: value.to(ranks.device) for name, value in rows.items()})
     budget = _budget(c, state)
-    _claim(config, directory, ranks)
-    if ranks.is_main:
-        (directory / "deepspeed.json").write_text(json.dumps(settings, indent=2))
+    _claim(config, settings, directory, ranks)
     return Run(
         config, directory, ranks, layout, loader, text, conditioning.conditioner(config), network, engine, attention, work, ema,
         ambient=AmbientLoss(config.levels, config.weight, config.process, config.ambient),
@@ -213,11 +211,12 @@ def _fixed(config: RunConfig) -> dict[str, object]:
     return {name: value for name, value in flatten(to_data(config)) if not name.startswith((*MAY_CHANGE, "run_dir"))}
 
 
-def _claim(config: RunConfig, directory: Path, ranks: Ranks) -> None:
-    """Writes config.yaml, once all that it asks for could be built."""
+def _claim(config: RunConfig, settings: Mapping[str, object], directory: Path, ranks: Ranks) -> None:
+    """Writes config.yaml, once all that it asks for could be built, and what DeepSpeed was told."""
     if ranks.is_main:
         try:
             (directory / "config.yaml").write_text(to_yaml(config))
+            (directory / "deepspeed.json").write_text(json.dumps(settings, indent=2))
         except OSError as error:
             raise UserError(f"run_dir {directory}: cannot be written: {error.strerror}") from None
     ranks.barrier()

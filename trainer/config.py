@@ -100,9 +100,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         base_data = _read(path.parent / str(base))
         if "base" in base_data:
             raise UserError(f"{path.parent / str(base)}: base: has a base of its own; one level only")
-        data = _merge(base_data, data)
+        data = merge(base_data, data)
     for override in overrides:
-        data = _merge(data, _parse_override(override))
+        data = merge(data, _parse_override(override))
     return parse(data, str(path))
 
 
@@ -146,7 +146,7 @@ def _read(path: Path) -> dict[str, Any]:
     return data
 
 
-def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+def merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
     """high over low. A mapping that names another `kind` replaces the one below it, whose fields would not fit."""
     merged = dict(low)
     for name, value in high.items():
@@ -156,7 +156,7 @@ def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
             and isinstance(value, dict)
             and value.get("kind", below.get("kind")) == below.get("kind")
         ):
-            merged[name] = _merge(below, value)
+            merged[name] = merge(below, value)
         else:
             merged[name] = value
     return merged

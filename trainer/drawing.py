@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data_pipeline import storage
 from trainer import base_pipeline, conditioning
 from trainer.diffusion.sampling import Sampler
 from trainer.distributed import Ranks
@@ -111,10 +112,7 @@ def _claim(folder: Path, record: dict[str, Any]) -> None:
             return
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"--out {folder}: holds other files: choose a new folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        partial_file = folder / f".{RECORD}.partial"
-        partial_file.write_text(json.dumps(record, indent=2) + "\n")
-        os.replace(partial_file, path)
+        storage.write_atomically(str(path), (json.dumps(record, indent=2) + "\n").encode())
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be written: {error.strerror}") from None
 
@@ -130,7 +128,6 @@ def _check(folder: Path, record: dict[str, Any]) -> None:
 
 
 def _save(pixels: Any, path: Path) -> None:
-    partial_file = path.with_name(f".{path.name}.partial")
-    with partial_file.open("wb") as file:
-        Image.fromarray(pixels).save(file, "PNG")
-    os.replace(partial_file, path)
+    data = BytesIO()
+    Image.fromarray(pixels).save(data, "PNG")
+    storage.write_atomically(str(path), data.getvalue())

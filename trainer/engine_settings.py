@@ -7,7 +7,6 @@ otherwise. So there is one place for each number, and the file adds what we have
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from data_pipeline.loader import Layout
+from trainer.config import flatten, merge
 from trainer.engine_config import EngineConfig, OptimizerConfig, Precision
 from trainer.errors import UserError
 
@@ -69,7 +69,7 @@ def settings(
     given = _without_auto(_read(Path(config.deepspeed), where))
     owned = _owned(config, optimizer, layout, precision)
     unused: list[str] = []
-    for name, value in _leaves(given):
+    for name, value in flatten(given):
         top, _, inner = name.partition(".")
         if (owner := owned.get(name)) is not None:
             if owner.value is not None and not _equal(value, owner.value):
@@ -87,7 +87,7 @@ def settings(
         elif top == "zero_optimization" and (held := set(inner.split(".")) & {*ELSEWHERE}):
             raise UserError(f"{where}: {name}: checkpoints cannot hold the state of {held.pop()}; remove it")
     kept = {name: value for name, value in given.items() if name in MERGED}
-    return _over(told, kept), unused
+    return merge(told, kept), unused
 
 
 def _told(config: EngineConfig, optimizer: OptimizerConfig, layout: Layout, precision: Precision) -> dict[str, Any]:
@@ -163,19 +163,3 @@ def _read(path: Path, where: str) -> dict[str, Any]:
 def _without_auto(data: dict[str, Any]) -> dict[str, Any]:
     inner = {name: _without_auto(value) if isinstance(value, dict) else value for name, value in data.items()}
     return {name: value for name, value in inner.items() if value not in ("auto", {})}
-
-
-def _leaves(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in data.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def _over(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(low)
-    for name, value in high.items():
-        below = merged.get(name)
-        merged[name] = _over(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return merged

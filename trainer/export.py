@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from trainer import errors, folders
 from trainer.errors import UserError
 from trainer.models.tiny_sdxl import PIPELINE
+from trainer.sample import add_weights
 
 if TYPE_CHECKING:
     from trainer.models.sdxl import SDXLConfig
@@ -33,8 +34,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the folder of a run")
     p.add_argument("out", metavar="OUT", type=Path, help="a new folder")
-    p.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best (by checkpoint.keep_best), or a step (default: latest)")  # fmt: skip
-    p.add_argument("--ema-sigma-rel", type=float, metavar="WIDTH", help="take an average of this width, put together from the run's ema.snapshots (default: the run's own average)")  # fmt: skip
+    add_weights(p)
     return p
 
 

@@ -40,7 +40,7 @@ def restore(run_dir: Path, checkpoint: str = "latest", sigma_rel: float | None =
                 f"{run_dir}: is an export, which has one checkpoint and one average: give the run instead, or leave --checkpoint and --ema-sigma-rel out"
             )
         config, state, denoiser, average = exported.read(run_dir)
-        return Restored(config, state, denoiser.to("cuda" if torch.cuda.is_available() else "cpu").eval(), average)
+        return Restored(config, state, _ready(denoiser), average)
     if not (run_dir / "config.yaml").is_file():
         raise UserError(
             f"{run_dir}: not a run directory, nor an export: neither config.yaml nor {exported.NAME} is in it"
@@ -67,4 +67,8 @@ def restore(run_dir: Path, checkpoint: str = "latest", sigma_rel: float | None =
         raise UserError(
             f"{path}: these weights are not of the model in {run_dir / 'config.yaml'}; was it edited?"
         ) from None
-    return Restored(config, state, denoiser.to("cuda" if torch.cuda.is_available() else "cpu").eval(), told)
+    return Restored(config, state, _ready(denoiser), told)
+
+
+def _ready(denoiser: Denoiser) -> Denoiser:
+    return denoiser.to("cuda" if torch.cuda.is_available() else "cpu").eval()

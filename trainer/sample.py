@@ -25,6 +25,12 @@ EXAMPLE = """examples:
 """
 
 
+def add_weights(p: argparse.ArgumentParser) -> None:
+    """Which weights of a run are taken: the arguments of `restore`."""
+    p.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best (by checkpoint.keep_best), or a step (default: latest)")  # fmt: skip
+    p.add_argument("--ema-sigma-rel", type=float, metavar="WIDTH", help="take an average of this width, put together from the run's ema.snapshots (default: the run's own average)")  # fmt: skip
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m trainer.sample",
@@ -33,8 +39,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the folder of a run, or of an export")
-    p.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best (by checkpoint.keep_best), or a step (default: latest)")  # fmt: skip
-    p.add_argument("--ema-sigma-rel", type=float, metavar="WIDTH", help="take an average of this width, put together from the run's ema.snapshots (default: the run's own average)")  # fmt: skip
+    add_weights(p)
     p.add_argument(
         "--number",
         type=int,
