@@ -37,7 +37,6 @@ VARIANTS: dict[str, tuple[float, tuple[str, ...]]] = {
     "mirrored": (0.0, ("data.flip=true",)),
 }
 SIGMA = 0.5
-OURS = (*PAIRS, "consistency={weight: 0.3, period: 8, start: 100}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,7 +52,8 @@ def main(argv: list[str] | None = None) -> int:
 
     args = arguments(__doc__, argv, add)
     every = max(1, args.steps // 8)
-    common = (f"steps={args.steps}", f"checkpoint.every={every}", "checkpoint.keep=100", *OURS)
+    ours = f"consistency={{weight: 0.3, period: 8, start: {args.steps // 2}}}"
+    common = (f"steps={args.steps}", f"checkpoint.every={every}", "checkpoint.keep=100", *PAIRS, ours)
     setting = Setting(args.dataset, 28, args.folder, 1, common)
     cases: dict[tuple[int, str, int], Path] = {}
     jobs: list[Job] = []

@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.report import arguments, pyplot, save, save_figure, spread, table
 from benchmarks.studies import Job, Setting, measure, train_all
 from trainer.evaluation.denoiser_error import clean_images
-from trainer.evaluation.features import EXTRACTOR, efficientnet_lite0
+from trainer.evaluation.features import PACKAGED, open_extractor
 from trainer.evaluation.grids import sheet
 from trainer.generate import generate
 from trainer.restore import restore
@@ -82,7 +82,8 @@ def main(argv: list[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     first = next(iter(runs.values()))
     held_out = clean_images(f"packaged:{dataset}/test", 2000, restore(first).state.shape)
-    reference = efficientnet_lite0()(held_out) if samples else None
+    extractor = open_extractor(PACKAGED)
+    reference = extractor.features(held_out) if samples else None
     for (method, sigma, seed), run_dir in runs.items():
         levels = [share * sigma for share in SHARES]
         rows.append({"method": method, "sigma_n": sigma, "seed": seed, **measure(restore(run_dir), held_out, levels, samples, reference)})  # fmt: skip
@@ -90,7 +91,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\n{dataset}, sigma_n {sigma:g}, {steps} steps\n\n{report(rows, sigma)}")
     if args.quick:
         return verdict(rows)
-    print(f"\n{save(f'images-{dataset}', {'extractor': EXTRACTOR, 'samples': samples, 'steps': steps, 'rows': rows})}")
+    print(
+        f"\n{save(f'images-{dataset}', {'extractor': extractor.name, 'samples': samples, 'steps': steps, 'rows': rows})}"
+    )
     print(draw(rows, runs, dataset))
     return 0
 

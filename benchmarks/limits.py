@@ -63,7 +63,10 @@ def factors(steps: int) -> dict[str, list[Method]]:
         "consistency": [
             ours("none", consistency=None),
             *(with_consistency(f"weight {weight:g}", weight=weight) for weight in (0.003, 0.3)),
-            with_consistency("from half of the training on", start=steps // 2),
+            *(
+                with_consistency(f"from {share:g} of the training on", start=round(share * steps))
+                for share in (0.25, 0.5, 0.75)
+            ),
             with_consistency("everywhere", where="everywhere"),
         ],
         "step ratio": [

@@ -21,7 +21,8 @@ from trainer.checkpoint import read_tensors
 from trainer.diffusion.denoiser import Denoiser
 from trainer.errors import WorkFailed
 from trainer.evaluation.denoiser_error import denoiser_error
-from trainer.evaluation.features import efficientnet_lite0, kid
+from trainer.evaluation.distances import kid
+from trainer.evaluation.features import PACKAGED, open_extractor
 from trainer.generate import generate
 from trainer.restore import Restored, restore
 
@@ -85,7 +86,7 @@ def measure(
     }  # fmt: skip
     if reference is not None:
         images = generate(run.denoiser, samples, run.state.shape, seed=0, steps=25, sampler="dpmpp_2m", progress=False)
-        result["kid"], result["kid_error"] = kid(efficientnet_lite0()(images), reference)
+        result["kid"], result["kid_error"] = kid(open_extractor(PACKAGED).features(images), reference)
     return result
 
 

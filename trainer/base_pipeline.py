@@ -137,3 +137,21 @@ def decoder(model: SDXLConfig, device: torch.device) -> Callable[[Tensor], Tenso
         return torch.cat([image.float().cpu() for image in images])
 
     return decode
+
+
+def encoder(model: SDXLConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """images (N, 3, H, W) in [-1, 1] -> latents (N, C, H / 8, W / 8) on the device, as stored, but for their draw: the mean of
+    the VAE's distribution is taken, so that a score depends on the image alone."""
+    from data_pipeline.latents.vae import Vae, images_a_pass
+
+    find_parts("model.base", model.base, PARTS)
+    vae = Vae(model.base, device)
+    module: Any = vae.module
+
+    @torch.no_grad()
+    def encode(images: Tensor) -> Tensor:
+        parts = images.split(images_a_pass(images.shape[3], images.shape[2]))
+        means = [module.encode(part.to(device)).latent_dist.mean for part in parts]
+        return (torch.cat(means) - vae.shift) * vae.scale
+
+    return encode

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer.errors import UserError
+from trainer.errors import UserError, WorkFailed
 
 QUESTION = """import os, sys
 os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_HTTP_REQUEST_MAX_RETRIES="1", MLFLOW_HTTP_REQUEST_TIMEOUT="10")
@@ -199,6 +199,28 @@ class MLflowLogger:
         partial = self._state_file.with_suffix(".partial")
         partial.write_text(json.dumps(self._state))
         partial.replace(self._state_file)
+
+
+def attach(
+    config: LoggingConfig, run_dir: Path, step: int, metrics: dict[str, float], tags: dict[str, str], folder: Path
+) -> bool:
+    """Adds figures and the files of a folder to the MLflow run of a run directory; False where it has none. Raises WorkFailed
+    where the server does not take them."""
+    from mlflow.entities import Metric, RunTag
+    from mlflow.exceptions import MlflowException
+
+    state = run_dir / "mlflow.json"
+    run_id = json.loads(state.read_text())["run_id"] if state.is_file() else None
+    if run_id is None:
+        return False
+    now = int(time.time() * 1000)
+    try:
+        client, _ = _client(config, run_dir)
+        client.log_batch(run_id, metrics=[Metric(name, value, now, step) for name, value in metrics.items()], tags=[RunTag(name, value[:5000]) for name, value in tags.items()])  # fmt: skip
+        client.log_artifacts(run_id, str(folder), f"evaluation/{folder.name}")
+    except (MlflowException, OSError) as error:
+        raise WorkFailed(f"MLflow at {config.uri(run_dir)}: {str(error).splitlines()[0]}") from None
+    return True
 
 
 def heading(config: LoggingConfig, run_dir: Path, tags: dict[str, str]) -> str:

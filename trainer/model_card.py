@@ -8,14 +8,12 @@ from typing import Any
 
 import yaml
 
-from data_pipeline.index import ShardIndex, read_index
 from trainer.config import RunConfig, to_yaml
 from trainer.diffusion.process import AnyProcess
-from trainer.errors import UserError, WorkFailed
 from trainer.exported import LORA
 from trainer.models.dit import DiTConfig
 from trainer.models.sdxl import SDXLConfig
-from trainer.restore import Restored
+from trainer.restore import Restored, shards_of
 
 SCHEDULER = """pipeline.scheduler = EulerDiscreteScheduler.from_config(
     pipeline.scheduler.config, use_karras_sigmas=True, timestep_spacing="linspace"
@@ -111,7 +109,7 @@ def time_code(process: AnyProcess) -> str:
 
 
 def _data(config: RunConfig) -> list[str]:
-    index = _index(config.data.shards)
+    index = shards_of(config)
     if index is None:
         return [f"Shards at `{config.data.shards}`, which were not there any more when this was written."]
     corruption = json.dumps(index.request.get("corruption"))
@@ -136,13 +134,6 @@ def _training(run: Restored) -> list[str]:
         f"- consistency: {consistency}",
         f"- weights averaged by {run.average}",
     ]
-
-
-def _index(shards: str) -> ShardIndex | None:
-    try:
-        return read_index(shards)
-    except (UserError, WorkFailed):
-        return None
 
 
 def _metrics(run_dir: Path, step: int) -> dict[str, float]:

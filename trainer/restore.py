@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline.index import ShardIndex, read_index
 from trainer import exported, networks
 from trainer.checkpoint import Checkpoints, TrainState, read_state, read_tensors
 from trainer.config import RunConfig, load
 from trainer.diffusion.denoiser import Denoiser
-from trainer.errors import UserError
+from trainer.errors import UserError, WorkFailed
 from trainer.posthoc import reconstructed
 
 
@@ -72,3 +73,11 @@ def restore(run_dir: Path, checkpoint: str = "latest", sigma_rel: float | None =
 
 def _ready(denoiser: Denoiser) -> Denoiser:
     return denoiser.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def shards_of(config: RunConfig) -> ShardIndex | None:
+    """What a run was trained on; None where its shards are not there any more."""
+    try:
+        return read_index(config.data.shards)
+    except (UserError, WorkFailed):
+        return None

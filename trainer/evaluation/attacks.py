@@ -1,0 +1,119 @@
+"""Attacks on a model's memory (arXiv 2404.10177, section 5): what is left of an image after severe corruption is given to the
+model, which draws the rest from its posterior. A model that learned the image by heart brings it back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from trainer.diffusion.batch import Conditioning, expand
+from trainer.diffusion.denoiser import Denoise
+from trainer.diffusion.levels import karras_levels
+from trainer.diffusion.noise import AddressedNoise, Noise, address
+from trainer.diffusion.sampling import sample
+
+
+@dataclass(frozen=True)
+class Noised:
+    """x0 + sigma z. sigma: in the units of the data, from about 1 on little is left to see."""
+
+    sigma: float
+    name: str = "noise"
+
+    @property
+    def about(self) -> str:
+        return f"noise of level {self.sigma:g}"
+
+
+@dataclass(frozen=True)
+class Masked:
+    """All but the middle columns hidden. visible: the share of columns that is seen, in (0, 1)."""
+
+    visible: float
+    name: str = "mask"
+
+    @property
+    def about(self) -> str:
+        return f"all hidden but the middle {self.visible:.0%} of columns"
+
+    def hidden(self, width: int) -> Tensor:
+        """(W,), bool. At least one column is visible, and one hidden."""
+        seen = min(width - 1, max(1, round(self.visible * width)))
+        first = (width - seen) // 2
+        columns = torch.ones(width, dtype=torch.bool)
+        columns[first : first + seen] = False
+        return columns
+
+
+Attack = Noised | Masked
+
+
+def corrupted(attack: Attack, x0: Tensor, seed: int, first: int) -> Tensor:
+    """What the model is given, for people to look at. x0: (B, C, H, W); first: the number of the first image."""
+    if isinstance(attack, Noised):
+        return x0 + attack.sigma * AddressedNoise(seed, 0, first).normal("attack.observation", x0)
+    return x0.masked_fill(attack.hidden(x0.shape[-1]).to(x0.device), 0)
+
+
+@torch.no_grad()
+def reconstructed(
+    attack: Attack, denoiser: Denoise, given: Tensor, sigma_min: float, sigma_max: float, conditioning: Conditioning,
+    *, steps: int, seed: int, first: int,
+) -> Tensor:  # fmt: skip
+    """A sample of the model's posterior for each of `given`, (B, C, H, W) as `corrupted` makes it.
+
+    From noise: the ancestral sampler, begun at the level of the noise, which draws from p(x0 | x_t) but for the steps' size.
+    From a mask: an approximation, see `_filled`; the best of several tries, by the model's own word.
+    """
+    if isinstance(attack, Noised):
+        levels = karras_levels(steps, attack.sigma, sigma_min)
+        return sample(denoiser, given, levels, conditioning, "ancestral", partial(_noise_at, seed, first))
+    hidden = attack.hidden(given.shape[-1]).to(given.device)
+    levels = karras_levels(steps, sigma_max, sigma_min)
+    tries = [_filled(denoiser, given, hidden, levels, conditioning, address(seed, i), first) for i in range(TRIES)]
+    doubts = torch.stack([_doubt(denoiser, made, conditioning, seed, first) for made in tries])
+    return torch.stack(tries)[doubts.argmin(0), torch.arange(len(given), device=given.device)]
+
+
+TRIES = 4
+"""From a mask. On 60 images that a closed-form model knows by heart the AUC is 0.94 with one, and 0.99 with four; it is 0.65
+where only E[x0 | x_t] has the visible part put in, without the gradient."""
+STD = 0.25
+"""Standard deviation of the data, as the guidance takes it."""
+DOUBT = 0.5
+"""Level at which a model is asked what it thinks of an image."""
+
+
+def _filled(
+    denoiser: Denoise, given: Tensor, hidden: Tensor, levels: Tensor, conditioning: Conditioning, seed: int, first: int
+) -> Tensor:
+    """The ancestral sampler with pseudoinverse guidance (Song et al. 2023, "Pseudoinverse-guided diffusion models for inverse
+    problems", eq. 7, without noise): the gradient of how far E[x0 | x_t] is from the visible part moves the hidden one; the
+    visible one is put in."""
+
+    def h(x_t: Tensor, sigma_t: Tensor, conditioning: Conditioning) -> Tensor:
+        with torch.enable_grad():
+            x_t = x_t.detach().requires_grad_()
+            x0 = denoiser(x_t, sigma_t, conditioning)
+            missing = (given - x0).masked_fill(hidden, 0).detach()
+            (gradient,) = torch.autograd.grad((x0 * missing).sum(), x_t)
+        weight = 1 + expand(sigma_t, given).square() / STD**2
+        return torch.where(hidden, x0.detach() + weight * gradient, given)
+
+    noise_at = partial(_noise_at, seed, first)
+    start = levels[0].to(given) * noise_at(-1).normal("attack.start", given)
+    return sample(h, start, levels, conditioning, "ancestral", noise_at)
+
+
+def _doubt(denoiser: Denoise, x0: Tensor, conditioning: Conditioning, seed: int, first: int) -> Tensor:
+    """(B,) The model's error at images, with the same noise each time: low where it knows an image."""
+    sigma = x0.new_full((len(x0),), DOUBT)
+    z = AddressedNoise(seed, 0, first).normal("attack.doubt", x0)
+    return (denoiser(x0 + DOUBT * z, sigma, conditioning) - x0).square().mean((1, 2, 3))
+
+
+def _noise_at(seed: int, first: int, step: int) -> Noise:
+    return AddressedNoise(seed, 1 + step, first)

@@ -1,0 +1,117 @@
+"""One HTML file that needs no other: the figures of one evaluation, or of several side by side, and their pictures."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from trainer.evaluation.figures import curves, trade
+from trainer.evaluation.record import Evaluation
+
+COLUMNS = {
+    "quality/kid": ("KID", "kernel distance of samples to the reference in the extractor's features; lower is better, 0 for one distribution at any number of images"),
+    "quality/frechet": ("Frechet distance", "as FID, but in this extractor's features; lower is better; biased: compare equal numbers of images alone"),
+    "quality/precision": ("precision", "share of samples that lie within the reference's manifold; higher is better"),
+    "quality/recall": ("recall", "share of the reference that lies within the samples' manifold; higher is better"),
+    "memorization/noise_auc": ("AUC, noise", "of telling training images from held-out ones by what the model makes of them under heavy noise; 0.5: nothing memorized, 1: all"),
+    "memorization/mask_auc": ("AUC, mask", "the same where most of the image was hidden"),
+    "memorization/noise_share": ("above threshold, noise", "share of training images that come back more alike than 95 % of held-out ones; 0.05: nothing memorized"),
+    "memorization/mask_share": ("above threshold, mask", "the same where most of the image was hidden"),
+    "memorization/nearer_features": ("nearer to training, features", "share of samples that are nearer to a training image than to any of as many held-out ones; 0.5: nothing memorized"),
+    "memorization/nearer_pixels": ("nearer to training, pixels", "the same by pixels"),
+    "memorization/copies_features": ("copies, features", "share of samples that are nearer to a training image than 99 % of held-out images are; 0.01: nothing memorized"),
+    "memorization/copies_pixels": ("copies, pixels", "the same by pixels"),
+}  # fmt: skip
+"""Metrics of the table: how each is headed, and what it says. NAME_error, where there is one, stands behind it."""
+
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1240px;margin:2em auto;padding:0 1em;color:#222}
+table{border-collapse:collapse;margin:1em 0}th,td{border:1px solid #ccc;padding:.3em .6em;text-align:right;white-space:nowrap}
+th:first-child,td:first-child{text-align:left}th{background:#f3f3f3}th[title]{cursor:help}.wide{overflow-x:auto}
+img{max-width:100%;image-rendering:pixelated}figure{margin:1em 0 2em}figcaption{color:#555}code{background:#f3f3f3;padding:0 .2em}
+dt{font-weight:600}dd{margin:0 0 .4em 1.5em;color:#555}.plot{image-rendering:auto}"""
+
+
+def report(evaluations: Sequence[tuple[Evaluation, Path]], command: str) -> str:
+    """evaluations: each with its folder. command: that makes the report again."""
+    of = _named([evaluation for evaluation, _ in evaluations])
+    title = f"Evaluation of {', '.join(of)}"
+    parts = [f"<h1>{escape(title)}</h1>", *_about(of, command), _table(of), _meanings(of), *_together(of)]
+    for (name, evaluation), (_, folder) in zip(of.items(), evaluations, strict=True):
+        parts.append(f"<h2>{escape(name)}</h2><p>{escape(evaluation.data)}</p>")
+        for picture in evaluation.pictures:
+            parts.append(_figure((folder / picture.file).read_bytes(), picture.title, picture.about))
+    body = "\n".join(part for part in parts if part)
+    return f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
+
+
+def _named(evaluations: Sequence[Evaluation]) -> dict[str, Evaluation]:
+    """By the run's name; where two have one name, with the step, and else with a number."""
+    named: dict[str, Evaluation] = {}
+    for evaluation in evaluations:
+        name = evaluation.run
+        if name in named:
+            name = f"{name}, step {evaluation.step}"
+        number = 2
+        while name in named:
+            name, number = f"{evaluation.run} ({number})", number + 1
+        named[name] = evaluation
+    return named
+
+
+def _about(of: dict[str, Evaluation], command: str) -> list[str]:
+    settings = [evaluation.settings for evaluation in of.values()]
+    shared = {key: settings[0][key] for key in settings[0] if all(s.get(key) == settings[0][key] for s in settings)}
+    told = [f"<li>{escape(label)}: {escape(str(shared[key]))}</li>" for key, label in LABELS.items() if shared.get(key) not in (None, "")]  # fmt: skip
+    return ["<ul>", *told, "</ul>", f"<p>Made by <code>{escape(command)}</code></p>"]
+
+
+LABELS = {
+    "reference": "held-out clean images", "training": "training images", "extractor": "features", "number": "samples drawn",
+    "reference_number": "held-out images", "training_number": "training images", "compared": "training images that samples were held against", "attacks": "attacks", "attacked": "images attacked, training and held out",
+    "checked": "images of the denoiser's error", "steps": "sampling steps", "sampler": "sampler", "seed": "seed", "prompt": "prompt",
+    "average": "average of the weights",
+}  # fmt: skip
+
+
+def _table(of: dict[str, Evaluation]) -> str:
+    shown = [name for name in COLUMNS if any(name in evaluation.metrics for evaluation in of.values())]
+    if not shown:
+        return ""
+    head = "".join(f'<th title="{escape(COLUMNS[name][1])}">{COLUMNS[name][0]}</th>' for name in shown)
+    rows = [f"<tr><td>{escape(name)}</td><td>{e.step}</td>{''.join(f'<td>{value(e, m)}</td>' for m in shown)}</tr>" for name, e in of.items()]  # fmt: skip
+    return f'<div class="wide"><table><tr><th>run</th><th>step</th>{head}</tr>{"".join(rows)}</table></div>'
+
+
+def value(evaluation: Evaluation, name: str) -> str:
+    """A metric with its error, as text; a dash where it was not measured."""
+    if name not in evaluation.metrics:
+        return "-"
+    error = evaluation.metrics.get(f"{name}_error")
+    return f"{evaluation.metrics[name]:.4g}" + (f" ± {error:.2g}" if error is not None else "")
+
+
+def _meanings(of: dict[str, Evaluation]) -> str:
+    shown = [name for name in COLUMNS if any(name in evaluation.metrics for evaluation in of.values())]
+    items = "".join(f"<dt>{COLUMNS[name][0]}</dt><dd>{escape(COLUMNS[name][1])}; <code>{name}</code> in MLflow</dd>" for name in shown)  # fmt: skip
+    return f"<details><summary>What the columns say</summary><dl>{items}</dl></details>" if items else ""
+
+
+def _together(of: dict[str, Evaluation]) -> list[str]:
+    """Pictures of all runs in one."""
+    parts: list[str] = []
+    if with_curve := {name: e.curve for name, e in of.items() if e.curve}:
+        sigma_n = {name: of[name].sigma_n or (0.0, 0.0) for name in with_curve}
+        parts.append(_figure(curves(with_curve, sigma_n), "The denoiser's error", "Against held-out clean images; bands: 95 % over images.", plot=True))  # fmt: skip
+    both = ("quality/kid", "memorization/noise_auc")
+    if len(points := {name: e.metrics for name, e in of.items() if all(m in e.metrics for m in both)}) > 1:
+        columns = [[m[name] for m in points.values()] for metric in both for name in (metric, f"{metric}_error")]
+        parts.append(_figure(trade(list(points), *columns), "Quality and memorization", "Bars: 95 %.", plot=True))
+    return parts
+
+
+def _figure(data: bytes, title: str, about: str, *, plot: bool = False) -> str:
+    source = f"data:image/png;base64,{b64encode(data).decode()}"
+    kind = ' class="plot"' if plot else ""
+    return f'<figure><h3>{escape(title)}</h3><img{kind} alt="{escape(title)}" src="{source}"><figcaption>{escape(about)}</figcaption></figure>'

@@ -1,0 +1,218 @@
+"""Evaluates one run: what is measured, in which order, and what is shown of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from data_pipeline.index import ShardIndex
+from data_pipeline.sources import open_source
+from trainer import base_pipeline, conditioning
+from trainer.diffusion.batch import Conditioning
+from trainer.diffusion.sampling import Sampler
+from trainer.drawing import AT_ONCE, Wanted
+from trainer.evaluation import figures, measures
+from trainer.evaluation.attacks import Attack, Masked, Noised
+from trainer.evaluation.features import Extractor, features_of
+from trainer.evaluation.images import Images
+from trainer.evaluation.measures import Model
+from trainer.evaluation.record import FORMAT, Evaluation, Picture, read, write
+from trainer.models.sdxl import SDXLConfig
+from trainer.restore import Restored
+
+SAMPLER: Sampler = "dpmpp_2m"
+CHECKED = 512
+"""Held-out images that the denoiser's error is taken over."""
+SHOWN = 48
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of every run. reference, training: names of sources; training None leaves memorization out. number:
+    samples, 0 for none. attacked: images of either kind. compared:
+    training images that samples are held against, at most. attack_sigma, attack_visible: see the attacks. steps: levels of a
+    sample, and of a reconstruction."""
+
+    reference: str
+    training: str | None
+    number: int
+    attacked: int
+    compared: int
+    levels: tuple[float, ...]
+    attack_sigma: float | None
+    attack_visible: float
+    steps: int
+    seed: int
+
+    def attacks(self, run: Restored) -> tuple[Attack, ...]:
+        """attack_sigma None: a 14th of the side of what the run works on, within what its process has: the noise that hides an
+        image has a level in proportion to its side."""
+        sigma = self.attack_sigma or min(run.state.shape[-1] / 14, run.config.process.sigma_max / 2)
+        return (Noised(sigma), Masked(self.attack_visible))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run under evaluation. index: of its shards, None where they are gone. prompt: for a run with text. folder: for all that
+    is kept of it."""
+
+    name: str
+    run: Restored
+    index: ShardIndex | None
+    prompt: str
+    folder: Path
+
+    def sampling(self, request: Request) -> tuple[Path, dict[str, Any]]:
+        """The folder of its samples, and what they are drawn with."""
+        record = {"run": f"{self.name}, step {self.run.state.step}, averaged by {self.run.average}", "guide": None,
+                  **asdict(Wanted(request.seed, request.steps, SAMPLER, prompt=self.prompt))}  # fmt: skip
+        return self.folder / f"samples-{_digest(record)}", record
+
+
+def model_of(run: Restored, prompt: str = "") -> Model:
+    """prompt: for a run with text."""
+    config, process, device = run.config.model, run.config.process, run.device
+    if not isinstance(config, SDXLConfig):
+        return Model(
+            run.denoiser, process.sigma_min, process.sigma_max, run.state.shape,
+            encode=lambda images: images.to(device), decode=Tensor.cpu, conditioning=_none, at_once=AT_ONCE,
+        )  # fmt: skip
+    told, _ = conditioning.of_prompt(config, [prompt], run.state.shape, device)
+    return Model(
+        run.denoiser, process.sigma_min, process.sigma_max, image_shape(run),
+        encode=base_pipeline.encoder(config, device), decode=base_pipeline.decoder(config, device),
+        conditioning=_each(told), at_once=base_pipeline.AT_ONCE,
+    )  # fmt: skip
+
+
+def image_shape(run: Restored) -> tuple[int, int, int]:
+    """(C, H, W) of the images that it draws."""
+    if not isinstance(run.config.model, SDXLConfig):
+        return run.state.shape
+    factor = base_pipeline.pixels_a_side(run.config.model)
+    return 3, run.state.shape[1] * factor, run.state.shape[2] * factor
+
+
+def _none(number: int) -> Conditioning:
+    return {}
+
+
+def _each(told: Conditioning) -> Callable[[int], Conditioning]:
+    return lambda number: {name: row.expand(number, *row.shape[1:]) for name, row in told.items()}
+
+
+def judge(subject: Subject, request: Request, extractor: Extractor) -> tuple[Evaluation, Path]:
+    """The evaluation, and its folder. One that is there already, of the same images and settings, is read back."""
+    run, index = subject.run, subject.index
+    reference = open_images(subject, request.reference)
+    training = open_images(subject, request.training) if request.training else None
+    levels = levels_within(request, run)
+    settings: dict[str, Any] = {
+        "format": FORMAT, "step": run.state.step, "average": run.average, "prompt": subject.prompt,
+        "reference": request.reference, "reference_number": reference.count, "reference_hash": reference.identity(),
+        "training": request.training, "training_number": training and training.count, "training_hash": training and training.identity(), "compared": training and min(request.compared, training.count),
+        "extractor": extractor.name, "extractor_hash": extractor.identity, "number": request.number, "steps": request.steps,
+        "sampler": SAMPLER, "seed": request.seed, "checked": min(CHECKED, reference.count), "levels": levels,
+        "attacked": training and [min(request.attacked, images.count) for images in (training, reference)],
+        "attacks": training and [attack.about for attack in request.attacks(run)],
+    }  # fmt: skip
+    folder = subject.folder / f"step-{run.state.step:08d}-{_digest(settings)}"
+    if (there := read(folder)) is not None:
+        return there, folder
+    shown = _Shown()
+    metrics: dict[str, float] = {}
+    model = model_of(run, subject.prompt)
+    samples = Images(f"samples of {subject.name}", open_source(str(subject.sampling(request)[0])), model.shape, request.number) if request.number else None  # fmt: skip
+    if samples:
+        found = measures.quality(features_of(samples, extractor), features_of(reference, extractor))
+        metrics |= {f"quality/{name}": value for name, value in found.items()}
+        shown.add("samples.png", figures.image_sheet(samples.rows(range(min(SHOWN, samples.count))), 16), "Samples", "The first ones, not chosen.")  # fmt: skip
+        shown.add("reference.png", figures.image_sheet(reference.rows(reference.spread(SHOWN)), 16), "Held-out clean images", "For comparison.")  # fmt: skip
+    curve = measures.curve(model, reference, CHECKED, levels)
+    metrics |= {f"denoiser_error/{level:g}": value for level, value in zip(curve.levels, curve.mean, strict=True)}
+    if training:
+        for attack in request.attacks(run):
+            metrics |= _attack(model, attack, training, reference, extractor, request, shown)
+        if samples:
+            metrics |= _neighbours(
+                samples, training.part_of(request.compared), reference.part_of(request.compared), extractor, shown
+            )
+    sigma_n = _sigma_n(run, index)
+    evaluation = Evaluation(settings, subject.name, _data(run, index), sigma_n, metrics, curve, shown.pictures)
+    write(folder, evaluation, shown.files)
+    return evaluation, folder
+
+
+class _Shown:
+    """Pictures, collected."""
+
+    def __init__(self) -> None:
+        self.pictures: list[Picture] = []
+        self.files: dict[str, bytes] = {}
+
+    def add(self, file: str, data: bytes, title: str, about: str) -> None:
+        self.pictures.append(Picture(file, title, about))
+        self.files[file] = data
+
+
+def open_images(subject: Subject, name: str) -> Images:
+    """Of a source, as the run sees them: where its shards were made of the first ones alone, those."""
+    source = open_source(name)
+    asked = subject.index.request if subject.index else {}
+    limit = asked.get("limit") if asked.get("source") == name else None
+    value_range = asked.get("value_range")
+    return Images(name, source, image_shape(subject.run), min(limit or len(source), len(source)), value_range and tuple(value_range))  # fmt: skip
+
+
+def levels_within(request: Request, run: Restored) -> list[float]:
+    """Those that the run's process has."""
+    return [level for level in request.levels if run.config.process.sigma_min <= level <= run.config.process.sigma_max]
+
+
+def _digest(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _attack(
+    model: Model, attack: Attack, training: Images, held_out: Images, extractor: Extractor, request: Request, shown: _Shown
+) -> dict[str, float]:  # fmt: skip
+    found = measures.attacked(model, attack, training, held_out, extractor, request.attacked, request.steps, request.seed)  # fmt: skip
+    name = f"memorization/{attack.name}"
+    metrics = {f"{name}_auc": found.auc["both"].value, f"{name}_auc_error": found.auc["both"].error, f"{name}_share": found.share}  # fmt: skip
+    metrics |= {f"{name}_auc_{kind}": found.auc[kind].value for kind in measures.KINDS}
+    shown.add(f"{attack.name}-similarity.png", figures.histograms(found), f"Attack by {attack.name}: {attack.about}",
+              "How alike each image is to what the model made of what was left of it. Where nothing is memorized, the two histograms agree.")  # fmt: skip
+    for kind, rows in found.shown.items():
+        file = f"{attack.name}-{kind.partition(' ')[0]}.png"
+        shown.add(file, figures.matches(rows), f"Best matches among {kind}, {attack.name}", "From above: the image, what was left of it, what the model made of that.")  # fmt: skip
+    return metrics
+
+
+def _neighbours(
+    samples: Images, training: Images, held_out: Images, extractor: Extractor, shown: _Shown
+) -> dict[str, float]:
+    found = measures.neighbours(samples, training, held_out, extractor)
+    metrics = {f"memorization/nearer_{kind}": estimate.value for kind, estimate in found.nearer.items()}
+    metrics |= {f"memorization/nearer_{kind}_error": estimate.error for kind, estimate in found.nearer.items()}
+    metrics |= {f"memorization/copies_{kind}": share for kind, share in found.copies.items()}
+    shown.add("neighbours.png", figures.matches(found.shown), "Samples most alike to a training image", "Above: fresh samples. Below: the training image next to each, by features.")  # fmt: skip
+    return metrics
+
+
+def _sigma_n(run: Restored, index: ShardIndex | None) -> tuple[float, float] | None:
+    scale = run.config.data.sigma_scale
+    return (index.sigma_min * scale, index.sigma_max * scale) if index else None
+
+
+def _data(run: Restored, index: ShardIndex | None) -> str:
+    if index is None:
+        return f"Its shards, {run.config.data.shards}, are not there any more."
+    level = f"{index.sigma_min:g}" if index.sigma_min == index.sigma_max else f"{index.sigma_min:g} to {index.sigma_max:g}"  # fmt: skip
+    taken = "" if run.config.data.sigma_scale == 1 else f", taken for {run.config.data.sigma_scale:g} times that"
+    return f"Trained on {index.samples} observations of {index.request.get('source')}, {index.request.get('corruption', {}).get('kind')}, sigma_n {level}{taken}."
