@@ -74,12 +74,12 @@ def main(argv: list[str] | None = None) -> int:
         args.attack_visible, args.steps, args.seed,
     )  # fmt: skip
     subjects = _subjects(args, request)
+    extractor = open_extractor(args.extractor, ranks.device)
     if request.number:
         for subject in subjects:
             _draw(subject, request, ranks)
     if not ranks.is_main:
         return errors.DONE
-    extractor = open_extractor(args.extractor, ranks.device)
     done: list[tuple[Evaluation, Path]] = []
     for subject, run_dir in zip(subjects, args.runs, strict=True):
         evaluation, folder = judge(subject, request, extractor)

@@ -153,8 +153,8 @@ def judged(
 @dataclass(frozen=True)
 class Neighbours:
     """Fresh samples and the training images next to them. nearer: by kind, the share of samples that are nearer to a training
-    image than to any of as many held-out ones (0.5 where the model knows the distribution and not the images), with its
-    standard error. copies: the share that is nearer to a training image than 99 % of held-out images are. shown: rows of a
+    image than to any of as many held-out ones (0.5 where the model knows the distribution and not the images), with the
+    standard error that it would have then. copies: the share that is nearer to a training image than 99 % of held-out images are. shown: rows of a
     sample and its nearest training image, the most alike first."""
 
     nearer: dict[str, Estimate]
@@ -174,10 +174,12 @@ def neighbours(samples: Images, training: Images, held_out: Images, extractor: E
     found: dict[str, Nearest] = {}
     for kind, (fresh, known, unknown) in vectors.items():
         found[kind] = nearest(fresh, known)
-        of_known = nearest(fresh, known[training.spread(equal)]).similarity
-        of_unknown = nearest(fresh, unknown[held_out.spread(equal)]).similarity
-        share = float((of_known > of_unknown).double().mean())
-        nearer[kind] = Estimate(share, (share * (1 - share) / len(fresh)) ** 0.5)
+        pool = torch.cat([known[training.spread(equal)], unknown[held_out.spread(equal)]])
+        index = nearest(fresh, pool).index
+        share = float((index < equal).double().mean())
+        # Were the two kinds labelled at random, samples that share their nearest image would go with it.
+        counts = torch.bincount(index).double()
+        nearer[kind] = Estimate(share, float(counts.square().sum().sqrt()) / (2 * len(fresh)))
         usual = torch.quantile(nearest(unknown, known).similarity.double(), 0.99)
         copies[kind] = float((found[kind].similarity > usual).double().mean())
     most = found["features"].similarity.topk(min(SHOWN, samples.count)).indices

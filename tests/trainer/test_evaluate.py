@@ -1,0 +1,155 @@
+"""`trainer.evaluate` as a user calls it: on runs, from data to the report and MLflow, again without work, and on mistakes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from data_pipeline.sources import open_source
+from tests.conftest import Outcome
+from trainer import errors
+from trainer.evaluate import main
+from trainer.evaluation.denoiser_error import errors_by_image
+from trainer.evaluation.images import Images
+from trainer.restore import restore
+
+Train = Callable[..., Outcome]
+SMALL = ["--number", "12", "--attacked", "10", "--steps", "4", "--levels", "0.2", "0.4", "1", "30"]
+
+
+@pytest.fixture
+def held_out(tmp_path: Path, pictures: Path) -> Path:
+    """Other pictures, of the same kind."""
+    folder = tmp_path / "held-out"
+    folder.mkdir()
+    for path in sorted(pictures.iterdir())[:20]:
+        Image.open(path).transpose(Image.Transpose.TRANSPOSE).save(folder / path.name)
+    return folder
+
+
+def evaluate(capfd: pytest.CaptureFixture[str], *words: str) -> Outcome:
+    capfd.readouterr()
+    code = errors.run(lambda: main([str(word) for word in words]))
+    return code, "".join(capfd.readouterr())
+
+
+def test_a_run_is_evaluated_once_and_its_figures_are_in_mlflow(
+    train: Train, tmp_path: Path, pictures: Path, held_out: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert train("run", "logging.enabled=true", "steps=2")[0] == 0
+    run_dir = tmp_path / "run"
+    words = [str(run_dir), "--reference", str(held_out), "--training", str(pictures), *SMALL]
+    code, output = evaluate(capfd, *words)
+    assert code == 0, output
+    assert "KID" in output
+    assert "AUC, noise" in output
+    (folder,) = (run_dir / "evaluation").glob("step-00000002-*")
+    kept = json.loads((folder / "evaluation.json").read_text())
+    assert kept["curve"]["levels"] == [0.2, 0.4, 1.0], "30 is above the process's sigma_max"
+    assert kept["sigma_n"] == [0.4, 0.4]
+    run = restore(run_dir)
+    images = Images("held out", open_source(str(held_out)), run.state.shape, 20)
+    truth = errors_by_image(run.denoiser, images.rows(range(20)), [0.2, 0.4, 1.0])
+    assert kept["curve"]["mean"] == pytest.approx(truth.mean(1).tolist(), rel=1e-5)
+    assert kept["curve"]["error"] == pytest.approx((truth.std(1) / 20**0.5).tolist(), rel=1e-5)
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == len(list(folder.glob("*.png"))) + 1, "and the curves of all runs"
+    assert 'src="http' not in page
+
+    from mlflow.tracking import MlflowClient
+
+    run_id = json.loads((run_dir / "mlflow.json").read_text())["run_id"]
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    found = client.get_run(run_id)
+    assert {name: found.data.metrics[name] for name in kept["metrics"]} == pytest.approx(kept["metrics"])
+    assert "EfficientNet" in found.data.tags["evaluation.extractor"]
+    assert f"evaluation/{folder.name}/report.html" in [item.path for item in client.list_artifacts(run_id, f"evaluation/{folder.name}")]  # fmt: skip
+
+    before = {path: path.stat().st_mtime_ns for path in (run_dir / "evaluation").rglob("*.png")}
+    assert evaluate(capfd, *words)[0] == 0
+    assert {path: path.stat().st_mtime_ns for path in (run_dir / "evaluation").rglob("*.png")} == before
+    assert len(client.get_metric_history(run_id, "quality/kid")) == 1
+
+
+def test_several_runs_are_compared_in_one_page(
+    train: Train, tmp_path: Path, held_out: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        assert train(name, "steps=1", f"seed={len(name)}")[0] == 0
+    out = tmp_path / "both.html"
+    words = ["--reference", str(held_out), "--number", "0", "--levels", "0.4", "2", "--out", str(out)]
+    code, output = evaluate(capfd, str(tmp_path / "a"), str(tmp_path / "b"), *words)
+    assert code == 0, output
+    assert "has no MLflow run" in output
+    page = out.read_text()
+    assert "<h2>a</h2>" in page
+    assert "<h2>b</h2>" in page
+    assert "KID" not in page, "no samples were drawn"
+
+
+def test_a_latent_run_is_judged_by_its_images(
+    train_sdxl: Train, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert train_sdxl("run", "steps=1")[0] == 0
+    held_out = tmp_path / "photos"
+    held_out.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for i in range(12):
+        pixels = torch.randint(0, 256, (32, 32, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(held_out / f"{i}.png")
+    training = tmp_path / "others"
+    training.mkdir()
+    for path in held_out.iterdir():
+        Image.open(path).rotate(180).save(training / path.name)
+    words = ["--number", "10", "--attacked", "10", "--steps", "2", "--levels", "0.4", "--attack-sigma", "2"]
+    code, output = evaluate(capfd, str(tmp_path / "run"), "--reference", str(held_out), "--training", str(training), *words)  # fmt: skip
+    assert code == 0, output
+    (path,) = (tmp_path / "run" / "evaluation").glob("*/evaluation.json")
+    metrics = json.loads(path.read_text())["metrics"]
+    assert metrics["denoiser_error/0.4"] > 0
+    assert 0 <= metrics["memorization/mask_auc"] <= 1
+    assert Image.open(path.parent / "samples.png").width > 10 * 32
+
+
+MISTAKES = [
+    (["--number", "3"], "--number 3: must be at least 10, or 0"),
+    (["--attacked", "2"], "--attacked 2: must be at least 10"),
+    (["--attack-visible", "1"], "--attack-visible 1: must be above 0 and below 1"),
+    (["--attack-sigma", "500"], "--attack-sigma 500: must be between 0.05 and 20"),
+    (["--levels", "90"], "--levels 90: none is from 0.05 to 20"),
+    (["--extractor", "inception.pt"], "--extractor inception.pt: no such file or folder"),
+    (["--prompt", "x"], "--prompt x: needs a run with text"),
+    (["--out", "report.pdf"], "--out report.pdf: must be a file that ends in .html"),
+    (["--steps", "1"], "--steps 1: must be at least 2"),
+    (["--checkpoint", "77"], "77"),
+    (["--training", "nowhere"], "nowhere: no such folder or file"),
+]
+
+
+def test_a_mistake_is_one_line_before_anything_is_drawn(
+    train: Train, tmp_path: Path, held_out: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert train("run", "steps=1")[0] == 0
+    for words, told in MISTAKES:
+        code, output = evaluate(capfd, str(tmp_path / "run"), "--reference", str(held_out), *words)
+        assert code == 2, words
+        assert told in output
+        assert output.count("\n") == 1, output
+        assert not (tmp_path / "run" / "evaluation").exists()
+
+
+def test_images_that_were_trained_on_are_not_taken_for_held_out(
+    train: Train, tmp_path: Path, pictures: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert train("run", "steps=1")[0] == 0
+    code, output = evaluate(capfd, str(tmp_path / "run"), "--reference", str(pictures), "--number", "0", "--levels", "1")  # fmt: skip
+    assert code == 0
+    assert "was trained on these images: nothing here is held out" in output
+    code, output = evaluate(capfd, str(tmp_path / "run"), "--reference", "x", "--training", "x")
+    assert code == 2
+    assert "is --reference, too" in output
