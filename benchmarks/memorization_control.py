@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         for case, training, number in ((OVERFITTED, known, 100), (UNSEEN, unknown, args.number)):
             model = model_of(restore(args.folder / names[case]))
             for attack in ATTACKS:
-                found = attacked(model, attack, training, held_out, open_extractor(PACKAGED), number, 25, seed)
+                found = attacked(model, attack, training, held_out, open_extractor(PACKAGED), number, 15, seed)
                 rows.append({"model": case, "attack": attack.name, "seed": seed, "share": found.share, **{kind: auc.value for kind, auc in found.auc.items()}})  # fmt: skip
     print(report(rows))
     if args.quick:

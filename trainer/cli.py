@@ -16,6 +16,7 @@ COMMANDS = {
     "train": ("trainer.train", "train a run, or go on with it"),
     "sample": ("trainer.sample", "draw images from a run"),
     "evaluate": ("trainer.evaluate", "judge runs by clean images: quality, error per level, memorization"),
+    "study": ("trainer.study", "a grid of runs, trained and judged alike, and one table"),
     "export": ("trainer.export", "write a run's model as diffusers loads it"),
     "plan": ("trainer.plan", "what a run takes in memory, time and traffic, before it starts"),
     "doctor": ("trainer.doctor", "what of this machine works for training, and what to do about the rest"),

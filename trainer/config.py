@@ -13,7 +13,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, ValidationError
@@ -37,6 +37,8 @@ from trainer.retention import CheckpointConfig
 def _kind_of_model(value: Any) -> str:
     return str(value.get("kind", "unet2d")) if isinstance(value, dict) else value.kind
 
+
+T = TypeVar("T")
 
 Model = Annotated[
     Annotated[UNet2DConfig, Tag("unet2d")] | Annotated[DiTConfig, Tag("dit")] | Annotated[SDXLConfig, Tag("sdxl")],
@@ -108,12 +110,21 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def parse(data: dict[str, Any], where: str) -> RunConfig:
     """A RunConfig from plain data. Raises UserError naming `where`, the field and its value."""
-    _forbid_unknown_fields(RunConfig)
+    return parse_as(RunConfig, data, where)
+
+
+def load_as(kind: type[T], path: Path) -> T:
+    """Another dataclass from a YAML file. Raises UserError."""
+    return parse_as(kind, _read(path), str(path))
+
+
+def parse_as(kind: type[T], data: dict[str, Any], where: str) -> T:
+    """Any dataclass from plain data, as `parse`."""
+    _forbid_unknown_fields(kind)
     try:
-        return TypeAdapter(RunConfig).validate_python(data)
+        return TypeAdapter(kind).validate_python(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{where}: {_explain(first, data)}") from None
+        raise UserError(f"{where}: {_explain(kind, error.errors()[0])}") from None
 
 
 def to_data(config: RunConfig) -> dict[str, Any]:
@@ -197,17 +208,17 @@ def _dataclasses_in(kind: Any) -> Iterator[Any]:
         yield kind
         for hint in typing.get_type_hints(kind).values():
             yield from _dataclasses_in(hint)
-    elif typing.get_origin(kind) in (typing.Union, types.UnionType, tuple):
+    elif typing.get_origin(kind) in (typing.Union, types.UnionType, tuple, dict, list):
         for argument in typing.get_args(kind):
             yield from _dataclasses_in(argument)
 
 
-def _explain(error: Any, data: dict[str, Any]) -> str:
-    tags = {inner.kind for inner in _dataclasses_in(RunConfig) if hasattr(inner, "kind")}
+def _explain(kind: Any, error: Any) -> str:
+    tags = {inner.kind for inner in _dataclasses_in(kind) if hasattr(inner, "kind")}
     location = [str(part) for i, part in enumerate(error["loc"]) if not (part in tags and i > 0)]
     name = ".".join(location) or "configuration"
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = _fields_at(RunConfig, location[:-1])
+        known = _fields_at(kind, location[:-1])
         close = difflib.get_close_matches(location[-1], known, 1)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
         return f"{name}: no such field; {hint}"
@@ -221,6 +232,8 @@ def _explain(error: Any, data: dict[str, Any]) -> str:
 
 def _fields_at(kind: Any, path: Sequence[str]) -> list[str]:
     """The names of the fields at a path of the configuration, of any member where the path leads to a union."""
+    if typing.get_origin(kind) is dict and path:  # its keys are names that the user gave
+        return _fields_at(typing.get_args(kind)[1], path[1:])
     kinds = list(_dataclasses_in(kind)) if not dataclasses.is_dataclass(kind) else [kind]
     if not path:
         return sorted({f.name for k in kinds for f in dataclasses.fields(k)})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,40 +60,62 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    given = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
     _check(args)
     from data_pipeline import storage  # imports from here on take seconds, which --help should not
-    from trainer import distributed
-    from trainer.evaluation.features import open_extractor
     from trainer.evaluation.record import REPORT
     from trainer.evaluation.report import report
-    from trainer.judge import Request, judge
+    from trainer.judge import Request
 
-    ranks = distributed.init()
     request = Request(
         args.reference, args.training, args.number, args.attacked, args.compared, tuple(sorted(set(args.levels))), args.attack_sigma,
         args.attack_visible, args.steps, args.seed,
     )  # fmt: skip
-    subjects = _subjects(args, request)
-    extractor = open_extractor(args.extractor, ranks.device)
+    command = f"python -m trainer.evaluate {shlex.join(sys.argv[1:] if argv is None else argv)}"
+    done = evaluate(args.runs, request, args.extractor, command, Weights(args.prompt, args.checkpoint, args.ema_sigma_rel))  # fmt: skip
+    if done:
+        page: Path = args.out or (done[0][1] / REPORT if len(done) == 1 else args.runs[0].parent / "comparison.html")
+        storage.write_atomically(str(page), report(done, command).encode())
+        print(page)
+    return errors.DONE
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Which weights of each run are judged, and with which prompt, where it takes one; see `restore`."""
+
+    prompt: str | None = None
+    checkpoint: str = "latest"
+    sigma_rel: float | None = None
+
+
+def evaluate(
+    runs: Sequence[Path], request: Request, extractor: str, command: str, weights: Weights
+) -> list[tuple[Evaluation, Path]]:
+    """Judges each run, writes its report, and adds its figures to its MLflow run. A collective: the samples are shared out, and
+    the rest is done by the first rank; the others return an empty list. command: that does this again."""
+    from data_pipeline import storage
+    from trainer import distributed
+    from trainer.evaluation.features import open_extractor
+    from trainer.evaluation.record import REPORT
+    from trainer.evaluation.report import report
+    from trainer.judge import judge
+
+    ranks = distributed.init()
+    subjects = _subjects(runs, request, weights)
+    network = open_extractor(extractor, ranks.device)
     if request.number:
         for subject in subjects:
             _draw(subject, request, ranks)
-    if not ranks.is_main:
-        return errors.DONE
     done: list[tuple[Evaluation, Path]] = []
-    for subject, run_dir in zip(subjects, args.runs, strict=True):
-        evaluation, folder = judge(subject, request, extractor)
-        done.append((evaluation, folder))
-        command = f"python -m trainer.evaluate {shlex.join(given)}"
-        storage.write_atomically(str(folder / REPORT), report([(evaluation, folder)], command).encode())
-        print(_line(evaluation))
-        _log(run_dir, subject.run.config.logging, evaluation, folder)
-    page: Path = args.out or (done[0][1] / REPORT if len(done) == 1 else args.runs[0].parent / "comparison.html")
-    storage.write_atomically(str(page), report(done, f"python -m trainer.evaluate {shlex.join(given)}").encode())
-    print(page)
-    return errors.DONE
+    for run_dir, subject in zip(runs, subjects, strict=True):
+        if ranks.is_main:
+            evaluation, folder = judge(subject, request, network)
+            done.append((evaluation, folder))
+            storage.write_atomically(str(folder / REPORT), report([(evaluation, folder)], command).encode())
+            print(_line(evaluation), flush=True)
+            _log(run_dir, subject.run.config.logging, evaluation, folder)
+    return done
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -112,7 +136,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"RUN {' '.join(map(str, args.runs))}: one is named twice")
 
 
-def _subjects(args: argparse.Namespace, request: Request) -> list[Subject]:
+def _subjects(runs: Sequence[Path], request: Request, weights: Weights) -> list[Subject]:
     """Raises UserError for what does not fit a run, before anything is drawn."""
     from trainer.evaluation.record import FOLDER
     from trainer.judge import Subject, levels_within, open_images
@@ -120,16 +144,16 @@ def _subjects(args: argparse.Namespace, request: Request) -> list[Subject]:
     from trainer.restore import restore, shards_of
 
     subjects: list[Subject] = []
-    for run_dir in args.runs:
-        run = restore(run_dir, args.checkpoint, args.ema_sigma_rel)
+    for run_dir in runs:
+        run = restore(run_dir, weights.checkpoint, weights.sigma_rel)
         model, process, index = run.config.model, run.config.process, shards_of(run.config)
-        if args.prompt is not None and not isinstance(model, SDXLConfig):
-            raise UserError(f"--prompt {args.prompt}: needs a run with text, and the model of {run_dir} is a {model.kind}")  # fmt: skip
-        if args.attack_sigma is not None and not process.sigma_min < args.attack_sigma < process.sigma_max:
-            raise UserError(f"--attack-sigma {args.attack_sigma:g}: must be between {process.sigma_min:g} and {process.sigma_max:g}, of {run_dir}")  # fmt: skip
+        if weights.prompt is not None and not isinstance(model, SDXLConfig):
+            raise UserError(f"--prompt {weights.prompt}: needs a run with text, and the model of {run_dir} is a {model.kind}")  # fmt: skip
+        if request.attack_sigma is not None and not process.sigma_min < request.attack_sigma < process.sigma_max:
+            raise UserError(f"--attack-sigma {request.attack_sigma:g}: must be between {process.sigma_min:g} and {process.sigma_max:g}, of {run_dir}")  # fmt: skip
         if not levels_within(request, run):
             raise UserError(f"--levels {' '.join(f'{level:g}' for level in request.levels)}: none is from {process.sigma_min:g} to {process.sigma_max:g}, of {run_dir}")  # fmt: skip
-        prompt = (args.prompt if args.prompt is not None else model.prompt or "") if isinstance(model, SDXLConfig) else ""  # fmt: skip
+        prompt = (weights.prompt if weights.prompt is not None else model.prompt or "") if isinstance(model, SDXLConfig) else ""  # fmt: skip
         subject = Subject(run_dir.resolve().name, run, index, prompt, run_dir / FOLDER)
         for option, name in (("--reference", request.reference), ("--training", request.training)):
             if name and (count := open_images(subject, name).count) < FEWEST:

@@ -1,0 +1,183 @@
+"""`python -m trainer.study FILE`: runs of several methods on several data sets with several seeds, judged alike."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer import errors
+from trainer.errors import UserError, WorkFailed
+from trainer.progress import progress_bar
+
+if TYPE_CHECKING:
+    from trainer.evaluation.record import Evaluation
+    from trainer.study_config import Point, StudyConfig
+
+EXAMPLE = """examples:
+  python -m trainer.study configs/studies/fashion.yaml --dry-run
+  python -m trainer.study configs/studies/fashion.yaml --at-once 2
+  python -m trainer.study configs/studies/fashion.yaml --cluster cluster.yaml      # submits; called again, it judges what is done
+
+What is there is not made again: stop it at any time, and call it again. FOLDER gets table.md, table.json, plots, comparison.html.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m trainer.study",
+        description="Makes the data, trains each method on each data set with each seed, evaluates all runs alike, and writes one table.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("file", metavar="FILE", type=Path, help="of the study, a YAML file; see configs/studies/")
+    p.add_argument("--folder", type=Path, help="where shards and runs go (default: runs/NAME of FILE)")
+    p.add_argument("--at-once", type=int, default=1, help="trainings at the same time on this machine (default: 1)")
+    p.add_argument("--cluster", type=Path, metavar="FILE", help="train by jobs, one for each run, as slurm.submit does")
+    p.add_argument("--dry-run", action="store_true", help="print the runs, and which are done")
+    return p
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study in its folder."""
+
+    config: StudyConfig
+    folder: Path
+
+    def shards(self, data: str) -> Path:
+        return self.folder / "shards" / data.replace(" ", "-")
+
+    def run_dir(self, point: Point) -> Path:
+        return self.folder / point.name
+
+    def overrides(self, point: Point) -> list[str]:
+        method = self.config.methods[point.method]
+        fixed = [f"run_dir={json.dumps(str(self.run_dir(point)))}", f"data.shards={json.dumps(str(self.shards(point.data)))}", f"seed={point.seed}"]  # fmt: skip
+        return [*self.config.overrides, *method.overrides, *fixed]
+
+    def is_done(self, point: Point) -> bool:
+        from trainer.checkpoint import Checkpoints, read_state
+        from trainer.config import load
+
+        config = load(Path(self.config.config), self.overrides(point))
+        path = Checkpoints(self.run_dir(point), config.checkpoint).latest()
+        return path is not None and read_state(path).step >= config.steps
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    if args.at_once < 1:
+        raise UserError(f"--at-once {args.at_once}: must be at least 1")
+    from trainer.config import load_as
+    from trainer.study_config import StudyConfig
+
+    study = Study(load_as(StudyConfig, args.file), args.folder or Path("runs") / args.file.stem)
+    points = study.config.points()
+    done = {point: study.is_done(point) for point in points}  # so a mistake in any configuration is found at once
+    if args.dry_run:
+        for point in points:
+            print(
+                f"{'done   ' if done[point] else 'to do  '} {study.run_dir(point)}: {shlex.join(study.overrides(point))}"
+            )
+        print(f"{sum(done.values())} of {len(points)} runs are done")
+        return errors.DONE
+    for data in dict.fromkeys(point.data for point in points):
+        _make(study, data)
+    missing = [point for point in points if not done[point]]
+    if args.cluster:
+        _submit(study, missing, args.cluster)
+        failed: list[str] = []
+    else:
+        failed = _train(study, missing, args.at_once)
+    done |= {point: study.is_done(point) for point in missing}
+    ready = [point for point in points if done[point]]
+    if ready:
+        _judge(study, ready, f"python -m trainer.study {shlex.join(sys.argv[1:] if argv is None else argv)}")
+    if failed:
+        raise WorkFailed(f"{len(failed)} of {len(points)} runs failed: {'; '.join(failed)}")
+    if len(ready) < len(points):
+        print(f"{len(ready)} of {len(points)} runs are done; call this again for the rest")
+    return errors.DONE
+
+
+def _make(study: Study, data: str) -> None:
+    from data_pipeline.shard import main as shard
+
+    config = study.config
+    words = [config.training, str(study.shards(data)), *shlex.split(config.shard), *shlex.split(config.data[data])]
+    if code := shard(words):
+        raise WorkFailed(f"`python -m data_pipeline.shard {shlex.join(words)}` ended with exit code {code}")
+
+
+def _python(module: str, words: Sequence[str], log: Path | None = None) -> None:
+    """Runs a command as a user would type it. Raises WorkFailed. log: gets its output, if given."""
+    command = [sys.executable, "-m", module, *words]
+    if log is None:
+        code = subprocess.run(command).returncode
+    else:
+        with log.open("a") as output:
+            code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
+    if code:
+        where = f"; see {log}" if log else ""
+        raise WorkFailed(f"`{shlex.join(['python', *command[1:]])}` ended with exit code {code}{where}")
+
+
+def _train(study: Study, points: Sequence[Point], at_once: int) -> list[str]:
+    """Returns what to say of those that failed; the others go on."""
+
+    def train(point: Point) -> str | None:
+        log = study.folder / f"{point.name}.log"
+        try:
+            _python("trainer.train", [study.config.config, *study.overrides(point)], log)
+        except WorkFailed:
+            return f"{point.name} (see {log})"
+        return None
+
+    study.folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(at_once) as pool, progress_bar(total=len(points), desc=f"train, {at_once} at once", unit="run") as bar:  # fmt: skip
+        failed: list[str] = []
+        for result in pool.map(train, points):
+            failed += [result] if result else []
+            bar.update()
+    return failed
+
+
+def _submit(study: Study, points: Sequence[Point], cluster: Path) -> None:
+    for point in points:
+        _python("slurm.submit", [study.config.config, "--cluster", str(cluster), "--resume", *study.overrides(point)])
+
+
+def _judge(study: Study, points: Sequence[Point], command: str) -> None:
+    from data_pipeline import storage
+    from trainer.evaluate import Weights, evaluate
+    from trainer.evaluation.features import PACKAGED
+    from trainer.evaluation.report import report
+    from trainer.judge import Request
+    from trainer.study_table import draw, table, table_data
+
+    asked, config = study.config.evaluate, study.config
+    request = Request(
+        config.reference, config.training if asked.memorization else None, asked.number, asked.attacked, asked.compared,
+        tuple(sorted(asked.levels)), None, 0.25, asked.steps, 0,
+    )  # fmt: skip
+    runs = [study.run_dir(point) for point in points]
+    evaluations = evaluate(runs, request, PACKAGED, command, Weights())
+    found: dict[Point, Evaluation] = {p: e for p, (e, _) in zip(points, evaluations, strict=True)}
+    text = table(config, found)
+    files = {"table.md": text.encode(), "table.json": json.dumps(table_data(found, command), indent=1).encode(),
+             "comparison.html": report(evaluations, command).encode(), **draw(config, found)}  # fmt: skip
+    for name, data in files.items():
+        storage.write_atomically(str(study.folder / name), data)
+    print(f"\n{text}\n{study.folder}: {', '.join(files)}")
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run(main))

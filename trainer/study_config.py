@@ -1,0 +1,91 @@
+"""What a study is: runs of several methods, on several data sets, with several seeds; and how they are judged."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from itertools import product
+
+NAME = re.compile(r"[\w.,+=-]+( [\w.,+=-]+)*")
+
+
+@dataclass(frozen=True)
+class Method:
+    """overrides: of the configuration. data: the one data set that it is trained on, such as the clean images of an oracle,
+    which then stands beside all others; None takes each. seeds: in place of the study's."""
+
+    overrides: list[str] = field(default_factory=list[str])
+    data: str | None = None
+    seeds: int | None = None
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """As `trainer.evaluate` has them: number of samples, 0 for none; memorization: whether to attack; attacked; compared."""
+
+    number: int = 1000
+    memorization: bool = True
+    attacked: int = 200
+    compared: int = 10000
+    steps: int = 25
+    levels: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 2.0, 4.0])
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a study."""
+
+    method: str
+    data: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}, {self.data}, {self.seed}".replace(", ", "-").replace(" ", "-")
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """config: what all runs share, a configuration file. overrides: of it, for all. training, reference: sources of clean
+    images, to be corrupted, and held out. shard: words of `data_pipeline.shard` that all data sets share, such as `--size 28`.
+    data: by name, the words that corrupt each, such as `--sigma 0.5`. methods: by name. seeds: trainings of each."""
+
+    config: str
+    training: str
+    reference: str
+    data: dict[str, str]
+    methods: dict[str, Method]
+    shard: str = ""
+    overrides: list[str] = field(default_factory=list[str])
+    seeds: int = 3
+    evaluate: JudgeConfig = field(default_factory=JudgeConfig)
+
+    def __post_init__(self) -> None:
+        for name in (*self.data, *self.methods):
+            if not NAME.fullmatch(name):
+                raise ValueError(f"the name {name!r} must be of letters, digits and .,+=-, as it becomes a folder's")
+        if not self.data or not self.methods:
+            raise ValueError("data and methods must each have at least one entry")
+        for name, method in self.methods.items():
+            if method.data is not None and method.data not in self.data:
+                raise ValueError(f"methods.{name}.data {method.data}: is none of data, {', '.join(self.data)}")
+            if (method.seeds or self.seeds) < 1:
+                raise ValueError(f"seeds of {name}: must be at least 1")
+
+    def points(self) -> list[Point]:
+        """Seed by seed, so that a study that is stopped early has one of everything."""
+        return [
+            Point(name, data, seed)
+            for seed, (name, method) in product(range(max(map(self._seeds, self.methods))), self.methods.items())
+            for data in ([method.data] if method.data else self.compared_data)
+            if seed < self._seeds(name)
+        ]  # fmt: skip
+
+    def _seeds(self, method: str) -> int:
+        return self.methods[method].seeds or self.seeds
+
+    @property
+    def compared_data(self) -> list[str]:
+        """Data sets that no method has to itself: each of the other methods is trained on all of them."""
+        own = {method.data for method in self.methods.values() if method.data}
+        return [name for name in self.data if name not in own] or list(self.data)

@@ -1,0 +1,91 @@
+"""The table and the plots of a study: for each method and data set the mean over seeds, and its standard deviation."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from typing import Any
+
+from trainer.evaluation.record import Evaluation
+from trainer.evaluation.report import COLUMNS
+from trainer.study_config import Point, StudyConfig
+
+Found = Mapping[Point, Evaluation]
+
+
+def metrics_of(found: Found) -> dict[str, str]:
+    """Which metrics are shown, and how they are headed: those of the report, and the denoiser's errors."""
+    names = dict.fromkeys(name for evaluation in found.values() for name in evaluation.metrics)
+    errors = [name for name in names if name.startswith("denoiser_error/")]
+    headed = {name: f"error at {name.partition('/')[2]}" for name in errors}
+    return {**{name: heading for name, (heading, _) in COLUMNS.items() if name in names}, **headed}
+
+
+def rows(config: StudyConfig, found: Found) -> list[tuple[str, str, list[Evaluation]]]:
+    """Method, data and the runs of all seeds, where there are any."""
+    groups: dict[tuple[str, str], list[Evaluation]] = {}
+    for data in config.data:
+        for method in config.methods:
+            runs = [evaluation for point, evaluation in found.items() if (point.method, point.data) == (method, data)]
+            if runs:
+                groups[method, data] = runs
+    return [(method, data, runs) for (method, data), runs in groups.items()]
+
+
+def table(config: StudyConfig, found: Found) -> str:
+    """Markdown. Mean and standard deviation over seeds."""
+    shown = metrics_of(found)
+    some = next(iter(found.values())).settings
+    lines = [["data", "method", "seeds", *shown.values()]]
+    for method, data, runs in rows(config, found):
+        cells = [_spread([run.metrics[name] for run in runs if name in run.metrics]) for name in shown]
+        lines.append([data, method, str(len(runs)), *cells])
+    text = "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
+    said = (
+        f"Features: {some['extractor']}; {some['number']} samples against {some['reference_number']} held-out images."
+    )
+    return f"{text}\n\n{said} Mean and standard deviation over seeds.\n"
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    mean = f"{statistics.mean(values):.4g}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.2g}"
+
+
+def table_data(found: Found, command: str) -> dict[str, Any]:
+    """All figures, as JSON."""
+    runs = [{"method": p.method, "data": p.data, "seed": p.seed, "step": e.step, "metrics": e.metrics} for p, e in found.items()]  # fmt: skip
+    return {"command": command, "settings": next(iter(found.values())).settings, "runs": runs}
+
+
+def draw(config: StudyConfig, found: Found) -> dict[str, bytes]:
+    """plots.png: each metric of the report over the data sets, a line for each method."""
+    from matplotlib.figure import Figure
+
+    names = [name for name in metrics_of(found) if name in COLUMNS]
+    if not names:
+        return {}
+    columns = min(3, len(names))
+    lines = -(-len(names) // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.4 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    compared = config.compared_data
+    for axis in axes[len(names) :]:
+        axis.axis("off")
+    for axis, name in zip(axes, names, strict=False):
+        for number, method in enumerate(config.methods):
+            at = [config.methods[method].data or data for data in compared]
+            values = [[e.metrics[name] for p, e in found.items() if (p.method, p.data) == (method, data) and name in e.metrics] for data in at]  # fmt: skip
+            known = [i for i, of in enumerate(values) if of]
+            spread = [statistics.stdev(values[i]) if len(values[i]) > 1 else 0.0 for i in known]
+            axis.errorbar(known, [statistics.mean(values[i]) for i in known], spread, marker="o", markersize=4, capsize=3, color=f"C{number}", label=method)  # fmt: skip
+        axis.set_xticks(range(len(compared)), compared, fontsize=8)
+        axis.set_title(COLUMNS[name][0], fontsize=10)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    data = BytesIO()
+    figure.savefig(data, format="png", dpi=100)
+    return {"plots.png": data.getvalue()}
