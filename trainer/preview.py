@@ -4,38 +4,69 @@ from __future__ import annotations
 
 from functools import partial
 
+from torch import Tensor
+
+from data_pipeline.sources import open_source
 from trainer import base_pipeline, conditioning, networks
 from trainer.build import Run
+from trainer.diffusion.denoiser import Denoiser
+from trainer.evaluation.distances import kid
+from trainer.evaluation.features import PACKAGED, features_of, open_extractor
 from trainer.evaluation.grids import save_grid
+from trainer.evaluation.images import Images
 from trainer.generate import generate
 from trainer.models.sdxl import SDXLConfig
 
+SHOWN = 16
+JUDGED, REFERENCE = 256, 2000
+"""Samples whose distance is taken, and reference images at most. KID has no bias at any number, so few will do to see a trend."""
+
 
 class Preview:
-    """A second network on rank 0 that holds the averaged weights; made when the first picture is."""
+    """A second network on rank 0 that holds the averaged weights; made when the first picture is. Raises UserError for a
+    reference that is not there."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._network = None
+        self._network: Denoiser | None = None
+        self._features: Tensor | None = None
+        reference = run.config.logging.reference
+        self._source = open_source(reference) if reference else None
 
     def log(self, step: int) -> None:
-        """Samples 16 images with the same seeds each time, and logs them. A collective: the weights are gathered."""
+        """Samples images with the same seeds each time, and logs 16 of them, and the distance of 256 where there is a
+        reference. A collective: the weights are gathered."""
         run = self._run
         average = run.averaged_weights()
         if run.logger is None:
             return
-        model, shape, device = run.config.model, run.state.shape, run.ranks.device
         if self._network is None:
-            self._network = networks.denoiser(run.config, shape, run.text).to(device)
+            self._network = networks.denoiser(run.config, run.state.shape, run.text).to(run.ranks.device)
         self._network.load_state_dict(average, strict=False)
-        drawn = partial(generate, self._network, 16, shape, seed=0, steps=18, sampler="ddim", progress=False)
-        if isinstance(model, SDXLConfig):
-            assert run.text is not None
-            told = conditioning.of_training(model, run.text, 16, shape, device)
-            latents = drawn(conditioning=told, batch_size=base_pipeline.AT_ONCE)
-            images = base_pipeline.decoder(model, device)(latents)
-        else:
-            images = drawn()
+        images = self._draw(self._network, JUDGED if self._source else SHOWN)
         path = run.directory / "samples" / f"step-{step:08d}.png"
-        save_grid(images, path, columns=4)
+        save_grid(images[:SHOWN], path, columns=4)
         run.logger.image(step, "samples", path)
+        if self._source:
+            distance, error = self._distance(images)
+            run.logger.metrics(step, {"samples/kid": distance, "samples/kid_error": error})
+
+    def _draw(self, network: Denoiser, number: int) -> Tensor:
+        run, model = self._run, self._run.config.model
+        shape, device = run.state.shape, run.ranks.device
+        drawn = partial(generate, network, number, shape, seed=0, steps=18, sampler="ddim", progress=False)
+        if not isinstance(model, SDXLConfig):
+            return drawn()
+        assert run.text is not None
+        told = conditioning.of_training(model, run.text, number, shape, device)
+        latents = drawn(conditioning=told, batch_size=base_pipeline.AT_ONCE)
+        return base_pipeline.decoder(model, device)(latents)
+
+    def _distance(self, images: Tensor) -> tuple[float, float]:
+        assert self._source is not None
+        extractor = open_extractor(PACKAGED, self._run.ranks.device)
+        if self._features is None:
+            channels, height, width = images.shape[1:]
+            source = Images("logging.reference", self._source, (channels, height, width), len(self._source))
+            self._features = features_of(source.part_of(REFERENCE), extractor)
+        return kid(extractor.features(images), self._features)

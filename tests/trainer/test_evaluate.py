@@ -15,7 +15,10 @@ from tests.conftest import Outcome
 from trainer import errors
 from trainer.evaluate import main
 from trainer.evaluation.denoiser_error import errors_by_image
+from trainer.evaluation.distances import kid
+from trainer.evaluation.features import PACKAGED, open_extractor
 from trainer.evaluation.images import Images
+from trainer.generate import generate
 from trainer.restore import restore
 
 Train = Callable[..., Outcome]
@@ -153,3 +156,24 @@ def test_images_that_were_trained_on_are_not_taken_for_held_out(
     code, output = evaluate(capfd, str(tmp_path / "run"), "--reference", "x", "--training", "x")
     assert code == 2
     assert "is --reference, too" in output
+
+
+def test_while_training_the_distance_of_samples_is_logged_with_each_grid(
+    train: Train, tmp_path: Path, held_out: Path
+) -> None:
+    code, output = train("run", "steps=2", "logging.sample_every=2", f"logging.reference={held_out}")
+    assert code == 0, output
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (logged,) = [record["metrics"] for record in records if "samples/kid" in record.get("metrics", {})]
+    run, extractor = restore(tmp_path / "run"), open_extractor(PACKAGED)
+    images = generate(run.denoiser, 256, run.state.shape, seed=0, steps=18, sampler="ddim", progress=False)
+    reference = Images("held out", open_source(str(held_out)), run.state.shape, 20)
+    distance, error = kid(extractor.features(images), extractor.features(reference.rows(range(20))))
+    assert logged == pytest.approx({"samples/kid": distance, "samples/kid_error": error}, rel=1e-3)
+    code, output = train("other", "logging.sample_every=2", "logging.reference=nowhere")
+    assert code == 2
+    assert "nowhere: no such folder or file" in output
+    code, output = train("other", "logging.reference=nowhere")
+    assert code == 2
+    assert "logging" in output
+    assert "give sample_every" in output
