@@ -28,6 +28,8 @@ ALLOWED = {
         "trainer.restore",
         "data_pipeline",
     ),
+    "trainer.evaluate": ("trainer", "data_pipeline", "slurm.cluster"),
+    "trainer.evaluate_jobs": ("trainer", "slurm.cluster"),
     "data_pipeline": (
         "data_pipeline",
         "trainer.diffusion",
@@ -40,8 +42,8 @@ ALLOWED = {
     "slurm": ("slurm", "trainer", "data_pipeline"),
 }
 """For the modules under each name: the parts of this project that they may import. The rest of trainer may import all
-of trainer and data_pipeline, and nothing of slurm. slurm.cluster is below all that is submitted: the preprocessor
-submits itself, and slurm's commands submit the trainer, by the same cluster files."""
+of trainer and data_pipeline, and nothing of slurm. slurm.cluster is below all that is submitted: the preprocessor and
+the evaluation submit themselves, and slurm's commands submit the trainer, by the same cluster files."""
 
 ONLY = {
     "deepspeed": "trainer.engine",

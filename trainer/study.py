@@ -157,9 +157,9 @@ def _submit(study: Study, points: Sequence[Point], cluster: Path) -> None:
 
 def _judge(study: Study, points: Sequence[Point], command: str) -> None:
     from data_pipeline import storage
-    from trainer.evaluate import Weights, evaluate
     from trainer.evaluation.features import PACKAGED
     from trainer.evaluation.report import report
+    from trainer.evaluations import Weights, evaluate
     from trainer.judge import Request
     from trainer.study_table import draw, table, table_data
 

@@ -177,3 +177,27 @@ def test_while_training_the_distance_of_samples_is_logged_with_each_grid(
     assert code == 2
     assert "logging" in output
     assert "give sample_every" in output
+
+
+def test_jobs_of_a_cluster_find_what_one_process_finds(
+    train: Train, tmp_path: Path, held_out: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        assert train(name, "steps=1", f"optimizer.lr={1e-3 if name == 'a' else 1e-2}")[0] == 0
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text(f"kind: local\nlogs: {tmp_path / 'jobs'}\n")
+    words = ["--reference", str(held_out), "--number", "10", "--steps", "2", "--levels", "0.4"]
+    code, output = evaluate(capfd, *(str(tmp_path / name) for name in "ab"), *words, "--cluster", str(cluster))
+    assert code == 0, output
+    found = {path: path.read_bytes() for path in tmp_path.glob("?/evaluation/step-*/evaluation.json")}
+    assert len(found) == 2
+    for path in found:
+        path.unlink()
+    assert evaluate(capfd, *(str(tmp_path / name) for name in "ab"), *words)[0] == 0
+    for path, kept in found.items():
+        assert json.loads(path.read_text())["metrics"] == pytest.approx(json.loads(kept)["metrics"], rel=1e-5)
+    (tmp_path / "b" / "evaluation").rename(tmp_path / "kept")
+    (tmp_path / "b" / "evaluation").write_text("in the way")
+    code, output = evaluate(capfd, *(str(tmp_path / name) for name in "ab"), *words, "--cluster", str(cluster))
+    assert code == 1
+    assert f"1 of 2 evaluations failed: {tmp_path / 'b'}: " in output

@@ -1,0 +1,112 @@
+"""Evaluates runs: draws their samples, judges them, and leaves figures and a report with each run and in MLflow."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline import storage
+from trainer import distributed
+from trainer.distributed import Ranks
+from trainer.drawing import Wanted, drawer, into_folder
+from trainer.errors import UserError, WorkFailed
+from trainer.evaluation.features import open_extractor
+from trainer.evaluation.record import FOLDER, REPORT, Evaluation
+from trainer.evaluation.report import COLUMNS, report, value
+from trainer.judge import SAMPLER, Request, Subject, judge, levels_within, open_images
+from trainer.mlflow_logger import LoggingConfig, attach
+from trainer.models.sdxl import SDXLConfig
+from trainer.restore import restore, shards_of
+
+FEWEST = 10
+"""Images of either kind below which no distance is taken."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Which weights of each run are judged, and with which prompt, where it takes one; see `restore`."""
+
+    prompt: str | None = None
+    checkpoint: str = "latest"
+    sigma_rel: float | None = None
+
+
+def evaluate(
+    runs: Sequence[Path], request: Request, extractor: str, command: str, weights: Weights
+) -> list[tuple[Evaluation, Path]]:
+    """Judges each run, writes its report, and adds its figures to its MLflow run. A collective: the samples are shared out, and
+    the rest is done by the first rank; the others return an empty list. command: that does this again."""
+    ranks = distributed.init()
+    judged = subjects(runs, request, weights)
+    network = open_extractor(extractor, ranks.device)
+    if request.number:
+        for subject in judged:
+            _draw(subject, request, ranks)
+    done: list[tuple[Evaluation, Path]] = []
+    for run_dir, subject in zip(runs, judged, strict=True):
+        if ranks.is_main:
+            evaluation, folder = judge(subject, request, network)
+            done.append((evaluation, folder))
+            storage.write_atomically(str(folder / REPORT), report([(evaluation, folder)], command).encode())
+            print(_line(evaluation), flush=True)
+            _log(run_dir, subject.run.config.logging, evaluation, folder)
+    return done
+
+
+def subjects(runs: Sequence[Path], request: Request, weights: Weights) -> list[Subject]:
+    """Raises UserError for what does not fit a run, before anything is drawn."""
+    found: list[Subject] = []
+    for run_dir in runs:
+        run = restore(run_dir, weights.checkpoint, weights.sigma_rel)
+        model, process, index = run.config.model, run.config.process, shards_of(run.config)
+        if weights.prompt is not None and not isinstance(model, SDXLConfig):
+            raise UserError(f"--prompt {weights.prompt}: needs a run with text, and the model of {run_dir} is a {model.kind}")  # fmt: skip
+        if request.attack_sigma is not None and not process.sigma_min < request.attack_sigma < process.sigma_max:
+            raise UserError(f"--attack-sigma {request.attack_sigma:g}: must be between {process.sigma_min:g} and {process.sigma_max:g}, of {run_dir}")  # fmt: skip
+        if not levels_within(request, run):
+            raise UserError(f"--levels {' '.join(f'{level:g}' for level in request.levels)}: none is from {process.sigma_min:g} to {process.sigma_max:g}, of {run_dir}")  # fmt: skip
+        prompt = (weights.prompt if weights.prompt is not None else model.prompt or "") if isinstance(model, SDXLConfig) else ""  # fmt: skip
+        subject = Subject(run_dir.resolve().name, run, index, prompt, run_dir / FOLDER)
+        for option, name in (("--reference", request.reference), ("--training", request.training)):
+            if name and (count := open_images(subject, name).count) < FEWEST:
+                raise UserError(f"{option} {name}: {count} images, at least {FEWEST} are needed")
+        if index is None:
+            print(f"warning: {run_dir}: its shards, {run.config.data.shards}, are not there: noise levels are not marked", file=sys.stderr)  # fmt: skip
+        elif (made_of := index.request.get("source")) == request.reference:
+            print(f"warning: --reference {request.reference}: {run_dir} was trained on these images: nothing here is held out", file=sys.stderr)  # fmt: skip
+        elif request.training and made_of != request.training:
+            print(f"warning: --training {request.training}: {run_dir} was trained on {made_of}", file=sys.stderr)
+        found.append(subject)
+    return found
+
+
+def _draw(subject: Subject, request: Request, ranks: Ranks) -> None:
+    """A collective."""
+    folder, record = subject.sampling(request)
+    draw, at_once = drawer(subject.run, None, Wanted(request.seed, request.steps, SAMPLER, prompt=subject.prompt))
+    into_folder(draw, at_once, request.number, folder, record, ranks)
+
+
+def _line(evaluation: Evaluation) -> str:
+    """The figures that one looks at first, as the report has them."""
+    told = [f"{heading} {value(evaluation, name)}" for name, (heading, _) in COLUMNS.items() if name in evaluation.metrics]  # fmt: skip
+    return f"{evaluation.run}, step {evaluation.step}: " + ", ".join(told)
+
+
+def _log(run_dir: Path, config: LoggingConfig, evaluation: Evaluation, folder: Path) -> None:
+    """Into the run's own MLflow run, once."""
+    marker = folder / "mlflow.sent"
+    if marker.exists():
+        return
+    tags = {f"evaluation.{name}": str(evaluation.settings[name]) for name in ("extractor", "number", "reference")}
+    try:
+        sent = attach(config, run_dir, evaluation.step, evaluation.metrics, tags, folder)
+    except WorkFailed as error:
+        print(f"warning: {error}; evaluate again to send the figures", file=sys.stderr)
+        return
+    if sent:
+        marker.touch()
+    else:
+        print(f"{run_dir}: has no MLflow run, so the figures are in {folder} alone")
