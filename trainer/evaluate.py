@@ -21,8 +21,6 @@ Figures go into the MLflow run of each, and a report, which is one HTML file, be
 takes as SOURCE.
 """
 LEVELS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 2.0, 4.0)
-FEWEST = 10
-"""Images of either kind below which no distance is taken."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     _check(args)
-    from data_pipeline import storage  # imports from here on take seconds, which --help should not
+    from data_pipeline import storage
     from trainer.evaluation.record import REPORT
     from trainer.evaluation.report import report
     from trainer.evaluations import Weights, evaluate, subjects
@@ -84,6 +82,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
+    from trainer.evaluations import FEWEST  # takes seconds, which --help should not
+
     if args.number and args.number < FEWEST:
         raise UserError(f"--number {args.number}: must be at least {FEWEST}, or 0 for no samples")
     for name in ("attacked", "compared"):

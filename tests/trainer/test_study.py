@@ -102,7 +102,7 @@ def test_a_mistake_in_the_file_is_one_line(
     assert not (tmp_path / "study").exists()
 
 
-@pytest.mark.parametrize("name", ["fashion", "memorization", "corruptions", "noise-level"])
+@pytest.mark.parametrize("name", ["fashion", "memorization", "corruptions", "noise-level", "late-start"])
 def test_the_studies_that_come_with_it_are_sound(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from data_pipeline.shard import parser
 
