@@ -156,8 +156,8 @@ class _Shown:
         self.pictures: list[Picture] = []
         self.files: dict[str, bytes] = {}
 
-    def add(self, file: str, data: bytes, title: str, about: str) -> None:
-        self.pictures.append(Picture(file, title, about))
+    def add(self, file: str, data: bytes, title: str, about: str, *, plot: bool = False) -> None:
+        self.pictures.append(Picture(file, title, about, plot))
         self.files[file] = data
 
 
@@ -186,8 +186,8 @@ def _attack(
     name = f"memorization/{attack.name}"
     metrics = {f"{name}_auc": found.auc["both"].value, f"{name}_auc_error": found.auc["both"].error, f"{name}_share": found.share}  # fmt: skip
     metrics |= {f"{name}_auc_{kind}": found.auc[kind].value for kind in measures.KINDS}
-    shown.add(f"{attack.name}-similarity.png", figures.histograms(found), f"Attack by {attack.name}: {attack.about}",
-              "How alike each image is to what the model made of what was left of it. Where nothing is memorized, the two histograms agree.")  # fmt: skip
+    shown.add(f"{attack.name}-similarity.png", figures.histograms(found), f"Attack by {attack.about}",
+              "How alike each image is to what the model made of what was left of it. Where nothing is memorized, the two histograms agree.", plot=True)  # fmt: skip
     for kind, rows in found.shown.items():
         file = f"{attack.name}-{kind.partition(' ')[0]}.png"
         shown.add(file, figures.matches(rows), f"Best matches among {kind}, {attack.name}", "From above: the image, what was left of it, what the model made of that.")  # fmt: skip

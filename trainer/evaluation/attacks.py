@@ -37,7 +37,7 @@ class Masked:
 
     @property
     def about(self) -> str:
-        return f"all hidden but the middle {self.visible:.0%} of columns"
+        return f"a mask of all but the middle {self.visible:.0%} of columns"
 
     def hidden(self, width: int) -> Tensor:
         """(W,), bool. At least one column is visible, and one hidden."""

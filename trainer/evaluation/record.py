@@ -21,11 +21,12 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Picture:
-    """file: in the evaluation's folder. about: what is to be seen in it."""
+    """file: in the evaluation's folder. about: what is to be seen in it. plot: of lines and letters, not of images."""
 
     file: str
     title: str
     about: str
+    plot: bool = False
 
 
 @dataclass(frozen=True)

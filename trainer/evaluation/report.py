@@ -28,7 +28,7 @@ COLUMNS = {
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1240px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0}th,td{border:1px solid #ccc;padding:.3em .6em;text-align:right;white-space:nowrap}
-th:first-child,td:first-child{text-align:left}th{background:#f3f3f3}th[title]{cursor:help}.wide{overflow-x:auto}
+th:first-child,td:first-child{text-align:left}th{background:#f3f3f3}td:last-child{white-space:normal;text-align:left;color:#555}.wide{overflow-x:auto}
 img{max-width:100%;image-rendering:pixelated}figure{margin:1em 0 2em}figcaption{color:#555}code{background:#f3f3f3;padding:0 .2em}
 dt{font-weight:600}dd{margin:0 0 .4em 1.5em;color:#555}.plot{image-rendering:auto}"""
 
@@ -37,11 +37,11 @@ def report(evaluations: Sequence[tuple[Evaluation, Path]], command: str) -> str:
     """evaluations: each with its folder. command: that makes the report again."""
     of = _named([evaluation for evaluation, _ in evaluations])
     title = f"Evaluation of {', '.join(of)}"
-    parts = [f"<h1>{escape(title)}</h1>", *_about(of, command), _table(of), _meanings(of), *_together(of)]
+    parts = [f"<h1>{escape(title)}</h1>", *_about(of, command), _table(of), *_together(of)]
     for (name, evaluation), (_, folder) in zip(of.items(), evaluations, strict=True):
         parts.append(f"<h2>{escape(name)}</h2><p>{escape(evaluation.data)}</p>")
         for picture in evaluation.pictures:
-            parts.append(_figure((folder / picture.file).read_bytes(), picture.title, picture.about))
+            parts.append(_figure((folder / picture.file).read_bytes(), picture.title, picture.about, plot=picture.plot))
     body = "\n".join(part for part in parts if part)
     return f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
 
@@ -76,12 +76,31 @@ LABELS = {
 
 
 def _table(of: dict[str, Evaluation]) -> str:
+    """A line for each metric, which says what it means; a line for each run where there are many."""
     shown = [name for name in COLUMNS if any(name in evaluation.metrics for evaluation in of.values())]
     if not shown:
         return ""
-    head = "".join(f'<th title="{escape(COLUMNS[name][1])}">{COLUMNS[name][0]}</th>' for name in shown)
-    rows = [f"<tr><td>{escape(name)}</td><td>{e.step}</td>{''.join(f'<td>{value(e, m)}</td>' for m in shown)}</tr>" for name, e in of.items()]  # fmt: skip
-    return f'<div class="wide"><table><tr><th>run</th><th>step</th>{head}</tr>{"".join(rows)}</table></div>'
+    if len(of) > SIDE_BY_SIDE:
+        rows = [["run", "step", *(COLUMNS[name][0] for name in shown)]]
+        rows += [[name, str(e.step), *(value(e, m) for m in shown)] for name, e in of.items()]
+        return _rows(rows) + _meanings(shown)
+    rows = [["", *of, ""], ["step", *(str(e.step) for e in of.values()), ""]]
+    rows += [[COLUMNS[m][0], *(value(e, m) for e in of.values()), COLUMNS[m][1]] for m in shown]
+    return _rows(rows)
+
+
+SIDE_BY_SIDE = 6
+"""Runs that find place beside each other."""
+
+
+def _rows(rows: Sequence[Sequence[str]]) -> str:
+    head, *others = ("".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row) for tag, row in zip(["th"] + ["td"] * (len(rows) - 1), rows, strict=True))  # fmt: skip
+    return f'<div class="wide"><table><tr>{head}</tr>{"".join(f"<tr>{row}</tr>" for row in others)}</table></div>'
+
+
+def _meanings(shown: Sequence[str]) -> str:
+    items = "".join(f"<dt>{COLUMNS[name][0]}</dt><dd>{escape(COLUMNS[name][1])}</dd>" for name in shown)
+    return f"<details><summary>What the columns say</summary><dl>{items}</dl></details>"
 
 
 def value(evaluation: Evaluation, name: str) -> str:
@@ -90,12 +109,6 @@ def value(evaluation: Evaluation, name: str) -> str:
         return "-"
     error = evaluation.metrics.get(f"{name}_error")
     return f"{evaluation.metrics[name]:.4g}" + (f" ± {error:.2g}" if error is not None else "")
-
-
-def _meanings(of: dict[str, Evaluation]) -> str:
-    shown = [name for name in COLUMNS if any(name in evaluation.metrics for evaluation in of.values())]
-    items = "".join(f"<dt>{COLUMNS[name][0]}</dt><dd>{escape(COLUMNS[name][1])}; <code>{name}</code> in MLflow</dd>" for name in shown)  # fmt: skip
-    return f"<details><summary>What the columns say</summary><dl>{items}</dl></details>" if items else ""
 
 
 def _together(of: dict[str, Evaluation]) -> list[str]:
