@@ -26,12 +26,13 @@ class Preview:
             return
         model, shape, device = run.config.model, run.state.shape, run.ranks.device
         if self._network is None:
-            self._network = networks.denoiser(run.config, shape, run.text).to(device)
+            rows = run.text if isinstance(run.text, conditioning.TextRows) else None  # else it has encoders of its own
+            self._network = networks.denoiser(run.config, shape, rows).to(device)
         self._network.load_state_dict(average, strict=False)
         drawn = partial(generate, self._network, 16, shape, seed=0, steps=18, sampler="ddim", progress=False)
         if isinstance(model, SDXLConfig):
             assert run.text is not None
-            told = conditioning.of_training(model, run.text, 16, shape, device)
+            told = conditioning.of_training(run.config, run.text, 16, shape, device)
             latents = drawn(conditioning=told, batch_size=base_pipeline.AT_ONCE)
             images = base_pipeline.decoder(model, device)(latents)
         else:
