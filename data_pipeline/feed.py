@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from queue import SimpleQueue
 from threading import Thread
@@ -18,17 +18,20 @@ from torch.utils.data import get_worker_info
 
 from data_pipeline.batch_order import BatchOrder, MicroBatch
 from data_pipeline.index import Shape
-from data_pipeline.latents.text_cache import TextCache
 from data_pipeline.order import Group, Int, stand_in
 from data_pipeline.reader import BadShard, ShardReader
 from trainer.diffusion.noise import address
 from trainer.errors import UserError, WorkFailed
 
+Words = Callable[[Sequence[str]], tuple[NDArray[np.int64], Sequence[int]]]
+"""Captions -> what the network is given of them, (B, ...); and which of them were cut."""
+
 
 class Piece(NamedTuple):
     """A micro-batch as it travels from process to process: its observations, float16 of this shape, wait in slot `number %
     len(slots)` of its worker; sigma_n (B,) float32 and the conditioning travel in the message. skipped: how many samples
-    stand in for one in a shard that failed. failed: the shards that failed since the piece before, as messages."""
+    stand in for one in a shard that failed. failed: the shards that failed since the piece before, as messages. cut: the keys
+    of the samples whose captions were cut."""
 
     worker: int
     number: int
@@ -38,17 +41,22 @@ class Piece(NamedTuple):
     keys: tuple[str, ...]
     skipped: int = 0
     failed: tuple[str, ...] = ()
+    cut: tuple[str, ...] = ()
 
 
-def conditioning_of(about: Sequence[Mapping[str, Any]], text: TextCache | None) -> dict[str, NDArray[Any]]:
+def conditioning_of(
+    about: Sequence[Mapping[str, Any]], words: Words | None
+) -> tuple[dict[str, NDArray[Any]], Sequence[int]]:
     """From what is recorded beside each observation to what the backbone is given: arrays whose first dimension is B, by
-    name. time_ids (B, 6) float32, of latents. caption (B,) int64, the ids in `text`, where there is one; 0 is no caption."""
+    name; and which captions were cut. time_ids (B, 6) float32, of latents. caption (B, ...) int64, what `words` makes of
+    the captions, where it is given; "" is no caption."""
     conditioning: dict[str, NDArray[Any]] = {}
     if all("time_ids" in record for record in about):
         conditioning["time_ids"] = np.array([record["time_ids"] for record in about], np.float32)
-    if text is not None:
-        conditioning["caption"] = np.array(text.ids(record.get("caption", "") for record in about), np.int64)
-    return conditioning
+    cut: Sequence[int] = ()
+    if words is not None:
+        conditioning["caption"], cut = words([record.get("caption", "") for record in about])
+    return conditioning, cut
 
 
 class Slots:
@@ -84,7 +92,7 @@ class Slots:
 
 class Feed:
     """A pipeline's stages from places to pieces. flip: as in DataConfig. skip: goes on without shards that fail.
-    text: has the captions' ids, where the network is given them."""
+    words: what the network is given of captions, if anything."""
 
     def __init__(
         self,
@@ -93,9 +101,9 @@ class Feed:
         slots: Slots,
         flip: bool,
         skip: bool,
-        text: TextCache | None = None,
+        words: Words | None = None,
     ) -> None:
-        self._text = text
+        self._words = words
         self._order, self._reader, self._slots, self._flip, self._skip = order, reader, slots, flip, skip
         self._groups: dict[int, Group] = {}
         """That each shape is in."""
@@ -152,8 +160,8 @@ class Feed:
             mirrored = [i for i in range(len(shards)) if address(self._order.seed, "flip", first + i) % 2]
             x_n[mirrored] = x_n[mirrored, ..., ::-1]
         sigma_n = np.array([record["sigma_n"] for record in about], np.float32)
-        conditioning = conditioning_of(about, self._text)
-        return Piece(worker.id if worker else 0, number, shape, sigma_n, conditioning, tuple(keys), skipped, tuple(failed))  # fmt: skip
+        conditioning, cut = conditioning_of(about, self._words)
+        return Piece(worker.id if worker else 0, number, shape, sigma_n, conditioning, tuple(keys), skipped, tuple(failed), tuple(keys[i] for i in cut))  # fmt: skip
 
     def _replaced(self, micro_batch: MicroBatch, failed: list[str]) -> tuple[Int, Int, int]:
         """Shards and rows, with samples of other shards in place of those in shards that fail, and how many. A pure

@@ -21,10 +21,11 @@ from webdataset.pipeline import DataPipeline
 from data_pipeline import storage
 from data_pipeline.batch_order import BatchOrder, MicroBatch
 from data_pipeline.cache import ShardCache, retrying
-from data_pipeline.feed import Feed, Piece, Slots
+from data_pipeline.feed import Feed, Piece, Slots, Words
 from data_pipeline.index import read_index
 from data_pipeline.latents.captions import FOLDER as TEXT
 from data_pipeline.latents.text_remote import open_text
+from data_pipeline.latents.tokens import Tokens
 from data_pipeline.reader import ShardReader
 from trainer import folders
 from trainer.diffusion.batch import Batch
@@ -97,12 +98,18 @@ class Layout:
 class Loader:
     """Batches of one rank. Position p of the global sequence is row p % batch_size of step p // batch_size.
 
-    captions: whether batches have caption ids, of the shards' text cache.
+    captions: what batches have of captions: ids in the shards' text cache ("ids"), or what these `Tokens` make of their words.
     skipped: samples of this rank that others stood in for since the loader was made; 0 unless data.on_error is skip.
+    cut: samples of this rank so far whose captions had too many tokens.
     """
 
     def __init__(
-        self, config: DataConfig, layout: Layout, seed: int, device: torch.device, captions: bool = False
+        self,
+        config: DataConfig,
+        layout: Layout,
+        seed: int,
+        device: torch.device,
+        captions: Literal["ids"] | Tokens | None = None,
     ) -> None:
         self.config, self.layout, self.device, self._captions = config, layout, device, captions
         local = storage.local_path(config.shards)
@@ -115,7 +122,7 @@ class Loader:
             )
         counts, shape_of = [shard.samples for shard in self.index.shards], [shard.shape for shard in self.index.shards]
         self.order = BatchOrder(counts, shape_of, layout.batch_size, seed, config.group)
-        self.skipped = 0
+        self.skipped = self.cut = 0
         self._warned: set[str] = set()
         self._cache: ShardCache | None = None
         if local is None:
@@ -160,8 +167,9 @@ class Loader:
         """In the background process, where there is one."""
         config = self.config
         reader = ShardReader(self._folder, self.index, 2 * self.order.group, self._cache, config.verify)
-        text = open_text(storage.join(self._folder, TEXT)) if self._captions else None
-        return Feed(self.order, reader, slots, config.flip, config.on_error == "skip", text)
+        captions = self._captions
+        words = captions if captions is None or isinstance(captions, Tokens) else _ids(storage.join(self._folder, TEXT))
+        return Feed(self.order, reader, slots, config.flip, config.on_error == "skip", words)
 
     def _batch(self, piece: Piece, slots: Slots) -> Batch:
         self.skipped += piece.skipped
@@ -170,6 +178,10 @@ class Loader:
                 self._warned.add(message)
                 note = f"warning: rank {self.layout.rank}: {message}; others of its group stand in for its samples"
                 tqdm.write(note, file=sys.stderr)
+        if piece.cut and not self.cut:
+            note = f"warning: rank {self.layout.rank}: the caption of {piece.cut[0]} has more tokens than the text encoders take, and is cut, as all such captions are"
+            tqdm.write(note, file=sys.stderr)
+        self.cut += len(piece.cut)
         sigma_n = torch.from_numpy(piece.sigma_n) * self.config.sigma_scale
         conditioning = {name: torch.from_numpy(value) for name, value in piece.conditioning.items()}
         shape = (len(sigma_n), *piece.shape)
@@ -211,6 +223,12 @@ class Loader:
             raise UserError(
                 f"data.cache_gb {self.config.cache_gb:g}: two groups of {self.order.group} shards take {needed:.3g} GB: raise it, or lower data.group"
             )
+
+
+def _ids(place: str) -> Words:
+    """Of the text cache at a folder or URL."""
+    text = open_text(place)
+    return lambda captions: (np.array(text.ids(captions), np.int64), ())
 
 
 def _leave_signals_to_the_training(_: int) -> None:

@@ -74,6 +74,8 @@ class Request:
         plain = json.loads(json.dumps({**asdict(self), "source": source}))
         if plain["latents"]:
             del plain["latents"]["size"]
+            if plain["latents"]["embeddings"]:  # as requests were recorded before there was a choice
+                del plain["latents"]["embeddings"]
         return plain
 
 

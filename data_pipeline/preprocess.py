@@ -188,7 +188,7 @@ def _work(work: Work, source: Source, limit: Limit, means: Means) -> ShardIndex:
             file=sys.stderr,
         )
     text = None
-    if work.request.latents is not None:
+    if work.request.latents is not None and work.request.latents.embeddings:
         ordered = (progress.done[number] for number in sorted(progress.done))
         captions = [caption for record in ordered for caption in record.captions]
         text = write_captions(work.output, work.request.latents.source, captions)

@@ -13,9 +13,11 @@ from torch import Tensor
 from data_pipeline.index import ShardIndex
 from data_pipeline.latents.identity import require_same, vae_identity
 from data_pipeline.latents.parts import ENCODERS, SCHEDULER, STEMS, TOKENIZERS, find_parts, read_config
+from data_pipeline.writer import META
 from trainer.config import RunConfig
 from trainer.diffusion.process import VPTable
 from trainer.errors import UserError
+from trainer.models.encoded_text import EncodedText
 from trainer.models.lora import add_lora
 from trainer.models.quiet import quieten_xformers
 from trainer.models.sdxl import DTYPES, SDXL, SDXLConfig, Text
@@ -27,7 +29,8 @@ PARTS = ["unet", SCHEDULER, "vae", *ENCODERS, *TOKENIZERS]
 
 
 def backbone(config: RunConfig, model: SDXLConfig, text: Text | None) -> SDXL:
-    """The base's UNet, with fresh adapters or all to be trained. Raises UserError where it does not fit."""
+    """The base's UNet, with fresh adapters or all to be trained; where captions are encoded as they come, with the base's text
+    encoders in the place of `text`. Raises UserError where it does not fit."""
     quieten_xformers()
     from data_pipeline.latents.vae import load_part
 
@@ -41,13 +44,22 @@ def backbone(config: RunConfig, model: SDXLConfig, text: Text | None) -> SDXL:
         raise UserError(
             f"model.base {model.base}: not Stable Diffusion XL: its UNet takes no size and crop (addition_embed_type is {unet.config.addition_embed_type})"
         )
+    if model.text == "encoded":
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+        classes = zip(ENCODERS, (CLIPTextModel, CLIPTextModelWithProjection), strict=True)
+        text = EncodedText(*(load_part(class_, folders[name], STEMS[name], dtype=dtype) for name, class_ in classes))
     return adapted(unet, model, text)
 
 
 def adapted(unet: Any, model: SDXLConfig, text: Text | None = None) -> SDXL:
-    """A UNet with fresh adapters, or all of it to be trained."""
+    """A UNet with fresh adapters, or all of it to be trained; and text encoders with adapters where they have them."""
     if model.lora:
         add_lora(unet, model.lora)
+        if model.lora.text_encoders and isinstance(text, EncodedText):
+            text.add_lora(model.lora)
+            if model.activation_checkpointing:
+                text.keep_fewer_activations()
     else:
         unet.requires_grad_(True)
     if model.activation_checkpointing:
@@ -72,10 +84,18 @@ def check_data(model: SDXLConfig, index: ShardIndex, shards: str) -> None:
                 f"model.base {model.base}: its UNet takes latents of {unet['in_channels']} channels, with sides that are multiples of {halvings}; {shards} has {(channels, height, width)}: shard with another --size or --buckets"
             )
     require_same(latents["vae"], vae_identity(folders["vae"]), f"the VAE of model.base {model.base}")
-    if model.prompt is None:
+    if (
+        model.prompt is None
+        and model.text == "encoded"
+        and "caption" not in index.schema.get(META, {}).get("fields", ())
+    ):
+        raise UserError(
+            f"model.prompt null: {shards} has no captions: give one prompt for all images, such as 'a face', or shard with captions"
+        )
+    if model.prompt is None and model.text == "cached":
         if index.text is None:
             raise UserError(
-                f"model.prompt null: {shards} has no embeddings of captions (text/): give one prompt for all images, such as 'a face', or shard with captions, and --latents a pipeline with text encoders"
+                f"model.prompt null: {shards} has no embeddings of captions (text/): give one prompt for all images, such as 'a face', or set model.text to encoded, or shard with captions, and --latents a pipeline with text encoders"
             )
         from data_pipeline.latents.text import encoders_identity
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline.latents.tokens import Tokens
 from data_pipeline.loader import Layout, Loader
 from trainer import base_pipeline, conditioning, engine_settings, networks
 from trainer.attention import Choice, set_attention
@@ -40,6 +41,7 @@ MAY_CHANGE = ("steps", "threads", "micro_batch_size", "data.workers", "data.cach
 class Run:
     """All that the loop needs. Losses see a Denoise; here it is the engine around the denoiser.
 
+    text: what the batches' captions are: rows of embeddings, or tokens for the network's own text encoders.
     stride: consistency takes every stride-th row of the batch. budget: present until it has chosen the schedule's period.
     """
 
@@ -48,7 +50,7 @@ class Run:
     ranks: Ranks
     layout: Layout
     loader: Loader
-    text: conditioning.TextRows | None
+    text: conditioning.TextRows | Tokens | None
     conditioner: conditioning.Conditioner
     denoiser: Denoiser
     engine: Engine
@@ -79,7 +81,8 @@ def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = 
         torch.set_num_threads(config.threads)
     layout = layout_of(config, ranks.rank, ranks.world)
     model = config.model
-    captions = isinstance(model, SDXLConfig) and model.prompt is None
+    tokens = conditioning.tokens_of(config)
+    captions = tokens or "ids" if isinstance(model, SDXLConfig) and model.prompt is None else None
     loader = Loader(config.data, layout, config.seed, ranks.device, captions)
     _check_levels(config, loader)
     few = _few(config, loader)
@@ -99,8 +102,8 @@ def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = 
         networks.check_shape(config.model, shape)
     if isinstance(model, SDXLConfig):
         base_pipeline.check_data(model, loader.index, config.data.shards)
-    text = conditioning.text_of(config, ranks.device)
-    network = networks.denoiser(config, loader.index.shape, text).to(ranks.device)
+    rows = conditioning.text_of(config, ranks.device)
+    network = networks.denoiser(config, loader.index.shape, rows).to(ranks.device)
     work = flops(network, loader.index.shape, conditioning_shapes(network))
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     attention = set_attention(network, config.engine.attention, dtype, ranks)
@@ -120,12 +123,12 @@ def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = 
             ema.averages[name] = [t.clone() for t in engine.masters]
         weights, moments = read_tensors(path, "weights"), read_tensors(path, "optimizer")
         engine.load(weights, moments, state.step, state.loss_scale)
-        rows = read_pool(path, layout.first_row(0) // stride, pool.rows)
-        pool.load_state_dict({name: value.to(ranks.device) for name, value in rows.items()})
+        particles = read_pool(path, layout.first_row(0) // stride, pool.rows)
+        pool.load_state_dict({name: value.to(ranks.device) for name, value in particles.items()})
     budget = _budget(c, state)
     _claim(config, settings, directory, ranks)
     return Run(
-        config, directory, ranks, layout, loader, text, conditioning.conditioner(config), network, engine, attention, work, ema,
+        config, directory, ranks, layout, loader, tokens or rows, conditioning.conditioner(config, tokens, ranks.device), network, engine, attention, work, ema,
         ambient=AmbientLoss(config.levels, config.weight, config.process, config.ambient),
         consistency=ConsistencyLoss(config.weight, sigma_min, c.ratio, c.steps, c.gradient) if c else None,
         pool=pool,

@@ -1,9 +1,11 @@
-"""What the network is told besides the noisy image: which of a batch's conditioning, and what the captions' ids mean."""
+"""What the network is told besides the noisy image: which of a batch's conditioning, and what its captions mean."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,14 +14,18 @@ from data_pipeline import storage
 from data_pipeline.latents.captions import FOLDER
 from data_pipeline.latents.text_cache import TextCache
 from data_pipeline.latents.text_remote import open_text
+from data_pipeline.latents.tokens import Tokens
+from data_pipeline.loader import Layout, Loader
 from trainer import base_pipeline
 from trainer.config import RunConfig
-from trainer.diffusion.batch import Batch, Conditioning
+from trainer.diffusion.batch import Batch, Conditioning, expand
+from trainer.diffusion.denoiser import Denoiser
 from trainer.diffusion.noise import Noise
+from trainer.models.encoded_text import EncodedText
 from trainer.models.sdxl import SDXLConfig
 
 NO_CAPTION, FIXED = 0, 1
-"""Ids: of the empty caption, always; and of a run's own prompt, where it has one."""
+"""Ids: of the empty caption, always; and of a run's own prompt, where it has one and it is encoded once."""
 
 FEW = 256
 """Captions whose embeddings are kept in the device's memory: 81 MB of SDXL's."""
@@ -45,43 +51,65 @@ class TextRows:
 
 
 def text_of(config: RunConfig, device: torch.device) -> TextRows | None:
-    """None for a model without text. A run's own prompt costs one pass of the text encoders, here."""
+    """None for a model without text, or with text encoders of its own. A run's own prompt costs one pass of the text
+    encoders, here."""
     model = config.model
-    if not isinstance(model, SDXLConfig):
+    if not isinstance(model, SDXLConfig) or model.text == "encoded":
         return None
     if model.prompt is not None:
         return TextRows(base_pipeline.embed(model, ["", model.prompt], device))
     return TextRows(open_text(storage.join(config.data.shards, FOLDER)))
 
 
+def tokens_of(config: RunConfig) -> Tokens | None:
+    """None for a model whose text is not encoded as it comes."""
+    model = config.model
+    return Tokens("model.base", model.base) if isinstance(model, SDXLConfig) and model.text == "encoded" else None
+
+
+def encoders_of(denoiser: Denoiser) -> EncodedText | None:
+    """A network's own text encoders."""
+    text: Any = getattr(denoiser.backbone, "text", None)
+    return text if isinstance(text, EncodedText) else None
+
+
 @dataclass(frozen=True)
 class Conditioner:
     """Leaves of a batch's conditioning what the network takes, and drops captions.
 
-    names: what it takes; None for a model without conditioning. fixed: whether all images have the run's own prompt.
+    names: what it takes; none for a model without conditioning. no_caption: the empty caption, as the data have captions:
+    an id () or tokens (2, T). fixed: the run's own prompt, so, which all images have, if there is one.
     drop: the share of samples whose caption becomes the empty one. Which ones is addressed, so it is the same on any
     number of ranks; and a particle keeps the caption that it was born with, or its absence.
     """
 
     names: tuple[str, ...] = ()
-    fixed: bool = False
+    no_caption: Tensor = field(default_factory=lambda: torch.tensor(NO_CAPTION))
+    fixed: Tensor | None = None
     drop: float = 0.0
 
     def __call__(self, batch: Batch, noise: Noise) -> Batch:
         conditioning = {name: batch.conditioning[name] for name in self.names if name in batch.conditioning}
-        if self.fixed:
-            conditioning["caption"] = torch.full_like(batch.sigma_n, FIXED, dtype=torch.int64)
+        if self.fixed is not None:
+            conditioning["caption"] = self.fixed.expand(len(batch), *self.fixed.shape)
         if self.drop:
             dropped = noise.uniform("caption.drop", batch.sigma_n) < self.drop
-            conditioning["caption"] = conditioning["caption"].masked_fill(dropped, NO_CAPTION)
+            captions = conditioning["caption"]
+            conditioning["caption"] = torch.where(expand(dropped, captions), self.no_caption, captions)
         return replace(batch, conditioning=conditioning)
 
 
-def conditioner(config: RunConfig) -> Conditioner:
+def conditioner(config: RunConfig, tokens: Tokens | None, device: torch.device) -> Conditioner:
     model = config.model
     if not isinstance(model, SDXLConfig):
         return Conditioner()
-    return Conditioner(("time_ids", "caption"), model.prompt is not None, model.drop_captions)
+    captions = (
+        torch.tensor([NO_CAPTION, FIXED]) if tokens is None else torch.from_numpy(tokens(["", model.prompt or ""])[0])
+    )
+    no_caption, fixed = captions.to(device)
+    return Conditioner(
+        ("time_ids", "caption"), no_caption, None if model.prompt is None else fixed, model.drop_captions
+    )
 
 
 def time_ids(model: SDXLConfig, number: int, shape: tuple[int, int, int], device: torch.device) -> Tensor:
@@ -92,20 +120,37 @@ def time_ids(model: SDXLConfig, number: int, shape: tuple[int, int, int], device
 
 
 def of_training(
-    model: SDXLConfig, text: TextRows, number: int, shape: tuple[int, int, int], device: torch.device
+    config: RunConfig, text: TextRows | Tokens, number: int, shape: tuple[int, int, int], device: torch.device
 ) -> Conditioning:
     """For a preview: the run's own prompt, or its first captions in turn."""
-    captions = max(1, text.count - 1)
-    ids = torch.arange(number, device=device) % captions + min(FIXED, text.count - 1)
-    return {"time_ids": time_ids(model, number, shape, device), "caption": ids}
+    model = config.model
+    assert isinstance(model, SDXLConfig)
+    if isinstance(text, TextRows):
+        captions = torch.arange(number) % max(1, text.count - 1) + min(FIXED, text.count - 1)
+    elif model.prompt is not None:
+        captions = torch.from_numpy(text([model.prompt] * number)[0])
+    else:
+        data = Loader(
+            replace(config.data, workers=0), Layout(number, number, 0, 1), config.seed, torch.device("cpu"), text
+        )
+        with closing(data.stream(0)) as batches:
+            captions = next(batches).conditioning["caption"]
+    return {"time_ids": time_ids(model, number, shape, device), "caption": captions.to(device)}
 
 
 def of_prompt(
-    model: SDXLConfig, prompts: Sequence[str], shape: tuple[int, int, int], device: torch.device
+    denoiser: Denoiser, model: SDXLConfig, prompts: Sequence[str], shape: tuple[int, int, int]
 ) -> tuple[Conditioning, Conditioning]:
-    """What images of these prompts, one each, are drawn with; and the same with empty captions, to be led away from."""
+    """What images of these prompts, one each, are drawn with; and the same with empty captions, to be led away from. By the
+    network's own text encoders, where it has them, else by its base's."""
+    device = next(denoiser.parameters()).device
     distinct = list(dict.fromkeys(["", *prompts]))
-    prompt_embeds, pooled = base_pipeline.embed(model, distinct, device)
+    if (encoders := encoders_of(denoiser)) is not None:
+        tokens, _ = Tokens("model.base", model.base)(distinct)
+        with torch.no_grad():
+            prompt_embeds, pooled = encoders.encode(torch.from_numpy(tokens).to(device))
+    else:
+        prompt_embeds, pooled = base_pipeline.embed(model, distinct, device)
     rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=device)
     told = {"time_ids": time_ids(model, len(prompts), shape, device)}
 

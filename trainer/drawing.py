@@ -56,15 +56,16 @@ def drawer(run: Restored, guide: Restored | None, wanted: Wanted) -> tuple[Draw,
     )  # fmt: skip
     if not isinstance(model, SDXLConfig):
         return lambda first, number: drawn(number, first=first, guide=guide and guide.denoiser), AT_ONCE
-    told, empty = conditioning.of_prompt(model, [wanted.prompt], run.state.shape, run.device)
+    told, away_told = conditioning.of_prompt(run.denoiser, model, [wanted.prompt], run.state.shape)
+    if guide:
+        assert isinstance(guide.config.model, SDXLConfig), "a guide is of the same kind"
+        away_told, _ = conditioning.of_prompt(guide.denoiser, guide.config.model, [wanted.prompt], run.state.shape)
     away_from = guide.denoiser if guide else run.denoiser if wanted.guidance != 1 else None
     decode = base_pipeline.decoder(model, run.device)
 
     def draw(first: int, number: int) -> Tensor:
-        each, none = ({name: row.expand(number, *row.shape[1:]) for name, row in c.items()} for c in (told, empty))
-        latents = drawn(
-            number, first=first, guide=away_from, conditioning=each, guide_conditioning=each if guide else none
-        )
+        each, away = ({name: row.expand(number, *row.shape[1:]) for name, row in c.items()} for c in (told, away_told))
+        latents = drawn(number, first=first, guide=away_from, conditioning=each, guide_conditioning=away)
         return decode(latents)
 
     return draw, base_pipeline.AT_ONCE

@@ -15,6 +15,7 @@ from trainer.models.tiny_sdxl import PIPELINE
 from trainer.sample import add_weights
 
 if TYPE_CHECKING:
+    from trainer.diffusion.denoiser import Denoiser
     from trainer.models.sdxl import SDXLConfig
     from trainer.restore import Restored
 
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         if not isinstance(model, SDXLConfig):
             network.model.save_pretrained(partial)
         elif model.lora:
-            _write_lora(network.unet, partial)
+            _write_lora(run.denoiser, partial)
         else:
             _write_pipeline(run, model, partial)
         (partial / exported.NAME).write_text(exported.describe(run.config, run.state, run.average))
@@ -65,17 +66,17 @@ def main(argv: list[str] | None = None) -> int:
     return errors.DONE
 
 
-def _write_lora(unet: Any, folder: Path) -> None:
+def _write_lora(denoiser: Denoiser, folder: Path) -> None:
     from diffusers.loaders.lora_pipeline import StableDiffusionXLLoraLoaderMixin
-    from peft import get_peft_model_state_dict
 
-    from trainer.exported import LORA
+    from trainer.exported import LORA, adapted, layers_of
 
-    settings = unet.peft_config["default"].to_dict()  # has alpha, which the weights alone do not tell
-    layers: dict[str, Any] = get_peft_model_state_dict(unet)
-    StableDiffusionXLLoraLoaderMixin.save_lora_weights(
-        folder, unet_lora_layers=layers, unet_lora_adapter_metadata=settings
-    )
+    arguments: dict[str, Any] = {}
+    for name, part in adapted(denoiser).items():
+        arguments[f"{name}_lora_layers"] = layers_of(name, part)
+        # has alpha, which the weights alone do not tell
+        arguments[f"{name}_lora_adapter_metadata"] = part.peft_config["default"].to_dict()
+    StableDiffusionXLLoraLoaderMixin.save_lora_weights(folder, **arguments)
     (folder / LORA).chmod(0o644)  # it is written for its owner alone
 
 

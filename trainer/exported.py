@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from trainer import networks
+from trainer import conditioning, networks
 from trainer.checkpoint import TrainState, state_from
 from trainer.config import RunConfig, parse, to_data
 from trainer.diffusion.denoiser import Denoiser
@@ -46,7 +46,7 @@ def read(folder: Path) -> tuple[RunConfig, TrainState, Denoiser, str]:
     try:
         tensors = load_file(weights)
         if isinstance(model, SDXLConfig):
-            _load_lora(backbone.unet, {name.removeprefix("unet."): value for name, value in tensors.items()})
+            _load_lora(denoiser, tensors)
         else:
             backbone.model.load_state_dict(tensors)
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
@@ -55,9 +55,34 @@ def read(folder: Path) -> tuple[RunConfig, TrainState, Denoiser, str]:
     return config, state, denoiser, average
 
 
-def _load_lora(unet: Any, tensors: dict[str, Any]) -> None:
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+def adapted(denoiser: Denoiser) -> dict[str, Any]:
+    """The parts of a Stable Diffusion XL that have adapters, by their names in the pipeline."""
+    backbone: Any = denoiser.backbone
+    encoders = conditioning.encoders_of(denoiser)
+    if encoders is None or not encoders.trained:
+        return {"unet": backbone.unet}
+    return {"unet": backbone.unet, "text_encoder": encoders.text_encoder, "text_encoder_2": encoders.text_encoder_2}
 
-    if get_peft_model_state_dict(unet).keys() != tensors.keys():
+
+def layers_of(name: str, part: Any) -> dict[str, Any]:
+    """The adapters of a part, as they are in the file."""
+    from peft import get_peft_model_state_dict
+
+    return {f"{_within(name, part)}{key}": value for key, value in get_peft_model_state_dict(part).items()}
+
+
+def _within(name: str, part: Any) -> str:
+    """Before a layer's name: transformers 5 has left it out of CLIPTextModel; 4 needs it, and diffusers takes both."""
+    return "" if name == "unet" or hasattr(part, "text_model") else "text_model."
+
+
+def _load_lora(denoiser: Denoiser, tensors: dict[str, Any]) -> None:
+    from peft import set_peft_model_state_dict
+
+    parts = adapted(denoiser)
+    if {f"{name}.{key}" for name, part in parts.items() for key in layers_of(name, part)} != tensors.keys():
         raise ValueError("other layers have adapters")
-    set_peft_model_state_dict(unet, tensors)
+    for name, part in parts.items():
+        before = f"{name}.{_within(name, part)}"
+        inside = {key.removeprefix(before): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+        set_peft_model_state_dict(part, inside)

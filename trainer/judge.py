@@ -83,7 +83,7 @@ def model_of(run: Restored, prompt: str = "") -> Model:
             run.denoiser, process.sigma_min, process.sigma_max, run.state.shape,
             encode=lambda images: images.to(device), decode=Tensor.cpu, conditioning=_none, at_once=AT_ONCE,
         )  # fmt: skip
-    told, _ = conditioning.of_prompt(config, [prompt], run.state.shape, device)
+    told, _ = conditioning.of_prompt(run.denoiser, config, [prompt], run.state.shape)
     return Model(
         run.denoiser, process.sigma_min, process.sigma_max, image_shape(run),
         encode=base_pipeline.encoder(config, device), decode=base_pipeline.decoder(config, device),

@@ -11,7 +11,8 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
-from trainer import guard
+from data_pipeline.latents.tokens import Tokens
+from trainer import conditioning, guard
 from trainer.budget import settled
 from trainer.build import Run
 from trainer.checkpoint import TrainState
@@ -97,6 +98,10 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
                 if config.data.on_error == "skip":
                     skipped = torch.tensor(float(run.loader.skipped), device=ranks.device)
                     report["data/skipped_samples"] = float(ranks.sum(skipped))
+                if isinstance(run.text, Tokens):
+                    report["data/cut_captions"] = float(
+                        ranks.sum(torch.tensor(float(run.loader.cut), device=ranks.device))
+                    )
                 if run.consistency:
                     report["consistency/period"] = run.schedule.scale
                 if collapse and guard.SPREAD in report:
@@ -128,14 +133,20 @@ def step_loss(run: Run, batch: Batch, step: int, micro: int, meter: Meter) -> to
     first_row = run.layout.first_row(micro)
     noise = AddressedNoise(run.config.seed, step, first_row)
     batch = run.conditioner(batch, noise)
+    taken = None
+    if run.schedule.has_consistency(step):
+        below = AddressedNoise(run.config.seed, step, first_row // run.stride)
+        first_particle = micro * run.layout.micro_batch_size // run.stride
+        taken = *run.pool.take(batch.every(run.stride), below, first_particle), below
+    if (encoders := conditioning.encoders_of(run.denoiser)) is not None:
+        told = [batch.conditioning, *([taken[1].conditioning] if taken else [])]
+        encoders.begin(torch.cat([each["caption"] for each in told]))
     terms = run.ambient(run.engine, batch, noise)
     meter.add("ambient", terms)
     loss = terms.loss.mean()
-    if run.consistency and run.config.consistency and run.schedule.has_consistency(step):
-        noise = AddressedNoise(run.config.seed, step, first_row // run.stride)
-        first_particle = micro * run.layout.micro_batch_size // run.stride
-        slots, particles = run.pool.take(batch.every(run.stride), noise, first_particle)
-        terms, children = run.consistency(run.engine, particles, noise)
+    if taken and run.consistency and run.config.consistency:
+        slots, particles, below = taken
+        terms, children = run.consistency(run.engine, particles, below)
         run.pool.put(slots, children)
         meter.add("consistency", terms)
         if terms.h_variance is not None:

@@ -100,6 +100,14 @@ def _print_costs(e: Estimate, mfu: float, sample_bytes: float) -> None:
         ("parameters", f"{_count(w.trainable + w.frozen)}, of which {_count(w.trainable)} are trained"),
         ("a sample", f"{_si(e.flops.forward)}FLOP forward, {_si(e.flops.both)}FLOP with backward"),
     ]
+    if e.text.forward:
+        lines.append(
+            (
+                "a caption",
+                f"{_si(e.text.forward)}FLOP to encode"
+                + (f", {_si(e.text.both)}FLOP with backward" if e.text.both > e.text.forward else ""),
+            )
+        )
     for label, consistency in [("ambient step", False)] + ([("step with consistency", True)] if consistent else []):
         work = e.step_flops(consistency)
         took, sent = e.seconds(work, mfu), e.traffic(consistency)

@@ -41,7 +41,8 @@ class Preview:
         if run.logger is None:
             return
         if self._network is None:
-            self._network = networks.denoiser(run.config, run.state.shape, run.text).to(run.ranks.device)
+            rows = run.text if isinstance(run.text, conditioning.TextRows) else None  # else it has encoders of its own
+            self._network = networks.denoiser(run.config, run.state.shape, rows).to(run.ranks.device)
         self._network.load_state_dict(average, strict=False)
         images = self._draw(self._network, JUDGED if self._source else SHOWN)
         path = run.directory / "samples" / f"step-{step:08d}.png"
@@ -58,7 +59,7 @@ class Preview:
         if not isinstance(model, SDXLConfig):
             return drawn()
         assert run.text is not None
-        told = conditioning.of_training(model, run.text, number, shape, device)
+        told = conditioning.of_training(run.config, run.text, number, shape, device)
         latents = drawn(conditioning=told, batch_size=base_pipeline.AT_ONCE)
         return base_pipeline.decoder(model, device)(latents)
 

@@ -20,7 +20,7 @@ class LatentRequest:
 
     source: a pipeline folder, a VAE's folder, or a hub id. vae: the VAE's identity. size: the side of the square that
     pictures are cropped to, in pixels. buckets: if given, sizes of as many pixels with other ratios, too, in multiples of
-    so many pixels. flip: mirrors half of the pictures, by key.
+    so many pixels. flip: mirrors half of the pictures, by key. embeddings: whether OUTPUT/text/ is made of captions.
     """
 
     source: str
@@ -29,6 +29,7 @@ class LatentRequest:
     crop: Literal["centre", "random"] = "centre"
     flip: bool = False
     buckets: int | None = None
+    embeddings: bool = True
 
     def __post_init__(self) -> None:
         if self.size < 8 or self.size % 8:
@@ -65,12 +66,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--crop", choices=["centre", "random"], help="which part of a picture stays; random: drawn by key (default: centre)"
     )  # fmt: skip
     group.add_argument("--flip", action="store_true", help="mirror half of the pictures, drawn by key")
+    group.add_argument(
+        "--no-embeddings", action="store_true",
+        help="store captions as words alone, without OUTPUT/text/ (0.3 MB a distinct caption): to train with model.text=encoded",
+    )  # fmt: skip
 
 
 def from_arguments(args: argparse.Namespace, corruption: Corruption) -> LatentRequest | None:
     """None without --latents. Finds the VAE, or downloads it, and hashes it. Raises UserError."""
     if args.latents is None:
-        for flag, value in {"--crop": args.crop, "--flip": args.flip, "--buckets": args.buckets is not None}.items():
+        given = {"--crop": args.crop, "--flip": args.flip, "--buckets": args.buckets is not None, "--no-embeddings": args.no_embeddings}  # fmt: skip
+        for flag, value in given.items():
             if value:
                 raise UserError(f"{flag}: only with --latents")
         return None
@@ -83,7 +89,7 @@ def from_arguments(args: argparse.Namespace, corruption: Corruption) -> LatentRe
     vae = vae_identity(find_parts("--latents", args.latents, ["vae"])["vae"])
     path = Path(args.latents).expanduser()
     source = str(path.resolve()) if path.is_dir() else args.latents
-    return LatentRequest(source, vae, args.size, crop, args.flip, args.buckets)
+    return LatentRequest(source, vae, args.size, crop, args.flip, args.buckets, not args.no_embeddings)
 
 
 def check_channels(channels: int | None) -> None:

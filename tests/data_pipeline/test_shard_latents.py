@@ -226,11 +226,14 @@ def test_without_captions_or_text_encoders_there_is_no_cache(
     assert main(words(photos, tmp_path / "none", tiny_sdxl, "--no-captions", "--workers", "1")) == 0
     assert main(words(photos, tmp_path / "vae", tiny_sdxl / "vae", "--workers", "1")) == 0
     assert "has no text encoders; the shards have their words" in capsys.readouterr().err
-    for name in ("none", "vae"):
+    assert main(words(photos, tmp_path / "words", tiny_sdxl, "--no-embeddings", "--workers", "1")) == 0
+    assert read_index(tmp_path / "words").request["latents"]["embeddings"] is False
+    for name in ("none", "vae", "words"):
         assert not (tmp_path / name / "text").exists()
         assert read_index(tmp_path / name).text is None
     assert "caption" not in next(iter(samples(tmp_path / "none").values()))[1]
-    assert "caption" in next(iter(samples(tmp_path / "vae").values()))[1]
+    for name in ("vae", "words"):
+        assert "caption" in next(iter(samples(tmp_path / name).values()))[1]
 
 
 def test_a_range_is_that_of_the_pixels(photos: Path, tiny_sdxl: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from trainer.restore import restore
 Train = Callable[..., Outcome]
 STEPS, GUIDANCE = 6, 3.0
 ALL_OPTIONS = "model.lora={rank: 2, alpha: 7.5, targets: [attention, feed_forward, convolutions], dora: true}"
+OF_TEXT = (ALL_OPTIONS.replace("dora", "text_encoders"), "model.text=encoded")
 
 
 def exported(run_dir: Path) -> Path:
@@ -39,7 +40,7 @@ def ours(run_dir: Path) -> Tensor:
     run = restore(run_dir)
     model = run.config.model
     assert isinstance(model, SDXLConfig)
-    told, empty = conditioning.of_prompt(model, ["a disc"] * 2, run.state.shape, run.device)
+    told, empty = conditioning.of_prompt(run.denoiser, model, ["a disc"] * 2, run.state.shape)
     latents = generate(
         run.denoiser, 2, run.state.shape, seed=0, steps=STEPS, sampler="ddim", conditioning=told,
         guide=run.denoiser, guide_conditioning=empty, guidance=GUIDANCE, progress=False,
@@ -56,14 +57,18 @@ def theirs(pipeline: Any) -> Tensor:
     ).images * 2 - 1  # fmt: skip
 
 
-@pytest.mark.parametrize("options", [ALL_OPTIONS, "model.lora=null"], ids=["adapters", "whole"])
+@pytest.mark.parametrize(
+    "options",
+    [(ALL_OPTIONS,), OF_TEXT, ("model.lora=null", "model.text=encoded")],
+    ids=["adapters", "adapters of text", "whole"],
+)
 def test_diffusers_alone_makes_the_same_images(
-    options: str, train_sdxl: Train, tiny_sdxl: Path, tmp_path: Path
+    options: tuple[str, ...], train_sdxl: Train, tiny_sdxl: Path, tmp_path: Path
 ) -> None:
     from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
     from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 
-    code, output = train_sdxl("run", options, "optimizer.lr=0.01", "steps=3")
+    code, output = train_sdxl("run", *options, "optimizer.lr=0.01", "steps=3")
     assert code == 0, output
     out = exported(tmp_path / "run")
     base: Any = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, local_files_only=True)
@@ -71,8 +76,17 @@ def test_diffusers_alone_makes_the_same_images(
         base.scheduler.config, use_karras_sigmas=True, timestep_spacing="linspace"
     )  # pyright: ignore[reportAttributeAccessIssue]
     before = theirs(base)
-    if options == ALL_OPTIONS:
+    if "model.lora=null" not in options:
         pipeline = base
+        if options == OF_TEXT:
+            layers = load_file(out / "pytorch_lora_weights.safetensors")
+            assert any(name.startswith("text_encoder.text_model.encoder.layers.0.") for name in layers), (
+                "any transformers"
+            )
+            alone = {name: value for name, value in layers.items() if name.startswith("unet.")}
+            pipeline.load_lora_weights(alone)
+            before = theirs(pipeline)  # with what it was before the text encoders were changed
+            pipeline.unload_lora_weights()
         pipeline.load_lora_weights(out, weight_name="pytorch_lora_weights.safetensors", local_files_only=True)
     else:
         pipeline = StableDiffusionXLPipeline.from_pretrained(out, local_files_only=True)

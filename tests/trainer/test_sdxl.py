@@ -105,7 +105,7 @@ def test_activations_that_are_computed_again_give_the_same_weights(train_sdxl: T
 
 
 def test_batches_have_the_ids_of_their_captions_and_their_time_ids(latents: Path) -> None:
-    loader = Loader(DataConfig(str(latents), workers=0), Layout(24, 24, 0, 1), 0, torch.device("cpu"), captions=True)
+    loader = Loader(DataConfig(str(latents), workers=0), Layout(24, 24, 0, 1), 0, torch.device("cpu"), "ids")
     batch = next(loader.stream(0))
     ids = TextCache(latents / "text").ids(CAPTIONS)
     assert sorted(ids) == [1, 2, 3]
@@ -124,7 +124,8 @@ def test_captions_are_dropped_by_the_row_of_the_global_batch() -> None:
     def dropped(rows: slice, fixed: bool = False) -> list[int]:
         x = torch.zeros(400, 1)[rows]
         batch = Batch(x, x[:, 0], {"caption": torch.full((len(x),), 7), "time_ids": torch.zeros(len(x), 6), "other": x})
-        told = Conditioner(("time_ids", "caption"), fixed, 0.25)(batch, AddressedNoise(0, 3, rows.start)).conditioning
+        conditioner = Conditioner(("time_ids", "caption"), fixed=torch.tensor(FIXED) if fixed else None, drop=0.25)
+        told = conditioner(batch, AddressedNoise(0, 3, rows.start)).conditioning
         assert told.keys() == {"time_ids", "caption"}
         return told["caption"].tolist()
 
@@ -153,7 +154,7 @@ def test_a_prompt_of_the_run_is_encoded_as_a_caption_is_and_needs_no_captions(
     from trainer.config import load
 
     run = build.run(load(tmp_path / "run" / "config.yaml"), distributed.init())
-    assert run.text is not None
+    assert isinstance(run.text, TextRows)
     cache = TextCache(latents / "text")
     found, wanted = run.text(torch.tensor([0, 1])), TextRows(cache)(torch.tensor(cache.ids(["", "a square"])))
     for a, b in zip(found, wanted, strict=True):

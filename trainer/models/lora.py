@@ -16,6 +16,12 @@ LAYERS: dict[Target, tuple[str, ...]] = {
 }
 """The ends of the layers' names, in diffusers' UNets: those of self- and cross-attention, of transformer blocks' two linear
 layers, and of residual blocks."""
+TEXT_LAYERS: dict[Target, tuple[str, ...]] = {
+    "attention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "feed_forward": ("fc1", "fc2"),
+    "convolutions": (),
+}
+"""In CLIP's text encoders, which have no convolutions."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +29,14 @@ class LoraConfig:
     """Each layer W of the targets becomes W + (alpha / rank) B A, with A random and B = 0 at the start (Hu et al. 2021).
 
     rank: of A and B. alpha: None takes rank, so that the factor is 1. targets: see LAYERS. dora: also trains the length
-    of each column of the sum (Liu et al. 2024), at more time and memory."""
+    of each column of the sum (Liu et al. 2024), at more time and memory. text_encoders: gives both text encoders adapters, too,
+    on the layers of theirs that the targets name."""
 
     rank: int = 16
     alpha: float | None = None
     targets: tuple[Target, ...] = ("attention",)
     dora: bool = False
+    text_encoders: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -37,10 +45,30 @@ class LoraConfig:
             raise ValueError(f"alpha {self.alpha:g} must be above 0; null takes rank")
         if not self.targets or len(set(self.targets)) != len(self.targets):
             raise ValueError(f"targets {list(self.targets)} must name layers, each once: {', '.join(LAYERS)}")
+        if self.text_encoders and self.dora:
+            raise ValueError(
+                "dora true with text_encoders true: diffusers does not load DoRA of text encoders: set one to false"
+            )
+        if self.text_encoders and not any(TEXT_LAYERS[target] for target in self.targets):
+            raise ValueError(
+                f"text_encoders true: they have no {', '.join(self.targets)}: add attention or feed_forward to targets"
+            )
 
 
 def add_lora(network: Any, config: LoraConfig) -> None:
     """Freezes a diffusers network and gives it adapters, float32 whatever the frozen weights are."""
+    _add(network, config, [name for target in config.targets for name in LAYERS[target]])
+
+
+def add_text_lora(encoder: Any, config: LoraConfig, layers: int) -> None:
+    """The same for one of CLIP's text encoders, in its first so many layers: those that what is taken of it depends on."""
+    ends = tuple(f".{name}" for target in config.targets for name in TEXT_LAYERS[target])
+    inside = tuple(f"layers.{i}." for i in range(layers))
+    names = [name for name, _ in encoder.named_modules()]
+    _add(encoder, config, [name for name in names if name.endswith(ends) and any(part in name for part in inside)])
+
+
+def _add(network: Any, config: LoraConfig, modules: list[str]) -> None:
     import peft  # here, since it takes seconds
 
     network.requires_grad_(False)
@@ -48,7 +76,7 @@ def add_lora(network: Any, config: LoraConfig) -> None:
         peft.LoraConfig(
             r=config.rank,
             lora_alpha=config.rank if config.alpha is None else config.alpha,  # pyright: ignore[reportArgumentType]  # floats do
-            target_modules=[name for target in config.targets for name in LAYERS[target]],
+            target_modules=modules,
             use_dora=config.dora,
         )
     )

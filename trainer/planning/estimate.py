@@ -17,7 +17,7 @@ from trainer.errors import UserError
 from trainer.planning.gpus import GPUS, USABLE
 from trainer.planning.memory import FLOAT, Memory, Weights, memory
 from trainer.planning.models import conditioning_shapes, weights_of
-from trainer.planning.trace import Activations, Flops, activations, flops, passes
+from trainer.planning.trace import Activations, Flops, activations, captions, flops, passes, text_flops
 
 MOST_GPUS = 4096
 
@@ -54,9 +54,12 @@ class Estimate:
         self.weights: Weights = weights_of(network)
         conditioning = conditioning_shapes(network)
         self.flops: Flops = flops(network, shape, conditioning)
+        self.text: Flops = text_flops(network)
         dtype = torch.bfloat16 if self.bf16 else None
         self._traces = {
-            micro: activations(network, shape, conditioning, passes(config, micro, True), dtype)
+            micro: activations(
+                network, shape, conditioning, passes(config, micro, True), dtype, captions(config, micro, True)
+            )
             for micro in sorted({self.stride, self.stride * 2 if setting.micro == self.stride else setting.micro})
         }
 
@@ -128,7 +131,9 @@ class Estimate:
 
     def step_flops(self, consistency: bool) -> float:
         """Of one optimiser step, over all ranks."""
-        return self.flops.of(passes(self.config, self.config.batch_size, consistency))
+        micro, batch = self.setting.micro, self.config.batch_size
+        encoded = captions(self.config, micro, consistency) * (batch // micro)
+        return self.flops.of(passes(self.config, batch, consistency)) + self.text.both * encoded
 
     def consistency_steps(self) -> int:
         """How many of the run's steps have consistency. A budget chooses its period by time when the run has begun; here

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from data_pipeline.latents.parts import find_parts, read_config
+from data_pipeline.latents.parts import ENCODERS, find_parts, read_config
 from trainer import networks
 from trainer.base_pipeline import adapted
 from trainer.config import RunConfig
 from trainer.diffusion.denoiser import Denoiser
 from trainer.errors import UserError
+from trainer.models.encoded_text import EncodedText
 from trainer.models.sdxl import DTYPES, SDXLConfig
 from trainer.planning.memory import Weights
 from trainer.planning.trace import Shapes
@@ -31,6 +32,18 @@ SDXL_UNET: dict[str, Any] = {
 """The architecture of Stable Diffusion XL's UNet, as diffusers names it (Podell et al. 2023): 2.567 billion parameters."""
 SDXL_LATENT = (4, 128, 128)
 """Of an image of 1024 x 1024 pixels."""
+_TEXT: dict[str, Any] = {"vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 2}
+SDXL_TEXT: dict[str, dict[str, Any]] = {
+    "text_encoder": {
+        **_TEXT, "hidden_size": 768, "intermediate_size": 3072, "projection_dim": 768, "num_attention_heads": 12,
+        "num_hidden_layers": 12, "hidden_act": "quick_gelu",
+    },
+    "text_encoder_2": {
+        **_TEXT, "hidden_size": 1280, "intermediate_size": 5120, "projection_dim": 1280, "num_attention_heads": 20,
+        "num_hidden_layers": 32, "hidden_act": "gelu",
+    },
+}  # fmt: skip
+"""Of its text encoders: CLIP ViT-L and OpenCLIP ViT-bigG, 123 and 695 million parameters."""
 TOKENS, TIME_IDS = 77, 6
 
 
@@ -46,24 +59,35 @@ def configured(config: RunConfig, shape: tuple[int, int, int]) -> Denoiser:
         )  # says at length what it cannot do here, which is not asked
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel  # here, since it takes seconds
 
-        unet: Any = UNet2DConditionModel(**_architecture(model))
-        if model.lora:
-            unet.to(DTYPES[model.base_dtype])
-        return Denoiser(adapted(unet, model), config.process, config.prediction)
+        dtype = DTYPES[model.base_dtype] if model.lora else torch.float32
+        parts = _architectures(model)
+        unet: Any = UNet2DConditionModel(**parts.pop("unet"))
+        unet.to(dtype)
+        text = _encoded_text(**parts).to(dtype) if parts else None
+        return Denoiser(adapted(unet, model, text), config.process, config.prediction)
 
 
-def _architecture(model: SDXLConfig) -> dict[str, Any]:
+def _encoded_text(text_encoder: dict[str, Any], text_encoder_2: dict[str, Any]) -> EncodedText:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    first, second = CLIPTextConfig(**text_encoder), CLIPTextConfig(**text_encoder_2)
+    return EncodedText(CLIPTextModel(first), CLIPTextModelWithProjection(second)).requires_grad_(False)
+
+
+def _architectures(model: SDXLConfig) -> dict[str, dict[str, Any]]:
+    """Of the UNet and, where they run, of the text encoders."""
+    names = ["unet", *(ENCODERS if model.text == "encoded" else ())]
     folder = Path(model.base).expanduser()
     if not folder.is_dir():
         if model.base.startswith(("/", ".", "~")) or model.base.count("/") != 1:
             raise UserError(f"model.base {model.base}: no such folder")
         print(
-            f"model.base {model.base}: no folder here, so it is taken for a hub's, with SDXL's own UNet",
+            f"model.base {model.base}: no folder here, so it is taken for a hub's, with SDXL's own networks",
             file=sys.stderr,
         )
-        return SDXL_UNET
-    found = read_config(find_parts("model.base", model.base, ["unet"])["unet"])
-    return {name: value for name, value in found.items() if not name.startswith("_")}
+        return {name: {"unet": SDXL_UNET, **SDXL_TEXT}[name] for name in names}
+    found = {name: read_config(path) for name, path in find_parts("model.base", model.base, names).items()}
+    return {name: {k: v for k, v in part.items() if not k.startswith("_")} for name, part in found.items()}
 
 
 def conditioning_shapes(network: Denoiser) -> Shapes:

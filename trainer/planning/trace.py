@@ -6,6 +6,7 @@ casts and what a frozen weight spares are as in training, for any network and an
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +17,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from trainer.conditioning import encoders_of
 from trainer.config import RunConfig
 from trainer.diffusion.denoiser import Denoiser
+from trainer.models.encoded_text import EncodedText
+from trainer.models.sdxl import SDXLConfig
 from trainer.planning.live import LiveTensors
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -48,6 +52,15 @@ def passes(config: RunConfig, rows: int, consistency: bool) -> Passes:
         found.append((particles, c.gradient == "both"))
         found += [(2 * particles, False)] * (c.steps - 1) + [(2 * particles, True)]
     return Passes(tuple(found))
+
+
+def captions(config: RunConfig, rows: int, consistency: bool) -> int:
+    """That a micro-batch of `rows` samples has encoded, at most: its own and its particles', or a prompt and its absence."""
+    model, c = config.model, config.consistency
+    if not isinstance(model, SDXLConfig) or model.text == "cached":
+        return 0
+    particles = rows * (c.batch_size or config.batch_size) // config.batch_size if consistency and c else 0
+    return min(rows + particles, 2) if model.prompt is not None else rows + particles
 
 
 @dataclass(frozen=True)
@@ -91,11 +104,38 @@ def flops(network: Denoiser, shape: tuple[int, ...], conditioning: Shapes) -> Fl
     return Flops(forward, counter.get_total_flops())
 
 
+def text_flops(network: Denoiser) -> Flops:
+    """Of one caption through the network's own text encoders, if it has any; both: with what their adapters take."""
+    encoders = encoders_of(network)
+    if encoders is None:
+        return Flops(0.0, 0.0)
+    double = copy.deepcopy(encoders).to("meta")
+
+    def encoded(gradient: bool) -> float:
+        with (
+            _nothing_computed_twice(double),
+            FlopCounterMode(display=False) as counter,
+            torch.set_grad_enabled(gradient),
+        ):
+            prompt_embeds, pooled = double.encode(_no_words(double, 1, "meta"))
+            if gradient:
+                (prompt_embeds.sum() + pooled.sum()).backward()
+        return counter.get_total_flops()
+
+    return Flops(encoded(False), encoded(encoders.trained))
+
+
 def activations(
-    network: Denoiser, shape: tuple[int, ...], conditioning: Shapes, passes: Passes, autocast: torch.dtype | None
+    network: Denoiser,
+    shape: tuple[int, ...],
+    conditioning: Shapes,
+    passes: Passes,
+    autocast: torch.dtype | None,
+    captions: int = 0,
 ) -> Activations:
     """Passes and the backward one on a double of the network on the CPU, whose attention keeps no score matrix, as a
-    GPU's. autocast: the dtype of DeepSpeed's autocast, or None."""
+    GPU's. autocast: the dtype of DeepSpeed's autocast, or None. captions: encoded before the passes, by the network's own
+    text encoders."""
     counted = network.evaluations, network.evaluations_with_gradient
     with FakeTensorMode(allow_non_fake_inputs=True), LiveTensors() as live:
         state: dict[str, Tensor] = {}
@@ -116,7 +156,7 @@ def activations(
             if tensor.requires_grad:
                 tensor.register_post_accumulate_grad_hook(gradient_made)
         doubled = {f"network.{name}": tensor for name, tensor in state.items()}
-        torch.func.functional_call(_MicroBatch(network, shape, conditioning, passes, autocast), doubled, ())
+        torch.func.functional_call(_MicroBatch(network, shape, conditioning, passes, autocast, captions), doubled, ())
         found = Activations(first[0] - before, live.peak_held - before, live.peak - before)
     network.evaluations, network.evaluations_with_gradient = counted
     return found
@@ -127,26 +167,40 @@ class _MicroBatch(nn.Module):
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Denoiser,
         shape: tuple[int, ...],
         conditioning: Shapes,
         passes: Passes,
         autocast: torch.dtype | None,
+        captions: int,
     ) -> None:
         super().__init__()
         self.network = network
+        self._captions = captions
         self._shape, self._conditioning, self._passes, self._autocast = shape, conditioning, passes, autocast
 
     def forward(self) -> None:
         outputs: list[Tensor] = []
+        text: dict[str, Tensor] = {}
+        if self._captions and (encoders := encoders_of(self.network)) is not None:
+            with torch.set_grad_enabled(encoders.trained), self._low():
+                text["prompt_embeds"], text["pooled"] = encoders.encode(_no_words(encoders, self._captions, "cpu"))
         for rows, gradient in self._passes.rows:
             x, sigma = torch.empty(rows, *self._shape), torch.empty(rows)
-            given = {name: torch.empty(rows, *s) for name, s in self._conditioning.items()}
-            # as DeepSpeed does: autocast ends with each call, and forgets the weights that it cast
-            low = torch.autocast("cpu", self._autocast, enabled=self._autocast is not None)
-            with torch.set_grad_enabled(gradient), low:
+            given = {name: torch.empty(rows, *s) for name, s in self._conditioning.items() if name not in text}
+            with torch.set_grad_enabled(gradient), self._low():
+                given |= {name: value[torch.zeros(rows, dtype=torch.int64)] for name, value in text.items()}
                 outputs.append(self.network(x, sigma, given))
         sum((o.square().mean() for o in outputs), torch.zeros(())).backward()
+
+    def _low(self) -> torch.autocast:
+        """As DeepSpeed does: it ends with each call, and forgets the weights that it cast."""
+        return torch.autocast("cpu", self._autocast, enabled=self._autocast is not None)
+
+
+def _no_words(encoders: EncodedText, captions: int, device: str) -> Tensor:
+    tokens = encoders.text_encoder.config.max_position_embeddings
+    return torch.zeros(captions, 2, tokens, dtype=torch.int64, device=device)
 
 
 @contextmanager

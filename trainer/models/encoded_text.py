@@ -1,0 +1,65 @@
+"""Captions encoded as they come, by both of Stable Diffusion XL's text encoders: frozen, or with adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.models.lora import LoraConfig, add_text_lora
+
+
+class EncodedText(nn.Module):
+    """Captions as tokens (B, 2, T) int64, of the two tokenizers -> prompt_embeds (B, T, D) and pooled (B, P), in the encoders'
+    type. Each distinct caption is encoded once a call.
+
+    In training once a micro-batch, however many passes it has: `begin` is told all of its captions, the first call encodes
+    them, with gradient where there are adapters, and all calls until the next `begin` share the result.
+    """
+
+    def __init__(self, text_encoder: Any, text_encoder_2: Any) -> None:
+        super().__init__()
+        self.text_encoder, self.text_encoder_2 = text_encoder, text_encoder_2
+        self._begun: Tensor | None = None
+        self._encoded: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def trained(self) -> bool:
+        return any(p.requires_grad for p in self.parameters())
+
+    def add_lora(self, config: LoraConfig) -> None:
+        # The second-last hidden states are taken, so the first encoder's last layer has no say; the second's has, in pooled.
+        add_text_lora(self.text_encoder, config, self.text_encoder.config.num_hidden_layers - 1)
+        add_text_lora(self.text_encoder_2, config, self.text_encoder_2.config.num_hidden_layers)
+
+    def keep_fewer_activations(self) -> None:
+        """Computes them again in the backward pass."""
+        for encoder in (self.text_encoder, self.text_encoder_2):
+            # of transformers 5, and 4
+            enable = getattr(encoder, "activation_checkpointing_enable", None) or encoder.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+
+    def begin(self, captions: Tensor) -> None:
+        """captions: all that the coming calls ask for, (N, 2, T); they may come more than once."""
+        self._begun, self._encoded = captions.unique(dim=0), None
+
+    @torch.compiler.disable
+    def forward(self, captions: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if self._begun is None:
+            distinct, rows = captions.unique(dim=0, return_inverse=True)
+            prompt_embeds, pooled = self.encode(distinct)
+            return prompt_embeds[rows], pooled[rows]
+        if self._encoded is None:
+            with torch.set_grad_enabled(self.trained):
+                self._encoded = self.encode(self._begun)
+        same = (captions[:, None] == self._begun).flatten(2).all(2)
+        assert bool(same.any(1).all()), "a caption that `begin` was not told of"
+        rows = same.int().argmax(1)
+        return self._encoded[0][rows], self._encoded[1][rows]
+
+    def encode(self, captions: Tensor) -> tuple[Tensor, Tensor]:
+        """Row by row, as the pipeline's encode_prompt does."""
+        first = self.text_encoder(captions[:, 0], output_hidden_states=True)
+        second = self.text_encoder_2(captions[:, 1], output_hidden_states=True)
+        return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
