@@ -63,8 +63,12 @@ def _named(evaluations: Sequence[Evaluation]) -> dict[str, Evaluation]:
 def _about(of: dict[str, Evaluation], command: str) -> list[str]:
     settings = [evaluation.settings for evaluation in of.values()]
     shared = {key: settings[0][key] for key in settings[0] if all(s.get(key) == settings[0][key] for s in settings)}
-    told = [f"<li>{escape(label)}: {escape(str(shared[key]))}</li>" for key, label in LABELS.items() if shared.get(key) not in (None, "")]  # fmt: skip
+    told = [f"<li>{escape(label)}: {escape(_said(shared[key]))}</li>" for key, label in LABELS.items() if shared.get(key) not in (None, "")]  # fmt: skip
     return ["<ul>", *told, "</ul>", f"<p>Made by <code>{escape(command)}</code></p>"]
+
+
+def _said(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 LABELS = {
