@@ -24,7 +24,7 @@ class ClusterConfig:
 
     partition, account, qos, constraint: as sbatch takes them. nodes, gpus_per_node, cpus_per_task: of each job. min_nodes:
     a training may start, and come back, with as few (slurm only). tasks_per_node: ranks of a training on a node; None: one
-    for each GPU, or one. mem_gb: memory of a node in GB; None: the partition's default. time_minutes: the job's limit.
+    for each GPU, or one. gpu: which GPUs they are, as `trainer.plan --gpu` names them; None: memory is not planned for. mem_gb: memory of a node in GB; None: the partition's default. time_minutes: the job's limit.
     signal_delay_s: the warning before it, in seconds. max_requeues: how often a training may be started again; None: 20 times, 5 for kind local, which can no more. hang_minutes:
     a training whose ranks take no step for so long is ended and started again; 0: never. setup: shell commands that run
     before the job (slurm only). environment: variables of the job. srun_args: given to srun as they are (slurm only). logs:
@@ -40,6 +40,7 @@ class ClusterConfig:
     min_nodes: int | None = None
     tasks_per_node: int | None = None
     gpus_per_node: int = 0
+    gpu: str | None = None
     cpus_per_task: int = 1
     mem_gb: float | None = None
     time_minutes: int = 60

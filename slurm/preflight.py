@@ -14,6 +14,7 @@ from pathlib import Path
 from slurm import queue
 from slurm.attempts import steps_done
 from slurm.cluster import ClusterConfig
+from slurm.memory import check_memory
 from slurm.points import Point
 from trainer.errors import UserError, WorkFailed
 
@@ -25,8 +26,9 @@ def problems(points: Sequence[Point], cluster: ClusterConfig) -> list[str]:
     """One line each; empty where all is well. What several points share is said once."""
     found: dict[str, None] = {}
     for point in points:
-        for check in (_free, _run_dir, _ranks, _tracking, _model):
-            found.update(dict.fromkeys(_said(lambda check=check, point=point: check(point, cluster))))
+        wrong = [line for check in (_free, _run_dir, _ranks, _tracking, _model) for line in _said(lambda check=check, point=point: check(point, cluster))]  # fmt: skip
+        wrong += [] if wrong else _said(lambda point=point: check_memory(point, cluster))  # it needs a sound run
+        found.update(dict.fromkeys(wrong))
     for line in (*_said(lambda: _logs(cluster)), *_said(lambda: _machine(cluster))):
         found[line] = None
     return list(found)

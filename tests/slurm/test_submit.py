@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -180,6 +181,26 @@ def test_a_database_that_is_there_already_is_no_problem_and_one_that_cannot_be_i
     wrong = [*overrides, f"logging.tracking_uri=sqlite:///{tmp_path / 'mlflow.db' / 'mlflow.db'}"]
     (line,) = problems(points(TINY, wrong, []), ClusterConfig("local", logs=str(tmp_path)))
     assert line == f"logging.tracking_uri {tmp_path / 'mlflow.db'}: cannot be written: Not a directory"
+
+
+def test_a_run_that_does_not_fit_into_what_is_asked_for_is_a_problem(shards: Path, tmp_path: Path) -> None:
+    wide = ["model.channels=[256,512]", "batch_size=512", f"data.shards={shards}", f"run_dir={tmp_path / 'run'}"]
+    (point,) = points(TINY, wide, [])
+
+    def found(**fields: Any) -> list[str]:
+        return problems([point], ClusterConfig("slurm", logs=str(tmp_path), **fields))
+
+    (line,) = found(mem_gb=2, tasks_per_node=2)
+    assert line.startswith("mem_gb 2: 2 ranks on a node take about ")
+    needed = float(line.split("about ")[1].split()[0])
+    assert found(mem_gb=needed + 0.1, tasks_per_node=2) == []
+    assert found(tasks_per_node=2) == [], "nothing is asked for, so nothing can be too little"
+    (line,) = found(gpus_per_node=1, gpu="b100")
+    assert line.startswith("gpu b100: must be one of h100, ")
+    assert found(gpus_per_node=1, gpu="h100") == []
+    (huge,) = points(TINY, [*wide, "batch_size=16384"], [])
+    (line,) = problems([huge], ClusterConfig("slurm", logs=str(tmp_path), gpus_per_node=1, gpu="l4"))
+    assert "a l4 has 22 for it: the nearest that fits is 1 x l4, engine.zero_stage=0, micro_batch_size=" in line
 
 
 def test_a_server_that_answers_is_no_problem(shards: Path, tmp_path: Path) -> None:

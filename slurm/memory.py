@@ -1,0 +1,45 @@
+"""Whether a training fits into what its jobs ask for, by the same plan as `trainer.plan`."""
+
+from __future__ import annotations
+
+from slurm.cluster import ClusterConfig
+from slurm.points import Point
+from trainer.errors import UserError
+
+PROCESS_GB = 0.7
+"""Of a rank beside its tensors: Python and the libraries, as `memory/process_gb` of small runs on CPUs has it."""
+
+
+def check_memory(point: Point, cluster: ClusterConfig) -> None:
+    """On the fewest nodes that the job may get. Raises UserError where the plan exceeds mem_gb, of ranks on CPUs, or the
+    memory of the devices, where the cluster's file names them (`gpu`). Takes the time of a plan: seconds, for SDXL half a minute."""
+    from trainer.planning.gpus import GPUS, USABLE
+
+    on_gpus = cluster.gpus_per_node > 0
+    if cluster.gpu is not None and cluster.gpu not in GPUS:
+        raise UserError(f"gpu {cluster.gpu}: must be one of {', '.join(GPUS)}")
+    if (cluster.gpu if on_gpus else cluster.mem_gb) is None:
+        return
+    from data_pipeline.index import read_index
+    from trainer.planning.estimate import Estimate, Setting
+    from trainer.planning.models import configured
+
+    config, shape = point.config, read_index(point.config.data.shards).shape
+    nodes = cluster.min_nodes or cluster.nodes
+    ranks = nodes * cluster.ranks_per_node
+    rows = config.batch_size // ranks
+    setting = Setting(cluster.gpu or next(iter(GPUS)), ranks, config.engine.zero_stage, min(config.micro_batch_size or rows, rows))  # fmt: skip
+    estimate = Estimate(config, configured(config, shape), shape, setting)
+    peak = estimate.memory(setting).peak / 1e9
+    if on_gpus:
+        usable = USABLE * GPUS[setting.gpu].memory / 1e9
+        if peak > usable:
+            nearest = estimate.nearest()
+            advice = f"the nearest that fits is {nearest}" if nearest else "nothing near it fits"
+            raise UserError(f"{point.run_dir}: a rank takes {peak:.1f} GB on {nodes} nodes, a {cluster.gpu} has {usable:.0f} for it: {advice}")  # fmt: skip
+        return
+    needed = cluster.ranks_per_node * (peak + PROCESS_GB)
+    if cluster.mem_gb is not None and needed > cluster.mem_gb:
+        raise UserError(
+            f"mem_gb {cluster.mem_gb:g}: {cluster.ranks_per_node} ranks on a node take about {needed:.1f} GB, {peak:.1f} each of tensors ({point.run_dir}): ask for more, or give a smaller micro_batch_size"
+        )
