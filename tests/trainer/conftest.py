@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from data_pipeline.shard import main as shard_main
 from tests.conftest import Outcome
+from tests.trainer.in_turn import as_in_a_process_of_its_own
 from trainer import errors
 
 CAPTIONS = ["a disc", "a square", "two of them"]
 
 
 @pytest.fixture(autouse=True)
-def as_in_a_process_of_its_own() -> Iterator[None]:
-    """DeepSpeed's stage 3 puts a linear layer of its own, which rounds otherwise, in the place of torch's, and bf16 leaves a
-    flag, for all that a process trains later."""
-    linear = torch.nn.functional.linear
-    yield
-    torch.nn.functional.linear = linear
-    if (autocast := sys.modules.get("deepspeed.runtime.torch_autocast")) is not None:
-        autocast.__dict__["TORCH_AUTOCAST_INITIALIZED"] = False
+def alone() -> Iterator[None]:
+    with as_in_a_process_of_its_own():
+        yield
 
 
 @pytest.fixture(scope="session")
