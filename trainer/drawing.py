@@ -96,7 +96,7 @@ def into_folder(draw: Draw, at_once: int, number: int, folder: Path, record: dic
         for first in blocks:
             size = min(at_once, number - first)
             paths = [folder / f"{i:06d}.png" for i in range(first, first + size)]
-            missing = [i for i, path in enumerate(paths) if not path.is_file()]
+            missing = [i for i, path in enumerate(paths) if not (path.is_file() and path.stat().st_size)]
             if missing:
                 pixels = to_pixels(draw(first, size))
                 for i in missing:
