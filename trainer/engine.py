@@ -24,6 +24,7 @@ import deepspeed.ops
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import safe_get_full_fp32_param
 
+from trainer import eight_bit
 from trainer.engine_config import MOST_IN_BUCKET, EngineConfig, OptimizerConfig, Precision
 from trainer.errors import UserError
 from trainer.loss_scale import FIRST, LossScale
@@ -71,6 +72,8 @@ class Engine:
         options: dict[str, Any] = {"lr": o.lr, "betas": o.betas, "eps": o.eps, "weight_decay": o.weight_decay}
         if self.config.adam == "torch":
             return torch.optim.AdamW(parameters, **options)
+        if self.config.adam == "8bit":
+            return eight_bit.adam(parameters, options)
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         try:
@@ -157,9 +160,7 @@ class Engine:
         shares, state = self._shares(), self._base.state
         if not any(state.get(share) for share in shares):
             return {}
-        pairs = [
-            [state[s][m] for m in MOMENTS] if state.get(s) else [torch.zeros_like(s) for _ in MOMENTS] for s in shares
-        ]
+        pairs = [_moments(state[s]) if state.get(s) else [torch.zeros_like(s) for _ in MOMENTS] for s in shares]
         found: State = {}
         for i, moment in enumerate(MOMENTS):  # gathered as weights are, in their place for a moment
             with self.replaced([pair[i] for pair in pairs]):
@@ -182,6 +183,9 @@ class Engine:
                 self._set({name: moments[f"{moment}.{name}"] for name in self._named})
                 split.append([t.clone() for t in self.masters])
             for share, m, v in zip(self._shares(), *split, strict=True):
+                if self.config.adam == "8bit":
+                    self._base.state[share] = eight_bit.state_of(self._base, (m, v), steps)
+                    continue
                 step = steps if self.config.adam == "cpu" else torch.tensor(float(steps))
                 self._base.state[share] = {"step": step, "exp_avg": m, "exp_avg_sq": v}
         self._set(weights)
@@ -220,6 +224,10 @@ class Engine:
             if self.config.zero_stage == 3
             else self._zero.single_partition_of_fp32_groups
         )
+
+
+def _moments(state: dict[str, Any]) -> list[Tensor]:
+    return [state[m] for m in MOMENTS] if MOMENTS[0] in state else eight_bit.moments(state)
 
 
 def _cpu(value: Tensor | None) -> Tensor:

@@ -18,8 +18,10 @@ class EngineConfig:
     precision: of the network's arithmetic; bf16 and fp16 are by autocast, around float32 weights; fp16 scales the loss, and
     leaves out steps that overflow; auto is bf16 where the device multiplies it natively, else fp32 (a CPU that emulates bf16
     takes ten times as long).
-    offload_optimizer: Adam's moments and step are the CPU's, at stages 1 to 3.
-    adam: by torch; cpu is DeepSpeed's for offload_optimizer, compiled when first used.
+    offload_optimizer: Adam's moments and step are the CPU's, at stages 1 to 3. offload_parameters: at stage 3 the weights,
+    a frozen base's too, wait in the CPU's memory for their layer's turn.
+    adam: by torch; cpu is DeepSpeed's for offload_optimizer, compiled when first used; 8bit is bitsandbytes's, whose moments
+    take a quarter of the memory.
     deepspeed: a JSON file of DeepSpeed's settings, merged below these fields; see docs/deepspeed.md.
     attention: by xformers, or by torch's scaled_dot_product_attention; auto is xformers where a probe on the device finds
     that it runs, agrees with SDPA and is not slower.
@@ -28,7 +30,8 @@ class EngineConfig:
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Precision = "fp32"
     offload_optimizer: bool = False
-    adam: Literal["torch", "cpu"] = "torch"
+    offload_parameters: bool = False
+    adam: Literal["torch", "cpu", "8bit"] = "torch"
     deepspeed: str | None = None
     attention: Attention = "auto"
     compile: bool = False
@@ -40,6 +43,14 @@ class EngineConfig:
             )
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3, not 0")
+        if self.offload_parameters and self.zero_stage < 3:
+            raise ValueError(
+                f"offload_parameters needs zero_stage 3, not {self.zero_stage}, which keeps weights whole on the device"
+            )
+        if self.adam == "8bit" and self.offload_optimizer:
+            raise ValueError(
+                "adam 8bit keeps its small moments on the device: set offload_optimizer to false, or adam to torch or cpu"
+            )
         if self.adam == "cpu" and not self.offload_optimizer:
             raise ValueError(
                 "adam cpu updates weights in the CPU's memory: set offload_optimizer to true, or adam to torch"

@@ -26,7 +26,7 @@ MERGED = (
 """Keys that DeepSpeed is given as they are in the file. It reads over a name that it does not know, so others are refused."""
 
 ELSEWHERE = (
-    "offload_param", "ratio", "super_offload", "zenflow", "nvme_path", "zero_hpz_partition_size", "zero_quantized_weights",
+    "ratio", "super_offload", "zenflow", "nvme_path", "zero_hpz_partition_size", "zero_quantized_weights",
     "zero_quantized_nontrainable_weights", "mics_shard_size",
 )  # fmt: skip
 """Parts of zero_optimization that keep weights or Adam's moments where checkpoints do not look for them."""
@@ -94,6 +94,8 @@ def _told(config: EngineConfig, optimizer: OptimizerConfig, layout: Layout, prec
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if config.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_batch_size": layout.batch_size,
         "train_micro_batch_size_per_gpu": layout.micro_batch_size,
@@ -125,6 +127,9 @@ def _owned(config: EngineConfig, optimizer: OptimizerConfig, layout: Layout, pre
         "zero_optimization.stage": Owned("engine.zero_stage", config.zero_stage, config.zero_stage),
         "zero_optimization.offload_optimizer.device": Owned(
             "engine.offload_optimizer", config.offload_optimizer, "cpu" if config.offload_optimizer else "none"
+        ),
+        "zero_optimization.offload_param.device": Owned(
+            "engine.offload_parameters", config.offload_parameters, "cpu" if config.offload_parameters else "none"
         ),
         "zero_allow_untested_optimizer": Owned("engine.adam", config.adam, True),
         "zero_force_ds_cpu_optimizer": Owned("engine.adam", config.adam, False),

@@ -1,9 +1,10 @@
-"""fp16 with its loss scale, Adam on the CPU, and DeepSpeed's own JSON."""
+"""fp16 with its loss scale, Adam on the CPU and of 8 bits, offloading, and DeepSpeed's own JSON."""
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 
 from tests.conftest import Outcome
 from tests.trainer.test_runs import WEIGHT_TOLERANCE, assert_same_files, curve, final
-from trainer import engine, loss_scale
+from trainer import eight_bit, engine, loss_scale
 from trainer.loss_scale import LossScale
 
 Train = Callable[..., Outcome]
@@ -120,6 +121,62 @@ def test_adam_on_the_cpu_without_a_compiler_is_one_line(train: Train, monkeypatc
     assert expected in output
 
 
+def test_moments_of_8_bits_leave_and_come_back_as_bitsandbytes_has_them() -> None:
+    """Also in blocks whose largest number is negative or 0, and a last block that is not whole."""
+    generator = torch.Generator().manual_seed(0)
+    share = torch.nn.Parameter(torch.zeros(3 * 256 * 20 + 100))
+    adam = eight_bit.adam([share], {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0})
+    wanted = [torch.zeros(len(share)) for _ in range(2)]
+    for _ in range(5):
+        share.grad = torch.randn(len(share), generator=generator) * (torch.arange(len(share)) // 256 % 3 > 0)
+        for moment, power, beta in zip(wanted, (1, 2), (0.9, 0.999), strict=True):
+            moment.lerp_(share.grad**power, 1 - beta)
+        adam.step()
+    state = adam.state[share]
+    assert state["state1"].dtype == torch.uint8
+    m, v = eight_bit.moments(state)
+    for found, true in zip((m, v), wanted, strict=True):
+        assert (found - true).abs().max() < 0.05 * true.abs().max()
+    largest = m[:-100].view(-1, 256).abs().amax(1)
+    assert {True, False} == {*(largest < state["absmax1"][:-1]).tolist()}, "absmax is not always the largest"
+    again = eight_bit.state_of(adam, (m, v), 5)
+    assert again.keys() == state.keys()
+    assert all(torch.equal(a, b) for a, b in zip(eight_bit.moments(again), (m, v), strict=True))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_run_with_moments_of_8_bits_that_was_stopped_ends_with_the_same_bits(
+    stage: int, train: Train, tmp_path: Path
+) -> None:
+    options = [f"engine.zero_stage={stage}", "engine.adam=8bit", "model.channels=[16,32]"]
+    for name, steps in (("whole", "steps=4"), ("parts", "steps=2"), ("parts", "steps=4")):
+        code, output = train(name, *options, steps)
+        assert code == 0, output
+    assert_same_files(tmp_path / "whole", tmp_path / "parts")
+    moments = final(tmp_path / "whole", "optimizer")
+    largest = max((name for name in moments if name.startswith("exp_avg.")), key=lambda name: moments[name].numel())
+    assert moments[largest].numel() > 4096
+    assert len(moments[largest].unique()) < moments[largest].numel() / 2, "they are quantised"
+
+
+def test_adam_of_8_bits_without_bitsandbytes_is_one_line(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("bitsandbytes", "bitsandbytes.optim"):
+        monkeypatch.setitem(sys.modules, name, None)
+    code, output = train("run", "engine.adam=8bit")
+    assert code == 2
+    assert "error: engine.adam 8bit: bitsandbytes cannot be imported (" in output
+    assert "pip install 'ambient-trainer[eight-bit]', or set engine.adam=torch" in output
+
+
+def test_parameters_that_are_offloaded_in_one_process_train_the_same(train: Train, tmp_path: Path) -> None:
+    """Alone, as for a frozen base. Beside the optimiser: see test_ranks.py."""
+    for name, options in {"whole": [], "off": ["engine.offload_parameters=true"]}.items():
+        for steps in ("steps=2", "steps=4"):
+            code, output = train(name, "engine.zero_stage=3", steps, *options)
+            assert code == 0, output
+    assert_same_files(tmp_path / "whole", tmp_path / "off")
+
+
 AUTO = {
     "bf16": {"enabled": "auto"},
     "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000},
@@ -165,7 +222,7 @@ def test_a_file_of_deepspeeds_settings_is_merged_and_what_it_was_told_is_kept(tr
         ({"optimizer": {"params": {"amsgrad": True}}}, "optimizer.params.amsgrad true: the config's optimizer.* decides"),
         ({"scheduler": {"params": {"warmup_num_steps": 9}}}, "warmup_num_steps 9: the config says optimizer.warmup_steps 2"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "the config says engine.offload_optimizer False"),
-        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "checkpoints cannot hold the state of offload_param"),
+        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "the config says engine.offload_parameters False"),
         ({"zero_optimization": {"offload_optimizer": {"ratio": 0.5}}}, "checkpoints cannot hold the state of ratio"),
         ({"zero_optimisation": {"stage": 0}}, "zero_optimisation.stage: cannot be merged; what can is zero_optimization, "),
         ({"zero_optimization": {"overlapcomm": True}}, "DeepSpeed refuses it: "),
@@ -195,6 +252,14 @@ def test_a_file_that_contradicts_or_cannot_be_used_is_one_line(
     ("overrides", "expected"),
     [
         (["engine.offload_optimizer=true"], "engine: offload_optimizer needs zero_stage 1, 2 or 3, not 0"),
+        (
+            ["engine.zero_stage=2", "engine.offload_parameters=true"],
+            "engine: offload_parameters needs zero_stage 3, not 2",
+        ),
+        (
+            ["engine.zero_stage=1", "engine.adam=8bit", "engine.offload_optimizer=true"],
+            "adam 8bit keeps its small moments",
+        ),
         (["engine.zero_stage=1", "engine.adam=cpu"], "set offload_optimizer to true, or adam to torch"),
         (["engine.adam=adamw"], "engine.adam: 'adamw': "),
         (["engine.precision=half"], "engine.precision: 'half': "),

@@ -70,14 +70,18 @@ def runs(shards: Path, latents: Path, small_sdxl: Path, tmp_path_factory: pytest
     assert in_turn([pixels("one", "steps=3")]) == 0
     for stage in (1, 2, 3):
         shutil.copytree(folder / "one", folder / f"moved-{stage}")
+        shutil.copytree(folder / "one", folder / f"offloaded-{stage}")
     assert in_turn([pixels("one", "steps=6"), pixels("one", "steps=9"), sdxl("sdxl", "steps=20"), sdxl("sdxl", "steps=22")]) == 0  # fmt: skip
 
-    trainings: list[list[str]] = []
+    offloaded = {stage: [f"engine.zero_stage={stage}", "engine.offload_optimizer=true", f"engine.offload_parameters={stage == 3}"] for stage in (1, 2, 3)}  # fmt: skip
+    eight = ["engine.adam=8bit", "engine.zero_stage=2"]
+    trainings = [pixels("eight", *eight, "steps=4"), pixels("parts", *eight, "steps=2"), pixels("parts", *eight, "steps=4")]  # fmt: skip
     for stage in range(4):
         options = [f"engine.zero_stage={stage}", "micro_batch_size=2"]
         trainings.append(pixels(f"two-{stage}", *options))
         if stage:
             trainings.append(pixels(f"moved-{stage}", *options[:1], "steps=6"))
+            trainings += [pixels(f"offloaded-{stage}", *offloaded[stage], f"steps={steps}") for steps in (5, 7)]
         if stage >= 2:
             options.append("model.activation_checkpointing=true")
         if stage == 3:
@@ -89,6 +93,7 @@ def runs(shards: Path, latents: Path, small_sdxl: Path, tmp_path_factory: pytest
 
     # what was sharded goes on in one process, without sharding
     trainings = [pixels(f"two-{stage}", "steps=9", "engine.zero_stage=0") for stage in range(4)]
+    trainings += [pixels(f"offloaded-{stage}", *offloaded[stage], "steps=9") for stage in offloaded]
     assert in_turn([*trainings, sdxl("sdxl-3", "steps=22", "engine.zero_stage=0", "model.activation_checkpointing=true")]) == 0  # fmt: skip
     return folder
 
@@ -131,6 +136,22 @@ def test_a_run_of_one_process_goes_on_sharded_over_two(stage: int, runs: Path) -
     assert_weights_near(runs / "one", runs / f"moved-{stage}", 6, "weights", WEIGHT_TOLERANCE)
     a, b = final(runs / "one"), final(runs / "one", "ema")
     assert max((a[key] - b[key]).abs().max() for key in a) > 0
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_run_that_offloads_goes_on_with_the_same_moments_on_any_number_of_ranks(stage: int, runs: Path) -> None:
+    """One process without offloading for 3 steps, two ranks to 5, two again to 7, one that offloads to 9; at stage 3
+    parameters, too."""
+    assert_weights_near(runs / "one", runs / f"offloaded-{stage}", 9, "weights", 2 * WEIGHT_TOLERANCE)
+    told = json.loads((runs / f"offloaded-{stage}" / "deepspeed.json").read_text())["zero_optimization"]
+    assert told["offload_optimizer"]["device"] == "cpu"
+    assert ("offload_param" in told) == (stage == 3)
+
+
+def test_moments_of_8_bits_come_back_on_two_ranks(runs: Path) -> None:
+    for file in ("weights", "optimizer"):
+        a, b = final(runs / "eight", file), final(runs / "parts", file)
+        assert all(torch.equal(a[key], b[key]) for key in a)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
