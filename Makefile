@@ -1,10 +1,11 @@
 # make quickstart   real images, corrupted, to a trained model and one picture   (DATASET=digits|fashion|emoji|faces)
-# make test         the tests          make lint, make types, make format
+# make test         the tests (JOBS=2 at once)          make lint, make types, make format
 # make test-slurm   starts a real SLURM of two nodes on this machine (root, Debian), and runs the tests that need one
 # make directions   trains on images for about ten minutes, and checks that ours beats naive and ambient alone
 PYTHON ?= python3
 VENV ?= .venv
 DATASET ?= digits
+JOBS ?= 2
 STARTED := $(shell date +%s)
 BIN := $(VENV)/bin
 
@@ -27,7 +28,7 @@ quickstart: install
 	$(BIN)/python -m trainer.quickstart --dataset $(DATASET) --started $(STARTED)
 
 test: dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 # Nothing is skipped then. The cluster is taken down again, also after a failure.
 test-slurm: dev

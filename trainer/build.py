@@ -191,15 +191,15 @@ def _check_levels(config: RunConfig, loader: Loader) -> None:
         )
 
 
-FEW = 100
-"""Below so many images the ambient loss fails (arXiv 2404.10177, section 6)."""
+FEW = 300
+"""Below so many images long trainings from noisy images alone fail: with 100, and not with 300 (docs/studies.md, 5)."""
 
 
 def _few(config: RunConfig, loader: Loader) -> str | None:
     """What to say of a data set that is too small, if it is."""
     if loader.index.samples >= FEW or loader.index.sigma_max * config.data.sigma_scale == 0:
         return None
-    return f"{config.data.shards} has {loader.index.samples} images; below about {FEW} training from noisy images fails: expect copies or blur, and give more images, or a share of clean ones"
+    return f"{config.data.shards} has {loader.index.samples} images; below about {FEW} a long training from noisy images goes wrong: mirror them (data.flip=true), keep many checkpoints and take the one with the lowest loss on held-out noisy images, or give more images or a share of clean ones"
 
 
 def refuse_another_run(config: RunConfig, directory: Path) -> None:
