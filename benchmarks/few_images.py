@@ -1,6 +1,6 @@
 """How few images are too few: from 30 to 10,000 noisy images, and what mends it.
 
-    python -m benchmarks.few_images                       about two hours; resumable, result and picture are kept
+    python -m benchmarks.few_images                       about five hours of a core; resumable, result and picture are kept
     python -m benchmarks.few_images --sizes 30 300 --steps 400
 
 For each number of images: training on noisy images alone, with a tenth of them clean, and with mirrored images. The error
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     def add(p: argparse.ArgumentParser) -> None:
         p.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of images (default: 30 ... 10000)")
         p.add_argument("--seeds", type=int, default=2, help="trainings of each (default: 2)")
-        p.add_argument("--steps", type=int, default=600, help="optimiser steps (default: 600)")
+        p.add_argument("--steps", type=int, default=1500, help="optimiser steps (default: 1500)")
         p.add_argument("--dataset", default="fashion", help="a packaged set of images (default: fashion)")
         p.add_argument(
             "--at-once", type=int, default=2, help="trainings at the same time, one thread each (default: 2)"
