@@ -1,15 +1,17 @@
 # make quickstart   real images, corrupted, to a trained model and one picture   (DATASET=digits|fashion|emoji|faces)
 # make test         the tests (JOBS=2 at once)          make lint, make types, make format
 # make test-slurm   starts a real SLURM of two nodes on this machine (root, Debian), and runs the tests that need one
+# make test-ui      installs a headless browser (root, Debian), and drives MLflow's pages of a small store with it
 # make directions   trains on images for about ten minutes, and checks that ours beats naive and ambient alone
 PYTHON ?= python3
 VENV ?= .venv
 DATASET ?= digits
 JOBS ?= 2
+UI_SHOTS ?= /tmp/ambient-ui
 STARTED := $(shell date +%s)
 BIN := $(VENV)/bin
 
-.PHONY: install dev quickstart test test-slurm directions lint types format clean
+.PHONY: install dev quickstart test test-slurm test-ui directions lint types format clean
 install: $(VENV)/.installed
 dev: $(VENV)/.installed-dev
 
@@ -35,6 +37,12 @@ test-slurm: dev
 	tests/slurm/cluster.sh up
 	eval "$$(tests/slurm/cluster.sh env)"; $(BIN)/python -m pytest -m slurm tests/slurm; \
 	code=$$?; tests/slurm/cluster.sh down; exit $$code
+
+# Nothing is skipped then. UI_SHOTS: where screenshots go.
+test-ui: dev
+	tests/ui/browser.sh
+	AMBIENT_TEST_UI=$(UI_SHOTS) $(BIN)/python -m pytest -m ui tests/ui; \
+	code=$$?; echo "screenshots: $(UI_SHOTS)"; exit $$code
 
 directions: dev
 	$(BIN)/python -m benchmarks.images --quick

@@ -6,6 +6,8 @@ away the records wait there, also for the next start. A resumed run logs only st
 
 from __future__ import annotations
 
+import fcntl
+import getpass
 import json
 import logging
 import os
@@ -13,10 +15,13 @@ import queue
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from trainer import mlflow_pages
 from trainer.errors import UserError, WorkFailed
 
 QUESTION = """import os, sys
@@ -66,7 +71,9 @@ class MLflowLogger:
             if self._state_file.is_file():
                 self._state = json.loads(self._state_file.read_text())
             lines = self._mend()
-            self.last_step = max((json.loads(line)["step"] for line in lines), default=0)
+            records = [json.loads(line) for line in lines]
+            self.last_step = max((record["step"] for record in records), default=0)
+            self._began = records[0]["time"] if records else int(time.time() * 1000)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{run_dir}: metrics.jsonl or mlflow.json is damaged ({error}): mend it or move it away"
@@ -165,7 +172,9 @@ class MLflowLogger:
 
         client, experiment_id = _client(self._config, self._run_dir)
         if self._state["run_id"] is None:
-            run = client.create_run(experiment_id, run_name=self._config.name or self._run_dir.name)
+            run = client.create_run(
+                experiment_id, self._began, _origin("trainer.train"), self._config.name or self._run_dir.name
+            )
             self._state = {"experiment_id": experiment_id, "run_id": run.info.run_id, "sent": 0}
             self._save_state()
             params = [Param(name, str(value)[:6000]) for name, value in self._params.items()]
@@ -208,8 +217,8 @@ class MLflowLogger:
 def attach(
     config: LoggingConfig, run_dir: Path, step: int, metrics: dict[str, float], tags: dict[str, str], folder: Path
 ) -> bool:
-    """Adds figures and the files of a folder to the MLflow run of a run directory; False where it has none. Raises WorkFailed
-    where the server does not take them."""
+    """Adds figures and the files of a folder to the MLflow run of a run directory, and to its experiment a view of such
+    figures; False where it has no run. Raises WorkFailed where the server does not take them."""
     from mlflow.entities import Metric, RunTag
     from mlflow.exceptions import MlflowException
 
@@ -219,9 +228,10 @@ def attach(
         return False
     now = int(time.time() * 1000)
     try:
-        client, _ = _client(config, run_dir)
+        client, experiment_id = _client(config, run_dir)
         client.log_batch(run_id, metrics=[Metric(name, value, now, step) for name, value in metrics.items()], tags=[RunTag(name, value[:5000]) for name, value in tags.items()])  # fmt: skip
         client.log_artifacts(run_id, str(folder), f"evaluation/{folder.name}")
+        client.set_experiment_tag(experiment_id, *mlflow_pages.view())
     except (MlflowException, OSError) as error:
         raise WorkFailed(f"MLflow at {config.uri(run_dir)}: {str(error).splitlines()[0]}") from None
     return True
@@ -231,9 +241,17 @@ def heading(config: LoggingConfig, run_dir: Path, tags: dict[str, str]) -> str:
     """Makes a run that has no training of its own, for others to be children of; returns its id. run_dir: its folder, in
     which the children have theirs."""
     client, experiment_id = _client(config, run_dir / "child")
-    run = client.create_run(experiment_id, run_name=config.name or run_dir.name, tags=tags)
+    run = client.create_run(experiment_id, run_name=config.name or run_dir.name, tags=_origin("slurm.submit") | tags)
     client.set_terminated(run.info.run_id, "FINISHED")
     return run.info.run_id
+
+
+def _origin(source: str) -> dict[str, str]:
+    """What MLflow's pages have as "Created by" and "Source"; its client leaves both empty."""
+    tags = {"mlflow.source.name": source, "mlflow.source.type": "LOCAL"}
+    with suppress(OSError, KeyError):  # a container may have no name for its user
+        tags["mlflow.user"] = getpass.getuser()
+    return tags
 
 
 def _client(config: LoggingConfig, run_dir: Path) -> tuple[Any, str]:
@@ -243,8 +261,23 @@ def _client(config: LoggingConfig, run_dir: Path) -> tuple[Any, str]:
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    client = MlflowClient(tracking_uri=config.uri(run_dir))
-    if experiment := client.get_experiment_by_name(config.experiment):
-        return client, experiment.experiment_id
-    artifacts = None if config.tracking_uri else (run_dir.resolve().parent / "mlartifacts").as_uri()
-    return client, client.create_experiment(config.experiment, artifact_location=artifacts)
+    with _alone(config.uri(run_dir)):
+        client = MlflowClient(tracking_uri=config.uri(run_dir))
+        if experiment := client.get_experiment_by_name(config.experiment):
+            return client, experiment.experiment_id
+        artifacts = None if config.tracking_uri else (run_dir.resolve().parent / "mlartifacts").as_uri()
+        return client, client.create_experiment(config.experiment, artifacts)
+
+
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """One process at a time makes a database file: two that do it together leave it half made."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    path = Path(uri.removeprefix("sqlite:///").partition("?")[0] + ".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -11,9 +11,8 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
 
-from trainer import errors
+from trainer import errors, mlflow_pages
 from trainer.errors import UserError, WorkFailed
 
 SIGMA = 0.5
@@ -133,25 +132,16 @@ def _say(text: str) -> None:
 
 
 def _summary(picture: Path, places: Places) -> str:
-    mlflow = str(Path(sys.executable).parent / "mlflow")
-    server = shlex.join(
-        [mlflow, "server", "--backend-store-uri", f"sqlite:///{places.database.resolve()}", "--port", "5000"]
-    )
     lines = {
         "shards": places.shards,
         "runs": f"{places.ours}  {places.naive}",
         "picture": picture,
         "more images": f"python -m trainer.sample {places.ours} --number 64",
-        "charts": server,
+        "charts": mlflow_pages.server(places.database),
     }
-    states = [path / "mlflow.json" for path in (places.ours, places.naive)]
-    if all(path.is_file() for path in states):  # absent with logging.enabled=false
-        runs = [json.loads(path.read_text()) for path in states]
-        query = {"runs": [run["run_id"] for run in runs], "experiments": [runs[0]["experiment_id"]]}
-        encoded = "&".join(
-            f"{name}={quote(json.dumps(values, separators=(',', ':')))}" for name, values in query.items()
-        )
-        lines["then open"] = f"http://127.0.0.1:5000/#/compare-runs?{encoded}"
+    runs = [places.ours, places.naive]
+    if all(mlflow_pages.logged(run_dir) for run_dir in runs):  # not so with logging.enabled=false
+        lines["then open"] = mlflow_pages.compare_page(runs)
     return "\n" + "\n".join(f"{name:<12}{value}" for name, value in lines.items()) + "\n"
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Outcome
+from tests.conftest import ROOT, Outcome
 from trainer.mlflow_logger import LoggingConfig, MLflowLogger
 
 Train = Callable[..., Outcome]
@@ -56,6 +59,20 @@ def test_a_resumed_run_is_one_run_with_each_step_once(train: Train, tmp_path: Pa
     assert "has 60 images" in run.data.tags["notice.few_images"]
     names = [item.path for item in client.list_artifacts(run.info.run_id)]
     assert "config.yaml" in names
+    assert run.data.tags["mlflow.source.name"] == "trainer.train"
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert run.info.start_time <= first["time"] < run.info.end_time
+
+
+def test_runs_that_start_together_make_one_sound_database(tmp_path: Path) -> None:
+    program = """import sys; from pathlib import Path; from trainer.mlflow_logger import LoggingConfig, heading
+heading(LoggingConfig(), Path(sys.argv[1]), {})"""
+    both = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT) for _ in range(2)]
+    assert [process.wait(300) for process in both] == [0, 0]
+    tables = sqlite3.connect(tmp_path / "mlflow.db").execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+    assert not [name for (name,) in tables if name.startswith("_alembic_tmp")], "a migration was cut off"
+    (experiment,) = client_of(tmp_path).search_experiments(filter_string="name = 'ambient'")
+    assert len(client_of(tmp_path).search_runs([experiment.experiment_id])) == 2
 
 
 def test_records_wait_for_a_server_that_is_away(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
