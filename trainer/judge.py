@@ -135,7 +135,9 @@ def judge(subject: Subject, request: Request, extractor: Extractor) -> tuple[Eva
         shown.add("samples.png", figures.image_sheet(samples.rows(range(min(SHOWN, samples.count))), 16), "Samples", "The first ones, not chosen.")  # fmt: skip
         shown.add("reference.png", figures.image_sheet(reference.rows(reference.spread(SHOWN)), 16), "Held-out clean images", "For comparison.")  # fmt: skip
     curve = measures.curve(model, reference, CHECKED, levels)
-    metrics |= {f"denoiser_error/{level:g}": value for level, value in zip(curve.levels, curve.mean, strict=True)}
+    metrics |= {
+        f"denoiser_error_by_sigma/{level:g}": value for level, value in zip(curve.levels, curve.mean, strict=True)
+    }
     if training:
         for attack in request.attacks(run):
             metrics |= _attack(model, attack, training, reference, extractor, request, shown)

@@ -17,7 +17,7 @@ Found = Mapping[Point, Evaluation]
 def metrics_of(found: Found) -> dict[str, str]:
     """Which metrics are shown, and how they are headed: those of the report, and the denoiser's errors."""
     names = dict.fromkeys(name for evaluation in found.values() for name in evaluation.metrics)
-    errors = [name for name in names if name.startswith("denoiser_error/")]
+    errors = [name for name in names if name.startswith("denoiser_error_by_sigma/")]
     headed = {name: f"error at {name.partition('/')[2]}" for name in errors}
     return {**{name: heading for name, (heading, _) in COLUMNS.items() if name in names}, **headed}
 

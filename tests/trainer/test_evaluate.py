@@ -114,7 +114,7 @@ def test_a_latent_run_is_judged_by_its_images(
     assert code == 0, output
     (path,) = (tmp_path / "run" / "evaluation").glob("*/evaluation.json")
     metrics = json.loads(path.read_text())["metrics"]
-    assert metrics["denoiser_error/0.4"] > 0
+    assert metrics["denoiser_error_by_sigma/0.4"] > 0
     assert 0 <= metrics["memorization/mask_auc"] <= 1
     assert Image.open(path.parent / "samples.png").width > 10 * 32
 

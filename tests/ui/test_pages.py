@@ -65,7 +65,7 @@ def test_the_compare_page_has_a_chart_every_run_and_the_metrics(
     for run_dir in run_dirs:
         browser.find(f"//*[text()='{run_dir.name}']")
     browser.show("//*[text()='Metrics']")
-    browser.find("//*[text()='denoiser_error/0.25']")
+    browser.find("//*[text()='denoiser_error_by_sigma/0.25']")
     browser.shoot("compare figures")
 
 
