@@ -1,3 +1,8 @@
 """Trains diffusion models from corrupted images alone (arXiv 2404.10177)."""
 
+import logging
+
 __version__ = "0.1.0"
+
+# Where it is installed, peft and diffusers import it for all models, and on CPUs it asks at length for 4-bit kernels.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
