@@ -15,7 +15,7 @@ from trainer.planning.gpus import GPUS, USABLE
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
-    from trainer.planning.estimate import Estimate
+    from trainer.planning.estimate import Estimate, Setting
 
 EXAMPLE = """examples:
   python -m trainer.plan configs/quickstart.yaml --gpus 2 --shape 1 28 28
@@ -54,14 +54,13 @@ def main(argv: list[str] | None = None) -> int:
 
     config = load(args.config, args.overrides)
     from trainer.planning import models
-    from trainer.planning.estimate import Estimate, Setting
+    from trainer.planning.estimate import Estimate, setting_of
 
     shape, sample_bytes = _data(config, args.shape)
     network = models.configured(config, shape)
-    rows = max(1, config.batch_size // args.gpus)
-    setting = Setting(args.gpu, args.gpus, config.engine.zero_stage, min(config.micro_batch_size or rows, rows))
+    setting = setting_of(config, args.gpu, args.gpus)
     estimate = Estimate(config, network, shape, setting)
-    print(f"{config.model.kind} on {'x'.join(map(str, shape))}, batch {config.batch_size}: {setting}, {'bf16' if estimate.bf16 else 'fp32'}")  # fmt: skip
+    print(f"{config.model.kind} on {'x'.join(map(str, shape))}, batch {config.batch_size}: {setting}, {config.engine.precision if config.engine.precision != 'auto' else 'bf16'}")  # fmt: skip
     _print_costs(estimate, args.mfu, sample_bytes)
     _print_memory(estimate)
     if estimate.fits(setting):
@@ -69,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         return errors.DONE
     nearest = estimate.nearest()
     print(f"\nIt does not fit into {USABLE:.0%} of the device's {GPUS[args.gpu].memory / 1e9:g} GB. " + (
-        f"The nearest that does: {nearest}, with {estimate.memory(nearest).peak / 1e9:.1f} GB." if nearest else
+        f"The nearest that does: {nearest}, with {estimate.memory(nearest).peak / 1e9:.1f} GB{_on_host(estimate, nearest)}." if nearest else
         "Nothing near it does: plan for smaller images, or for adapters."
     ))  # fmt: skip
     return errors.FAILED
@@ -140,17 +139,27 @@ def _print_memory(e: Estimate) -> None:
     for label, value in [("weights", m.weights), ("optimizer, average", m.optimizer), ("gradients, buffers", m.gradients),
                          ("activations", m.activations), ("peak", m.peak)]:  # fmt: skip
         print(f"  {label:<22} {value / 1e9:8.2f}")
+    if m.host:
+        print(
+            f"  {'on the host':<22} {m.host / 1e9:8.2f}  (what is offloaded; {m.host * e.setting.gpus / 1e9:.1f} over all ranks)"
+        )
     print("  (gradients are made while activations are freed, so the peak is less than the sum)")
     print("\nPeak by ZeRO stage and micro-batch, GB; * does not fit:")
     micros = e.micros(e.setting.gpus)
     shown = sorted({m for m in micros if m <= 2 * e.setting.micro})[-6:]
     print("  micro-batch" + "".join(f"{m:>10}" for m in shown))
-    for stage in range(4):
+    saving = e.setting.saving
+    for stage in range(3 if saving.offload_parameters else 1 if saving.offload_optimizer else 0, 4):
         cells: list[str] = []
         for micro in shown:
             other = dataclasses.replace(e.setting, stage=stage, micro=micro)
             cells.append(f"{e.memory(other).peak / 1e9:.2f}{' ' if e.fits(other) else '*'}".rjust(10))
         print(f"  stage {stage}    " + "".join(cells))
+
+
+def _on_host(e: Estimate, setting: Setting) -> str:
+    host = e.memory(setting).host
+    return f" and {host / 1e9:.1f} GB a rank of the host's" if host else ""
 
 
 def _si(value: float) -> str:

@@ -21,11 +21,11 @@ from trainer.models.tiny_sdxl import UNET
 
 pytestmark = pytest.mark.distributed
 
-CLIP = 0.03
+CLIP = 0.045
 """Between the norms of SDXL's steps, so that some are clipped and some are not."""
-TOLERANCE = {0: 1e-5, 1: 1e-5, 2: 1e-5, 3: 1e-4}
-"""Of the adapters by stage, after 20 steps at a rate of 1e-3: sums in another order, and at stage 3 DeepSpeed's own linear
-layer. Measured: below 1e-6, and 3e-5."""
+TOLERANCE = 1e-4
+"""Of the adapters, after 20 steps at a rate of 1e-3: sums in another order, and at stage 3
+DeepSpeed's own linear layer. Measured: 3e-5."""
 AVERAGES = "ema.snapshots={every: 2}"
 STEPS = {"loss/ambient", "loss/consistency", "optimizer/gradient_norm"}
 
@@ -166,10 +166,10 @@ def test_two_ranks_follow_one_process_for_20_steps_of_sdxl_with_adapters(stage: 
     clipped = sum(record["optimizer/gradient_norm"] > CLIP for record in records.values())
     assert 2 <= clipped <= len(records) - 2
     for file in ("weights", "ema"):
-        assert_weights_near(one, two, 20, file, TOLERANCE[stage])
+        assert_weights_near(one, two, 20, file, TOLERANCE)
     start, end = (load_file(two / "checkpoints" / f"step-000000{step}/weights.safetensors") for step in (18, 20))
-    assert max((start[key] - end[key]).abs().max() for key in start) > 5 * TOLERANCE[3], "it moves"
+    assert max((start[key] - end[key]).abs().max() for key in start) > 10 * TOLERANCE, "it moves"
 
 
 def test_adapters_that_were_sharded_go_on_in_one_process(runs: Path) -> None:
-    assert_weights_near(runs / "sdxl", runs / "sdxl-3", 22, "weights", TOLERANCE[3])
+    assert_weights_near(runs / "sdxl", runs / "sdxl-3", 22, "weights", TOLERANCE)

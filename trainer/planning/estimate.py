@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -15,7 +15,7 @@ from trainer.diffusion.interleave import period_within
 from trainer.ema import PowerEMA
 from trainer.errors import UserError
 from trainer.planning.gpus import GPUS, USABLE
-from trainer.planning.memory import FLOAT, Memory, Weights, memory
+from trainer.planning.memory import FLOAT, Memory, Saving, Weights, memory
 from trainer.planning.models import conditioning_shapes, weights_of
 from trainer.planning.trace import Activations, Flops, activations, captions, flops, passes, text_flops
 
@@ -30,9 +30,20 @@ class Setting:
     gpus: int
     stage: int
     micro: int
+    saving: Saving = field(default_factory=Saving)
 
     def __str__(self) -> str:
-        return f"{self.gpus} x {self.gpu}, engine.zero_stage={self.stage}, micro_batch_size={self.micro}"
+        text = f"{self.gpus} x {self.gpu}, engine.zero_stage={self.stage}, micro_batch_size={self.micro}"
+        text += ", engine.adam=8bit" if self.saving.eight_bit else ""
+        text += ", engine.offload_optimizer=true" if self.saving.offload_optimizer else ""
+        return text + (", engine.offload_parameters=true" if self.saving.offload_parameters else "")
+
+
+def setting_of(config: RunConfig, gpu: str, gpus: int) -> Setting:
+    """What a configuration asks for, on so many devices of a kind."""
+    e, rows = config.engine, max(1, config.batch_size // gpus)
+    saving = Saving(e.precision != "fp32", e.adam == "8bit", e.offload_optimizer, e.offload_parameters)
+    return Setting(gpu, gpus, e.zero_stage, min(config.micro_batch_size or rows, rows), saving)
 
 
 class Estimate:
@@ -78,13 +89,15 @@ class Estimate:
             setting.stage,
             setting.gpus,
             rows // setting.micro,
-            self.bf16,
+            setting.saving,
         )
+        here, there = (0, more) if setting.saving.offload_optimizer else (more, 0)
         return dataclasses.replace(
             found,
-            optimizer=found.optimizer + more,
+            optimizer=found.optimizer + here,
             activations=found.activations + beside,
-            peak=found.peak + beside + more,
+            peak=found.peak + beside + here,
+            host=found.host + there,
         )
 
     def _averages(self) -> int:
@@ -100,24 +113,27 @@ class Estimate:
 
     def nearest(self) -> Setting | None:
         """The setting nearest to the asked one that fits: a smaller micro-batch first, which costs nothing but time; then a
-        higher stage; then more ranks; then a larger device."""
+        higher stage; then moments of 8 bits; then offloading; then more ranks; then a larger device."""
         return next((setting for setting in self._others() if self.fits(setting)), None)
 
     def _others(self) -> Iterator[Setting]:
         asked = self.setting
         stages = range(asked.stage, 4)
-        for stage in stages:
-            for micro in reversed(self.micros(asked.gpus)):
-                if micro <= asked.micro:
-                    yield dataclasses.replace(asked, stage=stage, micro=micro)
+        for saving in _savings(asked.saving):
+            for stage in stages:
+                if (saving.offload_optimizer and not stage) or (saving.offload_parameters and stage < 3):
+                    continue
+                for micro in reversed(self.micros(asked.gpus)):
+                    if micro <= asked.micro:
+                        yield dataclasses.replace(asked, stage=stage, micro=micro, saving=saving)
         for gpus in range(asked.gpus + 1, min(MOST_GPUS, self.config.batch_size) + 1):
             if self.config.batch_size % gpus == 0 and (micros := self.micros(gpus)):
                 for stage in stages:
-                    yield Setting(asked.gpu, gpus, stage, micros[0])
+                    yield Setting(asked.gpu, gpus, stage, micros[0], asked.saving)
         for gpu in sorted(GPUS, key=lambda name: GPUS[name].memory):
             if GPUS[gpu].memory > GPUS[asked.gpu].memory:
                 for stage in stages:
-                    yield Setting(gpu, asked.gpus, stage, self.micros(asked.gpus)[0])
+                    yield Setting(gpu, asked.gpus, stage, self.micros(asked.gpus)[0], asked.saving)
 
     def _activations(self, micro: int) -> Activations:
         """By a straight line through the two traces: what is kept grows with the rows, and cast weights do not."""
@@ -187,6 +203,17 @@ class Estimate:
         if not isinstance(ema, PowerEMA) or ema.snapshots is None:
             return 0
         return self.config.steps // ema.snapshots.every * len(ema.tracked()) * FLOAT * self.weights.trainable
+
+
+def _savings(asked: Saving) -> Iterator[Saving]:
+    """As asked, and with more of them; 8 bits and an offloaded optimiser exclude each other."""
+    yield asked
+    if not asked.eight_bit and not asked.offload_optimizer:
+        yield dataclasses.replace(asked, eight_bit=True)
+    if not asked.offload_optimizer:
+        yield dataclasses.replace(asked, eight_bit=False, offload_optimizer=True)
+    if not asked.offload_parameters:
+        yield dataclasses.replace(asked, eight_bit=False, offload_optimizer=True, offload_parameters=True)
 
 
 def _rows(config: RunConfig, gpus: int) -> int:
