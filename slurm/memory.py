@@ -21,23 +21,24 @@ def check_memory(point: Point, cluster: ClusterConfig) -> None:
     if (cluster.gpu if on_gpus else cluster.mem_gb) is None:
         return
     from data_pipeline.index import read_index
-    from trainer.planning.estimate import Estimate, Setting
+    from trainer.planning.estimate import Estimate, setting_of
     from trainer.planning.models import configured
 
     config, shape = point.config, read_index(point.config.data.shards).shape
     nodes = cluster.min_nodes or cluster.nodes
     ranks = nodes * cluster.ranks_per_node
-    rows = config.batch_size // ranks
-    setting = Setting(cluster.gpu or next(iter(GPUS)), ranks, config.engine.zero_stage, min(config.micro_batch_size or rows, rows))  # fmt: skip
+    setting = setting_of(config, cluster.gpu or next(iter(GPUS)), ranks)
     estimate = Estimate(config, configured(config, shape), shape, setting)
-    peak = estimate.memory(setting).peak / 1e9
+    memory = estimate.memory(setting)
     if on_gpus:
+        peak = memory.peak / 1e9
         usable = USABLE * GPUS[setting.gpu].memory / 1e9
         if peak > usable:
             nearest = estimate.nearest()
             advice = f"the nearest that fits is {nearest}" if nearest else "nothing near it fits"
             raise UserError(f"{point.run_dir}: a rank takes {peak:.1f} GB on {nodes} nodes, a {cluster.gpu} has {usable:.0f} for it: {advice}")  # fmt: skip
         return
+    peak = (memory.peak + memory.host) / 1e9
     needed = cluster.ranks_per_node * (peak + PROCESS_GB)
     if cluster.mem_gb is not None and needed > cluster.mem_gb:
         raise UserError(

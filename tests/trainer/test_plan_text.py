@@ -9,7 +9,8 @@ import torch
 
 from tests.conftest import TINY
 from tests.trainer.measured_memory import measure
-from tests.trainer.test_plan import MEMORY_TOLERANCE, by_layer, config_of
+from tests.trainer.test_plan import by_layer, config_of
+from tests.trainer.test_planned_memory import MEMORY_TOLERANCE
 from trainer import base_pipeline, conditioning
 from trainer.config import RunConfig, load
 from trainer.models.sdxl import SDXLConfig
