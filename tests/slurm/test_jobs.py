@@ -121,3 +121,26 @@ def test_a_job_that_gets_nowhere_twice_stops_and_says_so(submit: Submit) -> None
     assert [start.number for start in job.starts] == [0, 1]
     assert job.reasons[1].endswith("before the ranks began; no step further in two starts: mend the cause, and submit it again")  # fmt: skip
     assert json.loads((job.run_dir / "job.json").read_text())["job"] == job.id
+
+
+def test_evaluations_are_one_array_and_find_what_one_process_finds(
+    slurm: str, train: Callable[..., tuple[int, str]], pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from trainer.evaluate import main as evaluate
+
+    for name, rate in (("a", 1e-3), ("b", 1e-2)):
+        assert train(name, "steps=1", f"optimizer.lr={rate}")[0] == 0
+    (tmp_path / "c.yaml").write_text(f"kind: slurm\nlogs: {tmp_path / 'jobs'}\ntime_minutes: 10\n")
+    runs = [str(tmp_path / name) for name in "ab"]
+    words = [*runs, "--reference", str(pictures), "--number", "0", "--levels", "0.4", "1"]
+    assert errors.run(lambda: evaluate([*words, "--cluster", str(tmp_path / "c.yaml")])) == 0
+    said = capfd.readouterr().err
+    ids = next(line for line in said.splitlines() if line.startswith("jobs ")).partition(";")[0].split()[1:]
+    assert [job.rpartition("_")[2] for job in ids] == ["0", "1"], "one array"
+    found = {path: json.loads(path.read_text()) for path in tmp_path.glob("?/evaluation/step-*/evaluation.json")}
+    assert len(found) == 2
+    for path in found:
+        path.unlink()
+    assert errors.run(lambda: evaluate(words)) == 0
+    for path, kept in found.items():
+        assert json.loads(path.read_text())["metrics"] == pytest.approx(kept["metrics"], rel=1e-5)
