@@ -11,7 +11,6 @@ It ends with the command that starts MLflow's server, and with the pages to open
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.report import arguments
 from benchmarks.studies import Job, Setting, train_all
-from trainer.errors import WorkFailed
+from trainer.command import run_python
 from trainer.mlflow_pages import compare_page, run_table, server
 
 SIGMA = 0.5
@@ -90,11 +89,9 @@ def make(folder: Path, size: Size, at_once: int) -> list[Path]:
 
 def evaluate(run_dirs: Sequence[Path], size: Size) -> None:
     """By the command that users type; what is evaluated already is read back."""
-    command = [sys.executable, "-m", "trainer.evaluate", *map(str, run_dirs), "--reference", "packaged:digits/test",
-               "--training", "packaged:digits/train", "--number", str(size.samples), "--attacked", str(size.attacked),
-               "--compared", str(size.compared), "--steps", str(size.sampling_steps), "--levels", *map(str, size.levels)]  # fmt: skip
-    if code := subprocess.run(command).returncode:
-        raise WorkFailed(f"the evaluation ended with exit code {code}")
+    words = [*map(str, run_dirs), "--reference", "packaged:digits/test", "--training", "packaged:digits/train", "--number", str(size.samples), "--attacked", str(size.attacked),
+             "--compared", str(size.compared), "--steps", str(size.sampling_steps), "--levels", *map(str, size.levels)]  # fmt: skip
+    run_python("trainer.evaluate", words)
 
 
 if __name__ == "__main__":

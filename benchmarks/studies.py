@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,8 +15,8 @@ from tqdm import tqdm
 from data_pipeline.corruption import Gaussian
 from data_pipeline.shard import shard
 from trainer.checkpoint import read_tensors
+from trainer.command import run_python
 from trainer.diffusion.denoiser import Denoiser
-from trainer.errors import WorkFailed
 from trainer.evaluation.denoiser_error import denoiser_error
 from trainer.evaluation.distances import kid
 from trainer.evaluation.features import PACKAGED, open_extractor
@@ -60,14 +57,9 @@ def train_all(setting: Setting, jobs: Sequence[Job], at_once: int) -> None:
     """Trains what is not trained yet. Each writes its output to NAME.log beside its run directory."""
 
     def train(job: Job) -> None:
-        run_dir = setting.folder / job.name
-        command = [sys.executable, "-m", "trainer.train", str(CONFIG), f"run_dir={run_dir}", f"data.shards={job.shards}",
-                   f"threads={setting.threads}", *setting.overrides, *job.overrides]  # fmt: skip
-        log = setting.folder / f"{job.name}.log"
-        with log.open("a") as output:
-            code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
-        if code:
-            raise WorkFailed(f"{shlex.join(command)} ended with exit code {code}; see {log}")
+        fixed = [f"run_dir={setting.folder / job.name}", f"data.shards={job.shards}", f"threads={setting.threads}"]
+        words = [str(CONFIG), *fixed, *setting.overrides, *job.overrides]
+        run_python("trainer.train", words, setting.folder / f"{job.name}.log")
 
     setting.folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(at_once) as pool:

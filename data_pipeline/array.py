@@ -16,11 +16,8 @@ from data_pipeline.plan import check_source
 from data_pipeline.records import Record, finished, names_in, read_record, recorded
 from data_pipeline.sources import open_source
 from data_pipeline.work import Work, write_shards
-from slurm.cluster import ClusterConfig, Resumable, executor, failure_of, submit
+from slurm.cluster import POLL, ClusterConfig, Resumable, executor, failure_of, submit
 from trainer.errors import WorkFailed
-
-POLL = {"slurm": 2.0, "local": 0.3}
-"""Seconds between two looks at the records, by the cluster's kind."""
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,11 @@ class ShardIndex:
         return self.shapes[samples.index(max(samples))]
 
     @property
+    def levels(self) -> str:
+        """The range of sigma_n, for people."""
+        return f"{self.sigma_min:g}" + (f" to {self.sigma_max:g}" if self.sigma_max > self.sigma_min else "")
+
+    @property
     def bytes(self) -> int:
         return sum(shard.bytes for shard in self.shards)
 

@@ -103,9 +103,8 @@ def main(argv: list[str] | None = None) -> int:
                   shard_size=args.shard_size, captions=not args.no_captions, latents=latents, max_rejected=args.max_rejected,
                   workers=workers, cluster=cluster, jobs=1 if args.jobs is None else args.jobs)  # fmt: skip
     rejected = f", {index.rejected} rejected: {storage.join(args.output, 'rejected.jsonl')}" if index.rejected else ""
-    levels = f"{index.sigma_min:g}" + (f" to {index.sigma_max:g}" if index.sigma_max > index.sigma_min else "")
     print(
-        f"{args.output}: {index.samples} observations {index.shape if len(index.shapes) == 1 else f'of {len(index.shapes)} shapes'}, {len(index.shards)} shard{'' if len(index.shards) == 1 else 's'}, {index.bytes / 1e6:.1f} MB, sigma_n {levels}{rejected}"
+        f"{args.output}: {index.samples} observations {index.shape if len(index.shapes) == 1 else f'of {len(index.shapes)} shapes'}, {len(index.shards)} shard{'' if len(index.shards) == 1 else 's'}, {index.bytes / 1e6:.1f} MB, sigma_n {index.levels}{rejected}"
     )
     return errors.DONE
 

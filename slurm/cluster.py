@@ -16,6 +16,8 @@ from trainer.errors import UserError, WorkFailed
 
 KINDS = ("slurm", "local")
 REQUEUES = {"slurm": 20, "local": 5}
+POLL = {"slurm": 2.0, "local": 0.3}
+"""Seconds between two looks at jobs that are waited for, by the cluster's kind."""
 
 
 @dataclass(frozen=True)

@@ -141,27 +141,14 @@ def embed(model: SDXLConfig, prompts: Sequence[str], device: torch.device) -> tu
     return embeddings.prompt_embeds.to(device), embeddings.pooled.to(device)
 
 
-def decoder(model: SDXLConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """latents (N, C, H, W), as stored -> images (N, 3, 8 H, 8 W), float32, on the CPU. In float32: SDXL's VAE overflows
-    in float16."""
-    from data_pipeline.latents.vae import Vae, images_a_pass
-
-    find_parts("model.base", model.base, PARTS)
-    vae = Vae(model.base, device)
-    module: Any = vae.module
-
-    @torch.no_grad()
-    def decode(latents: Tensor) -> Tensor:
-        at_once = images_a_pass(latents.shape[3] * vae.factor, latents.shape[2] * vae.factor)
-        images = [module.decode(z.to(device) / vae.scale + vae.shift).sample for z in latents.split(at_once)]
-        return torch.cat([image.float().cpu() for image in images])
-
-    return decode
+Coder = Callable[[Tensor], Tensor]
 
 
-def encoder(model: SDXLConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """images (N, 3, H, W) in [-1, 1] -> latents (N, C, H / 8, W / 8) on the device, as stored, but for their draw: the mean of
-    the VAE's distribution is taken, so that a score depends on the image alone."""
+def coders(model: SDXLConfig, device: torch.device) -> tuple[Coder, Coder]:
+    """The base's VAE, both ways. In float32: SDXL's VAE overflows in float16.
+
+    images (N, 3, H, W) in [-1, 1] -> latents (N, C, H / 8, W / 8) on the device, as stored, but for their draw: the mean of the
+    VAE's distribution is taken, so that a score depends on the image alone. Latents, as stored -> images, float32, on the CPU."""
     from data_pipeline.latents.vae import Vae, images_a_pass
 
     find_parts("model.base", model.base, PARTS)
@@ -174,4 +161,15 @@ def encoder(model: SDXLConfig, device: torch.device) -> Callable[[Tensor], Tenso
         means = [module.encode(part.to(device)).latent_dist.mean for part in parts]
         return (torch.cat(means) - vae.shift) * vae.scale
 
-    return encode
+    @torch.no_grad()
+    def decode(latents: Tensor) -> Tensor:
+        at_once = images_a_pass(latents.shape[3] * vae.factor, latents.shape[2] * vae.factor)
+        images = [module.decode(z.to(device) / vae.scale + vae.shift).sample for z in latents.split(at_once)]
+        return torch.cat([image.float().cpu() for image in images])
+
+    return encode, decode
+
+
+def decoder(model: SDXLConfig, device: torch.device) -> Coder:
+    """The second of `coders`."""
+    return coders(model, device)[1]

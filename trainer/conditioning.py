@@ -158,3 +158,8 @@ def of_prompt(
         return {"prompt_embeds": prompt_embeds[ids], "pooled": pooled[ids], **told}
 
     return chosen(rows), chosen(torch.zeros_like(rows))
+
+
+def repeated(conditioning: Conditioning, number: int) -> Conditioning:
+    """Of one sample, for so many."""
+    return {name: row.expand(number, *row.shape[1:]) for name, row in conditioning.items()}

@@ -64,7 +64,7 @@ def drawer(run: Restored, guide: Restored | None, wanted: Wanted) -> tuple[Draw,
     decode = base_pipeline.decoder(model, run.device)
 
     def draw(first: int, number: int) -> Tensor:
-        each, away = ({name: row.expand(number, *row.shape[1:]) for name, row in c.items()} for c in (told, away_told))
+        each, away = (conditioning.repeated(c, number) for c in (told, away_told))
         latents = drawn(number, first=first, guide=away_from, conditioning=each, guide_conditioning=away)
         return decode(latents)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from trainer import errors
 from trainer.errors import UserError
+from trainer.evaluation.request import Request
 from trainer.sample import add_weights
 
 EXAMPLE = """examples:
@@ -20,7 +21,6 @@ EXAMPLE = """examples:
 Figures go into the MLflow run of each, and a report, which is one HTML file, beside it. DATA is what data_pipeline.shard
 takes as SOURCE.
 """
-LEVELS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 2.0, 4.0)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,15 +34,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folders of runs, or of exports")
     p.add_argument("--reference", metavar="DATA", required=True, help="clean images that training never saw")
     p.add_argument("--training", metavar="DATA", help="the clean images whose corrupted versions were trained on, for the attacks on memory (default: none, and no attacks)")  # fmt: skip
-    p.add_argument("--number", type=int, default=1000, help="samples to draw; 0 for none (default: 1000)")
-    p.add_argument("--attacked", type=int, default=200, help="training images to attack, and as many held-out ones (default: 200)")  # fmt: skip
-    p.add_argument("--compared", type=int, default=10000, help="training images, evenly chosen, among which each sample's nearest is looked for (default: 10000)")  # fmt: skip
+    p.add_argument("--number", type=int, default=Request.number, help="samples to draw; 0 for none (default: 1000)")
+    p.add_argument("--attacked", type=int, default=Request.attacked, help="training images to attack, and as many held-out ones (default: 200)")  # fmt: skip
+    p.add_argument("--compared", type=int, default=Request.compared, help="training images, evenly chosen, among which each sample's nearest is looked for (default: 10000)")  # fmt: skip
     p.add_argument("--attack-sigma", type=float, metavar="SIGMA", help="level of the noise that hides them (default: a 14th of the side of what the model works on: 2 for 28 px, 9 for SDXL's latents)")  # fmt: skip
-    p.add_argument("--attack-visible", type=float, default=0.25, metavar="SHARE", help="share of columns that the mask leaves (default: 0.25)")  # fmt: skip
-    p.add_argument("--levels", type=float, nargs="+", default=LEVELS, metavar="SIGMA", help="noise levels of the denoiser's error; those that a run's process lacks are left out (default: 0.05 to 4)")  # fmt: skip
+    p.add_argument("--attack-visible", type=float, default=Request.attack_visible, metavar="SHARE", help="share of columns that the mask leaves (default: 0.25)")  # fmt: skip
+    p.add_argument("--levels", type=float, nargs="+", default=Request.levels, metavar="SIGMA", help="noise levels of the denoiser's error; those that a run's process lacks are left out (default: 0.05 to 4)")  # fmt: skip
     p.add_argument("--extractor", default="efficientnet-lite0", metavar="WHICH", help="network of the features: efficientnet-lite0 (the default, packaged), a TorchScript file, such as FID's Inception, or the folder of a transformers vision model, such as DINOv2")  # fmt: skip
-    p.add_argument("--steps", type=int, default=25, help="noise levels on the way down (default: 25)")
-    p.add_argument("--seed", type=int, default=0, help="of samples and attacks (default: 0)")
+    p.add_argument("--steps", type=int, default=Request.steps, help="noise levels on the way down (default: 25)")
+    p.add_argument("--seed", type=int, default=Request.seed, help="of samples and attacks (default: 0)")
     p.add_argument("--prompt", metavar="TEXT", help="what to draw, for runs with text (default: each one's model.prompt)")  # fmt: skip
     add_weights(p)
     p.add_argument("--cluster", type=Path, metavar="FILE", help="by jobs of this cluster, one for each run, a YAML file as in configs/clusters/")  # fmt: skip
@@ -57,7 +57,6 @@ def main(argv: list[str] | None = None) -> int:
     from trainer.evaluation.record import REPORT
     from trainer.evaluation.report import report
     from trainer.evaluations import Weights, evaluate, subjects
-    from trainer.judge import Request
 
     request = Request(
         args.reference, args.training, args.number, args.attacked, args.compared, tuple(sorted(set(args.levels))), args.attack_sigma,

@@ -10,16 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slurm.cluster import ClusterConfig, Resumable, executor, failure_of, submit
+from slurm.cluster import POLL, ClusterConfig, Resumable, executor, failure_of, submit
 from trainer.errors import WorkFailed
 from trainer.progress import progress_bar
 
 if TYPE_CHECKING:
+    from trainer.evaluation.request import Request
     from trainer.evaluations import Weights
-    from trainer.judge import Request
-
-POLL = {"slurm": 2.0, "local": 0.3}
-"""Seconds between two looks at the jobs, by the cluster's kind."""
 
 
 @dataclass(frozen=True)

@@ -5,17 +5,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from data_pipeline import storage
+from data_pipeline.sources import open_source
 from trainer import distributed
 from trainer.distributed import Ranks
 from trainer.drawing import Wanted, drawer, into_folder
 from trainer.errors import UserError, WorkFailed
 from trainer.evaluation.features import open_extractor
+from trainer.evaluation.images import Images
 from trainer.evaluation.record import FOLDER, REPORT, Evaluation
 from trainer.evaluation.report import COLUMNS, report, value
-from trainer.judge import SAMPLER, Request, Subject, judge, levels_within, open_images
+from trainer.evaluation.request import Request
+from trainer.judge import SAMPLER, Subject, image_shape, judge, levels_within
 from trainer.mlflow_logger import LoggingConfig, attach
 from trainer.models.sdxl import SDXLConfig
 from trainer.restore import restore, shards_of
@@ -58,6 +62,7 @@ def evaluate(
 def subjects(runs: Sequence[Path], request: Request, weights: Weights) -> list[Subject]:
     """Raises UserError for what does not fit a run, before anything is drawn."""
     found: list[Subject] = []
+    opened = cache(_open_images)  # runs that see the same images share them, and what is known of them
     for run_dir in runs:
         run = restore(run_dir, weights.checkpoint, weights.sigma_rel)
         model, process, index = run.config.model, run.config.process, shards_of(run.config)
@@ -68,18 +73,34 @@ def subjects(runs: Sequence[Path], request: Request, weights: Weights) -> list[S
         if not levels_within(request, run):
             raise UserError(f"--levels {' '.join(f'{level:g}' for level in request.levels)}: none is from {process.sigma_min:g} to {process.sigma_max:g}, of {run_dir}")  # fmt: skip
         prompt = (weights.prompt if weights.prompt is not None else model.prompt or "") if isinstance(model, SDXLConfig) else ""  # fmt: skip
-        subject = Subject(run_dir.resolve().name, run, index, prompt, run_dir / FOLDER)
-        for option, name in (("--reference", request.reference), ("--training", request.training)):
-            if name and (count := open_images(subject, name).count) < FEWEST:
-                raise UserError(f"{option} {name}: {count} images, at least {FEWEST} are needed")
+        asked, shape = index.request if index else {}, image_shape(run)
+        value_range = asked.get("value_range") and tuple(asked["value_range"])
+        reference, training = (
+            opened(name, shape, asked.get("limit") if asked.get("source") == name else None, value_range)
+            if name
+            else None
+            for name in (request.reference, request.training)
+        )
+        assert reference is not None
+        for option, images in (("--reference", reference), ("--training", training)):
+            if images and images.count < FEWEST:
+                raise UserError(f"{option} {images.name}: {images.count} images, at least {FEWEST} are needed")
         if index is None:
             print(f"warning: {run_dir}: its shards, {run.config.data.shards}, are not there: noise levels are not marked", file=sys.stderr)  # fmt: skip
         elif (made_of := index.request.get("source")) == request.reference:
             print(f"warning: --reference {request.reference}: {run_dir} was trained on these images: nothing here is held out", file=sys.stderr)  # fmt: skip
         elif request.training and made_of != request.training:
             print(f"warning: --training {request.training}: {run_dir} was trained on {made_of}", file=sys.stderr)
-        found.append(subject)
+        found.append(Subject(run_dir.resolve().name, run, index, reference, training, prompt, run_dir / FOLDER))  # fmt: skip
     return found
+
+
+def _open_images(
+    name: str, shape: tuple[int, int, int], limit: int | None, value_range: tuple[float, float] | None
+) -> Images:
+    """limit: where a run's shards were made of the source's first images alone, those."""
+    source = open_source(name)
+    return Images(name, source, shape, min(limit or len(source), len(source)), value_range)
 
 
 def _draw(subject: Subject, request: Request, ranks: Ranks) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from trainer.evaluation.features import Extractor, features_of
 from trainer.evaluation.images import Images
 from trainer.evaluation.measures import Model
 from trainer.evaluation.record import FORMAT, Evaluation, Picture, read, write
+from trainer.evaluation.request import Request
 from trainer.models.sdxl import SDXLConfig
 from trainer.restore import Restored
 
@@ -33,38 +34,15 @@ SHOWN = 48
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is asked of every run. reference, training: names of sources; training None leaves memorization out. number:
-    samples, 0 for none. attacked: images of either kind. compared:
-    training images that samples are held against, at most. attack_sigma, attack_visible: see the attacks. steps: levels of a
-    sample, and of a reconstruction."""
-
-    reference: str
-    training: str | None
-    number: int
-    attacked: int
-    compared: int
-    levels: tuple[float, ...]
-    attack_sigma: float | None
-    attack_visible: float
-    steps: int
-    seed: int
-
-    def attacks(self, run: Restored) -> tuple[Attack, ...]:
-        """attack_sigma None: a 14th of the side of what the run works on, within what its process has: the noise that hides an
-        image has a level in proportion to its side."""
-        sigma = self.attack_sigma or min(run.state.shape[-1] / 14, run.config.process.sigma_max / 2)
-        return (Noised(sigma), Masked(self.attack_visible))
-
-
-@dataclass(frozen=True)
 class Subject:
-    """A run under evaluation. index: of its shards, None where they are gone. prompt: for a run with text. folder: for all that
-    is kept of it."""
+    """A run under evaluation. index: of its shards, None where they are gone. reference, training: images as it sees them.
+    prompt: for a run with text. folder: for all that is kept of it."""
 
     name: str
     run: Restored
     index: ShardIndex | None
+    reference: Images
+    training: Images | None
     prompt: str
     folder: Path
 
@@ -84,10 +62,10 @@ def model_of(run: Restored, prompt: str = "") -> Model:
             encode=lambda images: images.to(device), decode=Tensor.cpu, conditioning=_none, at_once=AT_ONCE,
         )  # fmt: skip
     told, _ = conditioning.of_prompt(run.denoiser, config, [prompt], run.state.shape)
+    encode, decode = base_pipeline.coders(config, device)
     return Model(
         run.denoiser, process.sigma_min, process.sigma_max, image_shape(run),
-        encode=base_pipeline.encoder(config, device), decode=base_pipeline.decoder(config, device),
-        conditioning=_each(told), at_once=base_pipeline.AT_ONCE,
+        encode=encode, decode=decode, conditioning=partial(conditioning.repeated, told), at_once=base_pipeline.AT_ONCE,
     )  # fmt: skip
 
 
@@ -103,24 +81,19 @@ def _none(number: int) -> Conditioning:
     return {}
 
 
-def _each(told: Conditioning) -> Callable[[int], Conditioning]:
-    return lambda number: {name: row.expand(number, *row.shape[1:]) for name, row in told.items()}
-
-
 def judge(subject: Subject, request: Request, extractor: Extractor) -> tuple[Evaluation, Path]:
     """The evaluation, and its folder. One that is there already, of the same images and settings, is read back."""
-    run, index = subject.run, subject.index
-    reference = open_images(subject, request.reference)
-    training = open_images(subject, request.training) if request.training else None
+    run, index, reference, training = subject.run, subject.index, subject.reference, subject.training
+    attacks = attacks_of(request, run) if training else ()
     levels = levels_within(request, run)
     settings: dict[str, Any] = {
         "format": FORMAT, "step": run.state.step, "average": run.average, "prompt": subject.prompt,
-        "reference": request.reference, "reference_number": reference.count, "reference_hash": reference.identity(),
-        "training": request.training, "training_number": training and training.count, "training_hash": training and training.identity(), "compared": training and min(request.compared, training.count),
+        "reference": request.reference, "reference_number": reference.count, "reference_hash": reference.identity,
+        "training": request.training, "training_number": training and training.count, "training_hash": training and training.identity, "compared": training and min(request.compared, training.count),
         "extractor": extractor.name, "extractor_hash": extractor.identity, "number": request.number, "steps": request.steps,
         "sampler": SAMPLER, "seed": request.seed, "checked": min(CHECKED, reference.count), "levels": levels,
         "attacked": training and [min(request.attacked, images.count) for images in (training, reference)],
-        "attacks": training and [attack.about for attack in request.attacks(run)],
+        "attacks": training and [attack.about for attack in attacks],
     }  # fmt: skip
     folder = subject.folder / f"step-{run.state.step:08d}-{_digest(settings)}"
     if (there := read(folder)) is not None:
@@ -139,7 +112,7 @@ def judge(subject: Subject, request: Request, extractor: Extractor) -> tuple[Eva
         f"denoiser_error_by_sigma/{level:g}": value for level, value in zip(curve.levels, curve.mean, strict=True)
     }
     if training:
-        for attack in request.attacks(run):
+        for attack in attacks:
             metrics |= _attack(model, attack, training, reference, extractor, request, shown)
         if samples:
             metrics |= _neighbours(
@@ -163,13 +136,11 @@ class _Shown:
         self.files[file] = data
 
 
-def open_images(subject: Subject, name: str) -> Images:
-    """Of a source, as the run sees them: where its shards were made of the first ones alone, those."""
-    source = open_source(name)
-    asked = subject.index.request if subject.index else {}
-    limit = asked.get("limit") if asked.get("source") == name else None
-    value_range = asked.get("value_range")
-    return Images(name, source, image_shape(subject.run), min(limit or len(source), len(source)), value_range and tuple(value_range))  # fmt: skip
+def attacks_of(request: Request, run: Restored) -> tuple[Attack, ...]:
+    """attack_sigma None: a 14th of the side of what the run works on, within what its process has: the noise that hides an
+    image has a level in proportion to its side."""
+    sigma = request.attack_sigma or min(run.state.shape[-1] / 14, run.config.process.sigma_max / 2)
+    return (Noised(sigma), Masked(request.attack_visible))
 
 
 def levels_within(request: Request, run: Restored) -> list[float]:
@@ -215,6 +186,5 @@ def _sigma_n(run: Restored, index: ShardIndex | None) -> tuple[float, float] | N
 def _data(run: Restored, index: ShardIndex | None) -> str:
     if index is None:
         return f"Its shards, {run.config.data.shards}, are not there any more."
-    level = f"{index.sigma_min:g}" if index.sigma_min == index.sigma_max else f"{index.sigma_min:g} to {index.sigma_max:g}"  # fmt: skip
     taken = "" if run.config.data.sigma_scale == 1 else f", taken for {run.config.data.sigma_scale:g} times that"
-    return f"Trained on {index.samples} observations of {index.request.get('source')}, {index.request.get('corruption', {}).get('kind')}, sigma_n {level}{taken}."
+    return f"Trained on {index.samples} observations of {index.request.get('source')}, {index.request.get('corruption', {}).get('kind')}, sigma_n {index.levels}{taken}."

@@ -222,10 +222,9 @@ def attach(
     from mlflow.entities import Metric, RunTag
     from mlflow.exceptions import MlflowException
 
-    state = run_dir / "mlflow.json"
-    run_id = json.loads(state.read_text())["run_id"] if state.is_file() else None
-    if run_id is None:
+    if not mlflow_pages.logged(run_dir):
         return False
+    run_id = mlflow_pages.state(run_dir)["run_id"]
     now = int(time.time() * 1000)
     try:
         client, experiment_id = _client(config, run_dir)

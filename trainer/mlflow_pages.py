@@ -39,28 +39,28 @@ TRAINING = "workflowType=machine_learning"
 def view() -> tuple[str, str]:
     """Name and value of a tag of an experiment: a view of its runs, best quality first."""
     columns = [f"metrics.`{name}`" for name in SHOWN]
-    state = {"orderByKey": columns[0], "orderByAsc": True, "selectedColumns": ["attributes.`Duration`", *columns],
+    shown = {"orderByKey": columns[0], "orderByAsc": True, "selectedColumns": ["attributes.`Duration`", *columns],
              "columnOrder": columns, "columnWidths": dict.fromkeys(columns, 230)}  # fmt: skip
-    return f"mlflow.sharedViewState.{KEY}", json.dumps(state)
+    return f"mlflow.sharedViewState.{KEY}", json.dumps(shown)
 
 
 def run_table(run_dir: Path, base: str = BASE) -> str:
     """The table of the runs of a run's experiment, by the view that an evaluation leaves there."""
-    return f"{base}/#/experiments/{_state(run_dir)['experiment_id']}/runs?viewStateShareKey={KEY}&{TRAINING}"
+    return f"{base}/#/experiments/{state(run_dir)['experiment_id']}/runs?viewStateShareKey={KEY}&{TRAINING}"
 
 
 def compare_page(run_dirs: Sequence[Path], base: str = BASE) -> str:
     """The page that holds runs against each other; all of one experiment."""
-    states = [_state(run_dir) for run_dir in run_dirs]
-    query = {"runs": [state["run_id"] for state in states], "experiments": [states[0]["experiment_id"]]}
+    states = [state(run_dir) for run_dir in run_dirs]
+    query = {"runs": [ids["run_id"] for ids in states], "experiments": [states[0]["experiment_id"]]}
     encoded = "&".join(f"{name}={quote(json.dumps(values, separators=(',', ':')))}" for name, values in query.items())
     return f"{base}/#/compare-runs?{encoded}&{TRAINING}"
 
 
 def run_page(run_dir: Path, tab: Literal["overview", "model-metrics", "artifacts"], base: str = BASE) -> str:
     """A page of one run: its figures, its charts and samples, its files."""
-    state = _state(run_dir)
-    return f"{base}/#/experiments/{state['experiment_id']}/runs/{state['run_id']}/{tab}?{TRAINING}"
+    ids = state(run_dir)
+    return f"{base}/#/experiments/{ids['experiment_id']}/runs/{ids['run_id']}/{tab}?{TRAINING}"
 
 
 def logged(run_dir: Path) -> bool:
@@ -68,5 +68,6 @@ def logged(run_dir: Path) -> bool:
     return (run_dir / "mlflow.json").is_file()
 
 
-def _state(run_dir: Path) -> dict[str, str]:
+def state(run_dir: Path) -> dict[str, str]:
+    """The ids of a run that MLflow has."""
     return json.loads((run_dir / "mlflow.json").read_text())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer import errors
+from trainer.command import run_python
 from trainer.errors import UserError, WorkFailed
 from trainer.progress import progress_bar
 
@@ -117,26 +117,13 @@ def _make(study: Study, data: str) -> None:
         raise WorkFailed(f"`python -m data_pipeline.shard {shlex.join(words)}` ended with exit code {code}")
 
 
-def _python(module: str, words: Sequence[str], log: Path | None = None) -> None:
-    """Runs a command as a user would type it. Raises WorkFailed. log: gets its output, if given."""
-    command = [sys.executable, "-m", module, *words]
-    if log is None:
-        code = subprocess.run(command).returncode
-    else:
-        with log.open("a") as output:
-            code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
-    if code:
-        where = f"; see {log}" if log else ""
-        raise WorkFailed(f"`{shlex.join(['python', *command[1:]])}` ended with exit code {code}{where}")
-
-
 def _train(study: Study, points: Sequence[Point], at_once: int) -> list[str]:
     """Returns what to say of those that failed; the others go on."""
 
     def train(point: Point) -> str | None:
         log = study.folder / f"{point.name}.log"
         try:
-            _python("trainer.train", [study.config.config, *study.overrides(point)], log)
+            run_python("trainer.train", [study.config.config, *study.overrides(point)], log)
         except WorkFailed:
             return f"{point.name} (see {log})"
         return None
@@ -152,21 +139,23 @@ def _train(study: Study, points: Sequence[Point], at_once: int) -> list[str]:
 
 def _submit(study: Study, points: Sequence[Point], cluster: Path) -> None:
     for point in points:
-        _python("slurm.submit", [study.config.config, "--cluster", str(cluster), "--resume", *study.overrides(point)])
+        run_python(
+            "slurm.submit", [study.config.config, "--cluster", str(cluster), "--resume", *study.overrides(point)]
+        )
 
 
 def _judge(study: Study, points: Sequence[Point], command: str) -> None:
     from data_pipeline import storage
     from trainer.evaluation.features import PACKAGED
     from trainer.evaluation.report import report
+    from trainer.evaluation.request import Request
     from trainer.evaluations import Weights, evaluate
-    from trainer.judge import Request
     from trainer.study_table import draw, table, table_data
 
     asked, config = study.config.evaluate, study.config
     request = Request(
         config.reference, config.training if asked.memorization else None, asked.number, asked.attacked, asked.compared,
-        tuple(sorted(asked.levels)), None, 0.25, asked.steps, 0,
+        tuple(sorted(asked.levels)), steps=asked.steps,
     )  # fmt: skip
     runs = [study.run_dir(point) for point in points]
     evaluations = evaluate(runs, request, PACKAGED, command, Weights())

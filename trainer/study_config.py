@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass, field
 from itertools import product
 
+from trainer.evaluation.request import Request
+
 NAME = re.compile(r"[\w.,+=-]+( [\w.,+=-]+)*")
 
 
@@ -23,12 +25,12 @@ class Method:
 class JudgeConfig:
     """As `trainer.evaluate` has them: number of samples, 0 for none; memorization: whether to attack; attacked; compared."""
 
-    number: int = 1000
+    number: int = Request.number
     memorization: bool = True
-    attacked: int = 200
-    compared: int = 10000
-    steps: int = 25
-    levels: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 2.0, 4.0])
+    attacked: int = Request.attacked
+    compared: int = Request.compared
+    steps: int = Request.steps
+    levels: list[float] = field(default_factory=lambda: list(Request.levels))
 
 
 @dataclass(frozen=True)

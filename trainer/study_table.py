@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from typing import Any
 
+from trainer.evaluation.figures import saved
 from trainer.evaluation.record import Evaluation
 from trainer.evaluation.report import COLUMNS
 from trainer.study_config import Point, StudyConfig
@@ -86,6 +86,4 @@ def draw(config: StudyConfig, found: Found) -> dict[str, bytes]:
         axis.set_title(COLUMNS[name][0], fontsize=10)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)
-    data = BytesIO()
-    figure.savefig(data, format="png", dpi=100)
-    return {"plots.png": data.getvalue()}
+    return {"plots.png": saved(figure)}

@@ -130,7 +130,7 @@ def _hash_of(files: list[Path]) -> str:
 def features_of(images: Images, extractor: Extractor) -> Tensor:
     """(N, D). Kept in the cache's folder `features` by the hash of pixels and of the extractor's weights, so that what a
     source once cost is paid once."""
-    name = hashlib.sha256(f"{extractor.identity}/{images.identity()}".encode()).hexdigest()
+    name = hashlib.sha256(f"{extractor.identity}/{images.identity}".encode()).hexdigest()
     path = cache() / "features" / f"{name}.pt"
     if path.is_file():
         return torch.load(path, weights_only=True)

@@ -51,7 +51,7 @@ def curves(of: Mapping[str, Curve], sigma_n: Mapping[str, tuple[float, float]]) 
     axis.set(xlabel=f"noise level sigma{marked}", ylabel="mean squared error of the denoiser")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    return _saved(figure)
+    return saved(figure)
 
 
 def histograms(found: Attacked) -> bytes:
@@ -67,7 +67,7 @@ def histograms(found: Attacked) -> bytes:
         axis.set_xlabel("similarity" if kind in KINDS else "standard deviations above held-out images")
     axes[0].set_ylabel("images")
     axes[0].legend(fontsize=8)
-    return _saved(figure)
+    return saved(figure)
 
 
 def trade(names: Sequence[str], kid: Sequence[float], kid_error: Sequence[float], auc: Sequence[float], auc_error: Sequence[float]) -> bytes:  # fmt: skip
@@ -79,7 +79,7 @@ def trade(names: Sequence[str], kid: Sequence[float], kid_error: Sequence[float]
     axis.set(xlabel="KID (lower is better)", ylabel="AUC of the attack (0.5: nothing memorized)")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    return _saved(figure)
+    return saved(figure)
 
 
 def _figure(width: float, height: float, columns: int = 1) -> Any:
@@ -89,7 +89,8 @@ def _figure(width: float, height: float, columns: int = 1) -> Any:
     return figure, figure.subplots(1, columns)
 
 
-def _saved(figure: Any) -> bytes:
+def saved(figure: Any) -> bytes:
+    """As PNG."""
     data = BytesIO()
     figure.savefig(data, format="png", dpi=110)
     return data.getvalue()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -57,8 +58,9 @@ class Images:
         for first in range(0, self.count, AT_ONCE):
             yield self.rows(range(first, min(first + AT_ONCE, self.count)))
 
+    @cached_property
     def identity(self) -> str:
-        """SHA-256 of the pixels."""
+        """SHA-256 of the pixels, which are read for it once."""
         digest = hashlib.sha256(repr((self.shape, self.count)).encode())
         for part in self.parts():
             digest.update(part.numpy().tobytes())

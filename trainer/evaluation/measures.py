@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -92,7 +92,7 @@ class Attacked:
     scores: dict[str, tuple[Tensor, Tensor]]
     auc: dict[str, Estimate]
     share: float
-    shown: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    shown: dict[str, Tensor]
 
 
 def attacked(

@@ -1,0 +1,23 @@
+"""What is asked of an evaluation, and what it is where nothing is said. Without torch, which `--help` need not wait for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Request:
+    """reference, training: names of sources; training None leaves memorization out. number: samples, 0 for none. attacked:
+    images of either kind. compared: training images that samples are held against, at most. levels: of the denoiser's error.
+    attack_sigma, attack_visible: see `attacks`; None is for the run to say. steps: levels of a sample, and of a reconstruction."""
+
+    reference: str
+    training: str | None
+    number: int = 1000
+    attacked: int = 200
+    compared: int = 10000
+    levels: tuple[float, ...] = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 2.0, 4.0)
+    attack_sigma: float | None = None
+    attack_visible: float = 0.25
+    steps: int = 25
+    seed: int = 0
