@@ -31,6 +31,7 @@ from trainer.models.sdxl import SDXLConfig
 from trainer.planning.models import conditioning_shapes
 from trainer.planning.trace import Flops, flops
 from trainer.provenance import tags
+from trainer.resume import newest_whole
 
 MAY_CHANGE = ("steps", "threads", "micro_batch_size", "data.workers", "data.cache_dir", "data.cache_gb", "data.retries",
               "data.verify", "data.on_error", "engine.", "ema.snapshots.every", "checkpoint.", "logging.")  # fmt: skip
@@ -86,7 +87,7 @@ def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = 
     loader = Loader(config.data, layout, config.seed, ranks.device, captions)
     _check_levels(config, loader)
     few = _few(config, loader)
-    few_tag = {"notice.few_images": few} if few else {}
+    notices = {"notice.few_images": few} if few else {}
     if few and ranks.is_main:
         print(f"warning: {few}", file=sys.stderr)
     precision = engine_settings.resolve_precision(config.engine.precision)
@@ -116,7 +117,8 @@ def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = 
     born_up_to = config.process.sigma_max if c and c.where == "everywhere" else None
     pool = ParticlePool(layout.rows // stride, c.pool_depth if c else 1, sigma_min, born_up_to)
     state, ema = TrainState(0, 0, 0, 0.0, loader.index.shape), EMA(config.ema, engine.masters)
-    if (path := checkpoints.latest()) is not None:
+    path, torn = newest_whole(checkpoints, ["weights", "optimizer", *ema.averages], ranks)
+    if path is not None:
         state = read_state(path)
         for name in ema.averages:
             engine.load(read_tensors(path, name), {}, state.step, state.loss_scale)
@@ -125,6 +127,8 @@ def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = 
         engine.load(weights, moments, state.step, state.loss_scale)
         particles = read_pool(path, layout.first_row(0) // stride, pool.rows)
         pool.load_state_dict({name: value.to(ranks.device) for name, value in particles.items()})
+    if torn:
+        notices["notice.torn_checkpoint"] = torn
     budget = _budget(c, state)
     _claim(config, settings, directory, ranks)
     return Run(
@@ -136,7 +140,7 @@ def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = 
         schedule=_schedule(c, budget, state),
         budget=budget,
         checkpoints=checkpoints,
-        logger=_logger(config, directory, engine, attention.tags() | few_tag | dict(extra_tags or {})) if ranks.is_main else None,
+        logger=_logger(config, directory, engine, attention.tags() | notices | dict(extra_tags or {})) if ranks.is_main else None,
         state=state,
     )  # fmt: skip
 

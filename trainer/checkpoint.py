@@ -66,19 +66,19 @@ class Checkpoints:
 
     def find(self, which: str) -> Path | None:
         """which: latest, best or a step. None where nothing was saved yet; UserError where there are only others."""
-        steps = self._steps()
+        steps = self.steps()
         if which == "latest" or not steps:
             return self.latest()
         if which == "best":
             if self.config.keep_best is None:
                 raise UserError("--checkpoint best: this run judges none; train it with checkpoint.keep_best")
             if (best := _best(self._scores(steps))) is not None:
-                return self._path(best)
+                return self.path(best)
             raise UserError(
                 f"--checkpoint best: none of {self.folder} is judged by {self.config.keep_best.metric} yet; those at multiples of checkpoint.every are"
             )
         if which.isdecimal() and int(which) in steps:
-            return self._path(int(which))
+            return self.path(int(which))
         raise UserError(
             f"--checkpoint {which}: must be latest, best or a step; {self.folder} has {', '.join(map(str, steps))}"
         )
@@ -95,7 +95,7 @@ class Checkpoints:
         """A collective. Rank 0 writes what is whole, each rank its rows of the pool. The pointer moves last.
 
         averages: by the name of their file."""
-        final = self._path(state.step)
+        final = self.path(state.step)
         partial = self.folder / f".{final.name}.partial"
         if ranks.is_main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -117,21 +117,34 @@ class Checkpoints:
             )
         if ranks.is_main:
             _sync(partial)
-            shutil.rmtree(final, ignore_errors=True)
+            if final.exists():  # of an earlier start that was killed before it moved the pointer
+                self._delete(state.step)
             partial.replace(final)
-            pointer = self.folder / ".latest.partial"
-            pointer.write_text(final.name)
-            _sync(pointer)
-            pointer.replace(self.folder / "latest")
+            self.point_at(state.step)
             self._clear(state.step)
         ranks.barrier()
         return final
 
+    def point_at(self, step: int) -> None:
+        """Makes it the latest."""
+        pointer = self.folder / ".latest.partial"
+        pointer.write_text(self.path(step).name)
+        _sync(pointer)
+        pointer.replace(self.folder / "latest")
+
+    def _delete(self, step: int) -> None:
+        """Under another name first, so that no checkpoint is ever there in part."""
+        gone = self.folder / f".{self.path(step).name}.gone"
+        if gone.exists():  # of a process that was killed here
+            shutil.rmtree(gone)
+        self.path(step).replace(gone)
+        shutil.rmtree(gone)
+
     def _clear(self, newest: int) -> None:
-        """Deletes what need not stay. Under another name first, so that no checkpoint is ever there in part."""
+        """Deletes what need not stay."""
         for gone in self.folder.glob(".step-*.gone"):  # of a process that was killed here
             shutil.rmtree(gone)
-        steps = self._steps()
+        steps = self.steps()
         scores: dict[int, float] = {}
         unknown: list[int] = []
         if self.config.keep_best:
@@ -144,14 +157,13 @@ class Checkpoints:
         stay = kept(steps, newest, self.config, _best(scores)).union(unknown)
         for step in steps:
             if step not in stay:
-                gone = self.folder / f".{self._path(step).name}.gone"
-                self._path(step).replace(gone)
-                shutil.rmtree(gone)
+                self._delete(step)
 
-    def _path(self, step: int) -> Path:
+    def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
-    def _steps(self) -> list[int]:
+    def steps(self) -> list[int]:
+        """Of the checkpoints that are there, in order."""
         numbers = [path.name.removeprefix("step-") for path in self.folder.glob("step-*")]
         return sorted(int(number) for number in numbers if number.isdecimal())
 
@@ -160,7 +172,7 @@ class Checkpoints:
         record of which is the best that could be lost or wrong. Raises UserError for a state that cannot be read."""
         assert self.config.keep_best
         metric = self.config.keep_best.metric
-        tallies = {step: read_state(self._path(step)).tally for step in steps}
+        tallies = {step: read_state(self.path(step)).tally for step in steps}
         scores = {step: tally.score(metric) for step, tally in tallies.items() if tally}
         return {step: score for step, score in scores.items() if score is not None}
 

@@ -129,15 +129,21 @@ def test_two_trainings_in_one_directory_are_refused(train: Train, tmp_path: Path
     assert train("run", "steps=1")[0] == 0
 
 
-def test_old_checkpoints_go_and_a_torn_one_is_named(train: Train, tmp_path: Path) -> None:
+def test_old_checkpoints_go_and_after_a_torn_one_the_run_goes_on_from_the_one_before(
+    train: Train, tmp_path: Path
+) -> None:
+    assert train("whole", "steps=7")[0] == 0
     assert train("run", "checkpoint.every=1")[0] == 0
     folder = tmp_path / "run" / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-00000005", "step-00000006"]
     weights = folder / "step-00000006" / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     code, output = train("run", "steps=7")
-    assert code == 2
-    assert "weights.safetensors: cannot be read" in output
+    assert code == 0, output
+    assert f"warning: {weights} cannot be read" in output
+    assert "going on from step 5, and step-00000006 was renamed to .torn" in output
+    assert (folder / "step-00000006.torn").is_dir()
+    assert_same_files(tmp_path / "whole", tmp_path / "run")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(train: Train) -> None:

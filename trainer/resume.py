@@ -1,0 +1,90 @@
+"""Which checkpoint a run goes on from: the newest that is whole."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from trainer.checkpoint import FORMAT, Checkpoints, read_state
+from trainer.distributed import Ranks
+from trainer.errors import UserError
+
+
+def newest_whole(checkpoints: Checkpoints, names: Iterable[str], ranks: Ranks) -> tuple[Path | None, str | None]:
+    """That checkpoint, None where there is none yet, and a warning where it is not the newest. A collective.
+
+    names: of its files of tensors. Newer ones that are torn get another name, step-N.torn, and stay. What is newer than the
+    one that `latest` names is left alone, as a person may have gone back. Raises UserError where all are torn."""
+    chosen, warning, failed = -1, None, None
+    if ranks.is_main:
+        try:
+            chosen, warning = _choose(checkpoints, list(names))
+        except UserError as error:
+            failed = error
+    if ranks.any({"failed": failed is not None})["failed"]:
+        raise failed or UserError(f"{checkpoints.folder}: rank 0 found no whole checkpoint")
+    chosen = int(ranks.max(torch.tensor(chosen, device=ranks.device)))
+    return (None if chosen < 0 else checkpoints.path(chosen)), warning
+
+
+def _choose(checkpoints: Checkpoints, names: list[str]) -> tuple[int, str | None]:
+    steps, pointer = checkpoints.steps(), checkpoints.folder / "latest"
+    if not steps and not pointer.is_file():
+        return -1, None
+    named = pointer.read_text().strip() if pointer.is_file() else ""
+    known = [step for step in steps if checkpoints.path(step).name == named]
+    problems = (
+        [] if known else [f"{pointer} is missing" if not named else f"{pointer} names {named!r}, which is not there"]
+    )
+    torn: list[int] = []
+    for step in reversed([step for step in steps if not known or step <= known[0]]):
+        if (problem := damage(checkpoints.path(step), names)) is None:
+            return step, _set_aside(checkpoints, torn, problems, step)
+        problems.append(problem)
+        torn.append(step)
+    raise UserError(
+        f"{problems[-1]}; no other checkpoint in {checkpoints.folder} is whole: move that folder away to begin anew"
+    )
+
+
+def _set_aside(checkpoints: Checkpoints, torn: list[int], problems: list[str], step: int) -> str | None:
+    for each in torn:
+        path = checkpoints.path(each)
+        path.replace(path.with_name(f"{path.name}.torn"))
+    if not problems:
+        return None
+    checkpoints.point_at(step)
+    warning = f"{'; '.join(problems)}; going on from step {step}"
+    if torn:
+        warning += f", and {', '.join(checkpoints.path(each).name for each in torn)} was renamed to .torn"
+    print(f"warning: {warning}", file=sys.stderr)
+    return warning
+
+
+def damage(path: Path, names: list[str]) -> str | None:
+    """What a checkpoint lacks to be gone on from, if anything. names: of its files of tensors, beside those of the pool.
+
+    A file that was cut anywhere is found: JSON then has no end, and safetensors says how long it is."""
+    try:
+        if json.loads((path / "state.json").read_text()).get("format", FORMAT) != FORMAT:
+            return None  # whole, and of another version, which says so when it is read
+        read_state(path)
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{path / 'state.json'} cannot be read ({error})"
+    except UserError as error:
+        return str(error)
+    pool = {file.stem for file in path.glob("pool-*-of-*.safetensors")}
+    ranks = max((int(name.rpartition("-")[2]) for name in pool), default=0)
+    for name in [*names, *(f"pool-{rank:05d}-of-{ranks:05d}" for rank in range(ranks))]:
+        file = path / f"{name}.safetensors"
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            return f"{file} cannot be read ({error})"
+    return None
