@@ -3,9 +3,10 @@
     python -m benchmarks.step_cost            tiny, and a U-Net of about 100 M parameters
     python -m benchmarks.step_cost --quick    tiny alone, in minutes; ends with one line of JSON
 
-Adapters on a frozen U-Net, fp32, ZeRO stage 0, shards of latents with captions. All kinds of step are timed in turns in one
-process: a slow minute of the machine is a slow minute of all. "published": both text encoders at every step; consistency at
-every step, whose passes all have a gradient (4 passes with one sampler step, 7 with two). "ours": cached embeddings; within
+Adapters on a frozen U-Net, fp32, shards of latents with captions. All kinds of step are timed in turns in one
+process: a slow minute of the machine is a slow minute of all. "published": a bare PyTorch loop (AdamW, clipping, no average of
+the weights) with both text encoders at every step, and consistency at every step, whose passes all have a gradient (4 passes
+with one sampler step, 7 with two). "ours": the engine (ZeRO stage 0), the average, cached embeddings; within
 a budget of 0.2 consistency is in some steps, and the time is the mean over the period. Ratios: published over ours.
 
 passes       network passes a step, in batches
@@ -100,14 +101,10 @@ class Timed:
 
 @dataclass
 class Stepper:
-    """A run that is advanced step by step. published: consistency as the published loop has it, on all steps; -1: none,
-    but its text encoders; None: ours."""
+    """A run that is advanced step by step, by our loop's parts."""
 
     run: Run
-    published: int | None = None
-    encoders: TextEncoders | None = None
     seconds: list[float] = field(default_factory=list[float])
-    text_seconds: float = 0.0
     evaluations: int = 0
     _step: int = 0
 
@@ -120,31 +117,48 @@ class Stepper:
         """Times one turn as a whole, since only some of ours have consistency."""
         before, started = self.run.denoiser.evaluations, time.perf_counter()
         for _ in range(steps):
-            batch = next(self._batches)
-            if self.published is None:
-                loss = loop.step_loss(self.run, batch, self._step, 0, self._meter)
-            else:
-                loss = self._published(batch, self.published)
-            self.run.engine.backward(loss)
-            self.run.engine.step(self._step)
-            self.run.ema.update(self.run.engine.masters, self._step + 1)
+            self._take(next(self._batches))
             self._step += 1
         self.seconds.append((time.perf_counter() - started) / steps)
         self.evaluations += self.run.denoiser.evaluations - before
 
-    def _published(self, batch: Batch, sampler_steps: int) -> Tensor:
+    def _take(self, batch: Batch) -> None:
+        self.run.engine.backward(loop.step_loss(self.run, batch, self._step, 0, self._meter))
+        self.run.engine.step(self._step)
+        self.run.ema.update(self.run.engine.masters, self._step + 1)
+
+
+@dataclass
+class Published(Stepper):
+    """A bare PyTorch loop. sampler_steps: of consistency, at each step; 0 for none."""
+
+    encoders: TextEncoders | None = None
+    sampler_steps: int = 0
+    text_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._trained = [p for p in self.run.denoiser.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.AdamW(self._trained, self.run.config.optimizer.lr)
+
+    def _take(self, batch: Batch) -> None:
+        self._loss(batch).backward()
+        torch.nn.utils.clip_grad_norm_(self._trained, self.run.config.optimizer.clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def _loss(self, batch: Batch) -> Tensor:
         assert self.encoders is not None
         started = time.perf_counter()
         text, _ = self.encoders.embed([PICTURES[key.removesuffix("_png")] for key in batch.keys])
         self.text_seconds += time.perf_counter() - started
         told = {"prompt_embeds": text.prompt_embeds, "pooled": text.pooled, "time_ids": batch.conditioning["time_ids"]}
         batch = Batch(batch.x_n, batch.sigma_n, told, batch.keys)
-        noise = AddressedNoise(0, self._step, 0)
-        loss = self.run.ambient(self.run.engine, batch, noise).loss.mean()
-        if sampler_steps > 0:
+        loss = self.run.ambient(self.run.denoiser, batch, AddressedNoise(0, self._step, 0)).loss.mean()
+        if self.sampler_steps > 0:
             denoiser = _WithText(self.run, told)
             stream = StreamNoise(torch.Generator().manual_seed(self._step))
-            loss = loss + 0.01 * OfficialConsistency(sampler_steps)(denoiser, batch, EDM(), stream)  # pyright: ignore[reportArgumentType]
+            loss = loss + 0.01 * OfficialConsistency(self.sampler_steps)(denoiser, batch, EDM(), stream)  # pyright: ignore[reportArgumentType]
         return loss
 
 
@@ -160,7 +174,7 @@ class _WithText:
         return self.run.denoiser.process
 
     def __call__(self, x: Tensor, sigma: Tensor, _: Conditioning) -> Tensor:
-        return self.run.engine(x, sigma, self.told)
+        return self.run.denoiser(x, sigma, self.told)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -196,10 +210,10 @@ def measure(size: Size, quick: bool) -> tuple[list[list[str]], dict[str, float]]
             return made(name, f"consistency={{weight: 0.01, start: 0, steps: {steps}, pool_depth: 2, period: {period(steps)}}}")  # fmt: skip
 
         encoders = TextEncoders(str(base), torch.device("cpu"))
-        steppers = {
-            "published, ambient alone": Stepper(made("p0", "consistency=null"), -1, encoders),
-            "published, k = 1": Stepper(made("p1", "consistency=null"), 1, encoders),
-            "published, k = 2": Stepper(made("p2", "consistency=null"), 2, encoders),
+        steppers: dict[str, Stepper] = {
+            "published, ambient alone": Published(made("p0", "consistency=null"), encoders=encoders),
+            "published, k = 1": Published(made("p1", "consistency=null"), encoders=encoders, sampler_steps=1),
+            "published, k = 2": Published(made("p2", "consistency=null"), encoders=encoders, sampler_steps=2),
             "ours, ambient alone": Stepper(made("o0", "consistency=null")),
             "ours, k = 1, budget 0.2": Stepper(consistent("o1", 1)),
             "ours, k = 2, budget 0.2": Stepper(consistent("o2", 2)),
@@ -211,7 +225,9 @@ def measure(size: Size, quick: bool) -> tuple[list[list[str]], dict[str, float]]
             if number == 0:  # the first has what is done once
                 for stepper in steppers.values():
                     stepper.seconds.clear()
-                    stepper.evaluations, stepper.text_seconds = 0, 0.0
+                    stepper.evaluations = 0
+                    if isinstance(stepper, Published):
+                        stepper.text_seconds = 0.0
         middle = {name: statistics.median(stepper.seconds) for name, stepper in steppers.items()}
         over = {
             name: middle[name.replace("ours", "published").replace(", budget 0.2", "")] / seconds
@@ -223,6 +239,7 @@ def measure(size: Size, quick: bool) -> tuple[list[list[str]], dict[str, float]]
             ratio = f"{over[name]:.2f}" if name.startswith("ours") else ""
             rows.append([name, f"{1000 * middle[name]:.1f}", f"{passes:.2f}", ratio])
         published = steppers["published, ambient alone"]
+        assert isinstance(published, Published)
         text = published.text_seconds / (sum(published.seconds) * turn["published, ambient alone"])
         named = {"ambient": "ours, ambient alone", "k1": "ours, k = 1, budget 0.2", "k2": "ours, k = 2, budget 0.2"}
         ratios = {short: over[name] for short, name in named.items()}

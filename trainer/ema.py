@@ -112,5 +112,4 @@ class EMA:
     def update(self, masters: list[Tensor], steps: int) -> None:
         """steps: how many optimiser steps the masters have seen, at least 1."""
         for name, beta in self.config.betas(steps).items():
-            for average, value in zip(self.averages[name], masters, strict=True):
-                average.lerp_(value, 1 - beta)
+            torch._foreach_lerp_(self.averages[name], masters, 1 - beta)

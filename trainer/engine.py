@@ -62,6 +62,9 @@ class Engine:
             made = deepspeed.initialize(model=module, optimizer=client, config=settings)
         self._engine: Any = made[0]
         self._zero: Any = made[1]  # ZeRO's optimizer around ours; at stage 0 ours itself
+        if config.zero_stage == 0:  # its own go through all modules of the network, frozen ones too, at each step
+            self._engine.zero_grad = self._forget_gradients
+            self._engine.buffered_allreduce_fallback = self._average_gradients
         self.grad_norm = torch.zeros(())
         self.loss_scale = LossScale(FIRST if precision == "fp16" else 1.0)
         # Its own scaler of float16 clips before it has unscaled, and never lowers the scale when ZeRO leaves a step out.
@@ -71,7 +74,7 @@ class Engine:
         o = self.optimizer_config
         options: dict[str, Any] = {"lr": o.lr, "betas": o.betas, "eps": o.eps, "weight_decay": o.weight_decay}
         if self.config.adam == "torch":
-            return torch.optim.AdamW(parameters, **options)
+            return torch.optim.AdamW(parameters, fused=True, **options)
         if self.config.adam == "8bit":
             return eight_bit.adam(parameters, options)
         from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -88,12 +91,14 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """loss: a scalar, the mean over this micro-batch; means over accumulation and ranks are taken here."""
+        scaled = loss
         if self.precision == "fp16":
             if self.config.zero_stage:  # it then unscales and clips
                 self._zero.override_loss_scale(self.loss_scale.scale)
             else:
-                loss = loss * self.loss_scale.scale
-        self._engine.backward(loss)
+                scaled = loss * self.loss_scale.scale
+        self._engine.backward(scaled)
+        loss.detach_()  # its graph is done with; else it lives until the caller lets go of the loss
 
     def step(self, number: int) -> None:
         """To be called once a micro-batch; the last of a step moves the weights, at the rate of step `number`. It leaves
@@ -124,6 +129,19 @@ class Engine:
         else:
             self.grad_norm = norm
         self._rescale(overflow)
+
+    def _forget_gradients(self) -> None:
+        for p in self._named.values():
+            p.grad = None
+
+    def _average_gradients(self, grads: None = None, elements_per_buffer: int = MOST_IN_BUCKET) -> None:
+        """Over the ranks, in the place of DeepSpeed's, which calls it so."""
+        for p in self._named.values():
+            if p.grad is None:  # the ranks add up one and the same buffers
+                p.grad = torch.zeros_like(p)
+        if torch.distributed.get_world_size() > 1:
+            gradients = [p.grad for p in self._named.values()]
+            type(self._engine).buffered_allreduce_fallback(self._engine, gradients, elements_per_buffer)
 
     def _rescale(self, overflow: bool) -> None:
         if overflow or self.precision == "fp16":
@@ -186,7 +204,7 @@ class Engine:
                 if self.config.adam == "8bit":
                     self._base.state[share] = eight_bit.state_of(self._base, (m, v), steps)
                     continue
-                step = steps if self.config.adam == "cpu" else torch.tensor(float(steps))
+                step = steps if self.config.adam == "cpu" else torch.tensor(float(steps), device=share.device)
                 self._base.state[share] = {"step": step, "exp_avg": m, "exp_avg_sq": v}
         self._set(weights)
         if self.config.zero_stage == 3:
