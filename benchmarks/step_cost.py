@@ -9,6 +9,7 @@ the weights) with both text encoders at every step, and consistency at every ste
 with one sampler step, 7 with two). "ours": the engine (ZeRO stage 0), the average, cached embeddings; within
 a budget of 0.2 consistency is in some steps, and the time is the mean over the period. Ratios: published over ours.
 
+network      a step that is nothing but its passes: what no ambient step of equal arithmetic can be faster than
 passes       network passes a step, in batches
 text         the share of the published step that the text encoders take; of real SDXL at 1024 px it is a few percent, of
              a tiny U-Net on 8 x 8 latents much more, so the ratio of "ambient alone" depends on it
@@ -129,6 +130,16 @@ class Stepper:
 
 
 @dataclass
+class Network(Stepper):
+    """The passes of an ambient step alone."""
+
+    def _take(self, batch: Batch) -> None:
+        run = self.run
+        batch = run.conditioner(batch, AddressedNoise(0, self._step, 0))
+        run.ambient(run.denoiser, batch, AddressedNoise(0, self._step, 0)).loss.mean().backward()
+
+
+@dataclass
 class Published(Stepper):
     """A bare PyTorch loop. sampler_steps: of consistency, at each step; 0 for none."""
 
@@ -179,12 +190,12 @@ class _WithText:
 
 def main(argv: list[str] | None = None) -> int:
     def add(p: argparse.ArgumentParser) -> None:
-        p.add_argument("--quick", action="store_true", help="the tiny pipeline alone, fewer rounds")
+        p.add_argument("--quick", action="store_true", help="the tiny pipeline alone")
 
     args = arguments(__doc__, argv, add)
     torch.set_num_threads(1)
     distributed.init()
-    results = {size.name: measure(size, args.quick) for size in (SIZES[:1] if args.quick else SIZES)}
+    results = {size.name: measure(size) for size in (SIZES[:1] if args.quick else SIZES)}
     for name, (rows, ratios) in results.items():
         print(f"\n{name}\n\n{table(['step', 'ms', 'passes a step', 'published over ours'], rows)}\n\noverhead {ratios['overhead']:.3f}, text {ratios['text']:.3f}")  # fmt: skip
     if not args.quick:
@@ -194,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def measure(size: Size, quick: bool) -> tuple[list[list[str]], dict[str, float]]:
+def measure(size: Size) -> tuple[list[list[str]], dict[str, float]]:
     with tempfile.TemporaryDirectory(prefix="step-cost-") as temporary:
         folder = Path(temporary)
         base, shards = data(folder, size)
@@ -214,12 +225,13 @@ def measure(size: Size, quick: bool) -> tuple[list[list[str]], dict[str, float]]
             "published, ambient alone": Published(made("p0", "consistency=null"), encoders=encoders),
             "published, k = 1": Published(made("p1", "consistency=null"), encoders=encoders, sampler_steps=1),
             "published, k = 2": Published(made("p2", "consistency=null"), encoders=encoders, sampler_steps=2),
+            "network, ambient alone": Network(made("n0", "consistency=null")),
             "ours, ambient alone": Stepper(made("o0", "consistency=null")),
             "ours, k = 1, budget 0.2": Stepper(consistent("o1", 1)),
             "ours, k = 2, budget 0.2": Stepper(consistent("o2", 2)),
         }
-        turn = {name: period(2 if "k = 2" in name else 1) if name.startswith("ours, k") else 2 for name in steppers}
-        for number in range(1 + (size.rounds // 2 if quick else size.rounds)):
+        turn = {name: period(2 if "k = 2" in name else 1) if name.startswith("ours, k") else 4 for name in steppers}
+        for number in range(1 + size.rounds):
             for name, stepper in steppers.items():
                 stepper.advance(turn[name])
             if number == 0:  # the first has what is done once
@@ -230,13 +242,13 @@ def measure(size: Size, quick: bool) -> tuple[list[list[str]], dict[str, float]]
                         stepper.text_seconds = 0.0
         middle = {name: statistics.median(stepper.seconds) for name, stepper in steppers.items()}
         over = {
-            name: middle[name.replace("ours", "published").replace(", budget 0.2", "")] / seconds
+            name: middle[name.replace(name.partition(",")[0], "published").replace(", budget 0.2", "")] / seconds
             for name, seconds in middle.items()
         }
         rows: list[list[str]] = []
         for name, stepper in steppers.items():
             passes = stepper.evaluations / size.batch / (len(stepper.seconds) * turn[name])
-            ratio = f"{over[name]:.2f}" if name.startswith("ours") else ""
+            ratio = "" if name.startswith("published") else f"{over[name]:.2f}"
             rows.append([name, f"{1000 * middle[name]:.1f}", f"{passes:.2f}", ratio])
         published = steppers["published, ambient alone"]
         assert isinstance(published, Published)
