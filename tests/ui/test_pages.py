@@ -56,7 +56,7 @@ def test_the_table_sorts_runs_by_what_was_measured(
     assert [value(run_dirs[0].parent / name, metric) for name in names] == [value(run_dir, metric) for run_dir in best]
 
 
-def test_the_compare_page_has_a_chart_every_run_and_the_metrics(
+def test_the_compare_page_has_a_chart_and_every_run_s_figures(
     browser: Browser, base: str, run_dirs: list[Path]
 ) -> None:
     browser.open(compare_page(run_dirs, base), f"//*[contains(text(), 'Comparing {len(run_dirs)} Runs')]")
@@ -65,8 +65,26 @@ def test_the_compare_page_has_a_chart_every_run_and_the_metrics(
     for run_dir in run_dirs:
         browser.find(f"//*[text()='{run_dir.name}']")
     browser.show("//*[text()='Metrics']")
-    browser.find("//*[text()='denoiser_error_by_sigma/0.25']")
+    for run_dir in run_dirs:
+        figure = f"{value(run_dir, 'denoiser_error_by_sigma/0.25'):.3f}".rstrip("0")
+        browser.find(f"//*[text()='{figure}']")
     browser.shoot("compare figures")
+
+
+def test_a_run_s_samples_can_be_leafed_through(browser: Browser, base: str, run_dirs: list[Path]) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    ours = run_dirs[-1]
+    browser.open(run_page(ours, "model-metrics", base), "//*[text()='Auto-refresh']")
+    card = "//*[@data-testid='experiment-view-compare-runs-card'][.//*[text()='samples']]"
+    browser.show(card)
+    steps = sorted(int(path.stem.removeprefix("step-")) for path in (ours / "samples").glob("*.png"))
+    assert len(steps) == 3
+    for step in steps:  # the slider begins at 0, where there is none
+        browser.find(f"{card}//*[@role='slider']").send_keys(Keys.ARROW_RIGHT)
+        image = browser.find(f"{card}//img[contains(@src, 'step%2B{step}%2B')]")
+        until(lambda image=image: browser.driver.execute_script("return arguments[0].naturalWidth", image), "pixels")
+    browser.shoot("samples")
 
 
 def test_the_report_opens_beside_a_run_s_files(browser: Browser, base: str, run_dirs: list[Path]) -> None:
@@ -76,8 +94,8 @@ def test_the_report_opens_beside_a_run_s_files(browser: Browser, base: str, run_
     browser.find("//*[text()='report.html']").click()
     browser.driver.switch_to.frame(browser.find("//iframe"))
     try:
-        row = browser.find(f"//table//tr[td='{ours.name}']")
-        assert f"{value(ours, 'quality/kid'):.4g}" in row.text
+        browser.find(f"//table//th[text()='{ours.name}']")
+        assert f"{value(ours, 'quality/kid'):.4g}" in browser.find("//table//tr[td='KID']").text
         widths = browser.driver.execute_script("return [...document.images].map(image => image.naturalWidth)")
         assert len(widths) > 5
         assert all(width > 0 for width in widths)
