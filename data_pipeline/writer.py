@@ -35,7 +35,8 @@ def json_bytes(meta: dict[str, Any]) -> bytes:
 
 
 def write_tar(folder: str, name: str, samples: Iterable[tuple[str, Members]]) -> tuple[int, int, str]:
-    """Number of samples, size in bytes, SHA-256. No file is left when there are no samples, or when one raises.
+    """Number of samples, size in bytes, SHA-256. No file is left when there are no samples, or when one raises. Raises
+    OSError with the path in it.
 
     On this machine it goes straight to disk, so memory holds one sample; for a URL it is put in one piece.
     """
@@ -53,6 +54,9 @@ def write_tar(folder: str, name: str, samples: Iterable[tuple[str, Members]]) ->
             os.fsync(file.fileno())
         if outcome[0]:
             os.replace(partial, os.path.join(folder, name))
+    except OSError as error:  # a full disk does not say of which file it speaks
+        error.filename = error.filename or os.path.join(folder, name)
+        raise
     finally:
         if os.path.exists(partial):
             os.unlink(partial)

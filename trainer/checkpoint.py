@@ -97,33 +97,57 @@ class Checkpoints:
         averages: by the name of their file."""
         final = self.path(state.step)
         partial = self.folder / f".{final.name}.partial"
-        if ranks.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        ranks.barrier()
         error: OSError | SafetensorError | None = None
+        if ranks.is_main:
+            try:
+                shutil.rmtree(partial, ignore_errors=True)
+                self.folder.mkdir(
+                    exist_ok=True
+                )  # not its parents: where a disk was lost, nothing is to be written in its place
+                partial.mkdir()
+            except OSError as caught:
+                error = caught
+        ranks.barrier()
         try:
             if pool:
-                _write(pool, partial / f"pool-{ranks.rank:05d}-of-{ranks.world:05d}.safetensors")
+                file = partial / f"pool-{ranks.rank:05d}-of-{ranks.world:05d}.safetensors"
+                _write(pool, file)
+                _sync(file)
             if ranks.is_main:
                 for name, tensors in {"weights": weights, **averages, "optimizer": moments}.items():
                     _write(tensors, partial / f"{name}.safetensors")
                 (partial / "state.json").write_text(json.dumps({"format": FORMAT, **asdict(state)}))
         except (OSError, SafetensorError) as caught:
-            error = caught
-        if ranks.any({"failed": error is not None})["failed"]:
-            raise WorkFailed(
-                f"cannot write the checkpoint {final} ({error or 'another rank failed'}); the last good one is {self.latest()}"
-            )
+            error = error or caught
+        self._agree(ranks, final, error)
         if ranks.is_main:
-            _sync(partial)
-            if final.exists():  # of an earlier start that was killed before it moved the pointer
-                self._delete(state.step)
-            partial.replace(final)
-            self.point_at(state.step)
-            self._clear(state.step)
-        ranks.barrier()
+            try:
+                _sync(partial)
+                if final.exists():  # of an earlier start that was killed before it moved the pointer
+                    self._delete(state.step)
+                partial.replace(final)
+                self.point_at(state.step)
+                self._clear(state.step)
+            except OSError as caught:
+                error = caught
+        self._agree(ranks, final, error)
         return final
+
+    def _agree(self, ranks: Ranks, final: Path, error: Exception | None) -> None:
+        """Raises WorkFailed on all ranks where one has an error."""
+        if not ranks.any({"failed": error is not None})["failed"]:
+            return
+        if ranks.is_main:  # a full disk has its room back
+            shutil.rmtree(self.folder / f".{final.name}.partial", ignore_errors=True)
+        raise WorkFailed(
+            f"cannot write the checkpoint {final} ({error or 'another rank failed'}); the last good one is {self._last_good()}: make room or mend the disk, and run it again to go on from there"
+        )
+
+    def _last_good(self) -> str:
+        try:
+            return str(self.latest() or "none")
+        except (OSError, UserError) as error:
+            return f"not to be found ({error})"
 
     def point_at(self, step: int) -> None:
         """Makes it the latest."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Mapping
 
 DONE, FAILED, BAD_REQUEST, INTERRUPTED = 0, 1, 2, 75
 """0 done; 1 the work failed; 2 the request was wrong; 75 interrupted with a checkpoint saved: run again to go on."""
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
+"""Of errors that come from a disk, and need no traceback even where they do not say of which file they speak."""
 
 
 class UserError(Exception):
@@ -42,7 +46,7 @@ def run(main: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except OSError as error:  # a full disk, a folder without permission
-        if error.filename is None:
+        if error.filename is None and error.errno not in DISK:
             raise
-        print(f"failed: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"failed: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", file=sys.stderr)
         return FAILED

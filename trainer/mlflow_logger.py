@@ -111,14 +111,20 @@ class MLflowLogger:
                     f"MLflow at {self._config.uri(self._run_dir)} does not answer ({self._problem or 'slow'}): the records wait in {self._records} and are sent when this run is started again",
                     file=sys.stderr,
                 )
-        self._file.close()
+        with suppress(OSError):  # it was said when it could not be written
+            self._file.close()
 
     def _record(self, record: dict[str, Any]) -> None:
         if record["step"] <= self.last_step:
             return
         line = json.dumps(record)
-        self._file.write(line + "\n")
-        self._file.flush()
+        try:
+            self._file.write(line + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise WorkFailed(
+                f"{self._records}: cannot be written: {error.strerror}: make room or mend the disk, and run it again"
+            ) from None
         self._queue.put(line)
 
     def _mend(self) -> list[str]:
