@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline import storage
+from trainer.documents import from_json
 from trainer.errors import UserError, WorkFailed
 
 NAME, REJECTED = "index.json", "rejected.jsonl"
@@ -149,7 +150,7 @@ def wrong_size(folder: str, index: ShardIndex) -> tuple[Shard, int] | None:
 def parse_index(path: str, content: bytes) -> ShardIndex:
     """What `read_index` returns, without a look at the shards. path: for the messages."""
     try:
-        data = json.loads(content)
+        data = from_json(content)
         if data["format"] != FORMAT:
             raise UserError(
                 f"{path}: format {data['format']}, this version reads {FORMAT}: remove the folder, or choose another, and shard again"

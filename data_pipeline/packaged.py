@@ -6,7 +6,6 @@ Each is fetched by its registry's ordinary client into a cache folder (AMBIENT_C
 from __future__ import annotations
 
 import gzip
-import json
 import os
 import shutil
 import subprocess
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from trainer import folders
+from trainer.documents import from_json
 from trainer.errors import UserError, WorkFailed
 
 Images = list[NDArray[np.uint8]]
@@ -85,7 +85,7 @@ def _emoji(split: str) -> Images:
         archive.unlink()
 
     folder = _cached("emoji", fetch) / "package"
-    entries = json.loads((folder / "emoji.json").read_text())
+    entries = from_json((folder / "emoji.json").read_text())
     names = sorted(entry["image"] for entry in entries if entry["has_img_google"])
 
     def on_white(name: str) -> NDArray[np.uint8]:

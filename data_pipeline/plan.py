@@ -24,6 +24,7 @@ from data_pipeline.corruption import Corruption
 from data_pipeline.index import Shape
 from data_pipeline.latents.arguments import LatentRequest, check_channels, check_corruption
 from data_pipeline.sources import Source
+from trainer.documents import from_json
 from trainer.errors import UserError, differences
 
 NAME = "plan.json"
@@ -175,7 +176,7 @@ def read_plan(output: str) -> Plan | None:
     if not storage.exists(path):
         return None
     try:
-        data = json.loads(storage.read_bytes(path))
+        data = from_json(storage.read_bytes(path))
         if data.pop("format") != FORMAT:
             raise UserError(f"{path}: begun by another version: finish it with that one, or choose another OUTPUT")
         return Plan(**{**data, "shapes": tuple(tuple(shape) for shape in data["shapes"])})

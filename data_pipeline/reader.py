@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import math
 import os
 from collections import OrderedDict
@@ -23,6 +22,7 @@ from data_pipeline.cache import CacheFull, ShardCache
 from data_pipeline.index import Shard, ShardIndex
 from data_pipeline.tar import Members, members
 from data_pipeline.writer import META, OBSERVATION
+from trainer.documents import from_json
 from trainer.errors import UserError
 
 
@@ -234,7 +234,7 @@ def npy_array(data: bytes, shape: tuple[int, int, int]) -> NDArray[np.float16]:
 def meta(data: bytes) -> Mapping[str, Any]:
     """What is recorded beside an observation; at least a level, "sigma_n". Equal for many samples, so it is kept."""
     try:
-        about = json.loads(data)
+        about = from_json(data)
         sigma_n = float(about["sigma_n"])
     except (KeyError, ValueError, TypeError) as error:
         raise BadSample(f"cannot be decoded ({type(error).__name__}: {error})") from None

@@ -13,6 +13,7 @@ from data_pipeline.index import REJECTED, Shard, ShardIndex
 from data_pipeline.latents.captions import FOLDER as TEXT
 from data_pipeline.plan import Plan
 from data_pipeline.writer import META, OBSERVATION
+from trainer.documents import from_json
 from trainer.errors import UserError, WorkFailed
 
 OWN = re.compile(
@@ -62,7 +63,7 @@ def write_record(output: str, record: Record) -> None:
 def read_record(output: str, number: int) -> Record:
     path = _path(output, number)
     try:
-        data = json.loads(storage.read_bytes(path))
+        data = from_json(storage.read_bytes(path))
         shard = Shard(**data.pop("shard")) if data["shard"] else data.pop("shard")
         rejected = tuple(Rejected(**entry) for entry in data.pop("rejected"))
         captions, fields = tuple(data.pop("captions", ())), tuple(data.pop("fields"))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from trainer.documents import from_yaml
 from trainer.errors import UserError, WorkFailed
 
 KINDS = ("slurm", "local")
@@ -102,14 +103,12 @@ TYPES = {
 
 def read_cluster(path: Path) -> ClusterConfig:
     """Raises UserError, with the file and the field."""
-    import yaml
-
     try:
-        data = yaml.safe_load(path.read_text())
+        data = from_yaml(path.read_text())
     except OSError as error:
         raise UserError(f"cluster file {path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"cluster file {path}: not YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:  # also where it is not UTF-8
+        raise UserError(f"cluster file {path}: not YAML: {error}") from None
     if not isinstance(data, dict) or "kind" not in data:
         raise UserError(f"cluster file {path}: must have the field kind, which is {' or '.join(KINDS)}")
     known = {entry.name: str(entry.type) for entry in fields(ClusterConfig)}

@@ -9,11 +9,10 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
-import yaml
-
 from slurm import attempts
 from slurm.queue import is_alive, listed
 from trainer.config import RunConfig, load
+from trainer.documents import from_yaml
 from trainer.errors import UserError
 
 
@@ -64,8 +63,8 @@ def points(path: Path, overrides: Sequence[str], sweeps: Sequence[str]) -> list[
 def _axis(sweep: str) -> list[str]:
     key, separator, text = sweep.partition("=")
     try:
-        values = yaml.safe_load(f"[{text}]")
-    except yaml.YAMLError:
+        values = from_yaml(f"[{text}]")
+    except ValueError:
         values = []
     if not separator or not key or not values:
         raise UserError(f"--sweep {sweep}: is key.path=a,b,c, such as optimizer.lr=1e-4,3e-4")

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from slurm import attempts
 from slurm.attempts import Attempt
 from slurm.queue import is_alive, listed
 from trainer import errors
+from trainer.documents import from_json, from_yaml
 from trainer.errors import UserError
 
 EXAMPLE = """examples:
@@ -112,8 +110,8 @@ def _state(note: dict[str, Any], starts: list[Attempt]) -> tuple[str, str]:
 
 def _wanted(run_dir: Path) -> int | None:
     try:
-        return int(yaml.safe_load((run_dir / "config.yaml").read_text())["steps"])
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return int(from_yaml((run_dir / "config.yaml").read_text())["steps"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -121,7 +119,7 @@ def _metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Whole records with metrics; the last line may still be in the writing."""
     try:
         lines = (run_dir / "metrics.jsonl").read_text().rpartition("\n")[0].splitlines()
-        return [record for line in lines if "metrics" in (record := json.loads(line))]
+        return [record for line in lines if "metrics" in (record := from_json(line))]
     except (OSError, ValueError):
         return []
 

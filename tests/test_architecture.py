@@ -14,6 +14,7 @@ FILES = sorted(path for top in ("trainer", "data_pipeline", "slurm") for path in
 
 ALLOWED = {
     "trainer.errors": (),
+    "trainer.documents": (),
     "trainer.folders": ("trainer.errors",),
     "trainer.progress": (),
     "trainer.diffusion": ("trainer.diffusion",),
@@ -21,6 +22,7 @@ ALLOWED = {
     "trainer.evaluation": (
         "trainer.diffusion",
         "trainer.evaluation",
+        "trainer.documents",
         "trainer.errors",
         "trainer.folders",
         "trainer.generate",
@@ -33,12 +35,13 @@ ALLOWED = {
     "data_pipeline": (
         "data_pipeline",
         "trainer.diffusion",
+        "trainer.documents",
         "trainer.errors",
         "trainer.folders",
         "trainer.progress",
         "slurm.cluster",
     ),
-    "slurm.cluster": ("trainer.errors",),
+    "slurm.cluster": ("trainer.documents", "trainer.errors"),
     "slurm": ("slurm", "trainer", "data_pipeline"),
 }
 """For the modules under each name: the parts of this project that they may import. The rest of trainer may import all

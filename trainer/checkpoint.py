@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainer.distributed import Ranks
+from trainer.documents import from_json
 from trainer.errors import UserError, WorkFailed
 from trainer.loss_scale import LossScale
 from trainer.retention import CheckpointConfig, Tally, kept
@@ -57,7 +58,7 @@ class Checkpoints:
         pointer = self.folder / "latest"
         if not pointer.is_file():
             return None
-        path = self.folder / pointer.read_text().strip()
+        path = self.folder / (named(pointer) or "nothing")
         if not (path / "state.json").is_file():
             raise UserError(
                 f"{pointer} names {path.name}, which is not there: write into it the name of a folder beside it that is"
@@ -201,6 +202,12 @@ class Checkpoints:
         return {step: score for step, score in scores.items() if score is not None}
 
 
+def named(pointer: Path) -> str:
+    """The checkpoint that a `latest` names; "" where it holds no name of one."""
+    name = pointer.read_bytes()[:100].decode(errors="replace").strip()
+    return name if name.startswith("step-") and "/" not in name and "\0" not in name else ""
+
+
 def _best(scores: Mapping[int, float]) -> int | None:
     """The step with the lowest score, the earliest of equals."""
     return min(scores, key=lambda step: (scores[step], step), default=None)
@@ -210,13 +217,19 @@ def state_from(data: dict[str, Any]) -> TrainState:
     """From what `asdict` made of one. Raises KeyError or TypeError for other data."""
     tally = Tally(**data["tally"]) if data.get("tally") else None
     scale = LossScale(**data.get("loss_scale", {}))
-    return TrainState(**{**data, "shape": tuple(data["shape"]), "tally": tally, "loss_scale": scale})
+    state = TrainState(**{**data, "shape": tuple(data["shape"]), "tally": tally, "loss_scale": scale})
+    numbers = [*state.shape, state.step, state.samples, state.evaluations, state.period or 1, scale.skipped]
+    if len(state.shape) != 3 or any(type(n) is not int or n < 0 for n in numbers) or 0 in state.shape:
+        raise TypeError(f"its counts must be whole numbers, and its shape three of them: {numbers}")
+    if not all(isinstance(x, int | float) for x in (state.seconds, scale.scale)):
+        raise TypeError("seconds and scale must be numbers")
+    return state
 
 
 def read_state(path: Path) -> TrainState:
     """Raises UserError for a state.json that another format wrote."""
     try:
-        data = json.loads((path / "state.json").read_text())
+        data = from_json((path / "state.json").read_text())
         if data.pop("format") != FORMAT:
             raise UserError(f"{path}: another format of checkpoint; this version reads {FORMAT}")
         return state_from(data)

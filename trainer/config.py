@@ -24,6 +24,7 @@ from trainer.diffusion.consistency import ConsistencyConfig
 from trainer.diffusion.levels import EDM, Levels, LogNormal, Weight
 from trainer.diffusion.prediction import Prediction
 from trainer.diffusion.process import AnyProcess, VPCosine
+from trainer.documents import from_yaml
 from trainer.ema import AnyEMA, PowerEMA, with_kind
 from trainer.engine_config import EngineConfig, OptimizerConfig
 from trainer.errors import UserError
@@ -147,11 +148,11 @@ def flatten(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text())
+        data = from_yaml(path.read_text())
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:  # also where it is not UTF-8
+        raise UserError(f"{path}: not YAML: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: must be a mapping of fields to values")
     return data
@@ -173,13 +174,17 @@ def merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+DEEPEST = 8
+"""No field has so many points in its path."""
+
+
 def _parse_override(text: str) -> dict[str, Any]:
     path, separator, value = text.partition("=")
-    if not separator or not path or not all(path.split(".")):
+    if not separator or not path or not all(path.split(".")) or path.count(".") > DEEPEST:
         raise UserError(f"{text}: an override is key.path=value, such as optimizer.lr=3e-4")
     try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
+        parsed = from_yaml(value)
+    except ValueError:
         raise UserError(f"{text}: {value} is not a YAML value; quote it") from None
     parsed = _number(parsed)
     for name in reversed(path.split(".")):

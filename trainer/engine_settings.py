@@ -15,6 +15,7 @@ import torch
 
 from data_pipeline.loader import Layout
 from trainer.config import flatten, merge
+from trainer.documents import from_json
 from trainer.engine_config import EngineConfig, OptimizerConfig, Precision
 from trainer.errors import UserError
 
@@ -155,7 +156,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 def _read(path: Path, where: str) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text())
+        data = from_json(path.read_text())
     except OSError as error:
         raise UserError(f"{where}: cannot be read: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainer import mlflow_pages
+from trainer.documents import from_json
 from trainer.errors import UserError, WorkFailed
 
 QUESTION = """import os, sys
@@ -69,11 +70,11 @@ class MLflowLogger:
         try:
             self._state: dict[str, Any] = {"run_id": None, "sent": 0}
             if self._state_file.is_file():
-                self._state = json.loads(self._state_file.read_text())
+                self._state = _checked(from_json(self._state_file.read_text()))
             lines = self._mend()
-            records = [json.loads(line) for line in lines]
+            records = [from_json(line) for line in lines]
             self.last_step = max((record["step"] for record in records), default=0)
-            self._began = records[0]["time"] if records else int(time.time() * 1000)
+            self._began = int(records[0]["time"]) if records else int(time.time() * 1000)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{run_dir}: metrics.jsonl or mlflow.json is damaged ({error}): mend it or move it away"
@@ -198,7 +199,7 @@ class MLflowLogger:
         from mlflow.entities import Metric
         from PIL import Image
 
-        run_id, records = self._state["run_id"], [json.loads(line) for line in lines]
+        run_id, records = self._state["run_id"], [from_json(line) for line in lines]
         batch = [
             Metric(name, value, r["time"], r["step"]) for r in records for name, value in r.get("metrics", {}).items()
         ]
@@ -218,6 +219,13 @@ class MLflowLogger:
         partial = self._state_file.with_suffix(".partial")
         partial.write_text(json.dumps(self._state))
         partial.replace(self._state_file)
+
+
+def _checked(state: dict[str, Any]) -> dict[str, Any]:
+    """Raises TypeError for what is not how far a run's records were sent."""
+    if type(state["sent"]) is not int or state["sent"] < 0 or not isinstance(state["run_id"], str | None):
+        raise TypeError("run_id must be text, and sent a whole number")
+    return state
 
 
 def attach(

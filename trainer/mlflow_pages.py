@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import quote
 
+from trainer.documents import from_json
+
 PORT = 5000
 BASE = f"http://127.0.0.1:{PORT}"
 QUIET = ("MLFLOW_DISABLE_TELEMETRY=true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false")
@@ -70,4 +72,4 @@ def logged(run_dir: Path) -> bool:
 
 def state(run_dir: Path) -> dict[str, str]:
     """The ids of a run that MLflow has."""
-    return json.loads((run_dir / "mlflow.json").read_text())
+    return from_json((run_dir / "mlflow.json").read_text())

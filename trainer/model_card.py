@@ -10,6 +10,7 @@ import yaml
 
 from trainer.config import RunConfig, to_yaml
 from trainer.diffusion.process import AnyProcess
+from trainer.documents import from_json
 from trainer.exported import LORA
 from trainer.models.dit import DiTConfig
 from trainer.models.sdxl import SDXLConfig
@@ -141,7 +142,7 @@ def _metrics(run_dir: Path, step: int) -> dict[str, float]:
     path, found = run_dir / "metrics.jsonl", dict[str, float]()
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
-            record = json.loads(line)
+            record = from_json(line)
         except ValueError:  # a line that was cut by a kill
             continue
         metrics = record.get("metrics", {}) if record["step"] <= step else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,8 +9,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from trainer.checkpoint import FORMAT, Checkpoints, read_state
+from trainer.checkpoint import FORMAT, Checkpoints, named, read_state
 from trainer.distributed import Ranks
+from trainer.documents import from_json
 from trainer.errors import UserError
 
 
@@ -36,10 +36,12 @@ def _choose(checkpoints: Checkpoints, names: list[str]) -> tuple[int, str | None
     steps, pointer = checkpoints.steps(), checkpoints.folder / "latest"
     if not steps and not pointer.is_file():
         return -1, None
-    named = pointer.read_text().strip() if pointer.is_file() else ""
-    known = [step for step in steps if checkpoints.path(step).name == named]
+    name = named(pointer) if pointer.is_file() else ""
+    known = [step for step in steps if checkpoints.path(step).name == name]
     problems = (
-        [] if known else [f"{pointer} is missing" if not named else f"{pointer} names {named!r}, which is not there"]
+        []
+        if known
+        else [f"{pointer} names {name!r}, which is not there" if name else f"{pointer} is missing or damaged"]
     )
     torn: list[int] = []
     for step in reversed([step for step in steps if not known or step <= known[0]]):
@@ -71,7 +73,7 @@ def damage(path: Path, names: list[str]) -> str | None:
 
     A file that was cut anywhere is found: JSON then has no end, and safetensors says how long it is."""
     try:
-        if json.loads((path / "state.json").read_text()).get("format", FORMAT) != FORMAT:
+        if from_json((path / "state.json").read_text()).get("format", FORMAT) != FORMAT:
             return None  # whole, and of another version, which says so when it is read
         read_state(path)
     except (OSError, ValueError, AttributeError) as error:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import posixpath
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from data_pipeline.bad_image import BadImage
+from trainer.documents import from_json
 from trainer.errors import UserError
 
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -45,7 +45,7 @@ def text_caption(data: bytes, name: str) -> str:
 def json_caption(data: bytes, name: str) -> str | None:
     """Of a WebDataset `.json` member; None where it has no caption."""
     try:
-        record = json.loads(data)
+        record = from_json(data)
     except ValueError as error:
         raise BadImage(f"{name}: not JSON: {error}") from None
     return caption_in(record, name) if isinstance(record, dict) else None
@@ -85,7 +85,7 @@ def _jsonl(data: bytes, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(_text(data, name).split("\n"), start=1):
         if line.strip():
             try:
-                record = json.loads(line)
+                record = from_json(line)
             except ValueError as error:
                 raise UserError(f"{name} line {number}: not JSON: {error}") from None
             if not isinstance(record, dict):

@@ -6,7 +6,6 @@ file of whoever made the data.
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from data_pipeline.bad_image import BadImage
 from data_pipeline.inputs.captions import FIELDS, caption_in
 from data_pipeline.inputs.decode import decode, size_in
 from data_pipeline.inputs.picture import PerProcess, Picture, Source, keys_of
+from trainer.documents import from_json
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def open_parquet(source: str, paths: Sequence[str], names: Sequence[str]) -> Sou
 def open_saved(folder: str) -> Source:
     """A data set that `datasets` saved with `save_to_disk`. Local files are memory-mapped, remote ones read whole."""
     try:
-        state = json.loads(storage.read_bytes(storage.join(folder, "state.json")))
+        state = from_json(storage.read_bytes(storage.join(folder, "state.json")))
         names = [str(entry["filename"]) for entry in state["_data_files"]]
         mapped = bool(state.get("_indices_data_files"))
     except (ValueError, KeyError, TypeError) as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.latents.parts import STEMS, read_config, weight_files
+from trainer.documents import from_json
 from trainer.errors import UserError
 
 VAE_FIELDS: dict[str, Any] = {
@@ -86,7 +87,7 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
         if 8 + length > size:
             raise UserError(f"{file}: not a whole safetensors file: download or copy it again")
         try:
-            header = dict(json.loads(f.read(length)))
+            header = dict(from_json(f.read(length)))
             end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
         except (ValueError, KeyError, TypeError, IndexError):
             raise UserError(f"{file}: not a safetensors file: download or copy it again") from None

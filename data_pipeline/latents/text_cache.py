@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from data_pipeline.latents.identity import require_same
 from data_pipeline.latents.text import Embeddings
+from trainer.documents import from_json
 from trainer.errors import UserError
 from trainer.progress import progress_bar
 
@@ -67,7 +68,7 @@ def write_text_cache(folder: Path, captions: Iterable[str], encoder: Encoder) ->
         return
     state = {"done": 0, "cut": 0}
     if (folder / CAPTIONS).is_file() and (folder / PROGRESS).is_file():
-        recorded = json.loads((folder / PROGRESS).read_text())
+        recorded = from_json((folder / PROGRESS).read_text())
         require_same(recorded["identity"], encoder.identity, f"{folder}, half done: the text encoders")
         state = {"done": recorded["done"], "cut": recorded["cut"]}
     else:
@@ -121,7 +122,7 @@ class TextCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            described = json.loads((folder / DONE).read_text())
+            described = from_json((folder / DONE).read_text())
             if described["format"] != FORMAT:
                 raise UserError(
                     f"{folder / DONE}: format {described['format']}, this version reads {FORMAT}: encode again"
@@ -165,4 +166,4 @@ class TextCache:
     @cached_property
     def _ids(self) -> dict[str, int]:
         with (self.folder / CAPTIONS).open(encoding="utf-8") as file:
-            return {json.loads(line): i for i, line in enumerate(file)}
+            return {from_json(line): i for i, line in enumerate(file)}

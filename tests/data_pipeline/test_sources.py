@@ -217,7 +217,7 @@ def test_every_kind_of_source_gives_the_same_pictures_and_captions(
         assert source.read(i).pixels.dtype == np.uint8
         assert source.read(i).caption == (CAPTIONS[i] if write in WITH_CAPTIONS else None)
 
-    again = pickle.loads(pickle.dumps(source))  # noqa: S301 -- as a spawned worker gets it
+    again = pickle.loads(pickle.dumps(source))
     assert all_of(again) == all_of(source)
 
     for file in storage.list_files(str(tmp_path)):
@@ -290,4 +290,4 @@ def test_packaged_sets_are_sources_and_pickle_without_their_pixels() -> None:
     assert source.keys[3] == "digits-test-000003"
     data = pickle.dumps(source)
     assert len(data) < 30 * len(source)
-    np.testing.assert_array_equal(pickle.loads(data).read(7).pixels, source.read(7).pixels)  # noqa: S301
+    np.testing.assert_array_equal(pickle.loads(data).read(7).pixels, source.read(7).pixels)

@@ -112,7 +112,7 @@ def test_a_backend_that_fails_in_its_own_way_is_an_oserror_with_the_path(monkeyp
         storage.read_bytes("memory://bucket/a")
     assert error.value.filename == "memory://bucket/a"
     assert "\n" not in str(error.value)
-    pickle.loads(pickle.dumps(error.value))  # noqa: S301 -- as a worker process hands it back
+    pickle.loads(pickle.dumps(error.value))
 
 
 def test_local_files_do_not_import_fsspec(tmp_path: Path) -> None:

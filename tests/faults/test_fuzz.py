@@ -1,0 +1,264 @@
+"""Files and command lines that nobody wrote on purpose: the documented errors, and nothing else, whatever is in them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.batch_order import BatchOrder
+from data_pipeline.index import NAME, read_index
+from data_pipeline.loader import DataConfig, Layout, Loader
+from tests.conftest import TINY
+from trainer.checkpoint import Checkpoints
+from trainer.config import load
+from trainer.distributed import Ranks
+from trainer.errors import UserError, WorkFailed
+from trainer.mlflow_logger import LoggingConfig, MLflowLogger
+from trainer.restore import restore
+from trainer.resume import newest_whole
+from trainer.retention import CheckpointConfig
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+EXAMPLES = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+NASTY: st.SearchStrategy[Any] = st.sampled_from(
+    [
+        None,
+        True,
+        -1,
+        0,
+        10**15,
+        10**400,
+        1e308,
+        "",
+        "..",
+        "../../etc/passwd",
+        "/etc/passwd",
+        "\0",
+        "é" * 300,
+        "\ud800",
+        [],
+        {},
+        [[[]]],
+        {"a": 1},
+    ]
+) | st.floats(allow_nan=True)
+
+
+@st.composite
+def spoilt_bytes(draw: st.DrawFn, whole: bytes) -> bytes:
+    """The content of a file with a few spots that are cut out, put in, doubled or overwritten."""
+    data = bytearray(whole)
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, len(data)))
+        length = draw(st.integers(0, 64))
+        match draw(st.sampled_from(("cut", "end", "insert", "overwrite", "double"))):
+            case "cut":
+                del data[at : at + length]
+            case "end":
+                del data[at:]
+            case "insert":
+                data[at:at] = draw(st.binary(max_size=64))
+            case "overwrite":
+                data[at : at + length] = draw(st.binary(min_size=length, max_size=length))
+            case _:
+                data[at:at] = data[at : at + length]
+    return bytes(data)
+
+
+@st.composite
+def spoilt_json(draw: st.DrawFn, whole: Any) -> bytes:
+    """JSON of the right form, in which a value somewhere is another, or is missing."""
+    data = json.loads(json.dumps(whole))
+    for _ in range(draw(st.integers(1, 2))):
+        at, key = data, None
+        while isinstance(at, dict | list) and at:
+            key = draw(st.sampled_from(sorted(at) if isinstance(at, dict) else range(len(at))))
+            if not isinstance(at[key], dict | list) or not at[key] or draw(st.integers(0, 4)) == 0:
+                break
+            at = at[key]
+        if key is None or not isinstance(at, dict | list):
+            continue
+        if draw(st.booleans()):
+            at[key] = draw(NASTY)
+        else:
+            del at[key]
+    return json.dumps(data).encode()
+
+
+def spoilt(content: bytes) -> st.SearchStrategy[bytes]:
+    either: list[st.SearchStrategy[bytes]] = [
+        spoilt_bytes(content),
+        st.just(b"[" * 100_000),
+        st.just(b'{"a":' * 100_000),
+        st.just(content[:50] * 1000),
+    ]
+    if content[:1] == b"{" and b"\n{" not in content:
+        either.append(spoilt_json(json.loads(content)))
+    return st.one_of(either)
+
+
+def documented(call: Callable[[], object]) -> None:
+    """Lets it succeed, or fail as users are told: in one line."""
+    said = ""
+    try:
+        call()
+    except (UserError, WorkFailed) as error:
+        said = f" {error}"
+    assert said == "" or said.strip()
+    assert "\n" not in said
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fuzz")
+
+
+@given(data=st.data())
+@EXAMPLES
+def test_an_index(data: st.DataObject, shards: Path, scratch: Path) -> None:
+    folder = scratch / "index"
+    if not folder.is_dir():
+        shutil.copytree(shards, folder)
+    (folder / NAME).write_bytes(data.draw(spoilt((shards / NAME).read_bytes())))
+
+    def use() -> None:
+        index = read_index(folder)
+        counts, shapes = [shard.samples for shard in index.shards], [shard.shape for shard in index.shards]
+        BatchOrder(counts, shapes, 8, 0, 16)
+        assert "/" not in "".join(shard.name for shard in index.shards)
+
+    documented(use)
+
+
+@given(data=st.data())
+@EXAMPLES
+def test_a_shard(data: st.DataObject, shards: Path, scratch: Path) -> None:
+    """The index says what the file's size and checksum are now, as a hostile one would."""
+    folder = scratch / "shard"
+    if not folder.is_dir():
+        shutil.copytree(shards, folder)
+    name = sorted(path.name for path in shards.glob("*.tar"))[0]
+    content = data.draw(spoilt_bytes((shards / name).read_bytes()))
+    (folder / name).write_bytes(content)
+    index = json.loads((shards / NAME).read_text())
+    next(shard for shard in index["shards"] if shard["name"] == name)["bytes"] = max(1, len(content))
+    (folder / NAME).write_text(json.dumps(index))
+
+    def use() -> None:
+        loader = Loader(DataConfig(shards=str(folder), workers=0), Layout(8, 8, 0, 1), 0, torch.device("cpu"))
+        for batch in itertools.islice(loader.stream(0), 8):
+            assert batch.x_n.isfinite().all()
+            assert batch.x_n.shape == (8, 1, 16, 16)
+
+    documented(use)
+
+
+@pytest.fixture(scope="module")
+def trained(scratch: Path, shards: Path) -> Path:
+    """A run of four steps."""
+    from trainer import train
+
+    assert (
+        train.main([str(TINY), f"run_dir={scratch / 'run'}", f"data.shards={shards}", "steps=4", "checkpoint.every=2"])
+        == 0
+    )
+    return scratch / "run"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "weights.safetensors",
+        "ema.safetensors",
+        "pool-00000-of-00001.safetensors",
+        "state.json",
+        "config.yaml",
+        "latest",
+    ],
+)
+@given(data=st.data())
+@settings(EXAMPLES, max_examples=60)
+def test_a_run(name: str, data: st.DataObject, trained: Path, scratch: Path) -> None:
+    place = {"config.yaml": "", "latest": "checkpoints"}.get(name, "checkpoints/step-00000004")
+    content = (trained / place / name).read_bytes()
+    folder = scratch / "spoilt run"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(trained, folder)
+    (folder / place / name).write_bytes(data.draw(spoilt(content)))
+    documented(lambda: restore(folder))
+    documented(lambda: newest_whole(Checkpoints(folder, CheckpointConfig()), ["weights", "optimizer", "ema"], ALONE))
+    assert set(scratch.iterdir()) <= {folder, trained, scratch / "index", scratch / "shard"}, "nothing beside it"
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "mlflow.json"])
+@given(data=st.data())
+@EXAMPLES
+def test_what_was_logged(name: str, data: st.DataObject, trained: Path, scratch: Path) -> None:
+    folder = scratch / "logged"
+    folder.mkdir(exist_ok=True)
+    shutil.copy(trained / "metrics.jsonl", folder / "metrics.jsonl")
+    (folder / "mlflow.json").write_text('{"experiment_id": "1", "run_id": "abc", "sent": 1}')
+    (folder / name).write_bytes(data.draw(spoilt((folder / name).read_bytes())))
+    documented(lambda: MLflowLogger(LoggingConfig(enabled=False), folder, {}, {}).close("FINISHED"))
+
+
+WORDS = st.sampled_from(
+    [
+        "steps",
+        "data.shards",
+        "model.kind",
+        "consistency",
+        "consistency.weight",
+        "levels.kind",
+        "optimizer.betas",
+        "ema",
+        "engine.zero_stage",
+        "checkpoint.keep",
+        "threads",
+        "data.nonsense",
+        "seed",
+    ]
+)
+VALUES = st.text(max_size=20) | st.sampled_from(
+    [
+        "null",
+        "[]",
+        "{}",
+        "-1",
+        "1e999",
+        ".nan",
+        "9" * 400,
+        "!!python/object/apply:os.system [ls]",
+        "&a [*a]",
+        "{a: {b: {c: 1}}}",
+        "[" * 3000,
+        "*x",
+    ]
+)
+
+
+@given(words=st.lists(st.builds("{}={}".format, WORDS, VALUES) | st.text(max_size=20), max_size=4))
+@EXAMPLES
+def test_a_command_line(words: list[str]) -> None:
+    documented(lambda: load(TINY, ["run_dir=x", "data.shards=y", *words]))
+
+
+@given(data=st.data())
+@EXAMPLES
+def test_a_configuration(data: st.DataObject, scratch: Path) -> None:
+    file = scratch / "config.yaml"
+    try:
+        file.write_bytes(data.draw(spoilt_bytes(TINY.read_bytes())))
+        documented(lambda: load(file, []))
+    finally:
+        file.unlink()

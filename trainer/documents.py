@@ -1,0 +1,39 @@
+"""JSON and YAML that came from elsewhere: whatever is wrong with them is a ValueError, in one line."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+LARGEST = 2**63
+
+
+def from_json(text: str | bytes) -> Any:
+    """Raises ValueError, also for text that is nested too deeply and for whole numbers of more than 64 bits, which what
+    reads them would stumble over later."""
+    try:
+        return json.loads(text, parse_int=_whole)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def from_yaml(text: str) -> Any:
+    """Plain data: YAML's tags make no objects, and its aliases, by which a short text can be a large or an endless one, are
+    refused. Raises ValueError."""
+    import yaml  # here, since the processes that prepare data have no use for it
+
+    try:
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=yaml.SafeLoader)):
+            raise ValueError("it has an alias (*name): write out what it stands for")
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except Exception as error:  # PyYAML has errors of its own, and lets those of its insides through
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+
+
+def _whole(digits: str) -> int:
+    number = int(digits)
+    if not -LARGEST <= number < LARGEST:
+        raise ValueError(f"{digits[:20]}... has more than 64 bits")
+    return number
