@@ -2,6 +2,7 @@
 # make test         the tests (JOBS=2 at once)          make lint, make types, make format
 # make test-slurm   starts a real SLURM of two nodes on this machine (root, Debian), and runs the tests that need one
 # make test-ui      installs a headless browser (root, Debian), and drives MLflow's pages of a small store with it
+# make audit        known weaknesses of the tested versions; needs the network
 # make directions   trains on images for about ten minutes, and checks that ours beats naive and ambient alone
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +12,7 @@ UI_SHOTS ?= /tmp/ambient-ui
 STARTED := $(shell date +%s)
 BIN := $(VENV)/bin
 
-.PHONY: install dev quickstart test test-slurm test-ui directions lint types format clean
+.PHONY: install dev quickstart test test-slurm test-ui directions lint types format audit clean
 install: $(VENV)/.installed
 dev: $(VENV)/.installed-dev
 
@@ -53,6 +54,12 @@ lint: dev
 
 types: dev
 	$(BIN)/pyright
+
+# Needs the network. Known weaknesses of the versions that are tested.
+audit:
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/pip install --quiet pip-audit
+	build/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 format: dev
 	$(BIN)/ruff check --fix .

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from trainer.documents import refuse_password
 from trainer.errors import UserError
 
 
@@ -160,6 +161,10 @@ def _system(url: str) -> tuple[Any, str]:
     """fsspec's file system, and the name in it. fsspec keeps one for each process: a fork gets a new one."""
     from fsspec.core import url_to_fs
 
+    try:
+        refuse_password(url)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     try:
         system, name = url_to_fs(url)
     except ImportError as error:

@@ -24,7 +24,7 @@ from trainer.diffusion.consistency import ConsistencyConfig
 from trainer.diffusion.levels import EDM, Levels, LogNormal, Weight
 from trainer.diffusion.prediction import Prediction
 from trainer.diffusion.process import AnyProcess, VPCosine
-from trainer.documents import from_yaml
+from trainer.documents import from_yaml, refuse_password
 from trainer.ema import AnyEMA, PowerEMA, with_kind
 from trainer.engine_config import EngineConfig, OptimizerConfig
 from trainer.errors import UserError
@@ -111,6 +111,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def parse(data: dict[str, Any], where: str) -> RunConfig:
     """A RunConfig from plain data. Raises UserError naming `where`, the field and its value."""
+    for name, value in flatten(data):
+        try:
+            refuse_password(str(value))
+        except ValueError as error:
+            raise UserError(f"{where}: {name}: {error}") from None
     return parse_as(RunConfig, data, where)
 
 

@@ -242,9 +242,9 @@ def tracking(uri: str) -> Iterator[Finding]:
 
 def _lock_excludes(path: Path) -> bool:
     """Whether another process is refused a lock that this one holds."""
-    attempt = "import fcntl, sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)"
-    with path.open() as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    attempt = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    with path.open("r+") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
         return subprocess.run([sys.executable, "-c", attempt, str(path)], capture_output=True).returncode != 0
 
 

@@ -1,8 +1,9 @@
-"""JSON and YAML that came from elsewhere: whatever is wrong with them is a ValueError, in one line."""
+"""JSON, YAML and addresses that came from elsewhere: whatever is wrong with them is a ValueError, in one line."""
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 LARGEST = 2**63
@@ -37,3 +38,13 @@ def _whole(digits: str) -> int:
     if not -LARGEST <= number < LARGEST:
         raise ValueError(f"{digits[:20]}... has more than 64 bits")
     return number
+
+
+PASSWORD = re.compile(r"(://[^/@:]*:)[^/@]+@")
+
+
+def refuse_password(address: str) -> None:
+    """Addresses are written to logs, to MLflow and beside data. Raises ValueError, without the password in it."""
+    if PASSWORD.search(address):
+        masked = PASSWORD.sub(r"\1***@", address)
+        raise ValueError(f"{masked} has a password in it, which would be logged: leave it out, and give it by the environment or the configuration of fsspec or MLflow")  # fmt: skip

@@ -26,18 +26,28 @@ def exclusive(directory: Path, ranks: Ranks, patience: float = 0.0) -> Iterator[
         file = (directory / ".lock").open("w")
     except OSError as error:
         raise UserError(f"run_dir {directory}: cannot be written: {error.strerror}") from None
+    key = directory.resolve()
     with file:
         deadline = time.monotonic() + patience
-        while not _locked(file):
+        while key in _held or not _locked(file):
             if time.monotonic() >= deadline:
                 raise UserError(f"run_dir {directory}: another process trains in it: wait for it, or choose another")
             time.sleep(0.5)
-        yield
+        _held.add(key)
+        try:
+            yield
+        finally:
+            _held.discard(key)
+
+
+_held: set[Path] = set()
+"""The directories that this process has: such a lock keeps other processes out, and not its own."""
 
 
 def _locked(file: IO[str]) -> bool:
+    """By a lock that processes forked from this one do not share: a reader of data may outlive a killed training by seconds."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return False
     return True

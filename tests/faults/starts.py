@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-PATIENCE_S = 120.0
+PATIENCE_S = 600.0
 """No command of the campaign lasts so long, unless it hangs."""
 GRACE_S = 5.0
 """After a rank has ended badly, the others have so long before they are told to stop, and again before they are killed, as

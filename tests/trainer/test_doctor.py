@@ -40,7 +40,7 @@ def test_a_folder_that_is_not_there_fails(tmp_path: Path) -> None:
 
 
 def test_locks_that_exclude_nobody_are_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "fcntl", SimpleNamespace(flock=lambda file, how: None, LOCK_EX=2))
+    monkeypatch.setattr(doctor, "fcntl", SimpleNamespace(lockf=lambda file, how: None, LOCK_EX=2))
     (found,) = doctor.shared_folder(tmp_path)
     assert found.verdict == "warn"
     assert "two processes can lock one file" in found.detail

@@ -244,3 +244,24 @@ def test_shards_that_cannot_be_read_stop_the_run_or_are_skipped_and_counted(
     assert code == 0, output
     skipped = curve(tmp_path / "skips")[15]["data/skipped_samples"]
     assert skipped == 16, "two epochs of 60 samples, with a shard of 8 skipped in each"
+
+
+def test_a_reader_of_data_that_outlives_a_killed_training_does_not_keep_its_directory(tmp_path: Path) -> None:
+    """Found by tests/faults/campaign.py: the next start was refused for up to five seconds."""
+    code = f"""import os, signal, time, torch
+from pathlib import Path
+from trainer.distributed import Ranks
+from trainer.lock import exclusive
+with exclusive(Path({str(tmp_path)!r}), Ranks(0, 1, torch.device("cpu"))):
+    if os.fork() == 0:  # a reader
+        time.sleep(60)
+    print(flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        assert killed.wait(100) == -signal.SIGKILL
+        with exclusive(tmp_path, Ranks(0, 1, torch.device("cpu"))):
+            pass
+    finally:
+        os.killpg(killed.pid, signal.SIGKILL)
