@@ -1,9 +1,13 @@
-"""Files and command lines that nobody wrote on purpose: the documented errors, and nothing else, whatever is in them."""
+"""Files and command lines that nobody wrote on purpose: the documented errors, and nothing else, whatever is in them.
+
+AMBIENT_FUZZ=2000 python -m pytest tests/faults/test_fuzz.py      more examples, other ones each time
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +32,14 @@ from trainer.resume import newest_whole
 from trainer.retention import CheckpointConfig
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
-EXAMPLES = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+MORE = os.environ.get("AMBIENT_FUZZ")
+"""How many examples of each; set, they are others each time. Unset, 150 that are always the same."""
+EXAMPLES = settings(
+    max_examples=int(MORE or 150),
+    derandomize=MORE is None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 
 NASTY: st.SearchStrategy[Any] = st.sampled_from(
     [
@@ -187,7 +198,7 @@ def trained(scratch: Path, shards: Path) -> Path:
     ],
 )
 @given(data=st.data())
-@settings(EXAMPLES, max_examples=60)
+@settings(EXAMPLES, max_examples=int(MORE or 60))
 def test_a_run(name: str, data: st.DataObject, trained: Path, scratch: Path) -> None:
     place = {"config.yaml": "", "latest": "checkpoints"}.get(name, "checkpoints/step-00000004")
     content = (trained / place / name).read_bytes()
