@@ -27,11 +27,19 @@ UNDERSTOOD = (
 OPENERS = {".zip": open_zip, ".npy": open_npy, ".npz": open_npz, ".tif": open_stack, ".tiff": open_stack}
 
 
-def open_source(name: str) -> Source:
+def open_source(name: str, asked: str = "SOURCE") -> Source:
     """The pictures of SOURCE: a path or any URL of fsspec, or `packaged:NAME[/train|/test]`; see UNDERSTOOD.
 
     Folders are searched recursively, in the order of their paths; hidden files are passed over, linked folders not
-    entered. Listing opens no image. Raises UserError where nothing fits, or more than one thing does."""
+    entered. Listing opens no image. Raises UserError where nothing fits, or more than one thing does; asked: the option or
+    field that it names then."""
+    try:
+        return _open(name)
+    except UserError as error:
+        raise UserError(str(error).replace("SOURCE", asked, 1)) from None
+
+
+def _open(name: str) -> Source:
     if not name.strip():
         raise UserError(f"SOURCE: is empty (a variable that is not set?): give {UNDERSTOOD}")
     if name.startswith("packaged:"):

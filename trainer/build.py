@@ -34,7 +34,7 @@ from trainer.provenance import tags
 from trainer.resume import newest_whole
 
 MAY_CHANGE = ("steps", "threads", "micro_batch_size", "data.workers", "data.cache_dir", "data.cache_gb", "data.retries",
-              "data.verify", "data.on_error", "engine.", "ema.snapshots.every", "checkpoint.", "logging.")  # fmt: skip
+              "data.verify", "data.on_error", "engine.", "optimizer.skip_not_finite", "ema.snapshots.every", "checkpoint.", "logging.")  # fmt: skip
 """Fields that a run may be started again with another value of. The others would make it another run."""
 
 

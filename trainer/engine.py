@@ -102,7 +102,7 @@ class Engine:
 
     def step(self, number: int) -> None:
         """To be called once a micro-batch; the last of a step moves the weights, at the rate of step `number`. It leaves
-        them where a gradient is not finite, and lowers `loss_scale`."""
+        them where a gradient is not finite, and counts that in `loss_scale`, which is lower then in fp16."""
         last = self._engine.is_gradient_accumulation_boundary()
         if last:
             for group in self._zero.param_groups:
@@ -144,8 +144,10 @@ class Engine:
             type(self._engine).buffered_allreduce_fallback(self._engine, gradients, elements_per_buffer)
 
     def _rescale(self, overflow: bool) -> None:
-        if overflow or self.precision == "fp16":
+        if self.precision == "fp16":
             self.loss_scale = self.loss_scale.after(overflow)
+        elif overflow:
+            self.loss_scale = replace(self.loss_scale, skipped=self.loss_scale.skipped + 1)
 
     # State. Every method below is a collective: all ranks must call it.
 

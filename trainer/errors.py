@@ -14,11 +14,19 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.E
 """Of errors that come from a disk, and need no traceback even where they do not say of which file they speak."""
 
 
-class UserError(Exception):
+class Told(Exception):
+    """An error whose message is for the user."""
+
+    def __str__(self) -> str:
+        """In one line, and such that any terminal can print it, whatever names of files and values are in it."""
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
+
+
+class UserError(Told):
     """The request cannot be met. The message names the field or file, its value, and what to do, in one line."""
 
 
-class WorkFailed(Exception):
+class WorkFailed(Told):
     """The request was right and the work failed, for a reason that one line explains."""
 
 

@@ -76,10 +76,10 @@ def subjects(runs: Sequence[Path], request: Request, weights: Weights) -> list[S
         asked, shape = index.request if index else {}, image_shape(run)
         value_range = asked.get("value_range") and tuple(asked["value_range"])
         reference, training = (
-            opened(name, shape, asked.get("limit") if asked.get("source") == name else None, value_range)
+            opened(option, name, shape, asked.get("limit") if asked.get("source") == name else None, value_range)
             if name
             else None
-            for name in (request.reference, request.training)
+            for option, name in (("--reference", request.reference), ("--training", request.training))
         )
         assert reference is not None
         for option, images in (("--reference", reference), ("--training", training)):
@@ -96,10 +96,10 @@ def subjects(runs: Sequence[Path], request: Request, weights: Weights) -> list[S
 
 
 def _open_images(
-    name: str, shape: tuple[int, int, int], limit: int | None, value_range: tuple[float, float] | None
+    option: str, name: str, shape: tuple[int, int, int], limit: int | None, value_range: tuple[float, float] | None
 ) -> Images:
-    """limit: where a run's shards were made of the source's first images alone, those."""
-    source = open_source(name)
+    """option: that names them. limit: where a run's shards were made of the source's first images alone, those."""
+    source = open_source(name, option)
     return Images(name, source, shape, min(limit or len(source), len(source)), value_range)
 
 

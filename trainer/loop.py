@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -40,7 +41,7 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
     begun, before = time.perf_counter(), run.state
     judge = Judge(config.checkpoint, before.tally)
     evaluations_before, last_report = run.denoiser.evaluations, (0, before.step)
-    saved_at = before.step
+    saved_at, in_a_row = before.step, 0
     batches = run.loader.stream(before.samples)
     bar = progress_bar(
         total=config.steps, initial=before.step, desc=run.directory.name, unit="step", disable=not ranks.is_main
@@ -48,7 +49,7 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
 
     with bar, closing(batches):  # on errors, too: they stand on a line of their own, and no worker is left
         for step in range(before.step, config.steps):
-            started, waited = time.perf_counter(), 0.0
+            started, waited, left_out = time.perf_counter(), 0.0, engine.loss_scale.skipped
             finite = torch.ones((), dtype=torch.bool, device=ranks.device)
             keys: list[str] = []
             for micro in range(layout.accumulation):
@@ -72,16 +73,13 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
                 loss_scale=engine.loss_scale,
             )  # fmt: skip
             flags = ranks.any({"stop": stop(), "not_finite": not bool(finite)})
-            if flags["not_finite"]:
-                raise WorkFailed(
-                    f"the loss is not finite at step {done}; samples of rank {ranks.rank}: {' '.join(keys[:8])}...; the last good checkpoint is {run.checkpoints.latest() or 'none'}; try a lower optimizer.lr or consistency.weight"
-                )
-
-            if engine.loss_scale.scale < 1:
-                raise WorkFailed(
-                    f"the gradients are not finite at step {done}, {'however the loss is scaled' if engine.precision == 'fp16' else 'though the loss is'}; the last good checkpoint is {run.checkpoints.latest() or 'none'}; try a lower optimizer.lr, or engine.precision=fp32"
-                )
-
+            problem = _not_finite(run, done, left_out, flags["not_finite"])
+            in_a_row = in_a_row + 1 if problem else 0
+            moved = engine.loss_scale.skipped == left_out
+            if problem and (moved or in_a_row > config.optimizer.skip_not_finite):
+                raise WorkFailed(_last_words(run, problem, keys))
+            if problem:
+                _leave_out(run, done, problem, [] if bool(finite) else keys)
             bar.update()
             if done % config.logging.every == 0 or done == config.steps or flags["stop"]:
                 report = meter.report(evaluations - last_report[0], (done - last_report[1]) * layout.batch_size)
@@ -94,6 +92,7 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
                 }
                 if engine.precision == "fp16":
                     report["optimizer/loss_scale"] = engine.loss_scale.scale
+                if engine.precision == "fp16" or config.optimizer.skip_not_finite:
                     report["optimizer/skipped_steps"] = float(engine.loss_scale.skipped)
                 if config.data.on_error == "skip":
                     skipped = torch.tensor(float(run.loader.skipped), device=ranks.device)
@@ -104,7 +103,7 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
                     )
                 if run.consistency:
                     report["consistency/period"] = run.schedule.scale
-                if collapse and guard.SPREAD in report:
+                if collapse and guard.SPREAD in report and math.isfinite(report["loss/ambient"]):
                     warning = collapse.observe(done, report[guard.SPREAD], report["loss/ambient"])
                     _warn(run, "collapse", warning)
                 judge.observe(report, covered)
@@ -173,6 +172,33 @@ def _spend(run: Run, step: int, started: float) -> int | None:
             file=sys.stderr,
         )
     return choice.period
+
+
+def _not_finite(run: Run, done: int, left_out: int, loss: bool) -> str | None:
+    """What of this step is not finite, if that is not for the loss's scale to mend. left_out: how many steps the engine had
+    left out before it. loss: whether that is it, on any rank."""
+    engine = run.engine
+    if loss:
+        return f"the loss is not finite at step {done}"
+    if engine.loss_scale.scale < 1:
+        return f"the gradients are not finite at step {done}, however the loss is scaled"
+    if engine.loss_scale.skipped > left_out and engine.precision != "fp16":
+        return f"the gradients are not finite at step {done}, though the loss is"
+    return None
+
+
+def _last_words(run: Run, problem: str, keys: list[str]) -> str:
+    return (
+        f"{problem}; samples of rank {run.ranks.rank}: {' '.join(keys[:8])}...; the last good checkpoint is {run.checkpoints.latest() or 'none'}; "
+        "try a lower optimizer.lr or consistency.weight, or engine.precision=fp32; optimizer.skip_not_finite leaves such steps out"
+    )
+
+
+def _leave_out(run: Run, done: int, problem: str, keys: list[str]) -> None:
+    """Says that a step moves nothing, and which samples it had where the loss is not finite: on the rank that has them."""
+    if keys:
+        tqdm.write(f"warning: {problem}; samples of rank {run.ranks.rank}: {' '.join(keys)}", file=sys.stderr)
+    _warn(run, "not_finite", f"{problem}; it was left out, {run.engine.loss_scale.skipped} such steps so far")
 
 
 def _warn(run: Run, name: str, warning: str | None) -> None:

@@ -27,16 +27,18 @@ class Meter:
         self._since = time.perf_counter()
 
     def add(self, kind: str, terms: LossTerms) -> None:
-        """Files each sample's loss under its kind and band. No synchronisation with the device."""
+        """Files each sample's loss under its kind and band, those that are finite. No synchronisation with the device."""
         if kind not in self._sums:
             self._sums[kind] = torch.zeros(2, len(BANDS), device=self._edges.device)
         loss = terms.loss.detach().float()
         band = torch.bucketize(terms.sigma.float(), self._edges)
-        self._sums[kind].index_add_(1, band, torch.stack([loss, torch.ones_like(loss)]))
+        finite = loss.isfinite()
+        self._sums[kind].index_add_(1, band, torch.stack([torch.where(finite, loss, 0), finite.float()]))
 
     def ratio(self, name: str, numerator: torch.Tensor, denominator: torch.Tensor) -> None:
-        """Files two scalars; the ratio of their sums is reported."""
+        """Files two scalars; the ratio of their sums is reported. Nothing where one is not finite."""
         both = torch.stack([numerator.detach().float(), denominator.detach().float()])
+        both = torch.where(both.isfinite().all(), both, 0)
         self._ratios[name] = self._ratios.get(name, 0) + both
 
     def waited(self, seconds: float) -> None:
@@ -53,7 +55,7 @@ class Meter:
         metrics: dict[str, float] = {}
         for kind, sums in sorted(self._sums.items()):
             total, count = self._ranks.sum(sums).double().cpu()
-            metrics[f"loss/{kind}"] = float(total.sum() / count.sum())
+            metrics[f"loss/{kind}"] = float(total.sum() / count.sum())  # NaN where none was finite
             for band, t, n in zip(BANDS, total, count, strict=True):
                 if n > 0:
                     metrics[f"loss_{kind}_by_sigma/{band}"] = float(t / n)

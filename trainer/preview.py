@@ -31,7 +31,7 @@ class Preview:
         self._network: Denoiser | None = None
         self._features: Tensor | None = None
         reference = run.config.logging.reference
-        self._source = open_source(reference) if reference else None
+        self._source = open_source(reference, "logging.reference") if reference else None
 
     def log(self, step: int) -> None:
         """Samples images with the same seeds each time, and logs 16 of them, and the distance of 256 where there is a

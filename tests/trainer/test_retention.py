@@ -32,6 +32,7 @@ def there(run_dir: Path) -> set[int]:
 def script(run_dir: Path, config: CheckpointConfig, steps: list[int], tally: Tally | None = None) -> list[set[int]]:
     """Saves at these steps, as the loop does, with a report of the steps before at every 4th and at each save; returns what is
     there after each."""
+    run_dir.mkdir(exist_ok=True)
     checkpoints, judge = Checkpoints(run_dir, config), Judge(config, tally)
     seen: list[set[int]] = []
     begun = checkpoints.latest()

@@ -66,10 +66,13 @@ class ParticlePool:
         return (rows, slot), Particles(x, sigma.clamp(min=self.sigma_min), conditioning, active)
 
     def put(self, slots: Slots, particles: Particles) -> None:
-        """Stores the particles in the slots they were taken from; an inactive one leaves its slot empty."""
+        """Stores the particles in the slots they were taken from; one that is inactive, or not finite, leaves its slot empty."""
         state = self._states[particles.x.shape[1:]]
-        state["x"][slots] = particles.x
-        state["sigma"][slots] = torch.where(particles.active, particles.sigma, torch.zeros_like(particles.sigma))
+        finite = particles.x.flatten(1).isfinite().all(1)
+        state["x"][slots] = torch.where(expand(finite, particles.x), particles.x, 0)
+        state["sigma"][slots] = torch.where(
+            particles.active & finite, particles.sigma, torch.zeros_like(particles.sigma)
+        )
         for name, value in particles.conditioning.items():
             state[f"conditioning.{name}"][slots] = value
 
