@@ -102,9 +102,8 @@ class Checkpoints:
         if ranks.is_main:
             try:
                 shutil.rmtree(partial, ignore_errors=True)
-                self.folder.mkdir(
-                    exist_ok=True
-                )  # not its parents: where a disk was lost, nothing is to be written in its place
+                # Not its parents: where a disk was lost, nothing is to be written in its place.
+                self.folder.mkdir(exist_ok=True)
                 partial.mkdir()
             except OSError as caught:
                 error = caught

@@ -19,7 +19,8 @@ class Told(Exception):
 
     def __str__(self) -> str:
         """In one line, and such that any terminal can print it, whatever names of files and values are in it."""
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
+        line = " ".join(super().__str__().splitlines())
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
 class UserError(Told):

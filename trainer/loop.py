@@ -75,8 +75,9 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
             flags = ranks.any({"stop": stop(), "not_finite": not bool(finite)})
             problem = _not_finite(run, done, left_out, flags["not_finite"])
             in_a_row = in_a_row + 1 if problem else 0
-            moved = engine.loss_scale.skipped == left_out
-            if problem and (moved or in_a_row > config.optimizer.skip_not_finite):
+            # The weights moved, or never will.
+            hopeless = engine.loss_scale.skipped == left_out or engine.loss_scale.scale < 1
+            if problem and (hopeless or in_a_row > config.optimizer.skip_not_finite):
                 raise WorkFailed(_last_words(run, problem, keys))
             if problem:
                 _leave_out(run, done, problem, [] if bool(finite) else keys)
