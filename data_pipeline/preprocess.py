@@ -192,6 +192,7 @@ def _work(work: Work, source: Source, limit: Limit, means: Means) -> ShardIndex:
         ordered = (progress.done[number] for number in sorted(progress.done))
         captions = [caption for record in ordered for caption in record.captions]
         text = write_captions(work.output, work.request.latents.source, captions)
+    records.remove_leftovers(work.output, progress.done)  # workers of a killed call may have gone on for a moment
     return records.merge(work.output, work.plan, progress.done.values(), text)
 
 

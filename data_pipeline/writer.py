@@ -46,7 +46,8 @@ def write_tar(folder: str, name: str, samples: Iterable[tuple[str, Members]]) ->
         if outcome[0]:
             storage.write_atomically(storage.join(folder, name), buffer.getvalue())
         return outcome
-    partial = os.path.join(folder, f".{name}.partial")
+    # A name of this process: a worker of a call that was killed may still be writing the same shard.
+    partial = os.path.join(folder, f".{name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb", buffering=1 << 20) as file:
             outcome = _write(file, samples)
