@@ -225,14 +225,18 @@ def state_from(data: dict[str, Any]) -> TrainState:
     return state
 
 
+class AnotherFormat(UserError):
+    """Of a checkpoint that another version wrote."""
+
+
 def read_state(path: Path) -> TrainState:
-    """Raises UserError for a state.json that another format wrote."""
+    """Raises AnotherFormat, or UserError for a state.json that is missing or damaged."""
     try:
         data = from_json((path / "state.json").read_text())
         if data.pop("format") != FORMAT:
-            raise UserError(f"{path}: another format of checkpoint; this version reads {FORMAT}")
+            raise AnotherFormat(f"{path}: another format of checkpoint; this version reads {FORMAT}")
         return state_from(data)
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path / 'state.json'}: not a checkpoint's state: {error}") from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,9 +10,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from trainer.checkpoint import FORMAT, Checkpoints, named, read_state
+from trainer.checkpoint import AnotherFormat, Checkpoints, named, read_state
 from trainer.distributed import Ranks
-from trainer.documents import from_json
 from trainer.errors import UserError
 
 
@@ -24,7 +24,7 @@ def newest_whole(checkpoints: Checkpoints, names: Iterable[str], ranks: Ranks) -
     if ranks.is_main:
         try:
             chosen, warning = _choose(checkpoints, list(names))
-        except UserError as error:
+        except (UserError, OSError) as error:  # the others wait
             failed = error
     if ranks.any({"failed": failed is not None})["failed"]:
         raise failed or UserError(f"{checkpoints.folder}: rank 0 found no whole checkpoint")
@@ -57,7 +57,10 @@ def _choose(checkpoints: Checkpoints, names: list[str]) -> tuple[int, str | None
 def _set_aside(checkpoints: Checkpoints, torn: list[int], problems: list[str], step: int) -> str | None:
     for each in torn:
         path = checkpoints.path(each)
-        path.replace(path.with_name(f"{path.name}.torn"))
+        kept = path.with_name(f"{path.name}.torn")
+        if kept.exists():  # this step was torn before: the newer one stays
+            shutil.rmtree(kept)
+        path.replace(kept)
     if not problems:
         return None
     checkpoints.point_at(step)
@@ -73,11 +76,9 @@ def damage(path: Path, names: list[str]) -> str | None:
 
     A file that was cut anywhere is found: JSON then has no end, and safetensors says how long it is."""
     try:
-        if from_json((path / "state.json").read_text()).get("format", FORMAT) != FORMAT:
-            return None  # whole, and of another version, which says so when it is read
         read_state(path)
-    except (OSError, ValueError, AttributeError) as error:
-        return f"{path / 'state.json'} cannot be read ({error})"
+    except AnotherFormat:
+        return None  # it is whole, and whoever reads it is told
     except UserError as error:
         return str(error)
     pool = {file.stem for file in path.glob("pool-*-of-*.safetensors")}

@@ -101,6 +101,15 @@ def test_a_process_killed_before_it_moved_the_pointer_leaves_a_checkpoint_that_i
     ]
 
 
+def test_a_step_may_be_torn_again(saved: Checkpoints) -> None:
+    tensors = {"a": torch.zeros(1)}
+    for _ in range(2):
+        (saved.path(30) / "weights.safetensors").write_bytes(b"")
+        assert newest_whole(saved, NAMES, ALONE)[0] == saved.path(20)
+        saved.save(ALONE, TrainState(30, 120, 0, 0.0, (1, 8, 8)), tensors, {"ema": tensors}, tensors, {})
+    assert newest_whole(saved, NAMES, ALONE) == (saved.path(30), None)
+
+
 def test_where_all_are_torn_the_run_is_refused_and_nothing_is_renamed(saved: Checkpoints) -> None:
     for step in (10, 20, 30):
         (saved.path(step) / "weights.safetensors").write_bytes(b"")
