@@ -12,8 +12,10 @@ LARGEST = 2**63
 def from_json(text: str | bytes) -> Any:
     """Raises ValueError, also for text that is nested too deeply and for whole numbers of more than 64 bits, which what
     reads them would stumble over later."""
+    if isinstance(text, bytes):
+        text = text.decode(json.detect_encoding(text), "surrogatepass")
     try:
-        return json.loads(text, parse_int=_whole)
+        return _DECODER.decode(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -24,7 +26,7 @@ def from_yaml(text: str) -> Any:
     import yaml  # here, since the processes that prepare data have no use for it
 
     try:
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=yaml.SafeLoader)):
+        if "*" in text and any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=yaml.SafeLoader)):
             raise ValueError("it has an alias (*name): write out what it stands for")
         return yaml.safe_load(text)
     except RecursionError:
@@ -39,6 +41,9 @@ def _whole(digits: str) -> int:
         raise ValueError(f"{digits[:20]}... has more than 64 bits")
     return number
 
+
+_DECODER = json.JSONDecoder(parse_int=_whole)
+"""json.loads would make one for each of a data set's samples, which takes as long as reading it."""
 
 PASSWORD = re.compile(r"(://[^/@:]*:)[^/@]+@")
 

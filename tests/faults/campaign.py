@@ -40,6 +40,8 @@ from trainer import errors, loop, train
 TINY = Path(__file__).parent.parent / "tiny.yaml"
 PICTURES, BATCH, STEPS = 60, 12, 30
 """Six epochs of five steps."""
+LAST = "start-last"
+"""In the order of their names, after the starts that are numbered."""
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
@@ -110,11 +112,12 @@ def _round(whole: Undisturbed, kind: str, place: Path, rng: random.Random, outco
         codes = start.end()
         if chosen != signal.SIGKILL and not set(codes) <= {errors.DONE, errors.INTERRUPTED, 130, -chosen}:
             return [f"start {number} ended with {codes} after {chosen.name}, {when}"]
-    codes = work.start(place, "last", rng).end()
+    codes = work.start(place, LAST, rng).end()
     if any(codes):
         return [f"the last start, which nothing killed, ended with {codes}"]
-    problems = [f"{name} differs" for name, digest in whole.files.items() if work.files(place).get(name) != digest]
-    problems += [f"{name} is left over" for name in work.files(place).keys() - whole.files.keys()]
+    files = work.files(place)
+    problems = [f"{name} differs" for name, digest in whole.files.items() if files.get(name) != digest]
+    problems += [f"{name} is left over" for name in files.keys() - whole.files.keys()]
     lost, twice, told = work.account(place)
     outcome.lost, outcome.twice = outcome.lost + lost, outcome.twice + twice
     return problems + told
@@ -130,7 +133,7 @@ class Undisturbed:
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True)
         began = time.monotonic()
-        codes = self.work.start(self.folder, "last", random.Random(0)).end()
+        codes = self.work.start(self.folder, LAST, random.Random(0)).end()
         assert not any(codes), f"undisturbed it ends with {codes}: {self.folder}"
         self.seconds, self.files = time.monotonic() - began, self.work.files(self.folder)
         assert self.work.account(self.folder) == (0, 0, [])
@@ -144,16 +147,8 @@ class Shards:
     ranks: int = 1
 
     def start(self, place: Path, name: str, rng: random.Random) -> Start:
-        words = [
-            str(self.pictures),
-            str(place / "shards"),
-            "--sigma",
-            "0.4",
-            "--shard-size",
-            "5",
-            "--workers",
-            rng.choice("12"),
-        ]
+        options = f"--sigma 0.4 --shard-size 5 --workers {rng.choice('12')}".split()
+        words = [str(self.pictures), str(place / "shards"), *options]
         return Start(lambda rank: errors.run(lambda: shard.main(words)), 1, place, name)
 
     def moment(self, place: Path, name: str, seconds: float, rng: random.Random) -> tuple[Callable[[], bool], str]:
@@ -224,7 +219,7 @@ class Training:
         """Samples that an epoch lacks, samples that it has more than once, and what else is wrong. A step that a later start has
         done again counts as it was done then."""
         taken: dict[tuple[int, int], list[str]] = {}
-        for name in sorted({path.stem.rpartition("-")[0] for path in place.glob("*.trace")}, key=_last_at_the_end):
+        for name in sorted({path.stem.rpartition("-")[0] for path in place.glob("*.trace")}):
             for rank in range(self.ranks):
                 for line in (place / f"{name}-{rank}.trace").read_text().splitlines():
                     step, keys = json.loads(line)
@@ -236,10 +231,6 @@ class Training:
         logged = [json.loads(line)["step"] for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
         told = [] if logged == sorted(set(logged)) else ["metrics.jsonl has steps twice, or out of order"]
         return lost, twice, told + ([f"{lost} samples lost, {twice} seen twice"] if lost or twice else [])
-
-
-def _last_at_the_end(name: str) -> tuple[bool, str]:
-    return name == "last", name
 
 
 def _after(seconds: float) -> Callable[[], bool]:

@@ -134,12 +134,17 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("fuzz")
 
 
+def a_copy(folder: Path, at: Path) -> Path:
+    """Made once; each example overwrites what it spoils."""
+    if not at.is_dir():
+        shutil.copytree(folder, at)
+    return at
+
+
 @given(data=st.data())
 @EXAMPLES
 def test_an_index(data: st.DataObject, shards: Path, scratch: Path) -> None:
-    folder = scratch / "index"
-    if not folder.is_dir():
-        shutil.copytree(shards, folder)
+    folder = a_copy(shards, scratch / "index")
     (folder / NAME).write_bytes(data.draw(spoilt((shards / NAME).read_bytes())))
 
     def use() -> None:
@@ -155,9 +160,7 @@ def test_an_index(data: st.DataObject, shards: Path, scratch: Path) -> None:
 @EXAMPLES
 def test_a_shard(data: st.DataObject, shards: Path, scratch: Path) -> None:
     """The index says what the file's size and checksum are now, as a hostile one would."""
-    folder = scratch / "shard"
-    if not folder.is_dir():
-        shutil.copytree(shards, folder)
+    folder = a_copy(shards, scratch / "shard")
     name = sorted(path.name for path in shards.glob("*.tar"))[0]
     content = data.draw(spoilt_bytes((shards / name).read_bytes()))
     (folder / name).write_bytes(content)

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from tests.conftest import Outcome
-from tests.trainer.in_turn import as_in_a_process_of_its_own
 from tests.trainer.test_runs import assert_same_files, curve, final
 from trainer import loop
 
@@ -35,12 +34,6 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(loop, "step_loss", spoilt)
 
     return at
-
-
-@pytest.fixture(autouse=True)
-def alone():
-    with as_in_a_process_of_its_own():
-        yield
 
 
 @pytest.mark.parametrize("gradient", [False, True], ids=["loss", "gradients"])

@@ -1,0 +1,5 @@
+"""Trainings in this process, as in tests/trainer."""
+
+from tests.trainer.conftest import alone
+
+__all__ = ["alone"]
