@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -34,7 +34,7 @@ from trainer.provenance import tags
 from trainer.resume import newest_whole
 
 MAY_CHANGE = ("steps", "threads", "micro_batch_size", "data.workers", "data.cache_dir", "data.cache_gb", "data.retries",
-              "data.verify", "data.on_error", "engine.", "optimizer.skip_not_finite", "ema.snapshots.every", "checkpoint.", "logging.")  # fmt: skip
+              "data.verify", "data.on_error", "engine.", "ema.snapshots.every", "checkpoint.", "recovery.", "logging.")  # fmt: skip
 """Fields that a run may be started again with another value of. The others would make it another run."""
 
 
@@ -119,14 +119,7 @@ def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = 
     state, ema = TrainState(0, 0, 0, 0.0, loader.index.shape), EMA(config.ema, engine.masters)
     path, torn = newest_whole(checkpoints, ["weights", "optimizer", *ema.averages], ranks)
     if path is not None:
-        state = read_state(path)
-        for name in ema.averages:
-            engine.load(read_tensors(path, name), {}, state.step, state.loss_scale)
-            ema.averages[name] = [t.clone() for t in engine.masters]
-        weights, moments = read_tensors(path, "weights"), read_tensors(path, "optimizer")
-        engine.load(weights, moments, state.step, state.loss_scale)
-        particles = read_pool(path, layout.first_row(0) // stride, pool.rows)
-        pool.load_state_dict({name: value.to(ranks.device) for name, value in particles.items()})
+        state = _load(path, engine, ema, pool, layout.first_row(0) // stride, ranks)
     if torn:
         notices["notice.torn_checkpoint"] = torn
     budget = _budget(c, state)
@@ -143,6 +136,32 @@ def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = 
         logger=_logger(config, directory, engine, attention.tags() | notices | dict(extra_tags or {})) if ranks.is_main else None,
         state=state,
     )  # fmt: skip
+
+
+def _load(path: Path, engine: Engine, ema: EMA, pool: ParticlePool, first_particle: int, ranks: Ranks) -> TrainState:
+    """Puts the state of a checkpoint into what has one."""
+    state = read_state(path)
+    for name in ema.averages:
+        engine.load(read_tensors(path, name), {}, state.step, state.loss_scale)
+        ema.averages[name] = [t.clone() for t in engine.masters]
+    weights, moments = read_tensors(path, "weights"), read_tensors(path, "optimizer")
+    engine.load(weights, moments, state.step, state.loss_scale)
+    particles = read_pool(path, first_particle, pool.rows)
+    pool.load_state_dict({name: value.to(ranks.device) for name, value in particles.items()})
+    return state
+
+
+def roll_back(run: Run) -> bool:
+    """Sets a run back to its last checkpoint, but for the samples, of which it goes on with those after. A collective.
+    False where it has none, or has gone back as often as it may."""
+    path, here = run.checkpoints.latest(), run.state
+    if path is None or here.rolled_back >= run.config.recovery.roll_back:
+        return False
+    state = _load(path, run.engine, run.ema, run.pool, run.layout.first_row(0) // run.stride, run.ranks)
+    run.state = replace(state, samples=here.samples, evaluations=here.evaluations, seconds=here.seconds, rolled_back=here.rolled_back + 1)  # fmt: skip
+    run.budget = _budget(run.config.consistency, state)
+    run.schedule = _schedule(run.config.consistency, run.budget, state)
+    return True
 
 
 def _logger(config: RunConfig, directory: Path, engine: Engine, more: dict[str, str]) -> MLflowLogger:

@@ -24,6 +24,7 @@ from trainer.distributed import Ranks
 from trainer.documents import from_json
 from trainer.errors import UserError, WorkFailed
 from trainer.loss_scale import LossScale
+from trainer.recovery import Usual
 from trainer.retention import CheckpointConfig, Tally, kept
 
 FORMAT = 2
@@ -35,7 +36,8 @@ class TrainState:
     """Where training is. step: optimiser steps done. samples: position in the data. evaluations: network evaluations
     of samples so far, over all ranks. seconds: time spent training, over all starts. shape: (C, H, W) of an image.
     period: of consistency, once a budget has chosen it. tally: of the metric that checkpoints are judged by. loss_scale: of
-    the step to come."""
+    the step to come. usual_loss: of steps without and with consistency, where spikes are looked for. rolled_back: how often
+    training has gone back, which leaves `samples` ahead of `step`."""
 
     step: int
     samples: int
@@ -45,6 +47,8 @@ class TrainState:
     period: int | None = None
     tally: Tally | None = None
     loss_scale: LossScale = field(default_factory=LossScale)
+    usual_loss: tuple[Usual, Usual] = (Usual(), Usual())
+    rolled_back: int = 0
 
 
 class Checkpoints:
@@ -216,12 +220,15 @@ def state_from(data: dict[str, Any]) -> TrainState:
     """From what `asdict` made of one. Raises KeyError or TypeError for other data."""
     tally = Tally(**data["tally"]) if data.get("tally") else None
     scale = LossScale(**data.get("loss_scale", {}))
-    state = TrainState(**{**data, "shape": tuple(data["shape"]), "tally": tally, "loss_scale": scale})
-    numbers = [*state.shape, state.step, state.samples, state.evaluations, state.period or 1, scale.skipped]
+    plain, consistency = (Usual(**each) for each in data.get("usual_loss", ({}, {})))
+    parsed = {"shape": tuple(data["shape"]), "tally": tally, "loss_scale": scale, "usual_loss": (plain, consistency)}
+    state = TrainState(**{**data, **parsed})
+    numbers = [*state.shape, state.step, state.samples, state.evaluations, state.period or 1, scale.skipped,
+               state.rolled_back, plain.steps, consistency.steps]  # fmt: skip
     if len(state.shape) != 3 or any(type(n) is not int or n < 0 for n in numbers) or 0 in state.shape:
         raise TypeError(f"its counts must be whole numbers, and its shape three of them: {numbers}")
-    if not all(isinstance(x, int | float) for x in (state.seconds, scale.scale)):
-        raise TypeError("seconds and scale must be numbers")
+    if not all(isinstance(x, int | float) for x in (state.seconds, scale.scale, plain.mean, consistency.mean)):
+        raise TypeError("seconds, scale and means must be numbers")
     return state
 
 

@@ -32,6 +32,7 @@ from trainer.mlflow_logger import LoggingConfig
 from trainer.models.dit import DiTConfig
 from trainer.models.sdxl import SDXLConfig
 from trainer.models.unet2d import UNet2DConfig
+from trainer.recovery import RecoveryConfig
 from trainer.retention import CheckpointConfig
 
 
@@ -76,6 +77,7 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     ema: Annotated[AnyEMA, Field(discriminator="kind"), BeforeValidator(with_kind)] = field(default_factory=PowerEMA)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:

@@ -59,9 +59,7 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW; the rate rises linearly over the first warmup_steps. clip: the largest gradient norm, 0 for none.
-    skip_not_finite: how many steps in a row may be left out because their loss or gradients are not finite; the next one
-    stops the run. 0: the first does."""
+    """AdamW; the rate rises linearly over the first warmup_steps. clip: the largest gradient norm, 0 for none."""
 
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
@@ -69,13 +67,12 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     warmup_steps: int = 100
     clip: float = 1.0
-    skip_not_finite: int = 0
 
     def __post_init__(self) -> None:
         if not all(0 <= beta < 1 for beta in self.betas) or not self.eps > 0 or not self.weight_decay >= 0:
             raise ValueError("need betas from 0 to below 1, eps > 0 and weight_decay >= 0")
-        if not self.lr > 0 or self.clip < 0 or self.warmup_steps < 0 or self.skip_not_finite < 0:
-            raise ValueError("need lr > 0, clip >= 0, warmup_steps >= 0 and skip_not_finite >= 0")
+        if not self.lr > 0 or self.clip < 0 or self.warmup_steps < 0:
+            raise ValueError("need lr > 0, clip >= 0 and warmup_steps >= 0")
 
     def rate(self, step: int) -> float:
         """The learning rate of step `step`, counted from 0."""

@@ -13,24 +13,25 @@ import torch
 from tqdm import tqdm
 
 from data_pipeline.latents.tokens import Tokens
-from trainer import conditioning, guard
+from trainer import conditioning, guard, recovery
 from trainer.budget import settled
 from trainer.build import Run
 from trainer.checkpoint import TrainState
 from trainer.diffusion.batch import Batch, variance
 from trainer.diffusion.noise import AddressedNoise
 from trainer.ema import PowerEMA
-from trainer.errors import WorkFailed
 from trainer.metrics import Meter
 from trainer.planning.utilization import Utilization
 from trainer.posthoc import write_snapshot
 from trainer.preview import Preview
 from trainer.progress import progress_bar
+from trainer.recovery import Diverged
 from trainer.retention import Judge
 
 
 def train(run: Run, stop: Callable[[], bool]) -> bool:
-    """Trains to the last step, or until `stop()` is true on any rank. Returns whether it reached the last step.
+    """Trains to the last step, or until `stop()` is true on any rank. Returns whether it reached the last step. Raises
+    Diverged, on all ranks, at a step that may not be left out.
 
     Every step is a pure function of the checkpoint before it: noise is addressed by (seed, step, row), data by position.
     """
@@ -40,6 +41,7 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
     collapse = guard.CollapseGuard(config.consistency) if config.consistency else None
     begun, before = time.perf_counter(), run.state
     judge = Judge(config.checkpoint, before.tally)
+    spikes = recovery.Spikes(config.recovery.spike, before.usual_loss) if config.recovery.spike else None
     evaluations_before, last_report = run.denoiser.evaluations, (0, before.step)
     saved_at, in_a_row = before.step, 0
     batches = run.loader.stream(before.samples)
@@ -52,6 +54,7 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
             started, waited, left_out = time.perf_counter(), 0.0, engine.loss_scale.skipped
             finite = torch.ones((), dtype=torch.bool, device=ranks.device)
             keys: list[str] = []
+            spike, whole_loss = None, torch.zeros((), device=ranks.device)
             for micro in range(layout.accumulation):
                 asked = time.perf_counter()
                 batch = next(batches)
@@ -59,7 +62,12 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
                 loss = step_loss(run, batch, step, micro, meter)
                 finite &= loss.isfinite()
                 keys += batch.keys
-                engine.backward(loss)
+                if spikes:
+                    whole_loss += loss.detach()
+                    if micro == layout.accumulation - 1:
+                        mean = float(ranks.sum(whole_loss)) / layout.accumulation / ranks.world
+                        spike = spikes.observe(mean, run.schedule.has_consistency(step))
+                engine.backward(loss * math.nan if spike else loss)  # steps of such gradients are left out
                 engine.step(step)
             run.ema.update(engine.masters, step + 1)
             meter.waited(waited)
@@ -69,18 +77,19 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
             evaluations = (run.denoiser.evaluations - evaluations_before) * ranks.world
             seconds = before.seconds + time.perf_counter() - begun
             run.state = TrainState(
-                done, done * layout.batch_size, before.evaluations + evaluations, seconds, before.shape, period,
-                loss_scale=engine.loss_scale,
+                done, before.samples + (done - before.step) * layout.batch_size, before.evaluations + evaluations, seconds,
+                before.shape, period, loss_scale=engine.loss_scale, usual_loss=spikes.usual if spikes else before.usual_loss,
+                rolled_back=before.rolled_back,
             )  # fmt: skip
             flags = ranks.any({"stop": stop(), "not_finite": not bool(finite)})
-            problem = _not_finite(run, done, left_out, flags["not_finite"])
+            problem = f"{spike} at step {done}" if spike else _not_finite(run, done, left_out, flags["not_finite"])
             in_a_row = in_a_row + 1 if problem else 0
             # The weights moved, or never will.
             hopeless = engine.loss_scale.skipped == left_out or engine.loss_scale.scale < 1
-            if problem and (hopeless or in_a_row > config.optimizer.skip_not_finite):
-                raise WorkFailed(_last_words(run, problem, keys))
+            if problem and (hopeless or in_a_row > config.recovery.leave_out):
+                raise Diverged(_last_words(run, problem, keys))
             if problem:
-                _leave_out(run, done, problem, [] if bool(finite) else keys)
+                _leave_out(run, done, problem, [] if bool(finite) and not spike else keys)
             bar.update()
             if done % config.logging.every == 0 or done == config.steps or flags["stop"]:
                 report = meter.report(evaluations - last_report[0], (done - last_report[1]) * layout.batch_size)
@@ -93,8 +102,10 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
                 }
                 if engine.precision == "fp16":
                     report["optimizer/loss_scale"] = engine.loss_scale.scale
-                if engine.precision == "fp16" or config.optimizer.skip_not_finite:
+                if engine.precision == "fp16" or config.recovery.leave_out:
                     report["optimizer/skipped_steps"] = float(engine.loss_scale.skipped)
+                if config.recovery.roll_back:
+                    report["optimizer/roll_backs"] = float(before.rolled_back)
                 if config.data.on_error == "skip":
                     skipped = torch.tensor(float(run.loader.skipped), device=ranks.device)
                     report["data/skipped_samples"] = float(ranks.sum(skipped))
@@ -106,7 +117,7 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
                     report["consistency/period"] = run.schedule.scale
                 if collapse and guard.SPREAD in report and math.isfinite(report["loss/ambient"]):
                     warning = collapse.observe(done, report[guard.SPREAD], report["loss/ambient"])
-                    _warn(run, "collapse", warning)
+                    warn(run, "collapse", warning)
                 judge.observe(report, covered)
                 bar.set_postfix(loss=f"{report['loss/ambient']:.3f}", refresh=False)
                 if run.logger:
@@ -118,7 +129,7 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
                     write_snapshot(run.directory, ranks, done, width, run.averaged_weights(name))
             if done % config.checkpoint.every == 0 or done == config.steps or flags["stop"]:
                 tally, warning = judge.close(done)
-                _warn(run, "keep_best", warning)
+                warn(run, "keep_best", warning)
                 run.state = replace(run.state, tally=tally)
                 save(run)
                 saved_at = done
@@ -191,7 +202,7 @@ def _not_finite(run: Run, done: int, left_out: int, loss: bool) -> str | None:
 def _last_words(run: Run, problem: str, keys: list[str]) -> str:
     return (
         f"{problem}; samples of rank {run.ranks.rank}: {' '.join(keys[:8])}...; the last good checkpoint is {run.checkpoints.latest() or 'none'}; "
-        "try a lower optimizer.lr or consistency.weight, or engine.precision=fp32; optimizer.skip_not_finite leaves such steps out"
+        "try a lower optimizer.lr or consistency.weight, or engine.precision=fp32; recovery.leave_out passes over such steps, recovery.roll_back over all samples since the checkpoint"
     )
 
 
@@ -199,15 +210,15 @@ def _leave_out(run: Run, done: int, problem: str, keys: list[str]) -> None:
     """Says that a step moves nothing, and which samples it had where the loss is not finite: on the rank that has them."""
     if keys:
         tqdm.write(f"warning: {problem}; samples of rank {run.ranks.rank}: {' '.join(keys)}", file=sys.stderr)
-    _warn(run, "not_finite", f"{problem}; it was left out, {run.engine.loss_scale.skipped} such steps so far")
+    warn(run, "not_finite", f"{problem}; it was left out, {run.engine.loss_scale.skipped} such steps so far")
 
 
-def _warn(run: Run, name: str, warning: str | None) -> None:
-    """Says it, if there is something to say, and leaves it in MLflow as notice.NAME."""
+def warn(run: Run, name: str, warning: str | None, step: int | None = None) -> None:
+    """Says it, if there is something to say, and leaves it in MLflow as notice.NAME, of this step or another."""
     if warning and run.ranks.is_main:
         tqdm.write(f"warning: {warning}", file=sys.stderr)
         if run.logger:
-            run.logger.notice(run.state.step, name, warning)
+            run.logger.notice(step or run.state.step, name, warning)
 
 
 def save(run: Run) -> None:

@@ -73,7 +73,9 @@ class MLflowLogger:
                 self._state = _checked(from_json(self._state_file.read_text()))
             lines = self._mend()
             records = [from_json(line) for line in lines]
-            self.last_step = max((record["step"] for record in records), default=0)
+            self._last: dict[str, int] = {}
+            for record in records:
+                self._last[_kind(record)] = max(self._last.get(_kind(record), 0), record["step"])
             self._began = int(records[0]["time"]) if records else int(time.time() * 1000)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
@@ -116,8 +118,9 @@ class MLflowLogger:
             self._file.close()
 
     def _record(self, record: dict[str, Any]) -> None:
-        if record["step"] <= self.last_step:
-            return
+        if record["step"] <= self._last.get(_kind(record), 0):
+            return  # of a training that was started again, or has gone back
+        self._last[_kind(record)] = record["step"]
         line = json.dumps(record)
         try:
             self._file.write(line + "\n")
@@ -219,6 +222,14 @@ class MLflowLogger:
         partial = self._state_file.with_suffix(".partial")
         partial.write_text(json.dumps(self._state))
         partial.replace(self._state_file)
+
+
+def _kind(record: dict[str, Any]) -> str:
+    """Of records of one kind, a run has one a step. Raises ValueError for what is no record."""
+    for name in ("metrics", "image", "notice"):
+        if name in record:
+            return f"{name} {next(iter(record[name]), '')}"
+    raise ValueError(f"a record has metrics, image or notice, not {', '.join(record)}")
 
 
 def _checked(state: dict[str, Any]) -> dict[str, Any]:

@@ -68,8 +68,6 @@ def train(
 
 
 def _train(run: Run, stop: Callable[[], bool]) -> int:
-    from trainer import loop
-
     config = run.config
     if run.ranks.is_main and run.state.step:
         print(
@@ -83,7 +81,7 @@ def _train(run: Run, stop: Callable[[], bool]) -> int:
         print(f"engine.attention {config.engine.attention}: {run.attention.backend} ({why})", file=sys.stderr)
     finished, status = False, "FAILED"
     try:
-        finished = loop.train(run, stop)
+        finished = _with_roll_backs(run, stop)
         status = "FINISHED" if finished else "KILLED"
     finally:
         if run.logger:
@@ -94,6 +92,21 @@ def _train(run: Run, stop: Callable[[], bool]) -> int:
             + ("" if finished else "; interrupted, run it again to go on")
         )
     return errors.DONE if finished else errors.INTERRUPTED
+
+
+def _with_roll_backs(run: Run, stop: Callable[[], bool]) -> bool:
+    from trainer import build, loop
+    from trainer.recovery import Diverged
+
+    while True:
+        try:
+            return loop.train(run, stop)
+        except Diverged as problem:
+            reached = run.state.step
+            if not build.roll_back(run):
+                raise
+            again = f"back to step {run.state.step}, past the samples of steps {run.state.step + 1} to {reached}; {run.state.rolled_back} of at most {run.config.recovery.roll_back} times"
+            loop.warn(run, "rolled_back", f"{problem}; {again}", reached)
 
 
 if __name__ == "__main__":

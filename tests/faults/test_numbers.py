@@ -1,16 +1,20 @@
-"""Losses and gradients that are not finite: a run stops, or leaves the step out and goes on as if it had not been."""
+"""Losses and gradients that are not finite, and spikes: a run stops, leaves the step out, or goes back to its checkpoint."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from tests.conftest import Outcome
+from tests.conftest import ROOT, Outcome
 from tests.trainer.test_runs import assert_same_files, curve, final
 from trainer import loop
 
@@ -19,21 +23,31 @@ Train = Callable[..., Outcome]
 
 @pytest.fixture
 def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Makes the loss of some steps NaN, or its gradients alone infinite."""
+    """Makes the loss of some steps NaN, or its gradients alone infinite, or it large; each time, or so many times."""
     honest = loop.step_loss
 
-    def at(*steps: int, gradient: bool = False) -> None:
+    def at(*steps: int, gradient: bool = False, factor: float | None = None, times: int = 1000) -> None:
+        left = dict.fromkeys(steps, times)
+
         def spoilt(run: loop.Run, batch: loop.Batch, step: int, *rest: object) -> torch.Tensor:
-            if step + 1 in steps and not gradient:
+            if not left.get(step + 1):
+                return honest(run, batch, step, *rest)  # pyright: ignore[reportArgumentType]
+            left[step + 1] -= 1
+            if not gradient and not factor:
                 batch.x_n[0, 0, 0, 0] = float("nan")
-            loss = honest(run, batch, step, *rest)  # pyright: ignore[reportArgumentType]
-            if step + 1 in steps and gradient:
+            loss = honest(run, batch, step, *rest) * (factor or 1)  # pyright: ignore[reportArgumentType]
+            if gradient:
                 loss.register_hook(lambda g: g * float("inf"))
             return loss
 
         monkeypatch.setattr(loop, "step_loss", spoilt)
 
     return at
+
+
+def notices(run_dir: Path) -> list[str]:
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [record["notice"][1] for record in records if "notice" in record]
 
 
 @pytest.mark.parametrize("gradient", [False, True], ids=["loss", "gradients"])
@@ -48,7 +62,7 @@ def test_by_default_a_run_stops_and_names_the_samples(
     assert f"the {'gradients are' if gradient else 'loss is'} not finite at step 5" in line
     assert "samples of rank 0: disc " in line
     assert "step-00000003" in line
-    assert "optimizer.skip_not_finite" in line
+    assert "recovery.leave_out" in line
     assert "Traceback" not in output
 
 
@@ -59,7 +73,7 @@ def test_a_step_that_is_left_out_moves_nothing_and_the_run_goes_on(
 ) -> None:
     words = [
         f"engine.zero_stage={stage}",
-        "optimizer.skip_not_finite=2",
+        "recovery.leave_out=2",
         "checkpoint.every=1",
         "checkpoint.keep=20",
         "steps=8",
@@ -72,8 +86,6 @@ def test_a_step_that_is_left_out_moves_nothing_and_the_run_goes_on(
     folder = tmp_path / "run" / "checkpoints"
 
     def weights(step: int) -> dict[str, torch.Tensor]:
-        from safetensors.torch import load_file
-
         return load_file(folder / f"step-{step:08d}" / "weights.safetensors")
 
     for a, b in itertools.pairwise((3, 4, 5)):
@@ -83,18 +95,13 @@ def test_a_step_that_is_left_out_moves_nothing_and_the_run_goes_on(
         assert all(value.isfinite().all() for value in final(tmp_path / "run", name).values()), name
     records = curve(tmp_path / "run")
     assert [records[step]["optimizer/skipped_steps"] for step in (3, 4, 5, 6, 8)] == [0, 1, 2, 2, 2]
-    notices = [
-        json.loads(line)["notice"]
-        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-        if "notice" in line
-    ]
-    assert any("it was left out" in text for _, text in notices)
+    assert any("it was left out" in text for text in notices(tmp_path / "run"))
 
 
 def test_a_run_that_leaves_steps_out_ends_with_the_same_bits_when_it_is_stopped(
     train: Train, spoil: Callable[..., None], tmp_path: Path
 ) -> None:
-    words = ["optimizer.skip_not_finite=1", "steps=8"]
+    words = ["recovery.leave_out=1", "steps=8"]
     spoil(3, 6)
     assert train("whole", *words)[0] == 0
     for steps in (2, 3, 4, 6):
@@ -106,14 +113,139 @@ def test_a_run_that_leaves_steps_out_ends_with_the_same_bits_when_it_is_stopped(
 
 def test_more_in_a_row_than_are_allowed_stop_the_run(train: Train, spoil: Callable[..., None], tmp_path: Path) -> None:
     spoil(2, 4, 5, 6)
-    code, output = train("run", "optimizer.skip_not_finite=2", "steps=8")
+    code, output = train("run", "recovery.leave_out=2", "steps=8")
     assert code == 1
     assert "failed: the loss is not finite at step 6" in output
-    code, output = train("run", "optimizer.skip_not_finite=3", "steps=8")
+    code, output = train("run", "recovery.leave_out=3", "steps=8")
     assert code == 0, output
 
 
-def test_a_negative_number_is_refused(train: Train) -> None:
-    code, output = train("run", "optimizer.skip_not_finite=-1")
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_run_that_goes_back_goes_on_as_one_from_that_checkpoint_and_behind_those_samples(
+    stage: int, train: Train, spoil: Callable[..., None], tmp_path: Path
+) -> None:
+    engine = f"engine.zero_stage={stage}"
+    assert train("other", engine, "steps=3")[0] == 0
+    state = tmp_path / "other" / "checkpoints" / "step-00000003" / "state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "samples": 5 * 8}))
+    assert train("other", engine)[0] == 0
+
+    spoil(5, times=1)
+    code, output = train("run", engine, "recovery.roll_back=1")
+    assert code == 0, output
+    assert "the loss is not finite at step 5" in output
+    assert "back to step 3, past the samples of steps 4 to 5; 1 of at most 1 times" in output
+    assert_same_files(tmp_path / "run", tmp_path / "other")
+    assert any("back to step 3" in text for text in notices(tmp_path / "run"))
+    records = curve(tmp_path / "run")  # a step that was logged before it went back is not logged again
+    assert [records[step]["optimizer/roll_backs"] for step in sorted(records)] == [0, 0, 0, 0, 1, 1]
+
+
+def test_a_run_that_went_back_ends_with_the_same_bits_when_it_is_stopped(
+    train: Train, spoil: Callable[..., None], tmp_path: Path
+) -> None:
+    back = "recovery.roll_back=2"
+    spoil(5, times=1)
+    assert train("whole", back, "steps=9")[0] == 0
+    spoil(5, times=1)
+    assert train("parts", back, "steps=6")[0] == 0
+    assert train("parts", back, "steps=8")[0] == 0
+    assert train("parts", back, "steps=9")[0] == 0
+    assert_same_files(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_it_goes_back_only_so_often_also_over_several_starts(
+    train: Train, spoil: Callable[..., None], tmp_path: Path
+) -> None:
+    spoil(5, times=3)
+    code, output = train("run", "recovery.roll_back=2")
+    assert code == 1
+    assert "2 of at most 2 times" in output
+    assert "failed: the loss is not finite at step 5" in output
+    spoil(5, 8, 9, times=1)
+    assert train("again", "recovery.roll_back=2", "steps=8", "checkpoint.every=2")[0] == 0
+    code, output = train("again", "recovery.roll_back=2", "steps=9", "checkpoint.every=2")
+    assert code == 1, "what is in the checkpoint counts"
+
+
+def test_without_a_checkpoint_there_is_nowhere_to_go_back_to(
+    train: Train, spoil: Callable[..., None], tmp_path: Path
+) -> None:
+    spoil(2, times=1)
+    code, output = train("run", "recovery.roll_back=2")
+    assert code == 1
+    assert "the last good checkpoint is none" in output
+
+
+def test_two_ranks_go_back_together_where_one_has_the_bad_sample(tmp_path: Path, shards: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        """
+import sys
+from trainer import errors, loop
+from trainer.train import main
+honest, left = loop.step_loss, [1]
+def spoilt(run, batch, step, *rest):
+    loss = honest(run, batch, step, *rest)
+    if step == 4 and run.ranks.rank == 1 and left.pop():
+        left.append(0)
+        return loss * float("nan")
+    return loss
+loop.step_loss = spoilt
+sys.exit(errors.run(main))
+"""
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
+    words = [
+        "tests/tiny.yaml",
+        f"run_dir={tmp_path / 'run'}",
+        f"data.shards={shards}",
+        "engine.zero_stage=2",
+        "recovery.roll_back=1",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [*launcher, *words], cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("back to step 3, past the samples of steps 4 to 5") == 1
+    assert sorted(curve(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]
+
+
+SPIKY = ("consistency=null", "recovery.spike=8", "steps=26", "checkpoint.every=1", "checkpoint.keep=30")
+
+
+def test_a_spike_stops_a_run_or_is_left_out(train: Train, spoil: Callable[..., None], tmp_path: Path) -> None:
+    spoil(3, 24, factor=50)  # the third is too early to be told
+    code, output = train("stops", *SPIKY)
+    assert code == 1
+    (line,) = [line for line in output.splitlines() if line.startswith("failed: ")]
+    assert "times the usual" in line
+    assert "at step 24; samples of rank 0: disc " in line
+    code, output = train("goes-on", *SPIKY, "recovery.leave_out=1")
+    assert code == 0, output
+    assert "it was left out, 1 such steps so far" in output
+
+    def weights(step: int) -> dict[str, torch.Tensor]:
+        return load_file(tmp_path / "goes-on" / "checkpoints" / f"step-{step:08d}" / "weights.safetensors")
+
+    assert all(torch.equal(weights(23)[name], value) for name, value in weights(24).items())
+    assert any(not torch.equal(weights(24)[name], value) for name, value in weights(25).items())
+
+
+def test_what_is_usual_outlasts_a_stop(train: Train, spoil: Callable[..., None], tmp_path: Path) -> None:
+    spoil(22, 24, factor=50)
+    assert train("whole", *SPIKY, "recovery.leave_out=1")[0] == 0
+    assert train("parts", *SPIKY, "recovery.leave_out=1", "steps=21")[0] == 0
+    assert train("parts", *SPIKY, "recovery.leave_out=1", "steps=23")[0] == 0
+    assert train("parts", *SPIKY, "recovery.leave_out=1")[0] == 0
+    a, b = final(tmp_path / "whole"), final(tmp_path / "parts")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(("word", "said"), [
+    ("recovery.leave_out=-1", "leave_out >= 0"), ("recovery.roll_back=-1", "roll_back >= 0"), ("recovery.spike=0.5", "spike 0.5 must be above 1")])  # fmt: skip
+def test_a_number_that_makes_no_sense_is_refused(word: str, said: str, train: Train) -> None:
+    code, output = train("run", word)
     assert code == 2
-    assert "skip_not_finite >= 0" in output
+    assert said in output
