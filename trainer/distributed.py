@@ -43,6 +43,14 @@ class Ranks:
             dist.all_reduce(values, dist.ReduceOp.MAX)
         return values
 
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        """values of all ranks, stacked in a new first dimension. A collective."""
+        if self.world == 1:
+            return values[None]
+        found = [torch.empty_like(values) for _ in range(self.world)]
+        dist.all_gather(found, values)
+        return torch.stack(found)
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()

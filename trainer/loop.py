@@ -21,6 +21,7 @@ from trainer.diffusion.batch import Batch, variance
 from trainer.diffusion.noise import AddressedNoise
 from trainer.ema import PowerEMA
 from trainer.metrics import Meter
+from trainer.pace import Pace
 from trainer.planning.utilization import Utilization
 from trainer.posthoc import write_snapshot
 from trainer.preview import Preview
@@ -36,7 +37,7 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
     Every step is a pure function of the checkpoint before it: noise is addressed by (seed, step, row), data by position.
     """
     config, ranks, engine, layout = run.config, run.ranks, run.engine, run.layout
-    meter, preview = Meter(ranks), Preview(run)
+    meter, pace, preview = Meter(ranks), Pace(ranks, config.engine.zero_stage), Preview(run)
     utilization = Utilization(run.denoiser, run.flops, ranks, engine.precision in ("bf16", "fp16"))
     collapse = guard.CollapseGuard(config.consistency) if config.consistency else None
     begun, before = time.perf_counter(), run.state
@@ -59,7 +60,8 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
                 asked = time.perf_counter()
                 batch = next(batches)
                 waited += time.perf_counter() - asked
-                loss = step_loss(run, batch, step, micro, meter)
+                with pace.computing():
+                    loss = step_loss(run, batch, step, micro, meter)
                 finite &= loss.isfinite()
                 keys += batch.keys
                 if spikes:
@@ -70,7 +72,7 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
                 engine.backward(loss * math.nan if spike else loss)  # steps of such gradients are left out
                 engine.step(step)
             run.ema.update(engine.masters, step + 1)
-            meter.waited(waited)
+            pace.waited(waited)
             period = _spend(run, step, started + waited)
 
             done = step + 1
@@ -94,12 +96,18 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
             if done % config.logging.every == 0 or done == config.steps or flags["stop"]:
                 report = meter.report(evaluations - last_report[0], (done - last_report[1]) * layout.batch_size)
                 covered, last_report = done - last_report[1], (evaluations, done)
-                report |= utilization.report() | {
-                    "optimizer/learning_rate": config.optimizer.rate(step),
-                    "optimizer/gradient_norm": float(engine.grad_norm),
-                    "progress/network_evaluations": float(run.state.evaluations),
-                    "progress/seconds": run.state.seconds,
-                }
+                shares, slow = pace.report()
+                warn(run, "slow_rank", slow)
+                report |= (
+                    shares
+                    | utilization.report()
+                    | {
+                        "optimizer/learning_rate": config.optimizer.rate(step),
+                        "optimizer/gradient_norm": float(engine.grad_norm),
+                        "progress/network_evaluations": float(run.state.evaluations),
+                        "progress/seconds": run.state.seconds,
+                    }
+                )
                 if engine.precision == "fp16":
                     report["optimizer/loss_scale"] = engine.loss_scale.scale
                 if engine.precision == "fp16" or config.recovery.leave_out:

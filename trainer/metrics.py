@@ -23,7 +23,6 @@ class Meter:
         self._edges = torch.tensor(EDGES, device=ranks.device)
         self._sums: dict[str, torch.Tensor] = {}
         self._ratios: dict[str, torch.Tensor] = {}
-        self._waited = 0.0
         self._since = time.perf_counter()
 
     def add(self, kind: str, terms: LossTerms) -> None:
@@ -40,10 +39,6 @@ class Meter:
         both = torch.stack([numerator.detach().float(), denominator.detach().float()])
         both = torch.where(both.isfinite().all(), both, 0)
         self._ratios[name] = self._ratios.get(name, 0) + both
-
-    def waited(self, seconds: float) -> None:
-        """Time spent waiting for data."""
-        self._waited += seconds
 
     def report(self, evaluations: int, samples: int) -> dict[str, float]:
         """Means since the last report, over all ranks, and rates. A collective.
@@ -65,11 +60,10 @@ class Meter:
                 metrics[name] = numerator / denominator
         metrics["speed/images_per_second"] = samples / seconds
         metrics["speed/network_evaluations_per_second"] = evaluations / seconds
-        metrics["speed/share_waiting_for_data"] = self._waited / seconds
         metrics["memory/process_gb"] = _process_gb()
         if self._edges.is_cuda:
             metrics["memory/device_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        self._sums, self._ratios, self._waited, self._since = {}, {}, 0.0, now
+        self._sums, self._ratios, self._since = {}, {}, now
         return metrics
 
 

@@ -204,9 +204,7 @@ sys.exit(errors.run(main))
         "recovery.roll_back=1",
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [*launcher, *words], cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment
-    )
+    result = subprocess.run([*launcher, *words], cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("back to step 3, past the samples of steps 4 to 5") == 1
     assert sorted(curve(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]
