@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from data_pipeline.corruption import Gaussian
 from data_pipeline.shard import shard
-from trainer.checkpoint import read_tensors
 from trainer.command import run_python
 from trainer.diffusion.denoiser import Denoiser
 from trainer.evaluation.denoiser_error import denoiser_error
@@ -22,6 +21,7 @@ from trainer.evaluation.distances import kid
 from trainer.evaluation.features import PACKAGED, open_extractor
 from trainer.generate import generate
 from trainer.restore import Restored, restore
+from trainer.tensor_files import read_tensors
 
 CONFIG = Path(__file__).parent.parent / "configs" / "studies" / "images.yaml"
 

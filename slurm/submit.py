@@ -193,7 +193,7 @@ class Submission:
         base.mkdir(parents=True, exist_ok=True)
         path = base / "sweep.json"
         if not path.is_file():
-            from trainer.mlflow_logger import heading
+            from trainer.mlflow_store import heading
 
             logging = replace(point.config.logging, name=base.name)
             path.write_text(json.dumps({"parent": heading(logging, base, {"sweep.folder": str(base)})}))

@@ -51,7 +51,7 @@ the evaluation submit themselves, and slurm's commands submit the trainer, by th
 ONLY = {
     "deepspeed": "trainer.engine",
     "pydantic": "trainer.config",
-    "mlflow": "trainer.mlflow_logger",
+    "mlflow": "trainer.mlflow_store",
     "submitit": "slurm",
     "fsspec": "data_pipeline.storage",
 }

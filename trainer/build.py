@@ -15,7 +15,7 @@ from data_pipeline.loader import Layout, Loader
 from trainer import base_pipeline, conditioning, engine_settings, networks
 from trainer.attention import Choice, set_attention
 from trainer.budget import Budget, settled
-from trainer.checkpoint import Checkpoints, TrainState, read_pool, read_state, read_tensors
+from trainer.checkpoint import Checkpoints, TrainState, read_pool, read_state
 from trainer.config import RunConfig, flatten, load, to_data, to_yaml
 from trainer.diffusion.ambient import NEAREST, AmbientLoss
 from trainer.diffusion.consistency import ConsistencyConfig, ConsistencyLoss
@@ -32,6 +32,7 @@ from trainer.planning.models import conditioning_shapes
 from trainer.planning.trace import Flops, flops
 from trainer.provenance import tags
 from trainer.resume import newest_whole
+from trainer.tensor_files import read_tensors
 
 MAY_CHANGE = ("steps", "threads", "micro_batch_size", "data.workers", "data.cache_dir", "data.cache_gb", "data.retries",
               "data.verify", "data.on_error", "engine.", "ema.snapshots.every", "checkpoint.", "recovery.", "logging.")  # fmt: skip

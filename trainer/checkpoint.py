@@ -7,9 +7,9 @@ RUN_DIR/checkpoints/latest           the name of the newest whole one
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,8 +17,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from trainer.distributed import Ranks
 from trainer.documents import from_json
@@ -26,9 +24,9 @@ from trainer.errors import UserError, WorkFailed
 from trainer.loss_scale import LossScale
 from trainer.recovery import Usual
 from trainer.retention import CheckpointConfig, Tally, kept
+from trainer.tensor_files import CHECKSUM, State, read_tensors, sync, write
 
-FORMAT = 2
-State = dict[str, Tensor]
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -115,18 +113,18 @@ class Checkpoints:
         try:
             if pool:
                 file = partial / f"pool-{ranks.rank:05d}-of-{ranks.world:05d}.safetensors"
-                _write(pool, file)
-                _sync(file)
+                write(pool, file)
+                sync(file)
             if ranks.is_main:
                 for name, tensors in {"weights": weights, **averages, "optimizer": moments}.items():
-                    _write(tensors, partial / f"{name}.safetensors")
-                (partial / "state.json").write_text(json.dumps({"format": FORMAT, **asdict(state)}))
+                    write(tensors, partial / f"{name}.safetensors")
+                (partial / "state.json").write_text(json.dumps(signed({"format": FORMAT, **asdict(state)})))
         except (OSError, SafetensorError) as caught:
             error = error or caught
         self._agree(ranks, final, error)
         if ranks.is_main:
             try:
-                _sync(partial)
+                sync(partial)
                 if final.exists():  # of an earlier start that was killed before it moved the pointer
                     self._delete(state.step)
                 partial.replace(final)
@@ -157,7 +155,7 @@ class Checkpoints:
         """Makes it the latest."""
         pointer = self.folder / ".latest.partial"
         pointer.write_text(self.path(step).name)
-        _sync(pointer)
+        sync(pointer)
         pointer.replace(self.folder / "latest")
 
     def _delete(self, step: int) -> None:
@@ -240,20 +238,21 @@ def read_state(path: Path) -> TrainState:
     """Raises AnotherFormat, or UserError for a state.json that is missing or damaged."""
     try:
         data = from_json((path / "state.json").read_text())
+        told = data.pop(CHECKSUM, None)
+        if told not in (None, signed(data)[CHECKSUM]):
+            raise ValueError("its checksum is not that of its contents")
         if data.pop("format") != FORMAT:
             raise AnotherFormat(f"{path}: another format of checkpoint; this version reads {FORMAT}")
+        if told is None:
+            raise ValueError("it has no checksum")
         return state_from(data)
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path / 'state.json'}: not a checkpoint's state: {error}") from None
 
 
-def read_tensors(path: Path, name: str) -> State:
-    """name: of the file, such as weights. Raises UserError for a missing or torn file."""
-    file = path / f"{name}.safetensors"
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from None
+def signed(data: dict[str, Any]) -> dict[str, Any]:
+    """With the checksum of what is in it."""
+    return {**data, CHECKSUM: f"{zlib.crc32(json.dumps(data, sort_keys=True).encode()):08x}"}
 
 
 def read_pool(path: Path, first_row: int, rows: int) -> State:
@@ -263,25 +262,3 @@ def read_pool(path: Path, first_row: int, rows: int) -> State:
         return {}
     whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return {name: value[first_row : first_row + rows] for name, value in whole.items()}
-
-
-def write_whole(tensors: State, path: Path, metadata: dict[str, str]) -> None:
-    """Writes a file that is there whole or not at all. Raises OSError or SafetensorError."""
-    partial = path.with_name(f".{path.name}.partial")
-    _write(tensors, partial, metadata)
-    _sync(partial)
-    partial.replace(path)
-
-
-def _write(tensors: State, path: Path, metadata: dict[str, str] | None = None) -> None:
-    save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata)
-
-
-def _sync(path: Path) -> None:
-    """Flushes a file, or a folder and the files in it, to the disk."""
-    for target in [*(path.iterdir() if path.is_dir() else ()), path]:
-        descriptor = os.open(target, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

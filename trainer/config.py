@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,7 @@ from trainer.documents import from_yaml, refuse_password
 from trainer.ema import AnyEMA, PowerEMA, with_kind
 from trainer.engine_config import EngineConfig, OptimizerConfig
 from trainer.errors import UserError
-from trainer.mlflow_logger import LoggingConfig
+from trainer.mlflow_store import LoggingConfig
 from trainer.models.dit import DiTConfig
 from trainer.models.sdxl import SDXLConfig
 from trainer.models.unet2d import UNet2DConfig
@@ -36,8 +37,8 @@ from trainer.recovery import RecoveryConfig
 from trainer.retention import CheckpointConfig
 
 
-def _kind_of_model(value: Any) -> str:
-    return str(value.get("kind", "unet2d")) if isinstance(value, dict) else value.kind
+def _kind_of_model(value: Any) -> str | None:
+    return str(value.get("kind", "unet2d")) if isinstance(value, dict) else getattr(value, "kind", None)
 
 
 T = TypeVar("T")
@@ -231,15 +232,26 @@ def _explain(kind: Any, error: Any) -> str:
     name = ".".join(location) or "configuration"
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = _fields_at(kind, location[:-1])
-        close = difflib.get_close_matches(location[-1], known, 1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
-        return f"{name}: no such field; {hint}"
+        return f"{name}: no such field{_meant(location[-1], known) or '; there are ' + ', '.join(known)}"
     if error["type"] in ("missing", "missing_argument"):
         return f"{name}: must be given"
     value = error["input"]
+    if error["type"] in ("dataclass_type", "model_attributes_type", "union_tag_not_found"):
+        return f"{name}: {value!r}: must be a mapping of fields to values; there are {', '.join(_fields_at(kind, location))}"
+    if error["type"] == "union_tag_invalid":
+        known = re.findall("'(.*?)'", error["ctx"]["expected_tags"])
+        return f"{name}.kind: {error['ctx']['tag']!r}: must be one of {', '.join(known)}{_meant(error['ctx']['tag'], known)}"
+    if error["type"] == "literal_error":
+        known = re.findall("'(.*?)'", error["ctx"]["expected"])
+        return f"{name}: {value!r}: must be {error['ctx']['expected']}{_meant(value, known)}"
     message = error["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(value, dict) or dataclasses.is_dataclass(value) else f" {value!r}:"
     return f"{name}:{shown} {message[0].lower()}{message[1:]}"
+
+
+def _meant(value: object, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(str(value), known, 1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _fields_at(kind: Any, path: Sequence[str]) -> list[str]:

@@ -223,7 +223,7 @@ def shared_folder(folder: Path) -> Iterator[Finding]:
 
 def tracking(uri: str) -> Iterator[Finding]:
     """Asked in a process of its own, which can be ended when a server does not answer."""
-    from trainer.mlflow_logger import QUESTION
+    from trainer.mlflow_store import QUESTION
 
     try:
         started = time.perf_counter()

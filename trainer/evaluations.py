@@ -20,7 +20,7 @@ from trainer.evaluation.record import FOLDER, REPORT, Evaluation
 from trainer.evaluation.report import COLUMNS, report, value
 from trainer.evaluation.request import Request
 from trainer.judge import SAMPLER, Subject, image_shape, judge, levels_within
-from trainer.mlflow_logger import LoggingConfig, attach
+from trainer.mlflow_store import LoggingConfig, attach
 from trainer.models.sdxl import SDXLConfig
 from trainer.restore import restore, shards_of
 

@@ -6,59 +6,25 @@ away the records wait there, also for the next start. A resumed run logs only st
 
 from __future__ import annotations
 
-import fcntl
-import getpass
 import json
-import logging
-import os
 import queue
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer import mlflow_pages
+from trainer import mlflow_store
 from trainer.documents import from_json
 from trainer.errors import UserError, WorkFailed
+from trainer.mlflow_store import LoggingConfig
 
-QUESTION = """import os, sys
-os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_HTTP_REQUEST_MAX_RETRIES="1", MLFLOW_HTTP_REQUEST_TIMEOUT="10")
-from mlflow.tracking import MlflowClient
-print(len(MlflowClient(tracking_uri=sys.argv[1]).search_experiments(max_results=100)))
-"""
-"""A program that asks the server at its argument for its experiments, and prints how many there are, up to 100."""
+LONGEST_PAUSE_S = 60.0
+"""Between two tries to reach a server that is away."""
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-
-
-@dataclass(frozen=True)
-class LoggingConfig:
-    """tracking_uri: of MLflow; None is an SQLite file `mlflow.db` beside the run directory. experiment, name: in MLflow;
-    the name is by default the run directory's. every: steps between records. sample_every: steps between sample grids, 0
-    for none. reference: a source of clean images that training never sees; with each grid, a kernel distance of samples to them is
-    logged, too. enabled: false keeps the records in the run directory only."""
-
-    enabled: bool = True
-    tracking_uri: str | None = None
-    experiment: str = "ambient"
-    name: str | None = None
-    every: int = 20
-    sample_every: int = 500
-    reference: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.every < 1 or self.sample_every < 0:
-            raise ValueError("need every >= 1 and sample_every >= 0")
-        if self.reference and not self.sample_every:
-            raise ValueError(f"reference {self.reference} is looked at with each grid of samples: give sample_every")
-
-    def uri(self, run_dir: Path) -> str:
-        """The tracking URI, made absolute: MLflow's own default depends on the working folder."""
-        return self.tracking_uri or f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
 
 
 class MLflowLogger:
@@ -162,59 +128,42 @@ class MLflowLogger:
         return [item for item in items if item.startswith("{")], status  # pyright: ignore[reportReturnType]
 
     def _until_it_works(self, call: Any) -> Any:
-        wait = 1.0
+        wait = min(LONGEST_PAUSE_S, 1.0)
         while True:
             try:
                 return call()
             except Exception as error:  # whatever the server does, training goes on
-                if not self._problem:
-                    self._problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                    print(
-                        f"MLflow: {self._problem}; training goes on, the records wait in {self._records}",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+                first, self._problem = (
+                    not self._problem,
+                    f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}",
+                )
+                if first:
+                    print(f"MLflow: {self._problem}; training goes on, the records wait in {self._records}", file=sys.stderr, flush=True)  # fmt: skip
                 time.sleep(wait)
-                wait = min(60.0, wait * 2)
+                wait = min(LONGEST_PAUSE_S, wait * 2)
 
     def _connect(self) -> Any:
-        from mlflow.entities import Param, RunTag  # here, since it takes seconds
-
-        client, experiment_id = _client(self._config, self._run_dir)
+        """MLflow's client, and the run there. It is called again after an error anywhere in it, and makes nothing twice."""
+        client, experiment_id = mlflow_store.connect(self._config, self._run_dir)
         if self._state["run_id"] is None:
-            run = client.create_run(
-                experiment_id, self._began, _origin("trainer.train"), self._config.name or self._run_dir.name
-            )
-            self._state = {"experiment_id": experiment_id, "run_id": run.info.run_id, "sent": 0}
+            self._state |= {"key": self._state.get("key") or uuid.uuid4().hex}
             self._save_state()
-            params = [Param(name, str(value)[:6000]) for name, value in self._params.items()]
-            client.log_batch(run.info.run_id, params=params)
-            client.log_artifact(run.info.run_id, str(self._run_dir / "config.yaml"))
-        else:
-            client.update_run(self._state["run_id"], status="RUNNING")
-        for name in ("changes.diff", "deepspeed.json"):
-            if (file := self._run_dir / name).is_file():
-                client.log_artifact(self._state["run_id"], str(file))
-        client.log_batch(self._state["run_id"], tags=[RunTag(name, value) for name, value in self._tags.items()])
+            name = self._config.name or self._run_dir.name
+            run_id = mlflow_store.begin(client, experiment_id, self._state["key"], name, self._began)
+            self._state |= {"experiment_id": experiment_id, "run_id": run_id, "described": False}
+            self._save_state()
+        run_id = self._state["run_id"]
+        if not self._state.get("described", True):
+            mlflow_store.describe(client, run_id, self._params, self._run_dir / "config.yaml")
+            self._state["described"] = True
+            self._save_state()
+        client.update_run(run_id, status="RUNNING")
+        files = [file for name in ("changes.diff", "deepspeed.json") if (file := self._run_dir / name).is_file()]
+        mlflow_store.tag(client, run_id, self._tags, files)
         return client
 
     def _send(self, client: Any, lines: list[str]) -> None:
-        from mlflow.entities import Metric
-        from PIL import Image
-
-        run_id, records = self._state["run_id"], [from_json(line) for line in lines]
-        batch = [
-            Metric(name, value, r["time"], r["step"]) for r in records for name, value in r.get("metrics", {}).items()
-        ]
-        for start in range(0, len(batch), 1000):
-            client.log_batch(run_id, metrics=batch[start : start + 1000])
-        for record in records:
-            if "image" in record:
-                name, path = record["image"]
-                client.log_image(run_id, Image.open(self._run_dir / path), key=name, step=record["step"])
-            if "notice" in record:
-                name, text = record["notice"]
-                client.set_tag(run_id, f"notice.{name}", text)
+        mlflow_store.send(client, self._state["run_id"], [from_json(line) for line in lines], self._run_dir)
         self._state["sent"] += len(lines)
         self._save_state()
 
@@ -234,74 +183,10 @@ def _kind(record: dict[str, Any]) -> str:
 
 def _checked(state: dict[str, Any]) -> dict[str, Any]:
     """Raises TypeError for what is not how far a run's records were sent."""
-    if type(state["sent"]) is not int or state["sent"] < 0 or not isinstance(state["run_id"], str | None):
-        raise TypeError("run_id must be text, and sent a whole number")
+    if (
+        type(state["sent"]) is not int
+        or state["sent"] < 0
+        or not all(isinstance(state.get(name), str | None) for name in ("run_id", "key"))
+    ):
+        raise TypeError("run_id and key must be text, and sent a whole number")
     return state
-
-
-def attach(
-    config: LoggingConfig, run_dir: Path, step: int, metrics: dict[str, float], tags: dict[str, str], folder: Path
-) -> bool:
-    """Adds figures and the files of a folder to the MLflow run of a run directory, and to its experiment a view of such
-    figures; False where it has no run. Raises WorkFailed where the server does not take them."""
-    from mlflow.entities import Metric, RunTag
-    from mlflow.exceptions import MlflowException
-
-    if not mlflow_pages.logged(run_dir):
-        return False
-    run_id = mlflow_pages.state(run_dir)["run_id"]
-    now = int(time.time() * 1000)
-    try:
-        client, experiment_id = _client(config, run_dir)
-        client.log_batch(run_id, metrics=[Metric(name, value, now, step) for name, value in metrics.items()], tags=[RunTag(name, value[:5000]) for name, value in tags.items()])  # fmt: skip
-        client.log_artifacts(run_id, str(folder), f"evaluation/{folder.name}")
-        client.set_experiment_tag(experiment_id, *mlflow_pages.view())
-    except (MlflowException, OSError) as error:
-        raise WorkFailed(f"MLflow at {config.uri(run_dir)}: {str(error).splitlines()[0]}") from None
-    return True
-
-
-def heading(config: LoggingConfig, run_dir: Path, tags: dict[str, str]) -> str:
-    """Makes a run that has no training of its own, for others to be children of; returns its id. run_dir: its folder, in
-    which the children have theirs."""
-    client, experiment_id = _client(config, run_dir / "child")
-    run = client.create_run(experiment_id, run_name=config.name or run_dir.name, tags=_origin("slurm.submit") | tags)
-    client.set_terminated(run.info.run_id, "FINISHED")
-    return run.info.run_id
-
-
-def _origin(source: str) -> dict[str, str]:
-    """What MLflow's pages have as "Created by" and "Source"; its client leaves both empty."""
-    tags = {"mlflow.source.name": source, "mlflow.source.type": "LOCAL"}
-    with suppress(OSError, KeyError):  # a container may have no name for its user
-        tags["mlflow.user"] = getpass.getuser()
-    return tags
-
-
-def _client(config: LoggingConfig, run_dir: Path) -> tuple[Any, str]:
-    """MLflow's client, and the id of the experiment, which is made if need be."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    from mlflow.tracking import MlflowClient
-
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    with _alone(config.uri(run_dir)):
-        client = MlflowClient(tracking_uri=config.uri(run_dir))
-        if experiment := client.get_experiment_by_name(config.experiment):
-            return client, experiment.experiment_id
-        artifacts = None if config.tracking_uri else (run_dir.resolve().parent / "mlartifacts").as_uri()
-        return client, client.create_experiment(config.experiment, artifacts)
-
-
-@contextmanager
-def _alone(uri: str) -> Iterator[None]:
-    """One process at a time makes a database file: two that do it together leave it half made."""
-    if not uri.startswith("sqlite:///"):
-        yield
-        return
-    path = Path(uri.removeprefix("sqlite:///").partition("?")[0] + ".lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -66,8 +66,8 @@ def run_page(run_dir: Path, tab: Literal["overview", "model-metrics", "artifacts
 
 
 def logged(run_dir: Path) -> bool:
-    """Whether MLflow has a run of this run directory; not so with logging.enabled=false."""
-    return (run_dir / "mlflow.json").is_file()
+    """Whether MLflow has a run of this run directory; not so with logging.enabled=false, or where its server was never there."""
+    return (run_dir / "mlflow.json").is_file() and state(run_dir)["run_id"] is not None
 
 
 def state(run_dir: Path) -> dict[str, str]:

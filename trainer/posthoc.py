@@ -17,10 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trainer.checkpoint import State, read_tensors, write_whole
 from trainer.distributed import Ranks
 from trainer.ema import WIDEST, AnyEMA, PowerEMA, power_of
 from trainer.errors import UserError, WorkFailed
+from trainer.tensor_files import State, read_tensors, write_whole
 
 MOST = 0.1
 """The largest error of a summed profile, relative to the wanted one's norm; beyond it the average is refused."""

@@ -9,11 +9,12 @@ import torch
 
 from data_pipeline.index import ShardIndex, read_index
 from trainer import exported, networks
-from trainer.checkpoint import Checkpoints, TrainState, read_state, read_tensors
+from trainer.checkpoint import Checkpoints, TrainState, read_state
 from trainer.config import RunConfig, load
 from trainer.diffusion.denoiser import Denoiser
 from trainer.errors import UserError, WorkFailed
 from trainer.posthoc import reconstructed
+from trainer.tensor_files import read_tensors
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from trainer.checkpoint import AnotherFormat, Checkpoints, named, read_state
 from trainer.distributed import Ranks
 from trainer.errors import UserError
+from trainer.tensor_files import read_tensors
 
 
 def newest_whole(checkpoints: Checkpoints, names: Iterable[str], ranks: Ranks) -> tuple[Path | None, str | None]:
@@ -74,7 +74,7 @@ def _set_aside(checkpoints: Checkpoints, torn: list[int], problems: list[str], s
 def damage(path: Path, names: list[str]) -> str | None:
     """What a checkpoint lacks to be gone on from, if anything. names: of its files of tensors, beside those of the pool.
 
-    A file that was cut anywhere is found: JSON then has no end, and safetensors says how long it is."""
+    A file that was cut anywhere, or in which a bit has flipped, is found: each has its checksum."""
     try:
         read_state(path)
     except AnotherFormat:
@@ -84,10 +84,8 @@ def damage(path: Path, names: list[str]) -> str | None:
     pool = {file.stem for file in path.glob("pool-*-of-*.safetensors")}
     ranks = max((int(name.rpartition("-")[2]) for name in pool), default=0)
     for name in [*names, *(f"pool-{rank:05d}-of-{ranks:05d}" for rank in range(ranks))]:
-        file = path / f"{name}.safetensors"
         try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            return f"{file} cannot be read ({error})"
+            read_tensors(path, name)
+        except UserError as error:
+            return str(error)
     return None

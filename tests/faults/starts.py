@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+
+from tests.waiting import free_port
 
 PATIENCE_S = 600.0
 """No command of the campaign lasts so long, unless it hangs."""
@@ -24,9 +25,7 @@ class Start:
 
     def __init__(self, command: Callable[[int], int], ranks: int, folder: Path, name: str) -> None:
         """command: takes its rank and gives an exit code. What a rank prints goes to FOLDER/NAME-RANK.log."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.outputs = [folder / f"{name}-{rank}.log" for rank in range(ranks)]
         self.pids = [_fork(command, rank, ranks, port, self.outputs[rank]) for rank in range(ranks)]
         self._codes: dict[int, int] = {}

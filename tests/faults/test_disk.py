@@ -111,7 +111,7 @@ def test_a_disk_that_was_lost_is_said_and_nothing_is_written_in_its_place(
     disk: Disk, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[int] = []
-    write = checkpoint._write
+    write = checkpoint.write
 
     def lose_it_first(*arguments: object) -> None:
         if not begun:
@@ -119,7 +119,7 @@ def test_a_disk_that_was_lost_is_said_and_nothing_is_written_in_its_place(
         begun.append(1)
         write(*arguments)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr(checkpoint, "_write", lose_it_first)
+    monkeypatch.setattr(checkpoint, "write", lose_it_first)
     code, output = train("", f"run_dir={disk.folder / 'run'}")
     assert code == 1
     assert "cannot write the checkpoint" in one_line(output, "failed: ")
@@ -135,7 +135,7 @@ def test_an_error_of_the_disk_keeps_the_last_good_checkpoint(
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", broken)
+        patch.setattr(checkpoint, "write", broken)
         code, output = train("run")
     assert code == 1
     line = one_line(output, "failed: ")

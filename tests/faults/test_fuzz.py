@@ -26,7 +26,8 @@ from trainer.checkpoint import Checkpoints
 from trainer.config import load
 from trainer.distributed import Ranks
 from trainer.errors import UserError, WorkFailed
-from trainer.mlflow_logger import LoggingConfig, MLflowLogger
+from trainer.mlflow_logger import MLflowLogger
+from trainer.mlflow_store import LoggingConfig
 from trainer.restore import restore
 from trainer.resume import newest_whole
 from trainer.retention import CheckpointConfig

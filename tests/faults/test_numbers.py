@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT, Outcome
-from tests.trainer.test_runs import assert_same_files, curve, final
+from tests.trainer.test_runs import assert_same_files, curve, edit_state, final
 from trainer import loop
 
 Train = Callable[..., Outcome]
@@ -126,8 +126,7 @@ def test_a_run_that_goes_back_goes_on_as_one_from_that_checkpoint_and_behind_tho
 ) -> None:
     engine = f"engine.zero_stage={stage}"
     assert train("other", engine, "steps=3")[0] == 0
-    state = tmp_path / "other" / "checkpoints" / "step-00000003" / "state.json"
-    state.write_text(json.dumps({**json.loads(state.read_text()), "samples": 5 * 8}))
+    edit_state(tmp_path / "other" / "checkpoints" / "step-00000003", lambda state: state.update(samples=5 * 8))
     assert train("other", engine)[0] == 0
 
     spoil(5, times=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.conftest import Outcome
+from tests.trainer.test_runs import edit_state
 from trainer import errors, export, sample
 from trainer.ema import power_of
 from trainer.restore import restore
@@ -90,8 +90,7 @@ def test_a_run_of_before_there_were_kinds_goes_on(train: Train, tmp_path: Path) 
     config["ema"] = {"sigma_rel": 0.1, "decay": 0.7}
     del config["checkpoint"]["keep_every"], config["checkpoint"]["keep_best"]
     path.write_text(yaml.safe_dump(config))
-    state = tmp_path / "old" / "checkpoints" / "step-00000003" / "state.json"
-    state.write_text(json.dumps({name: value for name, value in json.loads(state.read_text()).items() if name != "tally"}))  # fmt: skip
+    edit_state(tmp_path / "old" / "checkpoints" / "step-00000003", lambda state: state.pop("tally"))
     assert restore(tmp_path / "old").average == "a fixed decay of 0.7 a step"
     code, output = train("old", "ema={sigma_rel: 0.1, decay: 0.7}", "steps=6")
     assert code == 0, output

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, Outcome
-from trainer.mlflow_logger import LoggingConfig, MLflowLogger
+from trainer.mlflow_logger import MLflowLogger
+from trainer.mlflow_store import LoggingConfig
 
 Train = Callable[..., Outcome]
 
@@ -65,7 +66,7 @@ def test_a_resumed_run_is_one_run_with_each_step_once(train: Train, tmp_path: Pa
 
 
 def test_runs_that_start_together_make_one_sound_database(tmp_path: Path) -> None:
-    program = """import sys; from pathlib import Path; from trainer.mlflow_logger import LoggingConfig, heading
+    program = """import sys; from pathlib import Path; from trainer.mlflow_store import LoggingConfig, heading
 heading(LoggingConfig(), Path(sys.argv[1]), {})"""
     both = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT) for _ in range(2)]
     assert [process.wait(300) for process in both] == [0, 0]

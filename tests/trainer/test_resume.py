@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from trainer.checkpoint import Checkpoints, TrainState
+from trainer.checkpoint import Checkpoints, TrainState, read_state
 from trainer.distributed import Ranks
 from trainer.errors import UserError
 from trainer.resume import newest_whole
 from trainer.retention import CheckpointConfig
+from trainer.tensor_files import read_tensors
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 NAMES = ["weights", "optimizer", "ema"]
@@ -43,6 +45,37 @@ def test_whole_checkpoints_are_gone_on_from_without_a_word(saved: Checkpoints) -
 
 def test_a_run_without_checkpoints_begins(tmp_path: Path) -> None:
     assert newest_whole(Checkpoints(tmp_path, CheckpointConfig()), NAMES, ALONE) == (None, None)
+
+
+def contents(file: Path) -> object:
+    if file.suffix == ".json":
+        return read_state(file.parent)
+    return {name: value.tolist() for name, value in read_tensors(file.parent, file.stem).items()}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_bit_that_flipped_anywhere_is_noticed_and_the_one_before_is_taken(saved: Checkpoints, name: str) -> None:
+    file = saved.path(30) / name
+    whole = file.read_bytes()
+    told = contents(file)
+    bits = random.Random(name).sample(range(8 * len(whole)), 60)
+    for bit in bits:
+        spoilt = bytearray(whole)
+        spoilt[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(spoilt)
+        path, warning = newest_whole(saved, NAMES, ALONE)
+        if path == saved.path(30):  # as in 1e-5 and 1E-5
+            assert contents(file) == told, (bit, bytes(spoilt))
+            continue
+        assert path == saved.path(20), (bit, bytes(spoilt))
+        assert warning is not None
+        assert name in warning
+        shutil.rmtree(saved.path(30), ignore_errors=True)
+        torn = saved.folder / "step-00000030.torn"
+        torn.replace(saved.path(30))
+        saved.point_at(30)
+        file.write_bytes(whole)
+    assert newest_whole(saved, NAMES, ALONE) == (saved.path(30), None)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import ROOT, TINY, Outcome
 from trainer.budget import settled
+from trainer.checkpoint import signed
 from trainer.diffusion.consistency import ConsistencyConfig
 from trainer.distributed import Ranks
 from trainer.lock import exclusive
@@ -35,6 +37,15 @@ def curve(run_dir: Path) -> dict[int, dict[str, float]]:
 
 def final(run_dir: Path, name: str = "weights") -> dict[str, torch.Tensor]:
     return load_file(run_dir / "checkpoints" / (run_dir / "checkpoints" / "latest").read_text() / f"{name}.safetensors")
+
+
+def edit_state(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """As if a checkpoint had been written with another state."""
+    file = checkpoint / "state.json"
+    state = json.loads(file.read_text())
+    del state["crc32"]
+    change(state)
+    file.write_text(json.dumps(signed(state)))
 
 
 def assert_same_files(one: Path, other: Path) -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-import socket
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from urllib.request import urlopen
 import pytest
 
 from benchmarks.demo_store import QUICK, make
+from tests.waiting import free_port, until
 from trainer.mlflow_pages import server
 
 NO_ASSISTANT = """for (const [name, value] of Object.entries({"panelOpen_v1": "false", "fab.autoOpenedOnFirstLoad_v1": "true"}))
@@ -46,9 +45,7 @@ def run_dirs(shots: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path
 @pytest.fixture(scope="session")
 def base(run_dirs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of the server, which is started as a user is told to."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     folder = tmp_path_factory.mktemp("server")
     with (folder / "log").open("w") as log:
         command = shlex.split(server(run_dirs[0].parent / "mlflow.db", port))
@@ -68,15 +65,6 @@ def _answers(address: str, process: subprocess.Popen[bytes]) -> bool:
         return urlopen(f"{address}/health", timeout=5).status == 200
     except (URLError, OSError):
         return False
-
-
-def until(found: Callable[[], Any], what: str, seconds: float = 60) -> Any:
-    """What `found` gives, once that is something."""
-    deadline = time.monotonic() + seconds
-    while not (result := found()):
-        assert time.monotonic() < deadline, f"no {what} after {seconds:g} s"
-        time.sleep(0.2)
-    return result
 
 
 @dataclass(frozen=True)
