@@ -108,7 +108,7 @@ def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = 
     network = networks.denoiser(config, loader.index.shape, rows).to(ranks.device)
     work = flops(network, loader.index.shape, conditioning_shapes(network))
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    attention = set_attention(network, config.engine.attention, dtype, ranks)
+    attention = set_attention(network, "sdpa" if config.engine.deterministic else config.engine.attention, dtype, ranks)
     if config.engine.compile:
         network.backbone.compile()
     engine = Engine(network, config.engine, config.optimizer, precision, settings)

@@ -25,7 +25,9 @@ class EngineConfig:
     deepspeed: a JSON file of DeepSpeed's settings, merged below these fields; see docs/deepspeed.md.
     attention: by xformers, or by torch's scaled_dot_product_attention; auto is xformers where a probe on the device finds
     that it runs, agrees with SDPA and is not slower.
-    compile: the network by torch.compile; the first steps take minutes, and a compiler is needed."""
+    compile: the network by torch.compile; the first steps take minutes, and a compiler is needed.
+    deterministic: only algorithms that give the same bits each time, with attention by SDPA; slower on a GPU. On a CPU they
+    always do."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Precision = "fp32"
@@ -35,8 +37,13 @@ class EngineConfig:
     deepspeed: str | None = None
     attention: Attention = "auto"
     compile: bool = False
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
+        if self.deterministic and self.attention == "xformers":
+            raise ValueError(
+                "deterministic cannot be had with attention xformers, whose gradients vary: choose auto or sdpa"
+            )
         if self.compile and self.zero_stage == 3:
             raise ValueError(
                 "compile cannot be used with zero_stage 3, whose weights come and go: choose stage 2, or set compile to false"

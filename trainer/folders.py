@@ -13,8 +13,13 @@ from trainer.errors import UserError
 
 
 def cache() -> Path:
-    """AMBIENT_CACHE, or else ~/.cache/ambient-trainer; it need not exist."""
-    return Path(os.environ.get("AMBIENT_CACHE", Path.home() / ".cache" / "ambient-trainer"))
+    """AMBIENT_CACHE, or else ~/.cache/ambient-trainer; it is made if need be. Raises UserError where that cannot be."""
+    path = Path(os.environ.get("AMBIENT_CACHE") or Path.home() / ".cache" / "ambient-trainer")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the cache {path} cannot be made ({error.strerror}): set AMBIENT_CACHE to a folder that can be written") from None  # fmt: skip
+    return path
 
 
 def is_free(folder: Path) -> bool:

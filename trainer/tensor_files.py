@@ -52,7 +52,7 @@ def checksum(tensors: State) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
-        value = zlib.crc32(tensor.flatten().view(torch.uint8).numpy(), value)
+        value = zlib.crc32(memoryview(tensor.flatten().view(torch.uint8).numpy()), value)  # pyright: ignore[reportArgumentType]
     return f"{value:08x}"
 
 

@@ -59,11 +59,11 @@ def train(
     stop: asked at each step; when it is true on any rank, all save and leave. tags: of the MLflow run, beside its own.
     patience: seconds to wait for another process that trains in the same run directory.
     """
-    from trainer import build, distributed
+    from trainer import build, determinism, distributed
     from trainer.lock import exclusive
 
     ranks = distributed.init()
-    with exclusive(Path(config.run_dir), ranks, patience):
+    with exclusive(Path(config.run_dir), ranks, patience), determinism.forced(config.engine.deterministic):
         return _train(build.run(config, ranks, tags), stop)
 
 
