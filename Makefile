@@ -3,6 +3,7 @@
 # make test-slurm   starts a real SLURM of two nodes on this machine (root, Debian), and runs the tests that need one
 # make test-ui      installs a headless browser (root, Debian), and drives MLflow's pages of a small store with it
 # make audit        known weaknesses of the tested versions; needs the network
+# make docs         the documentation as a site, in build/site; fails at a link that leads nowhere
 # make directions   trains on images for about ten minutes, and checks that ours beats naive and ambient alone
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +13,7 @@ UI_SHOTS ?= /tmp/ambient-ui
 STARTED := $(shell date +%s)
 BIN := $(VENV)/bin
 
-.PHONY: install dev quickstart test test-slurm test-ui directions lint types format audit clean
+.PHONY: install dev quickstart test test-slurm test-ui directions docs lint types format audit clean
 install: $(VENV)/.installed
 dev: $(VENV)/.installed-dev
 
@@ -47,6 +48,10 @@ test-ui: dev
 
 directions: dev
 	$(BIN)/python -m benchmarks.images --quick
+
+docs: dev
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: dev
 	$(BIN)/ruff check .

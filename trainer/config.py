@@ -56,8 +56,9 @@ class RunConfig:
 
     run_dir: where everything of the run is written; starting again on it goes on from its last checkpoint.
     steps: optimiser steps. batch_size: samples a step, over all ranks and micro-batches.
-    micro_batch_size: samples a pass on one rank; None takes the rank's whole share.
-    threads: CPU threads a rank; None leaves it to torch.
+    micro_batch_size: samples a pass on one rank; null takes the rank's whole share. seed: of all that is drawn: order of the data, levels,
+    noise, the network's first weights. threads: CPU threads a rank; null leaves it to torch. prediction: what the network's
+    output means.
     """
 
     run_dir: str

@@ -66,7 +66,10 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW; the rate rises linearly over the first warmup_steps. clip: the largest gradient norm, 0 for none."""
+    """AdamW.
+
+    lr: the learning rate. betas: of the two moments. eps: beside the root of the second one. weight_decay: decoupled, as AdamW's is.
+    warmup_steps: over which the rate rises linearly. clip: the largest gradient norm, 0 for none."""
 
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)

@@ -21,6 +21,8 @@ from trainer.documents import from_json
 from trainer.errors import UserError, WorkFailed
 from trainer.mlflow_store import LoggingConfig
 
+AT_ONCE = 25
+"""Records between two notes of how far they were sent: what a server that fails in between is sent again."""
 LONGEST_PAUSE_S = 60.0
 """Between two tries to reach a server that is away."""
 
@@ -113,8 +115,8 @@ class MLflowLogger:
         client = self._until_it_works(self._connect)
         while True:
             lines, status = self._next()
-            if lines:
-                self._until_it_works(lambda lines=lines: self._send(client, lines))
+            for first in range(0, len(lines), AT_ONCE):
+                self._until_it_works(lambda part=lines[first : first + AT_ONCE]: self._send(client, part))
             if status:
                 self._until_it_works(lambda status=status: client.set_terminated(self._state["run_id"], status))
                 return

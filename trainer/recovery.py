@@ -15,7 +15,7 @@ class RecoveryConfig:
     """What to do at a step that must not count.
 
     spike: a loss so many times the usual one is such a step, too (the usual one: the mean of about the last hundred steps, those with
-    consistency apart; the first twenty are let pass); None looks for none.
+    consistency apart; the first twenty are let pass); null looks for none.
     leave_out: how many such steps in a row may be left out; they move nothing, and are counted.
     roll_back: how often in a run, where no more may be left out, to go back to the last checkpoint and on with the samples after
     those of the step; the next such step stops the run."""

@@ -38,7 +38,8 @@ NEAREST = 1.005
 class AmbientConfig:
     """boundary_share: the share of samples whose level is drawn close above their sigma_n, log-uniform up to
     boundary_ratio sigma_n, in the place of `levels`; what is learned there is what consistency carries down.
-    pairs: see AmbientLoss."""
+    boundary_ratio: how far above sigma_n those levels reach, as a factor. pairs: each noisy image is taken twice, with opposite further noise, for an unbiased estimate of the
+    clean loss that is sharp at sigma_n; 2 network passes a sample."""
 
     boundary_share: float = 0.0
     boundary_ratio: float = 1.5

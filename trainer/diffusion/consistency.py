@@ -22,11 +22,14 @@ DEFAULT_PERIOD = 8
 @dataclass(frozen=True)
 class ConsistencyConfig:
     """weight: of the loss, before it is scaled by the schedule.
-    period, count, start, end: consistency at `count` of every `period` steps (8 unless given), see StepSchedule.
+    period, count: consistency at `count` of every `period` steps (8 unless given), spread evenly; the loss is multiplied by
+    period / count. start, end: the first step that may have it, and the first that may not any more; null: to the last.
     overhead_budget: instead of a period: the share of time that consistency may add to training, such as 0.2. Both kinds
     of step are then timed in the first steps from `start` on, the period follows, and stays for the rest of the run.
-    batch_size: particles a consistency step, over all ranks; None takes as many as there are samples.
-    steps, ratio, gradient: see ConsistencyLoss. where, pool_depth: see ParticlePool."""
+    batch_size: particles a consistency step, over all ranks; null takes as many as there are samples.
+    steps: reverse steps from a particle to its child; each takes two network passes. ratio: a reverse step goes from level t to about ratio t.
+    gradient: through the denoiser at the lower level only, or at both. where: particles begin below each sample's sigma_n, or everywhere.
+    pool_depth: particles kept for each row of the batch, each at a level of its own."""
 
     weight: float = 0.03
     period: int | None = None

@@ -17,7 +17,9 @@ from trainer.diffusion.process import Process
 
 @dataclass(frozen=True)
 class LogNormal:
-    """ln(sigma) ~ N(mean, std^2) (Karras et al. 2022, table 1), truncated."""
+    """ln(sigma) ~ N(mean, std^2) (Karras et al. 2022, table 1), truncated.
+
+    mean, std: of ln(sigma)."""
 
     mean: float = -1.2
     std: float = 1.2
@@ -106,7 +108,9 @@ class Uniform:
 
 @dataclass(frozen=True)
 class EDM:
-    """w = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 (Karras et al. 2022, table 1)."""
+    """w = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 (Karras et al. 2022, table 1).
+
+    sigma_data: standard deviation of the clean images."""
 
     sigma_data: float = 0.5
     kind: Literal["edm"] = "edm"
@@ -117,7 +121,9 @@ class EDM:
 
 @dataclass(frozen=True)
 class MinSNR:
-    """w = min(SNR, gamma) (Hang et al. 2023, eq. 8)."""
+    """w = min(SNR, gamma) (Hang et al. 2023, eq. 8).
+
+    gamma: the largest weight."""
 
     gamma: float = 5.0
     kind: Literal["min_snr"] = "min_snr"
@@ -128,7 +134,9 @@ class MinSNR:
 
 @dataclass(frozen=True)
 class SoftMinSNR:
-    """w = SNR gamma / (SNR + gamma), a smooth min-SNR (Crowson et al. 2024, sec. 3.4)."""
+    """w = SNR gamma / (SNR + gamma), a smooth min-SNR (Crowson et al. 2024, sec. 3.4).
+
+    gamma: what the weight nears at low levels."""
 
     gamma: float = 4.0
     kind: Literal["soft_min_snr"] = "soft_min_snr"

@@ -52,6 +52,8 @@ class VE:
 
     The input is scaled to unit variance for data of standard deviation `sigma_data`. The time is ln(sigma),
     stretched to [0, 1000], so that the usual sinusoidal embedding resolves it.
+
+    sigma_min, sigma_max: the lowest and highest level. sigma_data: standard deviation of the clean images.
     """
 
     sigma_min: float = 0.002
@@ -85,6 +87,8 @@ class VPTable:
 
     Timestep i of the table has sigma = (VP sigma) / (VP alpha); between timesteps ln(sigma) is interpolated linearly,
     as diffusers' Euler scheduler does. SDXL's timesteps 100 / 500 / 800 are VE sigma 0.344 / 1.62 / 5.11.
+
+    beta_start, beta_end, steps: of the table; the defaults are SDXL's.
     """
 
     beta_start: float = 0.00085
@@ -122,7 +126,10 @@ class VPTable:
 
 @dataclass(frozen=True)
 class VPCosine:
-    """Variance preserving with the cosine schedule of Nichol & Dhariwal 2021 (eq. 17), in continuous time."""
+    """Variance preserving with the cosine schedule of Nichol & Dhariwal 2021 (eq. 17), in continuous time.
+
+    sigma_min, sigma_max: the lowest and highest level, as of VE. offset: the schedule's s, which keeps the first steps from
+    being too small."""
 
     sigma_min: float = 0.002
     sigma_max: float = 80.0
@@ -149,7 +156,9 @@ class VPCosine:
 
 @dataclass(frozen=True)
 class Flow:
-    """Rectified flow (Liu et al. 2023; Stable Diffusion 3, Flux): the network sees (1 - t) x0 + t z, sigma = t / (1 - t)."""
+    """Rectified flow (Liu et al. 2023; Stable Diffusion 3, Flux): the network sees (1 - t) x0 + t z, sigma = t / (1 - t).
+
+    sigma_min, sigma_max: the lowest and highest level, as of VE."""
 
     sigma_min: float = 0.002
     sigma_max: float = 80.0

@@ -28,7 +28,8 @@ TEXT_LAYERS: dict[Target, tuple[str, ...]] = {
 class LoraConfig:
     """Each layer W of the targets becomes W + (alpha / rank) B A, with A random and B = 0 at the start (Hu et al. 2021).
 
-    rank: of A and B. alpha: None takes rank, so that the factor is 1. targets: see LAYERS. dora: also trains the length
+    rank: of A and B. alpha: null takes rank, so that the factor is 1. targets: attention (of each kind), feed_forward (of transformer blocks),
+    convolutions (of residual blocks). dora: also trains the length
     of each column of the sum (Liu et al. 2024), at more time and memory. text_encoders: gives both text encoders adapters, too,
     on the layers of theirs that the targets name."""
 

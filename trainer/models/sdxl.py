@@ -22,7 +22,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 @dataclass(frozen=True)
 class SDXLConfig:
     """base: a Stable Diffusion XL pipeline in diffusers' layout, a folder or a hub id.
-    prompt: one text for all images, in place of the shards' captions. None takes the captions.
+    prompt: one text for all images, in place of the shards' captions. null takes the captions.
     text: cached takes the captions' embeddings from the shards (OUTPUT/text/), and encodes a prompt once, at the start;
     encoded runs both text encoders on each batch, once for each distinct caption.
     drop_captions: the share of samples that are shown without their caption (as an empty one), which is what guidance

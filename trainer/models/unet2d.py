@@ -15,7 +15,8 @@ from trainer.models.quiet import quieten_xformers
 @dataclass(frozen=True)
 class UNet2DConfig:
     """channels: width of each resolution, the first at full size, each next at half. layers: residual blocks a resolution.
-    attention: at which resolutions (0 is full size) self-attention follows each block; the middle one has it if any has."""
+    attention: at which resolutions (0 is full size) self-attention follows each block; the middle one has it if any has.
+    head_dim: of attention; every width is a multiple of it. norm_groups: of group normalisation; every width is a multiple."""
 
     channels: tuple[int, ...] = (32, 64, 128)
     layers: int = 1
