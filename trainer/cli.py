@@ -13,6 +13,7 @@ from trainer.errors import UserError
 COMMANDS = {
     "shard": ("data_pipeline.shard", "corrupt images once, and write them as shards"),
     "inspect": ("data_pipeline.inspect", "verify shards, and show what is in them"),
+    "init": ("trainer.init", "write a commented configuration for your shards and GPUs"),
     "train": ("trainer.train", "train a run, or go on with it"),
     "sample": ("trainer.sample", "draw images from a run"),
     "evaluate": ("trainer.evaluate", "judge runs by clean images: quality, error per level, memorization"),
@@ -31,7 +32,7 @@ def usage() -> str:
     return (
         f"usage: ambient COMMAND ...\n\nTrains diffusion models from corrupted images alone.\n\n{lines}\n\n"
         "example:\n  ambient shard packaged:digits data/digits --sigma 0.5\n\n"
-        "`ambient COMMAND --help` says more; `ambient --version` prints the version."
+        "`ambient COMMAND --help` says more; `ambient --version` prints the version; `source <(ambient completion)` lets bash complete."
     )
 
 
@@ -42,8 +43,13 @@ def main(argv: list[str]) -> int:
     if argv[0] == "--version":
         print(trainer.__version__)
         return errors.DONE
+    if argv[0] == "completion":
+        from trainer.completion import script as completion
+
+        print(completion({name: module for name, (module, _) in COMMANDS.items()}), end="")
+        return errors.DONE
     if argv[0] not in COMMANDS:
-        close = difflib.get_close_matches(argv[0], COMMANDS, 1)
+        close = difflib.get_close_matches(argv[0], [*COMMANDS, "completion"], 1)
         raise UserError(
             f"{argv[0]}: no such command; "
             + (f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}")

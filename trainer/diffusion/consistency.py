@@ -23,7 +23,7 @@ DEFAULT_PERIOD = 8
 class ConsistencyConfig:
     """weight: of the loss, before it is scaled by the schedule.
     period, count: consistency at `count` of every `period` steps (8 unless given), spread evenly; the loss is multiplied by
-    period / count. start, end: the first step that may have it, and the first that may not any more; null: to the last.
+    period / count. start: the first step that may have it. end: the first that may not any more; null: none.
     overhead_budget: instead of a period: the share of time that consistency may add to training, such as 0.2. Both kinds
     of step are then timed in the first steps from `start` on, the period follows, and stays for the rest of the run.
     batch_size: particles a consistency step, over all ranks; null takes as many as there are samples.

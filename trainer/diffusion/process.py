@@ -53,7 +53,7 @@ class VE:
     The input is scaled to unit variance for data of standard deviation `sigma_data`. The time is ln(sigma),
     stretched to [0, 1000], so that the usual sinusoidal embedding resolves it.
 
-    sigma_min, sigma_max: the lowest and highest level. sigma_data: standard deviation of the clean images.
+    sigma_min: the lowest level. sigma_max: the highest, where sampling starts. sigma_data: standard deviation of the clean images.
     """
 
     sigma_min: float = 0.002
@@ -128,7 +128,7 @@ class VPTable:
 class VPCosine:
     """Variance preserving with the cosine schedule of Nichol & Dhariwal 2021 (eq. 17), in continuous time.
 
-    sigma_min, sigma_max: the lowest and highest level, as of VE. offset: the schedule's s, which keeps the first steps from
+    sigma_min: the lowest level. sigma_max: the highest, where sampling starts. offset: the schedule's s, which keeps the first steps from
     being too small."""
 
     sigma_min: float = 0.002
@@ -158,7 +158,7 @@ class VPCosine:
 class Flow:
     """Rectified flow (Liu et al. 2023; Stable Diffusion 3, Flux): the network sees (1 - t) x0 + t z, sigma = t / (1 - t).
 
-    sigma_min, sigma_max: the lowest and highest level, as of VE."""
+    sigma_min: the lowest level. sigma_max: the highest, where sampling starts."""
 
     sigma_min: float = 0.002
     sigma_max: float = 80.0

@@ -1,0 +1,195 @@
+"""`python -m trainer.init SHARDS CONFIG`: a configuration for these shards and these GPUs, with a comment at each line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer import errors
+from trainer.documents import from_yaml
+from trainer.errors import UserError, WorkFailed
+from trainer.planning.gpus import GPUS
+
+if TYPE_CHECKING:
+    from data_pipeline.index import ShardIndex
+    from trainer.config import RunConfig
+
+EXAMPLE = """examples:
+  python -m trainer.init data/mine mine.yaml                                  # for the CPU of this machine
+  python -m trainer.init data/mine mine.yaml --gpus 8 --gpu a100
+  python -m trainer.init data/faces-latents sdxl.yaml --gpus 8 --base stabilityai/stable-diffusion-xl-base-1.0
+
+Sizes, rates and weights are where to begin, not results: docs/studies.md says what was measured.
+"""
+CPU = "cpu"
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m trainer.init",
+        description="Writes a commented configuration for the images in SHARDS and the GPUs that are to train on them.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("shards", metavar="SHARDS", help="the folder that data_pipeline.shard wrote")
+    p.add_argument("config", metavar="CONFIG", type=Path, help="the YAML file to write")
+    p.add_argument("--gpus", type=int, default=0, metavar="N", help="how many GPUs (default: 0, a CPU)")
+    p.add_argument("--gpu", choices=sorted(GPUS), default="h100", help="of which kind (default: h100)")
+    p.add_argument("--base", metavar="PIPELINE", help="for latents: the Stable Diffusion XL to adapt, a folder or a hub id (default: that whose VAE made them)")  # fmt: skip
+    p.add_argument("--prompt", help="for latents: one prompt for all images, in place of their captions")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    if args.gpus < 0:
+        raise UserError(f"--gpus {args.gpus}: must be at least 0")
+    if args.config.exists():
+        raise UserError(f"CONFIG {args.config}: is there already: choose another name, or remove it")
+    from data_pipeline.index import read_index
+
+    index = read_index(args.shards)
+    data = proposal(args.shards, index, args.config.stem, args.gpus, args.base, args.prompt)
+    said = _fitted(data, index, args.gpus, args.gpu) if args.gpus else "on a CPU"
+    text = render(data, f"{index.samples} images of {' x '.join(map(str, index.shape))} in {args.shards}, sigma_n {index.levels}; {said}")  # fmt: skip
+    try:
+        args.config.write_text(text)
+    except OSError as error:
+        raise UserError(f"CONFIG {args.config}: cannot be written: {error.strerror}") from None
+    launch = f"torchrun --nproc_per_node {min(args.gpus, 8)} -m" if args.gpus > 1 else "python -m"
+    print(f"{args.config}: for {index.samples} images, {said}")
+    if args.gpus:
+        print(f"  what it takes:  python -m trainer.plan {args.config} --gpus {args.gpus} --gpu {args.gpu}")
+    print(f"  train:          {launch} trainer.train {args.config}")
+    print("  every field:    docs/configuration.md")
+    return errors.DONE
+
+
+def proposal(shards: str, index: ShardIndex, name: str, gpus: int, base: str | None, prompt: str | None) -> dict[str, Any]:  # fmt: skip
+    """Where to begin, as the data of a RunConfig. Raises UserError for latents and pixels that do not go with the options."""
+    from data_pipeline.writer import META
+
+    latents = index.request.get("latents")
+    if latents is None and (base or prompt):
+        raise UserError(f"--{'base' if base else 'prompt'}: {shards} holds pixels, not latents; shard with --latents for Stable Diffusion XL")  # fmt: skip
+    batch = 64 if gpus <= 64 else gpus
+    batch = math.ceil(batch / max(1, gpus)) * max(1, gpus)
+    clean = index.sigma_max == 0
+    data: dict[str, Any] = {
+        "run_dir": f"runs/{name}",
+        "data": {"shards": shards, "workers": 4 if gpus else 0, "flip": False},
+        "steps": 20_000 if gpus else 2_000,
+        "batch_size": batch if gpus else 32,
+    }
+    common = {
+        "engine": {"zero_stage": 1 if gpus > 1 else 0, "precision": "bf16" if gpus else "auto"},
+        "recovery": {"leave_out": 3},
+        "checkpoint": {"every": 500, "keep": 3},
+        "logging": {"every": 50 if gpus else 20, "sample_every": 1_000 if gpus else 500, "reference": None},
+    }
+    budget = {"overhead_budget": 0.2, "start": 1_000 if gpus else 200}
+    if latents is not None:
+        captioned = "caption" in index.schema.get(META, {}).get("fields", ())
+        if not captioned and prompt is None:
+            raise UserError(f"--prompt: {shards} has no captions: give one prompt for all images, such as 'a face'")
+        encoded = prompt is None and index.text is None  # captions whose embeddings were not stored
+        return data | {
+            "model": {"kind": "sdxl", "base": base or latents["source"], "prompt": prompt, "text": "encoded" if encoded else "cached",
+                      "lora": {"rank": 16, "targets": ["attention"]}, "activation_checkpointing": True},
+            "process": {"kind": "vp_table"}, "prediction": "eps", "levels": {"kind": "uniform_time"},
+            "weight": {"kind": "min_snr", "gamma": 5.0},
+            "consistency": None if clean else {"weight": 0.01, **budget},
+            "optimizer": {"lr": 1e-4, "warmup_steps": 500}, **common,
+        }  # fmt: skip
+    return data | {
+        "model": {"kind": "unet2d", **_sizes(index.shape[-2:], gpus)},
+        "process": {"kind": "vp_cosine", "sigma_min": 0.03, "sigma_max": max(20.0, round(4 * index.sigma_max, 1))},
+        "prediction": "v", "levels": {"kind": "log_normal", "mean": 0.1, "std": 1.2},
+        "weight": {"kind": "edm", "sigma_data": 0.5},
+        "ambient": {"pairs": not clean, "boundary_share": 0.0 if clean else 0.5},
+        "consistency": None if clean else {"weight": 0.3, **budget},
+        "optimizer": {"lr": 2e-4 if gpus else 3e-3, "warmup_steps": 500 if gpus else 50}, **common,
+    }  # fmt: skip
+
+
+def _sizes(sides: tuple[int, int], gpus: int) -> dict[str, Any]:
+    """For GPUs the sizes of DDPM (Ho et al. 2020, appendix B), attention at 16 pixels; for a CPU those of the quickstart."""
+    halvings = 0
+    while halvings < 5 and not any(side % 2 ** (halvings + 1) for side in sides) and min(sides) >> (halvings + 1) >= 4:
+        halvings += 1
+    if not gpus:
+        return {
+            "channels": [16, 32, 96, 96][: halvings + 1],
+            "layers": 1,
+            "attention": [min(2, halvings)],
+            "head_dim": 16,
+        }
+    widths = [128, *([256] * min(halvings, 3)), *([512] * max(0, halvings - 3))]
+    attention = [i for i in range(len(widths)) if min(sides) >> i <= 16][:1] or [len(widths) - 1]
+    return {"channels": widths, "layers": 2, "attention": attention, "head_dim": 64, "norm_groups": 32}
+
+
+def _fitted(data: dict[str, Any], index: ShardIndex, gpus: int, gpu: str) -> str:
+    """Sets micro-batch and engine such that it fits, as the planner counts, and says so."""
+    from trainer.config import parse
+    from trainer.planning import models
+    from trainer.planning.estimate import Estimate, setting_of
+
+    config = parse(data, "the proposal")
+    setting = setting_of(config, gpu, gpus)
+    estimate = Estimate(config, models.configured(config, index.shape), index.shape, setting)
+    chosen = setting if estimate.fits(setting) else estimate.nearest()
+    if chosen is None or (chosen.gpus, chosen.gpu) != (gpus, gpu):
+        raise WorkFailed(f"{gpus} x {gpu} cannot hold this model with any micro-batch, stage or offloading" + (f"; {chosen} could" if chosen else ""))  # fmt: skip
+    data["micro_batch_size"] = chosen.micro
+    data["engine"]["zero_stage"] = chosen.stage
+    if chosen.saving.eight_bit:
+        data["engine"]["adam"] = "8bit"
+    for name in ("offload_optimizer", "offload_parameters"):
+        if getattr(chosen.saving, name):
+            data["engine"][name] = True
+    return f"{gpus} x {gpu}, {estimate.memory(chosen).peak / 1e9:.1f} GB a rank as planned"
+
+
+def render(data: dict[str, Any], what: str) -> str:
+    """YAML of a configuration, each field with its meaning."""
+    from trainer.config import parse
+    from trainer.config_fields import groups
+
+    config: RunConfig = parse(data, "the proposal")
+    meanings = {(group.kind, f"{group.path}.{field.name}".removeprefix(".")): field.about for group in groups() for field in group.fields}  # fmt: skip
+    lines = [f"# {what}.", "# Made by trainer.init; what is not here has its default: docs/configuration.md.", ""]
+
+    def meaning(path: str, kind: str | None) -> str:
+        about = meanings.get((kind, path)) or meanings.get((None, path), "")
+        first = about.replace(";", ".").split(". ")[0].strip(" .:")
+        return f"  # {first}" if first else ""
+
+    def write(values: dict[str, Any], path: str, indent: str) -> None:
+        kind = values.get("kind")
+        for name, value in values.items():
+            below = f"{path}.{name}".removeprefix(".")
+            if isinstance(value, dict):
+                lines.append(f"{indent}{name}:")
+                write(value, below, indent + "  ")
+            else:
+                lines.append(f"{indent}{name}: {_scalar(value)}{meaning(below, kind)}")
+
+    write(data, "", "")
+    del config
+    return "\n".join(lines) + "\n"
+
+
+def _scalar(value: Any) -> str:
+    """As YAML on one line, in quotes where it would be read as something else."""
+    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z][\w./-]*", value) and from_yaml(value) == value
+    return str(value) if plain else json.dumps(value)
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run(main))
