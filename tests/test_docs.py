@@ -1,0 +1,101 @@
+"""Every command in the README and the docs is one that the commands take: names, options, fields, files, make's targets."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from trainer import cli
+from trainer.config_fields import groups
+
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")] + sorted((ROOT / "docs").glob("*.md"))
+FIELDS = {f"{group.path}.{field.name}".removeprefix(".") for group in groups() for field in group.fields}
+GROUPS = {group.path for group in groups()}
+
+
+def commands(page: Path) -> Iterator[str]:
+    """What stands in a page's blocks of code, one command a line, without comments."""
+    fenced, text = False, ""
+    for line in page.read_text().splitlines():
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+        elif fenced or line.startswith("    "):
+            text += line.strip()
+            if text.endswith("\\"):
+                text = text[:-1] + " "
+                continue
+            yield text
+            text = ""
+
+
+def words_of(command: str) -> list[str]:
+    """Of the last program in a line, from its name on."""
+    try:
+        words = shlex.split(command.replace("[", "").replace("]", ""), comments=True)
+    except ValueError:
+        return []
+    for operator in ("&&", "|", ";"):
+        if operator in words:
+            words = words[words.index(operator) + 1 :]
+    return words
+
+
+OUR_PROGRAMS = rf"-m (trainer|data_pipeline|slurm)\b|^ambient ({'|'.join(cli.COMMANDS)}) "
+ALL = [(page, command) for page in PAGES for command in commands(page)]
+OURS = sorted({(page.name, command) for page, command in ALL if re.search(OUR_PROGRAMS, command)})  # fmt: skip
+SCRIPTS = sorted({(page.name, command) for page, command in ALL if re.search(r"python (-m )?(benchmarks|tests)[./]", command)})  # fmt: skip
+MADE = sorted({(page.name, command) for page, command in ALL if command.startswith("make ")})
+
+
+def test_there_are_commands() -> None:
+    assert len(OURS) > 45
+    assert len(SCRIPTS) > 10
+    assert len(MADE) > 5
+
+
+@pytest.mark.parametrize(("page", "command"), OURS)
+def test_a_command_is_taken(page: str, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = words_of(command)
+    if words[0] == "ambient":
+        module, words = cli.COMMANDS[words[1]][0], words[2:]
+    else:
+        at = next(i for i, word in enumerate(words) if word == "-m" and re.match(r"(trainer|data_pipeline|slurm)\b", words[i + 1]))  # fmt: skip
+        module, words = words[at + 1], words[at + 2 :]
+    words = [word for word in words if word != "..."]
+    for word in words:
+        if re.match(r"configs/\S+\.yaml$", word):
+            assert (ROOT / word).is_file(), f"{page}: {word}"
+    for name in [word.partition("=")[0] for word in words if re.match(r"[a-z_.]+=", word)]:
+        assert name in FIELDS or name in GROUPS or name.endswith(".kind"), f"{page}: no field {name}"
+    if not hasattr(import_module(module), "parser"):
+        return
+    parser = import_module(module).parser()
+    try:
+        parser.parse_intermixed_args(words)
+    except (SystemExit, TypeError) as error:
+        if isinstance(error, TypeError):  # of parsers that cannot take them mixed
+            parser.parse_args(words)
+        elif error.code:
+            pytest.fail(f"{page}: {command}: {capsys.readouterr().err.splitlines()[-1]}")
+
+
+@pytest.mark.parametrize(("page", "command"), SCRIPTS)
+def test_a_script_is_there(page: str, command: str) -> None:
+    words = words_of(command)
+    name = next(word for word in words if re.match(r"(benchmarks|tests)[./]", word))
+    path = ROOT / (name if name.endswith(".py") else name.replace(".", "/") + ".py")
+    assert path.is_file(), f"{page}: {command}"
+    for option in [word.partition("=")[0] for word in words if word.startswith("--")]:
+        assert f'"{option}"' in path.read_text() or option == "--quick", f"{page}: {name} has no {option}"
+
+
+@pytest.mark.parametrize(("page", "command"), MADE)
+def test_make_has_the_target(page: str, command: str) -> None:
+    target = shlex.split(command, comments=True)[1]
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"{page}: make {target}"
