@@ -12,7 +12,6 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
-from data_pipeline.latents.tokens import Tokens
 from trainer import conditioning, guard, recovery
 from trainer.budget import settled
 from trainer.build import Run
@@ -21,12 +20,11 @@ from trainer.diffusion.batch import Batch, variance
 from trainer.diffusion.noise import AddressedNoise
 from trainer.ema import PowerEMA
 from trainer.metrics import Meter
-from trainer.pace import Pace
-from trainer.planning.utilization import Utilization
 from trainer.posthoc import write_snapshot
 from trainer.preview import Preview
 from trainer.progress import progress_bar
 from trainer.recovery import Diverged
+from trainer.reports import Reports, warn
 from trainer.retention import Judge
 
 
@@ -37,14 +35,11 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
     Every step is a pure function of the checkpoint before it: noise is addressed by (seed, step, row), data by position.
     """
     config, ranks, engine, layout = run.config, run.ranks, run.engine, run.layout
-    meter, pace, preview = Meter(ranks), Pace(ranks, config.engine.zero_stage), Preview(run)
-    utilization = Utilization(run.denoiser, run.flops, ranks, engine.precision in ("bf16", "fp16"))
-    collapse = guard.CollapseGuard(config.consistency) if config.consistency else None
+    reports, preview = Reports(run), Preview(run)
     begun, before = time.perf_counter(), run.state
     judge = Judge(config.checkpoint, before.tally)
     spikes = recovery.Spikes(config.recovery.spike, before.usual_loss) if config.recovery.spike else None
-    evaluations_before, last_report = run.denoiser.evaluations, (0, before.step)
-    saved_at, in_a_row = before.step, 0
+    evaluations_before, saved_at, in_a_row = run.denoiser.evaluations, before.step, 0
     batches = run.loader.stream(before.samples)
     bar = progress_bar(
         total=config.steps, initial=before.step, desc=run.directory.name, unit="step", disable=not ranks.is_main
@@ -60,8 +55,8 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
                 asked = time.perf_counter()
                 batch = next(batches)
                 waited += time.perf_counter() - asked
-                with pace.computing():
-                    loss = step_loss(run, batch, step, micro, meter)
+                with reports.pace.computing():
+                    loss = step_loss(run, batch, step, micro, reports.meter)
                 finite &= loss.isfinite()
                 keys += batch.keys
                 if spikes:
@@ -72,7 +67,7 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
                 engine.backward(loss * math.nan if spike else loss)  # steps of such gradients are left out
                 engine.step(step)
             run.ema.update(engine.masters, step + 1)
-            pace.waited(waited)
+            reports.pace.waited(waited)
             period = _spend(run, step, started + waited)
 
             done = step + 1
@@ -94,38 +89,7 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
                 _leave_out(run, done, problem, [] if bool(finite) and not spike else keys)
             bar.update()
             if done % config.logging.every == 0 or done == config.steps or flags["stop"]:
-                report = meter.report(evaluations - last_report[0], (done - last_report[1]) * layout.batch_size)
-                covered, last_report = done - last_report[1], (evaluations, done)
-                shares, slow = pace.report()
-                warn(run, "slow_rank", slow)
-                report |= (
-                    shares
-                    | utilization.report()
-                    | {
-                        "optimizer/learning_rate": config.optimizer.rate(step),
-                        "optimizer/gradient_norm": float(engine.grad_norm),
-                        "progress/network_evaluations": float(run.state.evaluations),
-                        "progress/seconds": run.state.seconds,
-                    }
-                )
-                if engine.precision == "fp16":
-                    report["optimizer/loss_scale"] = engine.loss_scale.scale
-                if engine.precision == "fp16" or config.recovery.leave_out:
-                    report["optimizer/skipped_steps"] = float(engine.loss_scale.skipped)
-                if config.recovery.roll_back:
-                    report["optimizer/roll_backs"] = float(before.rolled_back)
-                if config.data.on_error == "skip":
-                    skipped = torch.tensor(float(run.loader.skipped), device=ranks.device)
-                    report["data/skipped_samples"] = float(ranks.sum(skipped))
-                if isinstance(run.text, Tokens):
-                    report["data/cut_captions"] = float(
-                        ranks.sum(torch.tensor(float(run.loader.cut), device=ranks.device))
-                    )
-                if run.consistency:
-                    report["consistency/period"] = run.schedule.scale
-                if collapse and guard.SPREAD in report and math.isfinite(report["loss/ambient"]):
-                    warning = collapse.observe(done, report[guard.SPREAD], report["loss/ambient"])
-                    warn(run, "collapse", warning)
+                report, covered = reports.report(evaluations, config.optimizer.rate(step))
                 judge.observe(report, covered)
                 bar.set_postfix(loss=f"{report['loss/ambient']:.3f}", refresh=False)
                 if run.logger:
@@ -219,14 +183,6 @@ def _leave_out(run: Run, done: int, problem: str, keys: list[str]) -> None:
     if keys:
         tqdm.write(f"warning: {problem}; samples of rank {run.ranks.rank}: {' '.join(keys)}", file=sys.stderr)
     warn(run, "not_finite", f"{problem}; it was left out, {run.engine.loss_scale.skipped} such steps so far")
-
-
-def warn(run: Run, name: str, warning: str | None, step: int | None = None) -> None:
-    """Says it, if there is something to say, and leaves it in MLflow as notice.NAME, of this step or another."""
-    if warning and run.ranks.is_main:
-        tqdm.write(f"warning: {warning}", file=sys.stderr)
-        if run.logger:
-            run.logger.notice(step or run.state.step, name, warning)
 
 
 def save(run: Run) -> None:

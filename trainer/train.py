@@ -97,6 +97,7 @@ def _train(run: Run, stop: Callable[[], bool]) -> int:
 def _with_roll_backs(run: Run, stop: Callable[[], bool]) -> bool:
     from trainer import build, loop
     from trainer.recovery import Diverged
+    from trainer.reports import warn
 
     while True:
         try:
@@ -106,7 +107,7 @@ def _with_roll_backs(run: Run, stop: Callable[[], bool]) -> bool:
             if not build.roll_back(run):
                 raise
             again = f"back to step {run.state.step}, past the samples of steps {run.state.step + 1} to {reached}; {run.state.rolled_back} of at most {run.config.recovery.roll_back} times"
-            loop.warn(run, "rolled_back", f"{problem}; {again}", reached)
+            warn(run, "rolled_back", f"{problem}; {again}", reached)
 
 
 if __name__ == "__main__":
