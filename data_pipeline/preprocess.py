@@ -81,6 +81,8 @@ def preprocess(request: Request, output: str, max_rejected: float, means: Means)
     if planned is not None:
         plan.refuse_another(output, planned.request, asked)
     source = open_source(request.source)
+    for unused in source.unused:
+        print(f"warning: SOURCE {request.source}: {unused}", file=sys.stderr)
     with _alone(output):
         if planned is None:
             planned = _first_plan(request, source, output, limit)

@@ -9,7 +9,7 @@ from functools import partial
 
 from data_pipeline import storage
 from data_pipeline.bad_image import BadImage
-from data_pipeline.inputs.captions import agreed, json_caption, metadata_captions, text_caption
+from data_pipeline.inputs.captions import FIELDS, METADATA, agreed, json_caption, metadata_captions, text_caption
 from data_pipeline.inputs.decode import SUFFIXES, decode, size_in
 from data_pipeline.inputs.picture import Picture, Source, keys_of
 from trainer.errors import UserError
@@ -74,7 +74,19 @@ def named(source: str, names: Sequence[str], read: Callable[[str], bytes], suffi
     texts = {posixpath.splitext(name)[0]: name for name in names if suffix_of(name) == ".txt"}
     beside = {image: [texts[stem]] for image in images if (stem := posixpath.splitext(image)[0]) in texts}
     files = Files(source, images, read, beside, captions)
-    return Source(keys_of(source, images), files.picture, files.header, files.picture)
+    return Source(keys_of(source, images), files.picture, files.header, files.picture, _unused(names, images, captions))
+
+
+def _unused(names: Sequence[str], images: Sequence[str], captions: Mapping[str, str]) -> list[str]:
+    stems = {posixpath.splitext(image)[0] for image in images}
+    alone = [name for name in names if suffix_of(name) == ".txt" and posixpath.splitext(name)[0] not in stems]
+    found = (
+        [f"{len(alone)} .txt files caption nothing, as no image has their name, such as {alone[0]}"] if alone else []
+    )
+    metadata = [name for name in names if posixpath.basename(name) in METADATA]
+    if metadata and not captions:
+        found.append(f"{metadata[0]} captions nothing: it has no {' or '.join(FIELDS)}")
+    return found
 
 
 def _read_in(folder: str, name: str) -> bytes:

@@ -45,6 +45,8 @@ class Source:
     """Width and height, where the first bytes of a picture tell them."""
     reduced: Callable[[int, int], Picture] | None = None
     """Reads a picture of which a square of so many pixels will be made, where one can save work by it; see `decode`."""
+    unused: Sequence[str] = ()
+    """What is in the source and looks as if it said something of its pictures, but does not; to be said once."""
 
     def __len__(self) -> int:
         return len(self.keys)

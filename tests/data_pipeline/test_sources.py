@@ -22,6 +22,7 @@ import tifffile
 from PIL import Image
 
 from data_pipeline import storage
+from data_pipeline.shard import main as shard_main
 from data_pipeline.sources import Source, open_source
 
 COUNT = 7
@@ -291,3 +292,21 @@ def test_packaged_sets_are_sources_and_pickle_without_their_pixels() -> None:
     data = pickle.dumps(source)
     assert len(data) < 30 * len(source)
     np.testing.assert_array_equal(pickle.loads(data).read(7).pixels, source.read(7).pixels)
+
+
+def test_what_captions_nothing_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A text that no image has the name of, and a table without a caption in it."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    folder_and_text(folder)
+    (folder / "readme.txt").write_text("what these are")
+    assert shard_main([str(folder), str(tmp_path / "one"), "--size", "8", "--sigma", "0.1", "--workers", "1"]) == 0
+    said = capfd.readouterr().err
+    assert said.count("warning: ") == 1
+    assert "1 .txt files caption nothing, as no image has their name, such as readme.txt" in said
+    for name in NAMES:
+        (folder / name).with_suffix(".txt").unlink()
+    (folder / "readme.txt").unlink()
+    (folder / "metadata.csv").write_text("file_name,label\n" + "".join(f"{name},3\n" for name in NAMES))
+    assert shard_main([str(folder), str(tmp_path / "two"), "--size", "8", "--sigma", "0.1", "--workers", "1"]) == 0
+    assert "metadata.csv captions nothing: it has no text or caption" in capfd.readouterr().err

@@ -27,7 +27,9 @@ end() {
 }
 
 install_packages() {
-  if command -v slurmctld slurmd sbatch munged >/dev/null; then return 0; fi
+  local program missing=
+  for program in slurmctld slurmd sbatch munged; do command -v "$program" >/dev/null || missing=$program; done
+  [ -n "$missing" ] || return 0
   if ! command -v apt-get >/dev/null || [ "$(id -u)" != 0 ]; then
     echo "SLURM is not here, and only root on Debian can install it: apt-get install slurmctld slurmd slurm-client munge" >&2
     return 1
