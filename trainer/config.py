@@ -110,17 +110,18 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         data = merge(base_data, data)
     for override in overrides:
         data = merge(data, _parse_override(override))
-    return parse(data, str(path))
+    return parse(data, str(path), [override.partition("=")[0] for override in overrides])
 
 
-def parse(data: dict[str, Any], where: str) -> RunConfig:
-    """A RunConfig from plain data. Raises UserError naming `where`, the field and its value."""
+def parse(data: dict[str, Any], where: str, overridden: Sequence[str] = ()) -> RunConfig:
+    """A RunConfig from plain data. Raises UserError naming `where`, the field and its value. overridden: fields that are from
+    the command line."""
     for name, value in flatten(data):
         try:
             refuse_password(str(value))
         except ValueError as error:
             raise UserError(f"{where}: {name}: {error}") from None
-    return parse_as(RunConfig, data, where)
+    return parse_as(RunConfig, data, where, overridden)
 
 
 def load_as(kind: type[T], path: Path) -> T:
@@ -128,13 +129,16 @@ def load_as(kind: type[T], path: Path) -> T:
     return parse_as(kind, _read(path), str(path))
 
 
-def parse_as(kind: type[T], data: dict[str, Any], where: str) -> T:
+def parse_as(kind: type[T], data: dict[str, Any], where: str, overridden: Sequence[str] = ()) -> T:
     """Any dataclass from plain data, as `parse`."""
     _forbid_unknown_fields(kind)
     try:
         return TypeAdapter(kind).validate_python(data)
     except ValidationError as error:
-        raise UserError(f"{where}: {_explain(kind, error.errors()[0])}") from None
+        said = _explain(kind, error.errors()[0])
+        name = said.partition(":")[0]
+        from_there = any(f"{path}.".startswith(f"{name}.") or f"{name}.".startswith(f"{path}.") for path in overridden)
+        raise UserError(f"{'the command line' if from_there else where}: {said}") from None
 
 
 def to_data(config: RunConfig) -> dict[str, Any]:
@@ -182,6 +186,18 @@ def merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
             merged[name] = value
     return merged
 
+
+PLAINER = {
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "int_type": "must be a whole number",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "string_type": "must be text",
+}
+"""pydantic's messages, in our words."""
 
 DEEPEST = 8
 """No field has so many points in its path."""
@@ -245,7 +261,7 @@ def _explain(kind: Any, error: Any) -> str:
     if error["type"] == "literal_error":
         known = re.findall("'(.*?)'", error["ctx"]["expected"])
         return f"{name}: {value!r}: must be {error['ctx']['expected']}{_meant(value, known)}"
-    message = error["msg"].removeprefix("Value error, ")
+    message = PLAINER.get(error["type"], error["msg"].removeprefix("Value error, "))
     shown = "" if isinstance(value, dict) or dataclasses.is_dataclass(value) else f" {value!r}:"
     return f"{name}:{shown} {message[0].lower()}{message[1:]}"
 

@@ -52,7 +52,9 @@ def test_a_base_is_one_level(tmp_path: Path) -> None:
         ("optimizer.lrr=1", "optimizer.lrr: no such field; did you mean lr?"),
         ("nonsense=1", "nonsense: no such field"),
         ("process.sigma_mn=1", "process.sigma_mn: no such field; did you mean sigma_min?"),
-        ("steps=many", "steps: 'many': "),
+        ("steps=many", "error: the command line: steps: 'many': must be a whole number"),
+        ("data.flip=ja", "error: the command line: data.flip: 'ja': must be true or false"),
+        ("model={layers: 1.5}", "error: the command line: model.layers: 1.5: must be a whole number"),
         ("steps=0", "must be at least 1"),
         ("optimizer.lr=-1", "need lr > 0"),
         ("prediction=velocity", "prediction: 'velocity': "),
@@ -145,3 +147,11 @@ def test_unknown_fields_are_refused_at_any_depth() -> None:
         with pytest.raises(UserError, match="no such field"):
             parse({**data, part: {**data[part], "surprise": 1}}, "file")
     assert isinstance(parse(data, "file"), RunConfig)
+
+
+def test_the_file_is_named_where_the_value_is_from_it(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("run_dir: a\ndata: {shards: b}\noptimizer: {lr: fast}\n")
+    with pytest.raises(UserError, match=r"a\.yaml: optimizer\.lr: 'fast': must be a number"):
+        load(tmp_path / "a.yaml", ["steps=3", "optimizer.clip=1"])
+    with pytest.raises(UserError, match=r"the command line: optimizer\.lr"):
+        load(tmp_path / "a.yaml", ["optimizer.lr=slow"])
