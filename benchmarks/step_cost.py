@@ -124,7 +124,7 @@ class Stepper:
         self.evaluations += self.run.denoiser.evaluations - before
 
     def _take(self, batch: Batch) -> None:
-        self.run.engine.backward(loop.step_loss(self.run, batch, self._step, 0, self._meter))
+        self.run.engine.backward(loop.step_loss(self.run, batch, self._step, self._step, 0, self._meter))
         self.run.engine.step(self._step)
         self.run.ema.update(self.run.engine.masters, self._step + 1)
 

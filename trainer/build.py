@@ -109,6 +109,8 @@ def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = 
     work = flops(network, loader.index.shape, conditioning_shapes(network))
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     attention = set_attention(network, "sdpa" if config.engine.deterministic else config.engine.attention, dtype, ranks)
+    if config.engine.deterministic:
+        attention = replace(attention, why="engine.deterministic")
     if config.engine.compile:
         network.backbone.compile()
     engine = Engine(network, config.engine, config.optimizer, precision, settings)
@@ -155,13 +157,19 @@ def _load(path: Path, engine: Engine, ema: EMA, pool: ParticlePool, first_partic
 def roll_back(run: Run) -> bool:
     """Sets a run back to its last checkpoint, but for the samples, of which it goes on with those after. A collective.
     False where it has none, or has gone back as often as it may."""
-    path, here = run.checkpoints.latest(), run.state
-    if path is None or here.rolled_back >= run.config.recovery.roll_back:
+    here = run.state
+    if here.rolled_back >= run.config.recovery.roll_back:
+        return False
+    path, _ = newest_whole(run.checkpoints, ["weights", "optimizer", *run.ema.averages], run.ranks)
+    if path is None:
         return False
     state = _load(path, run.engine, run.ema, run.pool, run.layout.first_row(0) // run.stride, run.ranks)
-    run.state = replace(state, samples=here.samples, evaluations=here.evaluations, seconds=here.seconds, rolled_back=here.rolled_back + 1)  # fmt: skip
-    run.budget = _budget(run.config.consistency, state)
-    run.schedule = _schedule(run.config.consistency, run.budget, state)
+    run.state = replace(
+        state, samples=here.samples, evaluations=here.evaluations, seconds=here.seconds, period=here.period,
+        in_a_row=0, rolled_back=here.rolled_back + 1,
+    )  # fmt: skip
+    run.budget = _budget(run.config.consistency, run.state)
+    run.schedule = _schedule(run.config.consistency, run.budget, run.state)
     return True
 
 

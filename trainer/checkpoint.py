@@ -11,7 +11,7 @@ import shutil
 import sys
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ class TrainState:
     of samples so far, over all ranks. seconds: time spent training, over all starts. shape: (C, H, W) of an image.
     period: of consistency, once a budget has chosen it. tally: of the metric that checkpoints are judged by. loss_scale: of
     the step to come. usual_loss: of steps without and with consistency, where spikes are looked for. rolled_back: how often
-    training has gone back, which leaves `samples` ahead of `step`."""
+    training has gone back, which leaves `samples` ahead of `step`. in_a_row: steps left out up to this one. pools: how many files of
+    particles the checkpoint has."""
 
     step: int
     samples: int
@@ -47,6 +48,8 @@ class TrainState:
     loss_scale: LossScale = field(default_factory=LossScale)
     usual_loss: tuple[Usual, Usual] = (Usual(), Usual())
     rolled_back: int = 0
+    in_a_row: int = 0
+    pools: int = 0
 
 
 class Checkpoints:
@@ -98,7 +101,7 @@ class Checkpoints:
         """A collective. Rank 0 writes what is whole, each rank its rows of the pool. The pointer moves last.
 
         averages: by the name of their file."""
-        final = self.path(state.step)
+        final, state = self.path(state.step), replace(state, pools=ranks.world if pool else 0)
         partial = self.folder / f".{final.name}.partial"
         error: OSError | SafetensorError | None = None
         if ranks.is_main:
@@ -222,7 +225,7 @@ def state_from(data: dict[str, Any]) -> TrainState:
     parsed = {"shape": tuple(data["shape"]), "tally": tally, "loss_scale": scale, "usual_loss": (plain, consistency)}
     state = TrainState(**{**data, **parsed})
     numbers = [*state.shape, state.step, state.samples, state.evaluations, state.period or 1, scale.skipped,
-               state.rolled_back, plain.steps, consistency.steps]  # fmt: skip
+               state.rolled_back, state.in_a_row, state.pools, plain.steps, consistency.steps]  # fmt: skip
     if len(state.shape) != 3 or any(type(n) is not int or n < 0 for n in numbers) or 0 in state.shape:
         raise TypeError(f"its counts must be whole numbers, and its shape three of them: {numbers}")
     if not all(isinstance(x, int | float) for x in (state.seconds, scale.scale, plain.mean, consistency.mean)):

@@ -9,7 +9,9 @@ from importlib import import_module
 SCRIPT = """# bash: source <(ambient completion); zsh: autoload -U bashcompinit && bashcompinit && source <(ambient completion)
 _ambient() {
     local word=${COMP_WORDS[COMP_CWORD]} words=
-    if ((COMP_CWORD == 1)); then
+    if [[ $word == "=" || ${COMP_WORDS[COMP_CWORD - 1]} == "=" ]]; then
+        words=  # of values nothing is known
+    elif ((COMP_CWORD == 1)); then
         words="@COMMANDS@"
     else
         case ${COMP_WORDS[1]} in

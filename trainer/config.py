@@ -58,7 +58,7 @@ class RunConfig:
     steps: optimiser steps. batch_size: samples a step, over all ranks and micro-batches.
     micro_batch_size: samples a pass on one rank; null takes the rank's whole share. seed: of all that is drawn: order of the data, levels,
     noise, the network's first weights. threads: CPU threads a rank; null leaves it to torch. prediction: what the network's
-    output means.
+    output means: the noise (eps), the clean image (x0), v (Salimans & Ho 2022) or flow (their difference).
     """
 
     run_dir: str
@@ -261,7 +261,7 @@ def _explain(kind: Any, error: Any) -> str:
     if error["type"] == "literal_error":
         known = re.findall("'(.*?)'", error["ctx"]["expected"])
         return f"{name}: {value!r}: must be {error['ctx']['expected']}{_meant(value, known)}"
-    message = PLAINER.get(error["type"], error["msg"].removeprefix("Value error, "))
+    message = PLAINER[error["type"]] if error["type"] in PLAINER else error["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(value, dict) or dataclasses.is_dataclass(value) else f" {value!r}:"
     return f"{name}:{shown} {message[0].lower()}{message[1:]}"
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,8 @@ EXAMPLE = """examples:
 
 Sizes, rates and weights are where to begin, not results: docs/studies.md says what was measured.
 """
-CPU = "cpu"
+LONGEST = 170
+"""Characters of a comment; a longer one is cut at the end of a sentence."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,8 +40,10 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("shards", metavar="SHARDS", help="the folder that data_pipeline.shard wrote")
     p.add_argument("config", metavar="CONFIG", type=Path, help="the YAML file to write")
-    p.add_argument("--gpus", type=int, default=0, metavar="N", help="how many GPUs (default: 0, a CPU)")
-    p.add_argument("--gpu", choices=sorted(GPUS), default="h100", help="of which kind (default: h100)")
+    p.add_argument(
+        "--gpus", type=int, metavar="N", help="how many GPUs; 0 is a CPU (default: 0, or 1 where --gpu is given)"
+    )
+    p.add_argument("--gpu", choices=sorted(GPUS), help="of which kind (default: h100)")
     p.add_argument("--base", metavar="PIPELINE", help="for latents: the Stable Diffusion XL to adapt, a folder or a hub id (default: that whose VAE made them)")  # fmt: skip
     p.add_argument("--prompt", help="for latents: one prompt for all images, in place of their captions")
     return p
@@ -47,25 +51,37 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    if args.gpus < 0:
-        raise UserError(f"--gpus {args.gpus}: must be at least 0")
+    gpus, gpu = (1 if args.gpu else 0) if args.gpus is None else args.gpus, args.gpu or "h100"
+    if gpus < 0 or (args.gpu and not gpus):
+        raise UserError(
+            f"--gpus {gpus}: must be at least {1 if args.gpu else 0}" + (f" with --gpu {gpu}" if args.gpu else "")
+        )
     if args.config.exists():
-        raise UserError(f"CONFIG {args.config}: is there already: choose another name, or remove it")
+        raise UserError(f"CONFIG {args.config}: is there already: choose another name")
     from data_pipeline.index import read_index
 
     index = read_index(args.shards)
-    data = proposal(args.shards, index, args.config.stem, args.gpus, args.base, args.prompt)
-    said = _fitted(data, index, args.gpus, args.gpu) if args.gpus else "on a CPU"
+    data = proposal(args.shards, index, args.config.stem, gpus, args.base, args.prompt)
+    said = _fitted(data, index, gpus, gpu) if gpus else "on a CPU"
     text = render(data, f"{index.samples} images of {' x '.join(map(str, index.shape))} in {args.shards}, sigma_n {index.levels}; {said}")  # fmt: skip
     try:
         args.config.write_text(text)
     except OSError as error:
         raise UserError(f"CONFIG {args.config}: cannot be written: {error.strerror}") from None
-    launch = f"torchrun --nproc_per_node {min(args.gpus, 8)} -m" if args.gpus > 1 else "python -m"
+    file = shlex.quote(str(args.config))
     print(f"{args.config}: for {index.samples} images, {said}")
-    if args.gpus:
-        print(f"  what it takes:  python -m trainer.plan {args.config} --gpus {args.gpus} --gpu {args.gpu}")
-    print(f"  train:          {launch} trainer.train {args.config}")
+    if data["model"]["kind"] == "unet2d" and len(data["model"]["channels"]) == 1:
+        print(f"warning: sides of {' x '.join(map(str, index.shape[1:]))} cannot be halved, so the network has one resolution: shard with --size 32, 64 or another multiple of 8", file=sys.stderr)  # fmt: skip
+    if gpus:
+        print(f"  what it takes:  python -m trainer.plan {file} --gpus {gpus} --gpu {gpu}")
+    if gpus > 8:
+        print(
+            f"  train:          python -m slurm.submit {file} --cluster cluster.yaml      # of nodes that have {gpus} GPUs together"
+        )
+    else:
+        print(
+            f"  train:          {f'torchrun --nproc_per_node {gpus} -m' if gpus > 1 else 'python -m'} trainer.train {file}"
+        )
     print("  every field:    docs/configuration.md")
     return errors.DONE
 
@@ -85,6 +101,7 @@ def proposal(shards: str, index: ShardIndex, name: str, gpus: int, base: str | N
         "data": {"shards": shards, "workers": 4 if gpus else 0, "flip": False},
         "steps": 20_000 if gpus else 2_000,
         "batch_size": batch if gpus else 32,
+        **({"micro_batch_size": None} if gpus else {}),
     }
     common = {
         "engine": {"zero_stage": 1 if gpus > 1 else 0, "precision": "bf16" if gpus else "auto"},
@@ -126,11 +143,11 @@ def _sizes(sides: tuple[int, int], gpus: int) -> dict[str, Any]:
         return {
             "channels": [16, 32, 96, 96][: halvings + 1],
             "layers": 1,
-            "attention": [min(2, halvings)],
+            "attention": [min(2, halvings)] if min(sides) >> min(2, halvings) <= 16 else [],
             "head_dim": 16,
         }
     widths = [128, *([256] * min(halvings, 3)), *([512] * max(0, halvings - 3))]
-    attention = [i for i in range(len(widths)) if min(sides) >> i <= 16][:1] or [len(widths) - 1]
+    attention = [i for i in range(len(widths)) if min(sides) >> i <= 16][:1]
     return {"channels": widths, "layers": 2, "attention": attention, "head_dim": 64, "norm_groups": 32}
 
 
@@ -163,12 +180,18 @@ def render(data: dict[str, Any], what: str) -> str:
 
     config: RunConfig = parse(data, "the proposal")
     meanings = {(group.kind, f"{group.path}.{field.name}".removeprefix(".")): field.about for group in groups() for field in group.fields}  # fmt: skip
-    lines = [f"# {what}.", "# Made by trainer.init; what is not here has its default: docs/configuration.md.", ""]
+    lines = [
+        f"# {' '.join(what.split())}.",
+        "# Made by trainer.init; what is not here has its default: docs/configuration.md.",
+        "",
+    ]
 
     def meaning(path: str, kind: str | None) -> str:
         about = meanings.get((kind, path)) or meanings.get((None, path), "")
-        first = about.replace(";", ".").split(". ")[0].strip(" .:")
-        return f"  # {first}" if first else ""
+        short = about
+        while len(short) > LONGEST and (cut := max(short.rfind(". "), short.rfind("; "))) > 0:
+            short = short[:cut]
+        return f"  # {short.strip(' .:;')}" if short else ""
 
     def write(values: dict[str, Any], path: str, indent: str) -> None:
         kind = values.get("kind")
@@ -177,6 +200,9 @@ def render(data: dict[str, Any], what: str) -> str:
             if isinstance(value, dict):
                 lines.append(f"{indent}{name}:")
                 write(value, below, indent + "  ")
+            elif name == "kind":
+                others = sorted({str(group.kind) for group in groups() if group.path == path} - {value})
+                lines.append(f"{indent}kind: {value}  # or {', '.join(others)}")
             else:
                 lines.append(f"{indent}{name}: {_scalar(value)}{meaning(below, kind)}")
 
@@ -188,7 +214,7 @@ def render(data: dict[str, Any], what: str) -> str:
 def _scalar(value: Any) -> str:
     """As YAML on one line, in quotes where it would be read as something else."""
     plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z][\w./-]*", value) and from_yaml(value) == value
-    return str(value) if plain else json.dumps(value)
+    return str(value) if plain else json.dumps(value, ensure_ascii=False)
 
 
 if __name__ == "__main__":

@@ -32,14 +32,16 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
     """Trains to the last step, or until `stop()` is true on any rank. Returns whether it reached the last step. Raises
     Diverged, on all ranks, at a step that may not be left out.
 
-    Every step is a pure function of the checkpoint before it: noise is addressed by (seed, step, row), data by position.
+    Every step is a pure function of the checkpoint before it: data are addressed by position, noise by (seed, batch of the data,
+    row), where the batch is the step but for a run that has gone back.
     """
     config, ranks, engine, layout = run.config, run.ranks, run.engine, run.layout
     reports, preview = Reports(run), Preview(run)
     begun, before = time.perf_counter(), run.state
     judge = Judge(config.checkpoint, before.tally)
     spikes = recovery.Spikes(config.recovery.spike, before.usual_loss) if config.recovery.spike else None
-    evaluations_before, saved_at, in_a_row = run.denoiser.evaluations, before.step, 0
+    evaluations_before, saved_at = run.denoiser.evaluations, before.step
+    in_a_row, passed_over = before.in_a_row, before.samples // layout.batch_size - before.step
     batches = run.loader.stream(before.samples)
     bar = progress_bar(
         total=config.steps, initial=before.step, desc=run.directory.name, unit="step", disable=not ranks.is_main
@@ -47,7 +49,7 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
 
     with bar, closing(batches):  # on errors, too: they stand on a line of their own, and no worker is left
         for step in range(before.step, config.steps):
-            started, waited, left_out = time.perf_counter(), 0.0, engine.loss_scale.skipped
+            started, waited, scale = time.perf_counter(), 0.0, engine.loss_scale
             finite = torch.ones((), dtype=torch.bool, device=ranks.device)
             keys: list[str] = []
             spike, whole_loss = None, torch.zeros((), device=ranks.device)
@@ -56,7 +58,7 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
                 batch = next(batches)
                 waited += time.perf_counter() - asked
                 with reports.pace.computing():
-                    loss = step_loss(run, batch, step, micro, reports.meter)
+                    loss = step_loss(run, batch, step, step + passed_over, micro, reports.meter)
                 finite &= loss.isfinite()
                 keys += batch.keys
                 if spikes:
@@ -66,6 +68,8 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
                         spike = spikes.observe(mean, run.schedule.has_consistency(step))
                 engine.backward(loss * math.nan if spike else loss)  # steps of such gradients are left out
                 engine.step(step)
+            if spike:  # no overflow, so in fp16 the scale stays
+                engine.loss_scale = replace(scale, skipped=engine.loss_scale.skipped)
             run.ema.update(engine.masters, step + 1)
             reports.pace.waited(waited)
             period = _spend(run, step, started + waited)
@@ -79,12 +83,13 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
                 rolled_back=before.rolled_back,
             )  # fmt: skip
             flags = ranks.any({"stop": stop(), "not_finite": not bool(finite)})
-            problem = f"{spike} at step {done}" if spike else _not_finite(run, done, left_out, flags["not_finite"])
+            problem = f"{spike} at step {done}" if spike else _not_finite(run, done, scale.skipped, flags["not_finite"])
             in_a_row = in_a_row + 1 if problem else 0
+            run.state = replace(run.state, in_a_row=in_a_row)
             # The weights moved, or never will.
-            hopeless = engine.loss_scale.skipped == left_out or engine.loss_scale.scale < 1
+            hopeless = engine.loss_scale.skipped == scale.skipped or engine.loss_scale.scale < 1
             if problem and (hopeless or in_a_row > config.recovery.leave_out):
-                raise Diverged(_last_words(run, problem, keys))
+                raise Diverged(problem, _last_words(run, problem, keys))
             if problem:
                 _leave_out(run, done, problem, [] if bool(finite) and not spike else keys)
             bar.update()
@@ -111,14 +116,15 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
     return run.state.step >= config.steps
 
 
-def step_loss(run: Run, batch: Batch, step: int, micro: int, meter: Meter) -> torch.Tensor:
-    """The ambient loss and, at the steps that the schedule says, the consistency loss of the batch's particles."""
+def step_loss(run: Run, batch: Batch, step: int, drawn: int, micro: int, meter: Meter) -> torch.Tensor:
+    """The ambient loss and, at the steps that the schedule says, the consistency loss of the batch's particles. drawn: which batch
+    of the data it is, which addresses its noise."""
     first_row = run.layout.first_row(micro)
-    noise = AddressedNoise(run.config.seed, step, first_row)
+    noise = AddressedNoise(run.config.seed, drawn, first_row)
     batch = run.conditioner(batch, noise)
     taken = None
     if run.schedule.has_consistency(step):
-        below = AddressedNoise(run.config.seed, step, first_row // run.stride)
+        below = AddressedNoise(run.config.seed, drawn, first_row // run.stride)
         first_particle = micro * run.layout.micro_batch_size // run.stride
         taken = *run.pool.take(batch.every(run.stride), below, first_particle), below
     if (encoders := conditioning.encoders_of(run.denoiser)) is not None:
@@ -174,7 +180,8 @@ def _not_finite(run: Run, done: int, left_out: int, loss: bool) -> str | None:
 def _last_words(run: Run, problem: str, keys: list[str]) -> str:
     return (
         f"{problem}; samples of rank {run.ranks.rank}: {' '.join(keys[:8])}...; the last good checkpoint is {run.checkpoints.latest() or 'none'}; "
-        "try a lower optimizer.lr or consistency.weight, or engine.precision=fp32; recovery.leave_out passes over such steps, recovery.roll_back over all samples since the checkpoint"
+        "try a lower optimizer.lr or consistency.weight, or engine.precision=fp32; recovery.leave_out passes over such steps, "
+        "recovery.roll_back, once there is a checkpoint, over all samples since it"
     )
 
 

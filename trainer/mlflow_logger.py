@@ -176,10 +176,10 @@ class MLflowLogger:
 
 
 def _kind(record: dict[str, Any]) -> str:
-    """Of records of one kind, a run has one a step. Raises ValueError for what is no record."""
+    """Of records of one kind, a run has one a step; each text of a notice is a kind. Raises ValueError for what is no record."""
     for name in ("metrics", "image", "notice"):
         if name in record:
-            return f"{name} {next(iter(record[name]), '')}"
+            return f"{name} {' '.join(record[name]) if name == 'notice' else next(iter(record[name]), '')}"
     raise ValueError(f"a record has metrics, image or notice, not {', '.join(record)}")
 
 

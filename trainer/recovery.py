@@ -14,9 +14,10 @@ WINDOW, WARM_UP = 100, 20
 class RecoveryConfig:
     """What to do at a step that must not count.
 
-    spike: a loss so many times the usual one is such a step, too (the usual one: the mean of about the last hundred steps, those with
-    consistency apart; the first twenty are let pass); null looks for none.
-    leave_out: how many such steps in a row may be left out; they move nothing, and are counted.
+    spike: a loss so many times the usual one must not count; null looks for none. The usual one is the mean of about the last
+    hundred steps, of those with consistency and of the others apart; the first twenty of a run are let pass.
+    leave_out: how many steps in a row may be left out whose loss or gradients are not finite, or whose loss is a spike; they move
+    nothing, and are counted.
     roll_back: how often in a run, where no more may be left out, to go back to the last checkpoint and on with the samples after
     those of the step; the next such step stops the run."""
 
@@ -25,14 +26,19 @@ class RecoveryConfig:
     roll_back: int = 0
 
     def __post_init__(self) -> None:
-        if self.spike is not None and not self.spike > 1:
+        if self.spike is not None and not 1 < self.spike < float("inf"):
             raise ValueError(f"spike {self.spike:g} must be above 1, such as 5")
-        if self.leave_out < 0 or self.roll_back < 0:
-            raise ValueError("need leave_out >= 0 and roll_back >= 0")
+        for name in ("leave_out", "roll_back"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 0")
 
 
 class Diverged(WorkFailed):
-    """A step that stops the run, on all ranks alike."""
+    """A step that stops the run, on all ranks alike. problem: what of it is wrong, without what to do."""
+
+    def __init__(self, problem: str, message: str) -> None:
+        super().__init__(message)
+        self.problem = problem
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class Spikes:
         """What is wrong with it, if it is a spike; else it counts among the usual ones. One that is not finite does neither."""
         usual = self._usual[with_consistency]
         if usual.steps >= WARM_UP and loss > self._factor * usual.mean:
-            return f"the loss {loss:.4g} is {loss / usual.mean:.1f} times the usual {usual.mean:.4g}"
+            return f"the loss {loss:.4g} is {loss / usual.mean:.3g} times the usual {usual.mean:.4g}"
         if abs(loss) < float("inf"):
             self._usual[with_consistency] = usual.after(loss)
         return None

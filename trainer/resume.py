@@ -50,7 +50,7 @@ def _choose(checkpoints: Checkpoints, names: list[str]) -> tuple[int, str | None
         problems.append(problem)
         torn.append(step)
     raise UserError(
-        f"{problems[-1]}; no other checkpoint in {checkpoints.folder} is whole: move that folder away to begin anew"
+        f"{'; '.join(problems)}; no checkpoint in {checkpoints.folder} is whole: move that folder away to begin anew"
     )
 
 
@@ -76,14 +76,12 @@ def damage(path: Path, names: list[str]) -> str | None:
 
     A file that was cut anywhere, or in which a bit has flipped, is found: each has its checksum."""
     try:
-        read_state(path)
+        pools = read_state(path).pools
     except AnotherFormat:
         return None  # it is whole, and whoever reads it is told
     except UserError as error:
         return str(error)
-    pool = {file.stem for file in path.glob("pool-*-of-*.safetensors")}
-    ranks = max((int(name.rpartition("-")[2]) for name in pool), default=0)
-    for name in [*names, *(f"pool-{rank:05d}-of-{ranks:05d}" for rank in range(ranks))]:
+    for name in [*names, *(f"pool-{rank:05d}-of-{pools:05d}" for rank in range(pools))]:
         try:
             read_tensors(path, name)
         except UserError as error:

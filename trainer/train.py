@@ -107,7 +107,7 @@ def _with_roll_backs(run: Run, stop: Callable[[], bool]) -> bool:
             if not build.roll_back(run):
                 raise
             again = f"back to step {run.state.step}, past the samples of steps {run.state.step + 1} to {reached}; {run.state.rolled_back} of at most {run.config.recovery.roll_back} times"
-            warn(run, "rolled_back", f"{problem}; {again}", reached)
+            warn(run, "rolled_back", f"{problem.problem}; {again}", reached)
 
 
 if __name__ == "__main__":

@@ -160,11 +160,44 @@ def test_it_goes_back_only_so_often_also_over_several_starts(
     code, output = train("run", "recovery.roll_back=2")
     assert code == 1
     assert "2 of at most 2 times" in output
+    assert [text for text in notices(tmp_path / "run") if "times" in text][-1].endswith("2 of at most 2 times")
     assert "failed: the loss is not finite at step 5" in output
     spoil(5, 8, 9, times=1)
     assert train("again", "recovery.roll_back=2", "steps=8", "checkpoint.every=2")[0] == 0
     code, output = train("again", "recovery.roll_back=2", "steps=9", "checkpoint.every=2")
     assert code == 1, "what is in the checkpoint counts"
+
+
+def test_bad_steps_in_a_row_are_counted_over_a_stop(train: Train, spoil: Callable[..., None], tmp_path: Path) -> None:
+    spoil(4, 5)
+    code, output = train("whole", "recovery.leave_out=1")
+    assert code == 1
+    assert "not finite at step 5" in output
+    assert train("parts", "recovery.leave_out=1", "steps=4")[0] == 0
+    code, output = train("parts", "recovery.leave_out=1")
+    assert code == 1
+    assert "not finite at step 5" in output
+
+
+def test_a_roll_back_passes_over_a_damaged_checkpoint_and_draws_other_noise(
+    train: Train, spoil: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, drawn = loop.step_loss, list[tuple[int, int]]()
+
+    def watched(run: loop.Run, batch: loop.Batch, step: int, which: int, *rest: object) -> torch.Tensor:
+        drawn.append((step, which))
+        if len(drawn) == 5:
+            weights = tmp_path / "run" / "checkpoints" / "step-00000004" / "weights.safetensors"
+            weights.write_bytes(weights.read_bytes()[:-1])
+            batch.x_n[0, 0, 0, 0] = float("nan")
+        return honest(run, batch, step, which, *rest)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(loop, "step_loss", watched)
+    code, output = train("run", "recovery.roll_back=1", "checkpoint.every=2")
+    assert code == 0, output
+    assert "weights.safetensors cannot be read" in output
+    assert "back to step 2, past the samples of steps 3 to 5" in output
+    assert drawn == [(0, 0), (1, 1), (2, 2), (3, 3), (4, 4), (2, 5), (3, 6), (4, 7), (5, 8)]
 
 
 def test_without_a_checkpoint_there_is_nowhere_to_go_back_to(
@@ -241,7 +274,7 @@ def test_what_is_usual_outlasts_a_stop(train: Train, spoil: Callable[..., None],
 
 
 @pytest.mark.parametrize(("word", "said"), [
-    ("recovery.leave_out=-1", "leave_out >= 0"), ("recovery.roll_back=-1", "roll_back >= 0"), ("recovery.spike=0.5", "spike 0.5 must be above 1")])  # fmt: skip
+    ("recovery.leave_out=-1", "leave_out -1 must be at least 0"), ("recovery.roll_back=-1", "roll_back -1 must be at least 0"), ("recovery.spike=.inf", "spike inf must be above 1"), ("recovery.spike=0.5", "spike 0.5 must be above 1")])  # fmt: skip
 def test_a_number_that_makes_no_sense_is_refused(word: str, said: str, train: Train) -> None:
     code, output = train("run", word)
     assert code == 2

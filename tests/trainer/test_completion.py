@@ -36,6 +36,7 @@ def completed(file: Path, *words: str) -> list[str]:
         (("plan", "c.yaml", "--gp"), ["--gpu", "--gpus"]),
         (("shard", "a", "b", "--sig"), ["--sigma"]),
         (("sample", "a", "optimizer.l"), []),
+        (("train", "c.yaml", "engine.precision", "=", "b"), []),
     ],
 )
 def test_it_offers_what_fits(file: Path, words: tuple[str, ...], offered: list[str]) -> None:

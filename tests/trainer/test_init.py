@@ -80,6 +80,7 @@ def test_wrong_requests_are_one_line(shards: Path, tmp_path: Path, capfd: pytest
     for words, said in (
         ((tmp_path / "none", file), "no such shard folder; make it with `python -m data_pipeline.shard"),
         ((shards, file, "--gpus", "-1"), "--gpus -1: must be at least 0"),
+        ((shards, file, "--gpus", "0", "--gpu", "l4"), "--gpus 0: must be at least 1 with --gpu l4"),
         ((shards, file, "--prompt", "a face"), "holds pixels, not latents"),
         ((shards, tmp_path / "no" / "a.yaml"), "cannot be written: No such file or directory"),
     ):

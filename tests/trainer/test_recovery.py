@@ -28,7 +28,7 @@ def test_a_spike_is_told_by_its_kind_of_step_and_does_not_become_usual() -> None
         assert spikes.observe(10.0, True) is None
     for _ in range(50):
         said = spikes.observe(6.0, False)
-        assert said == "the loss 6 is 6.0 times the usual 1"
+        assert said == "the loss 6 is 6 times the usual 1"
     assert spikes.observe(4.9, False) is None
     assert spikes.observe(49.0, True) is None
     assert spikes.usual[0].steps == WARM_UP + 1

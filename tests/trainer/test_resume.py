@@ -47,6 +47,13 @@ def test_a_run_without_checkpoints_begins(tmp_path: Path) -> None:
     assert newest_whole(Checkpoints(tmp_path, CheckpointConfig()), NAMES, ALONE) == (None, None)
 
 
+def test_particles_that_are_gone_are_noticed(saved: Checkpoints) -> None:
+    (saved.path(30) / "pool-00000-of-00001.safetensors").unlink()
+    path, warning = newest_whole(saved, NAMES, ALONE)
+    assert path == saved.path(20)
+    assert "pool-00000-of-00001.safetensors" in (warning or "")
+
+
 def contents(file: Path) -> object:
     if file.suffix == ".json":
         return read_state(file.parent)

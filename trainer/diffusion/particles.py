@@ -82,7 +82,8 @@ class ParticlePool:
         return {f"{shape}.{name}": value for shape, state in named.items() for name, value in state.items()}
 
     def load_state_dict(self, state: State) -> None:
-        """state: as `state_dict` gives it, for this rank's rows."""
+        """state: as `state_dict` gives it, for this rank's rows; what was there before is gone."""
+        self._states = {}
         for name, value in state.items():
             if value.shape[:2] != (self.rows, self.depth):
                 raise ValueError(
