@@ -69,6 +69,12 @@ class ShardIndex:
         return self.shapes[samples.index(max(samples))]
 
     @property
+    def not_gaussian(self) -> str | None:
+        """The corruption, where it is known and no Gaussian noise is in it; its sigma_n is then a stand-in."""
+        steps = str(self.request.get("corruption", {}).get("steps", "gaussian"))
+        return None if "gaussian" in steps else steps
+
+    @property
     def levels(self) -> str:
         """The range of sigma_n, for people."""
         return f"{self.sigma_min:g}" + (f" to {self.sigma_max:g}" if self.sigma_max > self.sigma_min else "")

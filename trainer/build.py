@@ -88,9 +88,11 @@ def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = 
     loader = Loader(config.data, layout, config.seed, ranks.device, captions)
     _check_levels(config, loader)
     few = _few(config, loader)
-    notices = {"notice.few_images": few} if few else {}
-    if few and ranks.is_main:
-        print(f"warning: {few}", file=sys.stderr)
+    other = _not_gaussian(config, loader)
+    notices = {f"notice.{name}": text for name, text in (("few_images", few), ("not_gaussian", other)) if text}
+    if ranks.is_main:
+        for text in notices.values():
+            print(f"warning: {text}", file=sys.stderr)
     precision = engine_settings.resolve_precision(config.engine.precision)
     settings, unused = engine_settings.settings(config.engine, config.optimizer, layout, precision)
     if unused and ranks.is_main:
@@ -232,6 +234,14 @@ def _few(config: RunConfig, loader: Loader) -> str | None:
     if loader.index.samples >= FEW or loader.index.sigma_max * config.data.sigma_scale == 0:
         return None
     return f"{config.data.shards} has {loader.index.samples} images; below about {FEW} a long training from noisy images goes wrong: mirror them (data.flip=true), keep many checkpoints and take the one with the lowest loss on held-out noisy images, or give more images or a share of clean ones"
+
+
+def _not_gaussian(config: RunConfig, loader: Loader) -> str | None:
+    """What to say where losses are asked for that take another corruption into the samples (docs/corruptions.md)."""
+    steps, asked = loader.index.not_gaussian, [*(["ambient.pairs"] if config.ambient.pairs else []), *(["consistency"] if config.consistency else [])]  # fmt: skip
+    if steps is None or not asked:
+        return None
+    return f"{config.data.shards} holds {steps}, which is not Gaussian noise: {' and '.join(asked)} may carry it into the samples; compare with ambient.pairs=false consistency=null, or add Gaussian noise when you shard"
 
 
 def refuse_another_run(config: RunConfig, directory: Path) -> None:

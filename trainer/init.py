@@ -95,7 +95,9 @@ def proposal(shards: str, index: ShardIndex, name: str, gpus: int, base: str | N
         raise UserError(f"--{'base' if base else 'prompt'}: {shards} holds pixels, not latents; shard with --latents for Stable Diffusion XL")  # fmt: skip
     batch = 64 if gpus <= 64 else gpus
     batch = math.ceil(batch / max(1, gpus)) * max(1, gpus)
-    clean = index.sigma_max == 0
+    plain = (
+        index.sigma_max == 0 or index.not_gaussian is not None
+    )  # else pairs and consistency carry it into the samples
     data: dict[str, Any] = {
         "run_dir": f"runs/{name}",
         "data": {"shards": shards, "workers": 4 if gpus else 0, "flip": False},
@@ -120,7 +122,7 @@ def proposal(shards: str, index: ShardIndex, name: str, gpus: int, base: str | N
                       "lora": {"rank": 16, "targets": ["attention"]}, "activation_checkpointing": True},
             "process": {"kind": "vp_table"}, "prediction": "eps", "levels": {"kind": "uniform_time"},
             "weight": {"kind": "min_snr", "gamma": 5.0},
-            "consistency": None if clean else {"weight": 0.01, **budget},
+            "consistency": None if plain else {"weight": 0.01, **budget},
             "optimizer": {"lr": 1e-4, "warmup_steps": 500}, **common,
         }  # fmt: skip
     return data | {
@@ -128,8 +130,8 @@ def proposal(shards: str, index: ShardIndex, name: str, gpus: int, base: str | N
         "process": {"kind": "vp_cosine", "sigma_min": 0.03, "sigma_max": max(20.0, round(4 * index.sigma_max, 1))},
         "prediction": "v", "levels": {"kind": "log_normal", "mean": 0.1, "std": 1.2},
         "weight": {"kind": "edm", "sigma_data": 0.5},
-        "ambient": {"pairs": not clean, "boundary_share": 0.0 if clean else 0.5},
-        "consistency": None if clean else {"weight": 0.3, **budget},
+        "ambient": {"pairs": not plain, "boundary_share": 0.0 if plain else 0.5},
+        "consistency": None if plain else {"weight": 0.3, **budget},
         "optimizer": {"lr": 2e-4 if gpus else 3e-3, "warmup_steps": 500 if gpus else 50}, **common,
     }  # fmt: skip
 

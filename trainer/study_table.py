@@ -61,6 +61,10 @@ def table_data(found: Found, command: str) -> dict[str, Any]:
     return {"command": command, "settings": next(iter(found.values())).settings, "runs": runs}
 
 
+CHARACTERS = 45
+"""Of the names of data sets, for which a plot has room on one line."""
+
+
 def draw(config: StudyConfig, found: Found) -> dict[str, bytes]:
     """plots.png: each metric of the report over the data sets, a line for each method."""
     from matplotlib.figure import Figure
@@ -82,7 +86,8 @@ def draw(config: StudyConfig, found: Found) -> dict[str, bytes]:
             known = [i for i, of in enumerate(values) if of]
             spread = [statistics.stdev(values[i]) if len(values[i]) > 1 else 0.0 for i in known]
             axis.errorbar(known, [statistics.mean(values[i]) for i in known], spread, marker="o", markersize=4, capsize=3, color=f"C{number}", label=method)  # fmt: skip
-        axis.set_xticks(range(len(compared)), compared, fontsize=8)
+        wide = sum(map(len, compared)) > CHARACTERS
+        axis.set_xticks(range(len(compared)), compared, fontsize=8, rotation=30 if wide else 0, ha="right" if wide else "center")  # fmt: skip
         axis.set_title(COLUMNS[name][0], fontsize=10)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)

@@ -75,6 +75,29 @@ def test_clean_images_need_no_consistency(tmp_path: Path) -> None:
     assert not config.ambient.pairs
 
 
+def test_noise_that_is_not_gaussian_gets_neither_pairs_nor_consistency_and_a_warning_if_they_are_asked_for(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["packaged:digits/train", "--size", "8", "--limit", "40", "--corruption"]
+    for corruption, plain in (("poisson:30", True), ("blur:1+gaussian:0.2", False)):
+        folder, file = tmp_path / corruption, tmp_path / f"{corruption}.yaml"
+        assert errors.run(lambda folder=folder, corruption=corruption: shard([*words[:1], str(folder), *words[1:], corruption])) == 0  # fmt: skip
+        assert run(folder, file) == 0
+        config = load(file)
+        assert (config.consistency is None) is plain
+        assert config.ambient.pairs is not plain
+        capfd.readouterr()
+        fixed = [
+            f"run_dir={tmp_path / 'run' / corruption}",
+            "steps=1",
+            "logging.enabled=false",
+            "logging.sample_every=0",
+        ]
+        asked = ["ambient.pairs=true", "consistency={overhead_budget: 0.2}"]
+        assert errors.run(lambda file=file, fixed=fixed, asked=asked: train.main([str(file), *fixed, *asked])) == 0
+        assert ("holds poisson:30, which is not Gaussian noise: ambient.pairs and consistency may" in capfd.readouterr().err) is plain  # fmt: skip
+
+
 def test_wrong_requests_are_one_line(shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "a.yaml"
     for words, said in (
