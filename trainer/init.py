@@ -18,7 +18,6 @@ from trainer.planning.gpus import GPUS
 
 if TYPE_CHECKING:
     from data_pipeline.index import ShardIndex
-    from trainer.config import RunConfig
 
 EXAMPLE = """examples:
   python -m trainer.init data/mine mine.yaml                                  # for the CPU of this machine
@@ -93,16 +92,12 @@ def proposal(shards: str, index: ShardIndex, name: str, gpus: int, base: str | N
     latents = index.request.get("latents")
     if latents is None and (base or prompt):
         raise UserError(f"--{'base' if base else 'prompt'}: {shards} holds pixels, not latents; shard with --latents for Stable Diffusion XL")  # fmt: skip
-    batch = 64 if gpus <= 64 else gpus
-    batch = math.ceil(batch / max(1, gpus)) * max(1, gpus)
-    plain = (
-        index.sigma_max == 0 or index.not_gaussian is not None
-    )  # else pairs and consistency carry it into the samples
+    plain = index.sigma_max == 0 or index.not_gaussian is not None  # pairs and consistency are for Gaussian noise
     data: dict[str, Any] = {
         "run_dir": f"runs/{name}",
         "data": {"shards": shards, "workers": 4 if gpus else 0, "flip": False},
         "steps": 20_000 if gpus else 2_000,
-        "batch_size": batch if gpus else 32,
+        "batch_size": math.ceil(64 / gpus) * gpus if gpus else 32,
         **({"micro_batch_size": None} if gpus else {}),
     }
     common = {
@@ -180,7 +175,7 @@ def render(data: dict[str, Any], what: str) -> str:
     from trainer.config import parse
     from trainer.config_fields import groups
 
-    config: RunConfig = parse(data, "the proposal")
+    parse(data, "the proposal")  # what it refuses is a bug of ours, to be known before a file is there
     meanings = {(group.kind, f"{group.path}.{field.name}".removeprefix(".")): field.about for group in groups() for field in group.fields}  # fmt: skip
     lines = [
         f"# {' '.join(what.split())}.",
@@ -189,8 +184,7 @@ def render(data: dict[str, Any], what: str) -> str:
     ]
 
     def meaning(path: str, kind: str | None) -> str:
-        about = meanings.get((kind, path)) or meanings.get((None, path), "")
-        short = about
+        short = meanings.get((kind, path)) or meanings.get((None, path), "")
         while len(short) > LONGEST and (cut := max(short.rfind(". "), short.rfind("; "))) > 0:
             short = short[:cut]
         return f"  # {short.strip(' .:;')}" if short else ""
@@ -209,7 +203,6 @@ def render(data: dict[str, Any], what: str) -> str:
                 lines.append(f"{indent}{name}: {_scalar(value)}{meaning(below, kind)}")
 
     write(data, "", "")
-    del config
     return "\n".join(lines) + "\n"
 
 
