@@ -58,9 +58,8 @@ class Pace:
         self._events, self._waited, self._computed, self._since = [], 0.0, 0.0, now
         by_rank = self._ranks.gather(torch.tensor(own, dtype=torch.float64, device=self._ranks.device)).tolist()
         shares = {"speed/share_waiting_for_data": sum(waited for waited, _ in by_rank) / len(by_rank) / whole}
-        if len(by_rank) == 1:
-            return shares, None
-        shares["speed/share_waiting_for_slowest_rank"] = max(0.0, *(mine - others for *_, mine, others in compared(by_rank))) / whole  # fmt: skip
+        excess = [mine - others for *_, mine, others in compared(by_rank)]
+        shares["speed/share_waiting_for_slowest_rank"] = max(0.0, *excess) / whole if excess else 0.0
         found = slow(by_rank, whole)
         new, self._named = found.keys() - self._named, set(found)
         if not new:
@@ -76,7 +75,9 @@ class Pace:
 
 
 def compared(by_rank: Sequence[Sequence[float]]) -> Iterator[tuple[int, str, float, float]]:
-    """Rank, kind, its seconds, and those of the middle one of the others. by_rank: seconds of each kind, of two ranks or more."""
+    """Rank, kind, its seconds, and those of the middle one of the others; nothing of a rank alone. by_rank: seconds of each kind."""
+    if len(by_rank) == 1:
+        return
     for rank, own in enumerate(by_rank):
         for kind, (name, seconds) in enumerate(zip(KINDS, own, strict=True)):
             yield rank, name, seconds, median(other[kind] for i, other in enumerate(by_rank) if i != rank)
