@@ -15,6 +15,9 @@ from trainer.distributed import Ranks
 SLOW, WORTH = 2.0, 0.1
 """A rank is slow that takes SLOW times as long as the middle one of the others, and WORTH of all time longer than it."""
 
+LEAST_S = 2.0
+"""Seconds that are judged together, at least: a single step may be late by chance."""
+
 KINDS = "waiting for data", "computing"
 LONGEST_NAME = 64
 
@@ -29,6 +32,7 @@ class Pace:
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._waited, self._computed, self._since = 0.0, 0.0, time.perf_counter()
         self._named: set[int] = set()
+        self._judged: tuple[list[list[float]], float] = [], 0.0  # what is not judged yet: by rank, and of how long
 
     def waited(self, seconds: float) -> None:
         """Time spent waiting for data."""
@@ -56,10 +60,20 @@ class Pace:
         now = time.perf_counter()
         whole, own = now - self._since, [self._waited, self._computed if self._compares_passes else 0.0]
         self._events, self._waited, self._computed, self._since = [], 0.0, 0.0, now
-        by_rank = self._ranks.gather(torch.tensor(own, dtype=torch.float64, device=self._ranks.device)).tolist()
+        told = self._ranks.gather(torch.tensor([*own, whole], dtype=torch.float64, device=self._ranks.device)).tolist()
+        by_rank, whole = (
+            [each[:2] for each in told],
+            max(each[2] for each in told),
+        )  # the same on all ranks, who decide alike
         shares = {"speed/share_waiting_for_data": sum(waited for waited, _ in by_rank) / len(by_rank) / whole}
         excess = [mine - others for *_, mine, others in compared(by_rank)]
         shares["speed/share_waiting_for_slowest_rank"] = max(0.0, *excess) / whole if excess else 0.0
+        before, whole = self._judged[0] or [[0.0] * len(KINDS)] * len(by_rank), self._judged[1] + whole
+        by_rank = [[a + b for a, b in zip(*both, strict=True)] for both in zip(before, by_rank, strict=True)]
+        self._judged = by_rank, whole
+        if whole < LEAST_S:
+            return shares, None
+        self._judged = [], 0.0
         found = slow(by_rank, whole)
         new, self._named = found.keys() - self._named, set(found)
         if not new:

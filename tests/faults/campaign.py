@@ -228,7 +228,8 @@ class Training:
         epochs = [Counter(seen[at : at + PICTURES]) for at in range(0, STEPS * BATCH, PICTURES)]
         lost = sum(PICTURES - len(epoch) for epoch in epochs)
         twice = sum(count - 1 for epoch in epochs for count in epoch.values())
-        logged = [json.loads(line)["step"] for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
+        records = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
+        logged = [record["step"] for record in records if "metrics" in record]
         told = [] if logged == sorted(set(logged)) else ["metrics.jsonl has steps twice, or out of order"]
         return lost, twice, told + ([f"{lost} samples lost, {twice} seen twice"] if lost or twice else [])
 

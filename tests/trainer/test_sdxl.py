@@ -160,7 +160,7 @@ def damaged(base: Path, folder: Path, part: str, stem: str) -> Path:
         ("model.lora.targets=[attentions]", "model.lora.targets.0: 'attentions': "),
         ("model.lora.rnk=4", "model.lora.rnk: no such field; did you mean rank?"),
         ("model.drop_captions=1", "drop_captions 1 must be from 0 to below 1"),
-        ("model.kind=sdxxl", "model: "),
+        ("model.kind=sdxxl", "model.kind: 'sdxxl': must be one of unet2d, dit, sdxl; did you mean sdxl?"),
         ("data.flip=true", "a mirrored latent is not the mirrored image's"),
     ],
 )
