@@ -41,7 +41,7 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
     judge = Judge(config.checkpoint, before.tally)
     spikes = recovery.Spikes(config.recovery.spike, before.usual_loss) if config.recovery.spike else None
     evaluations_before, saved_at = run.denoiser.evaluations, before.step
-    in_a_row, passed_over = before.in_a_row, before.samples // layout.batch_size - before.step
+    passed_over = before.samples // layout.batch_size - before.step
     batches = run.loader.stream(before.samples)
     bar = progress_bar(
         total=config.steps, initial=before.step, desc=run.directory.name, unit="step", disable=not ranks.is_main
@@ -52,7 +52,7 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
             started, waited, scale = time.perf_counter(), 0.0, engine.loss_scale
             finite = torch.ones((), dtype=torch.bool, device=ranks.device)
             keys: list[str] = []
-            spike, whole_loss = None, torch.zeros((), device=ranks.device)
+            spike, losses = None, list[torch.Tensor]()
             for micro in range(layout.accumulation):
                 asked = time.perf_counter()
                 batch = next(batches)
@@ -62,9 +62,9 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
                 finite &= loss.isfinite()
                 keys += batch.keys
                 if spikes:
-                    whole_loss += loss.detach()
+                    losses.append(loss.detach())
                     if micro == layout.accumulation - 1:
-                        mean = float(ranks.sum(whole_loss)) / layout.accumulation / ranks.world
+                        mean = float(ranks.sum(torch.stack(losses).sum())) / layout.accumulation / ranks.world
                         spike = spikes.observe(mean, run.schedule.has_consistency(step))
                 engine.backward(loss * math.nan if spike else loss)  # steps of such gradients are left out
                 engine.step(step)
@@ -77,18 +77,16 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
             done = step + 1
             evaluations = (run.denoiser.evaluations - evaluations_before) * ranks.world
             seconds = before.seconds + time.perf_counter() - begun
+            flags = ranks.any({"stop": stop(), "not_finite": not bool(finite)})
+            problem = f"{spike} at step {done}" if spike else _not_finite(run, done, scale.skipped, flags["not_finite"])
             run.state = TrainState(
                 done, before.samples + (done - before.step) * layout.batch_size, before.evaluations + evaluations, seconds,
                 before.shape, period, loss_scale=engine.loss_scale, usual_loss=spikes.usual if spikes else before.usual_loss,
-                rolled_back=before.rolled_back,
+                rolled_back=before.rolled_back, in_a_row=run.state.in_a_row + 1 if problem else 0,
             )  # fmt: skip
-            flags = ranks.any({"stop": stop(), "not_finite": not bool(finite)})
-            problem = f"{spike} at step {done}" if spike else _not_finite(run, done, scale.skipped, flags["not_finite"])
-            in_a_row = in_a_row + 1 if problem else 0
-            run.state = replace(run.state, in_a_row=in_a_row)
             # The weights moved, or never will.
             hopeless = engine.loss_scale.skipped == scale.skipped or engine.loss_scale.scale < 1
-            if problem and (hopeless or in_a_row > config.recovery.leave_out):
+            if problem and (hopeless or run.state.in_a_row > config.recovery.leave_out):
                 raise Diverged(problem, _last_words(run, problem, keys))
             if problem:
                 _leave_out(run, done, problem, [] if bool(finite) and not spike else keys)

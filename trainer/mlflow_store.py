@@ -91,10 +91,11 @@ def send(client: Any, run_id: str, records: Sequence[dict[str, Any]], run_dir: P
     batch = [Metric(name, value, r["time"], r["step"]) for r in records for name, value in r.get("metrics", {}).items()]
     for start in range(0, len(batch), 1000):
         client.log_batch(run_id, metrics=batch[start : start + 1000])
+    pictures = any("image" in record for record in records)
+    there = [item.path for item in client.list_artifacts(run_id, "images")] if pictures else []
     for record in records:
         if "image" in record:
             (name, path), step = record["image"], record["step"]
-            there = [item.path for item in client.list_artifacts(run_id, "images")]
             if not any(other.startswith(f"images/{name}+step+{step}+") and other.endswith(".webp") for other in there):
                 client.log_image(run_id, Image.open(run_dir / path), key=name, step=step)
         if "notice" in record:

@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 def campaign(rounds: int, seed: int, folder: Path) -> Outcome:
     """folder: an empty one."""
     outcome, rng = Outcome(), random.Random(seed)
-    pictures = _pictures(folder / "pictures")
+    pictures = pictures_in(folder / "pictures")
     whole: dict[str, Undisturbed] = {
         kind: Undisturbed(work, folder / "undisturbed" / kind)
         for kind, work in {"shards": Shards(pictures), "1 rank": Training(pictures, 1), "2 ranks": Training(pictures, 2)}.items()
@@ -255,7 +255,7 @@ def _digests(folder: Path, chosen: Callable[[Path], bool]) -> dict[str, str]:
     }
 
 
-def _pictures(folder: Path) -> Path:
+def pictures_in(folder: Path) -> Path:
     folder.mkdir(parents=True)
     for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (PICTURES, 16, 16), dtype=np.uint8)):
         Image.fromarray(pixels).save(folder / f"{i:02d}.png")

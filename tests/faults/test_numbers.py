@@ -50,6 +50,10 @@ def notices(run_dir: Path) -> list[str]:
     return [record["notice"][1] for record in records if "notice" in record]
 
 
+def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "checkpoints" / f"step-{step:08d}" / "weights.safetensors")
+
+
 @pytest.mark.parametrize("gradient", [False, True], ids=["loss", "gradients"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_by_default_a_run_stops_and_names_the_samples(
@@ -83,14 +87,10 @@ def test_a_step_that_is_left_out_moves_nothing_and_the_run_goes_on(
     assert code == 0, output
     assert "the loss is not finite at step 4; samples of rank 0: disc " in output or gradient
     assert "it was left out, 2 such steps so far" in output
-    folder = tmp_path / "run" / "checkpoints"
-
-    def weights(step: int) -> dict[str, torch.Tensor]:
-        return load_file(folder / f"step-{step:08d}" / "weights.safetensors")
-
+    run = tmp_path / "run"
     for a, b in itertools.pairwise((3, 4, 5)):
-        assert all(torch.equal(weights(a)[name], value) for name, value in weights(b).items())
-    assert any(not torch.equal(weights(5)[name], value) for name, value in weights(6).items())
+        assert all(torch.equal(weights(run, a)[name], value) for name, value in weights(run, b).items())
+    assert any(not torch.equal(weights(run, 5)[name], value) for name, value in weights(run, 6).items())
     for name in ("weights", "ema", "optimizer", "pool-00000-of-00001"):
         assert all(value.isfinite().all() for value in final(tmp_path / "run", name).values()), name
     records = curve(tmp_path / "run")
@@ -256,11 +256,9 @@ def test_a_spike_stops_a_run_or_is_left_out(train: Train, spoil: Callable[..., N
     assert code == 0, output
     assert "it was left out, 1 such steps so far" in output
 
-    def weights(step: int) -> dict[str, torch.Tensor]:
-        return load_file(tmp_path / "goes-on" / "checkpoints" / f"step-{step:08d}" / "weights.safetensors")
-
-    assert all(torch.equal(weights(23)[name], value) for name, value in weights(24).items())
-    assert any(not torch.equal(weights(24)[name], value) for name, value in weights(25).items())
+    run = tmp_path / "goes-on"
+    assert all(torch.equal(weights(run, 23)[name], value) for name, value in weights(run, 24).items())
+    assert any(not torch.equal(weights(run, 24)[name], value) for name, value in weights(run, 25).items())
 
 
 def test_what_is_usual_outlasts_a_stop(train: Train, spoil: Callable[..., None], tmp_path: Path) -> None:

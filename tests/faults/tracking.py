@@ -32,6 +32,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Else one request is tried for minutes before our thread hears of it.
 os.environ.update(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT="2", MLFLOW_DISABLE_TELEMETRY="true")
 
+from data_pipeline import shard
+from tests.faults.campaign import pictures_in
 from tests.waiting import free_port, until
 from trainer import errors, mlflow_logger, mlflow_pages, train
 from trainer.mlflow_logger import MLflowLogger
@@ -144,12 +146,8 @@ def campaign(folder: Path, seconds: float, turns: Sequence[str], turn_s: float) 
     """Trains for so long, with the server at fault in turns; returns the line that `main` prints."""
     server, waits = Server(folder), list[float]()
     shards = folder / "shards"
-    from data_pipeline.shard import main as shard
-
-    with suppress(SystemExit):
-        pictures = folder / "pictures"
-        _draw(pictures)
-        assert errors.run(lambda: shard([str(pictures), str(shards), "--size", "16", "--sigma", "0.4"])) == 0
+    words = [str(pictures_in(folder / "pictures")), str(shards), "--size", "16", "--sigma", "0.4"]
+    assert errors.run(lambda: shard.main(words)) == 0
     honest, begun = MLflowLogger._record, time.monotonic()
 
     def record(logger: MLflowLogger, values: dict[str, Any]) -> None:
@@ -204,15 +202,6 @@ def compare(run_dir: Path, address: str, code: int) -> dict[str, Any]:
             there["image", int(re.findall(r"step\D(\d+)", item.path)[0])] += 1
     status = client.get_run(run_id).info.status
     return {"exit_code": code, "status": status, "runs": len(runs), "lost": (expected - there).total(), "twice": (there - expected).total()}  # fmt: skip
-
-
-def _draw(folder: Path) -> None:
-    import numpy as np
-    from PIL import Image
-
-    folder.mkdir()
-    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (40, 16, 16), dtype=np.uint8)):
-        Image.fromarray(pixels).save(folder / f"{i}.png")
 
 
 def main(argv: list[str] | None = None) -> int:

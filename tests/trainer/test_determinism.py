@@ -10,7 +10,7 @@ import torch
 
 from tests.conftest import Outcome
 from tests.trainer.in_turn import on_two_ranks
-from tests.trainer.test_runs import assert_same_files, curve
+from tests.trainer.test_runs import assert_same_files, curve, final
 from trainer import determinism, loop
 from trainer.errors import UserError
 
@@ -40,14 +40,8 @@ def test_also_on_two_ranks(shards: Path, tmp_path: Path) -> None:
     assert code == 0, output
     assert untimed(tmp_path / "one") == untimed(tmp_path / "other")
     for name in ("weights", "ema", "optimizer"):
-        a, b = (load_one(tmp_path / run, name) for run in ("one", "other"))
+        a, b = (final(tmp_path / run, name) for run in ("one", "other"))
         assert all(torch.equal(a[key], b[key]) for key in a), name
-
-
-def load_one(run_dir: Path, name: str) -> dict[str, torch.Tensor]:
-    from trainer.tensor_files import read_tensors
-
-    return read_tensors(run_dir / "checkpoints" / "step-00000006", name)
 
 
 def test_forced_it_is_in_force_while_training_and_not_after(
