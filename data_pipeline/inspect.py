@@ -20,6 +20,7 @@ from data_pipeline import storage
 from data_pipeline.corruption import ORIGIN
 from data_pipeline.index import REJECTED, Shard, ShardIndex
 from data_pipeline.reader import BadSample, meta, npy_array
+from data_pipeline.tar import Careful
 from data_pipeline.writer import META, OBSERVATION
 from trainer import errors
 from trainer.errors import WorkFailed
@@ -126,7 +127,7 @@ def _sha256(file: BinaryIO) -> str:
 def _samples(file: BinaryIO, rows: set[int]) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Keys and members; observations are read in these rows alone, and empty in the others."""
     key, members, row = "", dict[str, bytes](), 0
-    with tarfile.open(fileobj=file, mode="r:") as tar:
+    with tarfile.open(fileobj=Careful(file), mode="r:") as tar:
         for member in tar:
             name, _, extension = member.name.partition(".")
             if name != key and members:
@@ -134,6 +135,8 @@ def _samples(file: BinaryIO, rows: set[int]) -> Iterator[tuple[str, dict[str, by
                 members, row = {}, row + 1
             if not member.isreg():
                 raise ValueError(f"the member {member.name} is not a plain file")
+            if member.size > storage.LARGEST:
+                raise ValueError(f"the member {member.name} has {member.size} bytes")
             file.seek(member.offset_data)
             key, members[extension] = name, file.read(member.size) if extension == META or row in rows else b""
         if members:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from trainer import folders
-from trainer.documents import from_json
+from trainer.documents import from_json, text_of
 from trainer.errors import UserError, WorkFailed
 
 Images = list[NDArray[np.uint8]]
@@ -85,7 +85,7 @@ def _emoji(split: str) -> Images:
         archive.unlink()
 
     folder = _cached("emoji", fetch) / "package"
-    entries = from_json((folder / "emoji.json").read_text())
+    entries = from_json(text_of(folder / "emoji.json"))
     names = sorted(entry["image"] for entry in entries if entry["has_img_google"])
 
     def on_white(name: str) -> NDArray[np.uint8]:

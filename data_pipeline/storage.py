@@ -35,13 +35,22 @@ def join(folder: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}" if is_url(folder) else os.path.join(folder, name)
 
 
+LARGEST = 1 << 31
+"""Bytes that are read at once. A hostile file can be any size: one that is nothing but a hole costs no disk."""
+
+
 def read_bytes(path: str, start: int = 0, end: int | None = None) -> bytes:
-    """The bytes of a file, or those from `start` up to `end` (fewer where the file is shorter)."""
+    """The bytes of a file, or those from `start` up to `end` (fewer where the file is shorter). Raises OSError with EFBIG
+    for more than LARGEST bytes of a local file."""
     local = local_path(path)
     if local is not None:
         with local.open("rb") as file:
+            most = os.fstat(file.fileno()).st_size
+            length = max(0, (most if end is None else min(end, most)) - start)
+            if length > LARGEST:
+                raise OSError(errno.EFBIG, f"more than {LARGEST >> 30} GiB to read at once", path)
             file.seek(start)
-            return file.read() if end is None else file.read(end - start)
+            return file.read(length)
     with one_error(path):
         system, name = _system(path)
         whole = start == 0 and end is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tarfile
+from io import BytesIO
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -13,12 +14,35 @@ FEW, MANY = 1 << 12, 1 << 18
 """Bytes to read at a time: a header or two between large members, or many small members with their headers."""
 
 
+LONGEST_NAME = 1 << 20
+"""Bytes; what systems take ends at 4,096."""
+
+
 class Members(NamedTuple):
     """The files in a tar, in order: lists and no object for each, as there may be thousands."""
 
     names: list[str]
     offsets: list[int]
     sizes: list[int]
+
+
+class Careful(BytesIO):
+    """A file for tarfile, which believes what a header says of the length of a name, and would read that much."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__()
+        self._file = file
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= LONGEST_NAME:
+            raise tarfile.ReadError(f"a name of {size} bytes")
+        return self._file.read(size)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
 
 
 def members(file: BinaryIO) -> Members:
@@ -83,7 +107,7 @@ def _any(file: BinaryIO) -> Members:
     found = Members([], [], [])
     try:
         file.seek(0)
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=Careful(file), mode="r:") as tar:
             for member in tar:
                 if not member.isreg():
                     raise ValueError(f"the member {member.name!r} is not a plain file")

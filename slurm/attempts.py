@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from data_pipeline.storage import write_atomically
 from slurm.rank import Place
-from trainer.documents import from_json
+from trainer.documents import from_json, text_of
 
 SHORT = 200
 """Characters of a crash's message in a decision; the log has it whole."""
@@ -66,7 +66,7 @@ def steps_done(run_dir: Path) -> int:
     """Of the run's last checkpoint; without torch, which takes seconds."""
     folder = run_dir / "checkpoints"
     try:
-        return int(from_json((folder / (folder / "latest").read_text().strip() / "state.json").read_text())["step"])
+        return int(from_json(text_of(folder / text_of(folder / "latest").strip() / "state.json"))["step"])
     except (OSError, ValueError, KeyError):
         return 0
 
@@ -166,6 +166,6 @@ def _write(path: Path, data: dict[str, Any]) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return from_json(path.read_text())
+        return from_json(text_of(path))
     except (OSError, ValueError):
         return {}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from trainer.documents import from_yaml
+from trainer.documents import from_yaml, text_of
 from trainer.errors import UserError, WorkFailed
 
 KINDS = ("slurm", "local")
@@ -104,7 +104,7 @@ TYPES = {
 def read_cluster(path: Path) -> ClusterConfig:
     """Raises UserError, with the file and the field."""
     try:
-        data = from_yaml(path.read_text())
+        data = from_yaml(text_of(path))
     except OSError as error:
         raise UserError(f"cluster file {path}: cannot be read: {error.strerror}") from None
     except ValueError as error:  # also where it is not UTF-8

@@ -15,7 +15,7 @@ from pathlib import Path
 from slurm import attempts
 from slurm.queue import Listed, listed
 from trainer import errors
-from trainer.documents import from_json
+from trainer.documents import from_json, text_of
 from trainer.errors import UserError, WorkFailed
 
 EXAMPLE = """example:
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     array, index = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID", "0")
     job = f"{array}_{index}" if array else os.environ["SLURM_JOB_ID"]
     number = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    plan = from_json((args.folder / "job.json").read_text())
+    plan = from_json(text_of(args.folder / "job.json"))
     run_dir = Path(plan["runs"][int(index)])
     decision = attempts.decide(run_dir, job, number, args.code, plan["max_requeues"])
     if (now := listed(job)) and not _ours(now, number):

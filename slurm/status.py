@@ -13,7 +13,7 @@ from slurm import attempts
 from slurm.attempts import Attempt
 from slurm.queue import is_alive, listed
 from trainer import errors
-from trainer.documents import from_json, from_yaml
+from trainer.documents import from_json, from_yaml, text_of
 from trainer.errors import UserError
 
 EXAMPLE = """examples:
@@ -110,7 +110,7 @@ def _state(note: dict[str, Any], starts: list[Attempt]) -> tuple[str, str]:
 
 def _wanted(run_dir: Path) -> int | None:
     try:
-        return int(from_yaml((run_dir / "config.yaml").read_text())["steps"])
+        return int(from_yaml(text_of(run_dir / "config.yaml"))["steps"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from slurm.cluster import ClusterConfig, Surroundings, executor, read_cluster, script, submit
 from trainer import errors
-from trainer.documents import from_json
+from trainer.documents import from_json, text_of
 from trainer.errors import UserError
 
 EXAMPLE = """examples:
@@ -197,7 +197,7 @@ class Submission:
 
             logging = replace(point.config.logging, name=base.name)
             path.write_text(json.dumps({"parent": heading(logging, base, {"sweep.folder": str(base)})}))
-        return {"mlflow.parentRunId": from_json(path.read_text())["parent"]}
+        return {"mlflow.parentRunId": from_json(text_of(path))["parent"]}
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from data_pipeline.latents.parts import ENCODERS, SCHEDULER, STEMS, TOKENIZERS, 
 from data_pipeline.writer import META
 from trainer.config import RunConfig
 from trainer.diffusion.process import VPTable
-from trainer.documents import from_json
+from trainer.documents import from_json, text_of
 from trainer.errors import UserError
 from trainer.models.encoded_text import EncodedText
 from trainer.models.lora import add_lora
@@ -108,7 +108,7 @@ def _check_schedule(config: RunConfig, model: SDXLConfig, folder: Path) -> None:
     """The base was trained with one noise schedule and prediction; adapters and further training go on from there."""
     path = folder / "scheduler_config.json"
     try:
-        recorded: dict[str, Any] = from_json(path.read_text())
+        recorded: dict[str, Any] = from_json(text_of(path))
     except (OSError, ValueError) as error:
         raise UserError(f"model.base {model.base}: {path.name} cannot be read: {error}") from None
     if recorded.get("beta_schedule") != "scaled_linear":

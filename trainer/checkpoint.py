@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from trainer.distributed import Ranks
-from trainer.documents import from_json
+from trainer.documents import from_json, text_of
 from trainer.errors import UserError, WorkFailed
 from trainer.loss_scale import LossScale
 from trainer.recovery import Usual
@@ -240,7 +240,9 @@ class AnotherFormat(UserError):
 def read_state(path: Path) -> TrainState:
     """Raises AnotherFormat, or UserError for a state.json that is missing or damaged."""
     try:
-        data = from_json((path / "state.json").read_text())
+        data = from_json(text_of(path / "state.json"))
+        if not isinstance(data, dict):
+            raise ValueError("it must be a mapping of fields to values")
         told = data.pop(CHECKSUM, None)
         if told not in (None, signed(data)[CHECKSUM]):
             raise ValueError("its checksum is not that of its contents")

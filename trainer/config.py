@@ -25,7 +25,7 @@ from trainer.diffusion.consistency import ConsistencyConfig
 from trainer.diffusion.levels import EDM, Levels, LogNormal, Weight
 from trainer.diffusion.prediction import Prediction
 from trainer.diffusion.process import AnyProcess, VPCosine
-from trainer.documents import from_yaml, refuse_password
+from trainer.documents import from_yaml, refuse_password, text_of
 from trainer.ema import AnyEMA, PowerEMA, with_kind
 from trainer.engine_config import EngineConfig, OptimizerConfig
 from trainer.errors import UserError
@@ -161,7 +161,7 @@ def flatten(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = from_yaml(path.read_text())
+        data = from_yaml(text_of(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:  # also where it is not UTF-8

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 LARGEST = 2**63
+LONGEST = 1 << 28
+"""Bytes of a text that is read whole."""
+
+
+def text_of(path: Path) -> str:
+    """What a file says. Raises OSError, ValueError for what is not UTF-8, or so long that it would fill the memory."""
+    if (size := path.stat().st_size) > LONGEST:
+        raise ValueError(f"it has {size >> 20} MiB, and no such file has more than {LONGEST >> 20}")
+    return path.read_text(encoding="utf-8")
 
 
 def from_json(text: str | bytes) -> Any:

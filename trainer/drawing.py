@@ -18,7 +18,7 @@ from data_pipeline import storage
 from trainer import base_pipeline, conditioning
 from trainer.diffusion.sampling import Sampler
 from trainer.distributed import Ranks
-from trainer.documents import from_json
+from trainer.documents import from_json, text_of
 from trainer.errors import UserError, differences
 from trainer.evaluation.grids import to_pixels
 from trainer.generate import generate
@@ -122,7 +122,7 @@ def _claim(folder: Path, record: dict[str, Any]) -> None:
 def _check(folder: Path, record: dict[str, Any]) -> None:
     path = folder / RECORD
     try:
-        there = from_json(path.read_text())
+        there = from_json(text_of(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}: remove the folder, or choose another --out") from None
     if found := differences(there, record):

@@ -15,7 +15,7 @@ import torch
 
 from data_pipeline.loader import Layout
 from trainer.config import flatten, merge
-from trainer.documents import from_json
+from trainer.documents import from_json, text_of
 from trainer.engine_config import EngineConfig, OptimizerConfig, Precision
 from trainer.errors import UserError
 
@@ -156,10 +156,10 @@ def _equal(a: Any, b: Any) -> bool:
 
 def _read(path: Path, where: str) -> dict[str, Any]:
     try:
-        data = from_json(path.read_text())
+        data = from_json(text_of(path))
     except OSError as error:
         raise UserError(f"{where}: cannot be read: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"{where}: not JSON: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise UserError(f"{where}: must be a mapping of DeepSpeed's settings")

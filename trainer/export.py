@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer import errors, folders
-from trainer.documents import from_json
+from trainer.documents import from_json, text_of
 from trainer.errors import UserError
 from trainer.models.tiny_sdxl import PIPELINE
 from trainer.sample import add_weights
@@ -94,7 +94,7 @@ def _write_pipeline(run: Restored, model: SDXLConfig, folder: Path) -> None:
             shutil.copytree(part, folder / name)
     network: Any = run.denoiser.backbone
     network.unet.save_pretrained(folder / "unet")
-    recorded = from_json((parts[SCHEDULER] / "scheduler_config.json").read_text())
+    recorded = from_json(text_of(parts[SCHEDULER] / "scheduler_config.json"))
     scheduler: Any = EulerDiscreteScheduler.from_config(recorded, use_karras_sigmas=True, timestep_spacing="linspace")
     scheduler.save_pretrained(folder / SCHEDULER)
     # Without captions it was shown the empty one's embeddings, not zeros.

@@ -14,7 +14,7 @@ from trainer import conditioning, networks
 from trainer.checkpoint import TrainState, state_from
 from trainer.config import RunConfig, parse, to_data
 from trainer.diffusion.denoiser import Denoiser
-from trainer.documents import from_json
+from trainer.documents import from_json, text_of
 from trainer.errors import UserError
 from trainer.models.sdxl import SDXLConfig
 
@@ -32,7 +32,7 @@ def read(folder: Path) -> tuple[RunConfig, TrainState, Denoiser, str]:
     """The denoiser on the CPU, and how its weights were averaged. Raises UserError for a folder that is not what `trainer.export` wrote."""
     path = folder / NAME
     try:
-        recorded = from_json(path.read_text())
+        recorded = from_json(text_of(path))
         data, state, average = recorded["config"], state_from(recorded["state"]), str(recorded["average"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read ({type(error).__name__}): export the run again") from None

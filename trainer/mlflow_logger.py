@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainer import mlflow_store
-from trainer.documents import from_json
+from trainer.documents import from_json, text_of
 from trainer.errors import UserError, WorkFailed
 from trainer.mlflow_store import LoggingConfig
 
@@ -38,7 +38,7 @@ class MLflowLogger:
         try:
             self._state: dict[str, Any] = {"run_id": None, "sent": 0}
             if self._state_file.is_file():
-                self._state = _checked(from_json(self._state_file.read_text()))
+                self._state = _checked(from_json(text_of(self._state_file)))
             lines = self._mend()
             records = [from_json(line) for line in lines]
             self._last: dict[str, int] = {}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import quote
 
-from trainer.documents import from_json
+from trainer.documents import from_json, text_of
 
 PORT = 5000
 BASE = f"http://127.0.0.1:{PORT}"
@@ -72,4 +72,4 @@ def logged(run_dir: Path) -> bool:
 
 def state(run_dir: Path) -> dict[str, str]:
     """The ids of a run that MLflow has."""
-    return from_json((run_dir / "mlflow.json").read_text())
+    return from_json(text_of(run_dir / "mlflow.json"))

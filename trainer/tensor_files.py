@@ -25,7 +25,7 @@ def read_tensors(path: Path, name: str) -> State:
         with safe_open(file, "pt") as opened:
             told = (opened.metadata() or {}).get(CHECKSUM)
             tensors: State = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    except (OSError, MemoryError, SafetensorError) as error:  # it is mapped, which may need more than there is
         raise UserError(f"{file} cannot be read ({error})") from None
     if told != checksum(tensors):
         raise UserError(f"{file} is damaged: its checksum is {told or 'missing'}, and that of its contents {checksum(tensors)}")  # fmt: skip

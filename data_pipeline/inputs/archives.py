@@ -15,11 +15,10 @@ from data_pipeline.bad_image import BadImage
 from data_pipeline.inputs.decode import SUFFIXES
 from data_pipeline.inputs.files import Files, is_hidden, named, suffix_of
 from data_pipeline.inputs.picture import PerProcess, Source, keys_of
+from data_pipeline.tar import Careful
 from trainer.errors import UserError
 
 TAR_IMAGES = SUFFIXES | {".npy"}
-LARGEST_MEMBER = 1 << 31
-"""Bytes that a member of a zip may say it has: more is no picture."""
 BLOCK = tarfile.BLOCKSIZE
 
 
@@ -54,7 +53,7 @@ def _zip_file(path: str) -> zipfile.ZipFile:
 def _read_zip(path: str, archive: PerProcess[zipfile.ZipFile], name: str) -> bytes:
     file = archive.get()
     size = file.getinfo(name).file_size
-    if size > LARGEST_MEMBER:
+    if size > storage.LARGEST:
         raise BadImage(f"{name}: {size} bytes when unpacked (a decompression bomb?)")
     with storage.one_error(path):
         try:
@@ -106,7 +105,7 @@ def _members(path: str) -> Iterator[tuple[str, int, int]]:
     end = 0
     with storage.one_error(path), storage.open_binary(path) as file:
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
+            with tarfile.open(fileobj=Careful(file), mode="r:") as tar:
                 for member in tar:
                     refuse_outside(path, member.name)
                     end = member.offset_data + (-(-member.size // BLOCK) * BLOCK if member.isreg() else 0)

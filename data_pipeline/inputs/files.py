@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import posixpath
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,8 +38,9 @@ class Files:
                 captions.append(parse(self.read(text), storage.join(self.source, text)))
         except FileNotFoundError:
             raise BadImage(f"{name}: cannot be read as an image: it is gone") from None
-        except PermissionError as error:
-            if storage.is_url(name):  # credentials that ran out are no reason to reject every image from here on
+        except OSError as error:
+            its_own = error.errno in (errno.EACCES, errno.EPERM, errno.EFBIG)
+            if storage.is_url(name) or not its_own:  # credentials that ran out are no reason to reject every image
                 raise
             raise BadImage(f"{name}: cannot be read as an image: {error.strerror}") from None
         return Picture(pixels, agreed(captions, name))

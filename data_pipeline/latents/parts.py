@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.documents import from_json
+from trainer.documents import from_json, text_of
 from trainer.errors import UserError
 
 STEMS = {
@@ -64,7 +64,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a part. Raises UserError."""
     path = folder / "config.json"
     try:
-        config = from_json(path.read_text())
+        config = from_json(text_of(path))
     except FileNotFoundError:
         raise UserError(f"{folder}: no config.json in it; give a folder in diffusers' layout") from None
     except ValueError as error:
@@ -82,7 +82,7 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
     if not index.is_file():
         raise UserError(f"{folder}: no {stem}.safetensors in it (weights in .bin files are pickles, which are never read)")  # fmt: skip
     try:
-        names = sorted(set(from_json(index.read_text())["weight_map"].values()))
+        names = sorted(set(from_json(text_of(index))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: not an index of weights ({type(error).__name__}: {error})") from None
     files = [folder / Path(name).name for name in names]

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data_pipeline.latents.identity import require_same
 from data_pipeline.latents.text import Embeddings
-from trainer.documents import from_json
+from trainer.documents import from_json, text_of
 from trainer.errors import UserError
 from trainer.progress import progress_bar
 
@@ -68,7 +68,7 @@ def write_text_cache(folder: Path, captions: Iterable[str], encoder: Encoder) ->
         return
     state = {"done": 0, "cut": 0}
     if (folder / CAPTIONS).is_file() and (folder / PROGRESS).is_file():
-        recorded = from_json((folder / PROGRESS).read_text())
+        recorded = from_json(text_of(folder / PROGRESS))
         require_same(recorded["identity"], encoder.identity, f"{folder}, half done: the text encoders")
         state = {"done": recorded["done"], "cut": recorded["cut"]}
     else:
@@ -122,7 +122,7 @@ class TextCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            described = from_json((folder / DONE).read_text())
+            described = from_json(text_of(folder / DONE))
             if described["format"] != FORMAT:
                 raise UserError(
                     f"{folder / DONE}: format {described['format']}, this version reads {FORMAT}: encode again"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline import storage
-from trainer.documents import from_json
+from trainer.documents import from_json, text_of
 from trainer.errors import UserError
 from trainer.evaluation.images import AT_ONCE, Images
 from trainer.folders import cache
@@ -92,7 +92,7 @@ def _transformers(path: Path, device: torch.device) -> Extractor:
     from transformers import AutoModel
 
     try:
-        settings: dict[str, Any] = from_json((path / "preprocessor_config.json").read_text())
+        settings: dict[str, Any] = from_json(text_of(path / "preprocessor_config.json"))
         size = settings.get("crop_size") or settings["size"]
         side = int(size if isinstance(size, int) else size.get("height") or size["shortest_edge"])
         mean, std = (torch.tensor(settings[name], device=device).reshape(1, 3, 1, 1) for name in ("image_mean", "image_std"))  # fmt: skip

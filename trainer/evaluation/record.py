@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline import storage
-from trainer.documents import from_json
+from trainer.documents import from_json, text_of
 from trainer.errors import UserError
 from trainer.evaluation.measures import Curve
 
@@ -62,7 +62,7 @@ def read(folder: Path) -> Evaluation | None:
     if not path.is_file():
         return None
     try:
-        data: dict[str, Any] = from_json(path.read_text())
+        data: dict[str, Any] = from_json(text_of(path))
         if data.pop("format") != FORMAT:
             return None
         curve, sigma_n = data.pop("curve"), data.pop("sigma_n")

@@ -1,0 +1,232 @@
+"""Files that nobody wrote on purpose, and how each kind is read: the documented errors, little memory, nothing else.
+
+    python -m tests.faults.hostile                  every file in tests/faults/hostile, and holes of 64 GiB, in 512 MiB
+
+The folder has a folder for each kind in KINDS. What a fuzzer finds is put there, and is a test from then on. Prints what
+each file was told, and ends with code 1 where one ended otherwise than documented.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import resource
+import shutil
+import sys
+import tarfile
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+from data_pipeline import shard
+from data_pipeline.batch_order import BatchOrder
+from data_pipeline.corruption import parse_corruption
+from data_pipeline.index import NAME, read_index
+from data_pipeline.inspect import inspect
+from data_pipeline.loader import DataConfig, Layout, Loader
+from data_pipeline.sources import open_source
+from slurm.cluster import read_cluster
+from tests.faults.campaign import TINY, pictures_in
+from trainer.checkpoint import read_state
+from trainer.config import load, load_as
+from trainer.errors import UserError, WorkFailed
+from trainer.mlflow_logger import MLflowLogger
+from trainer.mlflow_store import LoggingConfig
+from trainer.study_config import StudyConfig
+from trainer.tensor_files import read_tensors
+
+FOLDER = Path(__file__).parent / "hostile"
+MEMORY = 512 << 20
+"""Bytes that reading a file may take."""
+HOLE = 64 << 30
+
+Read = Callable[[Path], object]
+"""What is done with a file of a kind."""
+
+
+class Victim:
+    """A folder with good shards in it, of which hostile files take a part's place."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._good = folder, folder / "shards"
+        words = [
+            str(pictures_in(folder / "pictures")),
+            str(self._good),
+            "--size",
+            "16",
+            "--sigma",
+            "0.4",
+            "--shard-size",
+            "30",
+        ]
+        shard.main(words)
+        self.kinds: dict[str, Read] = {
+            "index": self._index,
+            "shard": self._shard,
+            "inspected": self._inspected,
+            "source": self._source,
+            "picture": self._picture,
+            "captions": self._captions,
+            "words": lambda path: parse_corruption(path.read_text(errors="replace")[:1000]),
+            "configuration": lambda path: load(path, ["run_dir=x", "data.shards=y"]),
+            "override": lambda path: load(
+                TINY, ["run_dir=x", "data.shards=y", path.read_text(errors="replace")[:10_000]]
+            ),
+            "cluster": read_cluster,
+            "study": lambda path: load_as(StudyConfig, path),
+            "state": self._state,
+            "tensors": lambda path: read_tensors(path.parent, path.stem),
+            "records": self._records,
+        }
+
+    def _index(self, path: Path) -> None:
+        folder = self._put(path, NAME)
+        index = read_index(folder)
+        BatchOrder([s.samples for s in index.shards], [s.shape for s in index.shards], 8, 0, 16)
+
+    def _shard(self, path: Path) -> None:
+        self._stream(self._shard_folder(path))
+
+    def _inspected(self, path: Path) -> None:
+        if wrong := inspect(str(self._shard_folder(path)), verify=False)[2]:
+            raise WorkFailed(wrong[0])
+
+    def _shard_folder(self, path: Path) -> Path:
+        """The index says what this shard's size is, as a hostile one would."""
+        index = json.loads((self._good / NAME).read_text())
+        index["shards"] = index["shards"][:1]
+        index["shards"][0]["bytes"] = max(1, path.stat().st_size)
+        folder = self._put(path, index["shards"][0]["name"])
+        (folder / NAME).write_text(json.dumps(index))
+        return folder
+
+    def _stream(self, folder: Path) -> None:
+        loader = Loader(DataConfig(shards=str(folder), workers=0), Layout(8, 8, 0, 1), 0, torch.device("cpu"))
+        for batch in itertools.islice(loader.stream(0), 4):
+            assert batch.x_n.isfinite().all()
+
+    def _source(self, path: Path) -> None:
+        """Its name says what it is."""
+        source = open_source(str(path))
+        for i in range(min(len(source), 8)):
+            source.read(i)
+
+    def _picture(self, path: Path) -> None:
+        folder = self._folder / "one picture"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        os.link(path, folder / "a.png")
+        open_source(str(folder)).read(0)
+
+    def _captions(self, path: Path) -> None:
+        folder = self._folder / "captioned"
+        folder.mkdir(exist_ok=True)
+        shutil.copy(self._folder / "pictures" / "00.png", folder / "00.png")
+        name = {".csv": "metadata.csv", ".jsonl": "metadata.jsonl"}.get(path.suffix, "00.txt")
+        for other in ("metadata.csv", "metadata.jsonl", "00.txt"):
+            (folder / other).unlink(missing_ok=True)
+        os.link(path, folder / name)
+        open_source(str(folder)).read(0)
+
+    def _state(self, path: Path) -> None:
+        folder = self._folder / "checkpoint"
+        folder.mkdir(exist_ok=True)
+        (folder / "state.json").unlink(missing_ok=True)
+        os.link(path, folder / "state.json")
+        read_state(folder)
+
+    def _records(self, path: Path) -> None:
+        folder = self._folder / "run"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        (folder / "mlflow.json").write_text('{"experiment_id": "1", "run_id": "abc", "sent": 1}')
+        os.link(path, folder / "metrics.jsonl")
+        MLflowLogger(LoggingConfig(enabled=False), folder, {}, {}).close("FINISHED")
+
+    def _put(self, path: Path, name: str) -> Path:
+        """The good shards' folder, with this file in place of one of its own."""
+        folder = self._folder / "spoilt"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(self._good, folder)
+        (folder / name).unlink()
+        os.link(path, folder / name)
+        return folder
+
+
+def told(read: Read, path: Path) -> str:
+    """The documented error, or nothing where there is none. Raises AssertionError for one that is not in one line."""
+    try:
+        read(path)
+        return ""
+    except (UserError, WorkFailed) as error:
+        said = str(error)
+    except OSError as error:  # errors.run makes one line of those with a file's name
+        if not error.filename:
+            raise
+        said = f"{error.filename}: {error.strerror}"
+    assert said.strip()
+    assert "\n" not in said
+    return said
+
+
+def holes(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Kinds and files of 64 GiB that take no room on the disk: whole ones, and members of archives that say so."""
+    for kind, name in {
+        "index": "shards.json", "shard": "a.tar", "inspected": "a.tar", "picture": "a.png", "captions": "a.txt",
+        "configuration": "a.yaml", "cluster": "a.yaml", "study": "a.yaml", "state": "a.json", "tensors": "a.safetensors",
+    }.items():  # fmt: skip
+        yield kind, _with_hole(folder / f"{kind} {name}", b"")
+    for name in ("a.npy", "a.npz", "a.zip", "a.tif", "a.parquet", "a.arrow"):
+        yield "source", _with_hole(folder / name, b"")
+    member = tarfile.TarInfo("00.json")
+    member.size = HOLE
+    name = tarfile.TarInfo("././@LongLink")
+    name.type, name.size = tarfile.GNUTYPE_LONGNAME, HOLE
+    attributes = tarfile.TarInfo("././@PaxHeader")
+    attributes.type, attributes.size = tarfile.XHDTYPE, HOLE
+    picture = tarfile.TarInfo("a.png")
+    picture.size = HOLE
+    for number, info in enumerate((member, name, attributes, picture)):
+        for kind in ("shard", "inspected", "source"):
+            yield kind, _with_hole(folder / f"{kind} {number}.tar", info.tobuf(tarfile.GNU_FORMAT))
+
+
+def _with_hole(path: Path, start: bytes) -> Path:
+    with path.open("wb") as file:
+        file.write(start)
+        file.truncate(len(start) + HOLE)
+    return path
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(prog="python -m tests.faults.hostile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    p.parse_args(argv)
+    failures = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        kinds = Victim(Path(scratch)).kinds
+        files = [(kind, path) for kind in kinds for path in sorted((FOLDER / kind).glob("*"))]
+        for folder in (copies := Path(scratch) / "copies", large := Path(scratch) / "holes"):
+            folder.mkdir()
+        files = [(kind, Path(shutil.copy(path, copies / f"{kind} {path.name}"))) for kind, path in files]
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+        for kind, path in [*files, *holes(large)]:
+            try:
+                said = told(kinds[kind], path)
+            except Exception:
+                failures += 1
+                said = f"FAILED\n{traceback.format_exc()}"
+            print(f"{kind:13} {path.name:40} {said or 'is taken'}", flush=True)
+    print(json.dumps({"files": len(files), "failures": failures}))
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
