@@ -15,6 +15,7 @@ from trainer.sample import add_weights
 EXAMPLE = """examples:
   python -m trainer.evaluate runs/mine --reference held-out/
   python -m trainer.evaluate runs/clean runs/naive runs/ours --reference packaged:fashion/test --training packaged:fashion/train
+  python -m trainer.evaluate runs/mine --measured data/held-out                                     # without clean images
   python -m trainer.evaluate runs/* --reference held-out/ --cluster cluster.yaml
   torchrun --nproc_per_node 8 -m trainer.evaluate runs/mine --reference held-out/ --number 10000    # goes on where it was
 
@@ -27,12 +28,14 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m trainer.evaluate",
         description="Judges runs by clean images that they never saw: distances of samples to them, and the denoiser's error at each noise level. "
+        "With --measured, where there are none, by noisy ones: samples get the data's corruption, and are held against shards of observations. "
         "With --training also whether the run knows its images by heart: what it makes of them after severe corruption, and how near its samples are to them.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     p.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folders of runs, or of exports")
-    p.add_argument("--reference", metavar="DATA", required=True, help="clean images that training never saw")
+    p.add_argument("--reference", metavar="DATA", help="clean images that training never saw")
+    p.add_argument("--measured", metavar="SHARDS", help="observations that training never saw, as data_pipeline.shard writes them: samples are corrupted as they are, and compared with them. Needs no clean images")  # fmt: skip
     p.add_argument("--training", metavar="DATA", help="the clean images whose corrupted versions were trained on, for the attacks on memory (default: none, and no attacks)")  # fmt: skip
     p.add_argument("--number", type=int, default=Request.number, help="samples to draw; 0 for none (default: 1000)")
     p.add_argument("--attacked", type=int, default=Request.attacked, help="training images to attack, and as many held-out ones (default: 200)")  # fmt: skip
@@ -60,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
     request = Request(
         args.reference, args.training, args.number, args.attacked, args.compared, tuple(sorted(set(args.levels))), args.attack_sigma,
-        args.attack_visible, args.steps, args.seed,
+        args.attack_visible, args.steps, args.seed, args.measured,
     )  # fmt: skip
     command = f"python -m trainer.evaluate {shlex.join(sys.argv[1:] if argv is None else argv)}"
     weights = Weights(args.prompt, args.checkpoint, args.ema_sigma_rel)
@@ -83,6 +86,12 @@ def main(argv: list[str] | None = None) -> int:
 def _check(args: argparse.Namespace) -> None:
     from trainer.evaluations import FEWEST  # takes seconds, which --help should not
 
+    if not args.reference and not args.measured:
+        raise UserError("--reference is missing: clean images that training never saw; who has none gives --measured, shards of noisy ones")  # fmt: skip
+    if args.training and not args.reference:
+        raise UserError(f"--training {args.training}: needs --reference, clean images that training never saw, which the attacks are held against")  # fmt: skip
+    if args.measured and not args.number:
+        raise UserError("--number 0: --measured compares samples with observations: leave one of them out")
     if args.number and args.number < FEWEST:
         raise UserError(f"--number {args.number}: must be at least {FEWEST}, or 0 for no samples")
     for name in ("attacked", "compared"):
@@ -92,7 +101,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--steps {args.steps}: must be at least 2")
     if not 0 < args.attack_visible < 1:
         raise UserError(f"--attack-visible {args.attack_visible:g}: must be above 0 and below 1")
-    if args.training == args.reference:
+    if args.training and args.training == args.reference:
         raise UserError(f"--training {args.training}: is --reference, too: that must be images that training never saw")
     if args.out and (args.out.suffix.lower() not in (".html", ".htm") or args.out.is_dir()):
         raise UserError(f"--out {args.out}: must be a file that ends in .html")

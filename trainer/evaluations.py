@@ -16,6 +16,7 @@ from trainer.drawing import Wanted, drawer, into_folder
 from trainer.errors import UserError, WorkFailed
 from trainer.evaluation.features import open_extractor
 from trainer.evaluation.images import Images
+from trainer.evaluation.observations import open_observations
 from trainer.evaluation.record import FOLDER, REPORT, Evaluation
 from trainer.evaluation.report import COLUMNS, report, value
 from trainer.evaluation.request import Request
@@ -70,7 +71,7 @@ def subjects(runs: Sequence[Path], request: Request, weights: Weights) -> list[S
             raise UserError(f"--prompt {weights.prompt}: needs a run with text, and the model of {run_dir} is a {model.kind}")  # fmt: skip
         if request.attack_sigma is not None and not process.sigma_min < request.attack_sigma < process.sigma_max:
             raise UserError(f"--attack-sigma {request.attack_sigma:g}: must be between {process.sigma_min:g} and {process.sigma_max:g}, of {run_dir}")  # fmt: skip
-        if not levels_within(request, run):
+        if request.reference and not levels_within(request, run):
             raise UserError(f"--levels {' '.join(f'{level:g}' for level in request.levels)}: none is from {process.sigma_min:g} to {process.sigma_max:g}, of {run_dir}")  # fmt: skip
         prompt = (weights.prompt if weights.prompt is not None else model.prompt or "") if isinstance(model, SDXLConfig) else ""  # fmt: skip
         asked, shape = index.request if index else {}, image_shape(run)
@@ -81,17 +82,21 @@ def subjects(runs: Sequence[Path], request: Request, weights: Weights) -> list[S
             else None
             for option, name in (("--reference", request.reference), ("--training", request.training))
         )
-        assert reference is not None
         for option, images in (("--reference", reference), ("--training", training)):
             if images and images.count < FEWEST:
                 raise UserError(f"{option} {images.name}: {images.count} images, at least {FEWEST} are needed")
+        observations = open_observations(request.measured, shape) if request.measured else None
+        if observations and observations.index.samples < FEWEST:
+            raise UserError(f"--measured {request.measured}: {observations.index.samples} observations, at least {FEWEST} are needed")  # fmt: skip
+        if observations and index and observations.index == index:
+            print(f"warning: --measured {request.measured}: {run_dir} was trained on these: nothing here is held out", file=sys.stderr)  # fmt: skip
         if index is None:
             print(f"warning: {run_dir}: its shards, {run.config.data.shards}, are not there: noise levels are not marked", file=sys.stderr)  # fmt: skip
-        elif (made_of := index.request.get("source")) == request.reference:
+        elif (made_of := index.request.get("source")) == request.reference and made_of:
             print(f"warning: --reference {request.reference}: {run_dir} was trained on these images: nothing here is held out", file=sys.stderr)  # fmt: skip
         elif request.training and made_of != request.training:
             print(f"warning: --training {request.training}: {run_dir} was trained on {made_of}", file=sys.stderr)
-        found.append(Subject(run_dir.resolve().name, run, index, reference, training, prompt, run_dir / FOLDER))  # fmt: skip
+        found.append(Subject(run_dir.resolve().name, run, index, reference, training, observations, prompt, run_dir / FOLDER))  # fmt: skip
     return found
 
 
@@ -121,7 +126,8 @@ def _log(run_dir: Path, config: LoggingConfig, evaluation: Evaluation, folder: P
     marker = folder / "mlflow.sent"
     if marker.exists():
         return
-    tags = {f"evaluation.{name}": str(evaluation.settings[name]) for name in ("extractor", "number", "reference")}
+    settings = evaluation.settings
+    tags = {f"evaluation.{name}": str(settings[name]) for name in ("extractor", "number", "reference", "measured") if settings.get(name)}  # fmt: skip
     try:
         sent = attach(config, run_dir, evaluation.step, evaluation.metrics, tags, folder)
     except WorkFailed as error:

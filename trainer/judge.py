@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from trainer.evaluation.attacks import Attack, Masked, Noised
 from trainer.evaluation.features import Extractor, features_of
 from trainer.evaluation.images import Images
 from trainer.evaluation.measures import Model
+from trainer.evaluation.observations import Observations, as_observed
 from trainer.evaluation.record import FORMAT, Evaluation, Picture, read, write
 from trainer.evaluation.request import Request
 from trainer.models.sdxl import SDXLConfig
@@ -35,14 +37,16 @@ SHOWN = 48
 
 @dataclass(frozen=True)
 class Subject:
-    """A run under evaluation. index: of its shards, None where they are gone. reference, training: images as it sees them.
+    """A run under evaluation. index: of its shards, None where they are gone. reference, training: clean images as it sees
+    them. observations: noisy ones that samples are held against.
     prompt: for a run with text. folder: for all that is kept of it."""
 
     name: str
     run: Restored
     index: ShardIndex | None
-    reference: Images
+    reference: Images | None
     training: Images | None
+    observations: Observations | None
     prompt: str
     folder: Path
 
@@ -84,17 +88,20 @@ def _none(number: int) -> Conditioning:
 def judge(subject: Subject, request: Request, extractor: Extractor) -> tuple[Evaluation, Path]:
     """The evaluation, and its folder. One that is there already, of the same images and settings, is read back."""
     run, index, reference, training = subject.run, subject.index, subject.reference, subject.training
+    observations = subject.observations
     attacks = attacks_of(request, run) if training else ()
     levels = levels_within(request, run)
     settings: dict[str, Any] = {
         "format": FORMAT, "step": run.state.step, "average": run.average, "prompt": subject.prompt,
-        "reference": request.reference, "reference_number": reference.count, "reference_hash": reference.identity,
+        "reference": request.reference, "reference_number": reference and reference.count, "reference_hash": reference and reference.identity,
         "training": request.training, "training_number": training and training.count, "training_hash": training and training.identity, "compared": training and min(request.compared, training.count),
         "extractor": extractor.name, "extractor_hash": extractor.identity, "number": request.number, "steps": request.steps,
-        "sampler": SAMPLER, "seed": request.seed, "checked": min(CHECKED, reference.count), "levels": levels,
-        "attacked": training and [min(request.attacked, images.count) for images in (training, reference)],
+        "sampler": SAMPLER, "seed": request.seed, "checked": reference and min(CHECKED, reference.count), "levels": levels,
+        "attacked": training and reference and [min(request.attacked, images.count) for images in (training, reference)],
         "attacks": training and [attack.about for attack in attacks],
     }  # fmt: skip
+    if observations:
+        settings |= {"measured": request.measured, "measured_number": observations.images.count, "measured_hash": observations.images.identity}  # fmt: skip
     folder = subject.folder / f"step-{run.state.step:08d}-{_digest(settings)}"
     if (there := read(folder)) is not None:
         return there, folder
@@ -103,15 +110,20 @@ def judge(subject: Subject, request: Request, extractor: Extractor) -> tuple[Eva
     model = model_of(run, subject.prompt)
     samples = Images(f"samples of {subject.name}", open_source(str(subject.sampling(request)[0])), model.shape, request.number) if request.number else None  # fmt: skip
     if samples:
-        found = measures.quality(features_of(samples, extractor), features_of(reference, extractor))
-        metrics |= {f"quality/{name}": value for name, value in found.items()}
-        shown.add("samples.png", figures.image_sheet(samples.rows(range(min(SHOWN, samples.count))), 16), "Samples", "The first ones, not chosen.")  # fmt: skip
-        shown.add("reference.png", figures.image_sheet(reference.rows(reference.spread(SHOWN)), 16), "Held-out clean images", "For comparison.")  # fmt: skip
-    curve = measures.curve(model, reference, CHECKED, levels)
-    metrics |= {
-        f"denoiser_error_by_sigma/{level:g}": value for level, value in zip(curve.levels, curve.mean, strict=True)
-    }
-    if training:
+        shown.sheet("samples.png", samples, range(min(SHOWN, samples.count)), "Samples", "The first ones, not chosen.")
+    if samples and reference:
+        metrics |= _distances("quality", samples, reference, extractor)
+        shown.sheet("reference.png", reference, reference.spread(SHOWN), "Held-out clean images", "For comparison.")
+    if samples and observations:
+        noisy = as_observed(samples, observations, request.seed)
+        metrics |= _distances("measured", noisy, observations.images, extractor)
+        shown.sheet("observed.png", noisy, range(min(SHOWN, samples.count)), "Samples, corrupted as the data are", "The same ones.")  # fmt: skip
+        shown.sheet("measured.png", observations.images, observations.images.spread(SHOWN), "Held-out observations", "For comparison with those.")  # fmt: skip
+    curve = measures.curve(model, reference, CHECKED, levels) if reference else None
+    if curve:
+        by_level = zip(curve.levels, curve.mean, strict=True)
+        metrics |= {f"denoiser_error_by_sigma/{level:g}": value for level, value in by_level}
+    if training and reference:
         for attack in attacks:
             metrics |= _attack(model, attack, training, reference, extractor, request, shown)
         if samples:
@@ -130,6 +142,9 @@ class _Shown:
     def __init__(self) -> None:
         self.pictures: list[Picture] = []
         self.files: dict[str, bytes] = {}
+
+    def sheet(self, file: str, images: Images, chosen: Sequence[int], title: str, about: str) -> None:
+        self.add(file, figures.image_sheet(images.rows(chosen), 16), title, about)
 
     def add(self, file: str, data: bytes, title: str, about: str, *, plot: bool = False) -> None:
         self.pictures.append(Picture(file, title, about, plot))
@@ -150,6 +165,11 @@ def levels_within(request: Request, run: Restored) -> list[float]:
 
 def _digest(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _distances(group: str, samples: Images, others: Images, extractor: Extractor) -> dict[str, float]:
+    found = measures.quality(features_of(samples, extractor), features_of(others, extractor))
+    return {f"{group}/{name}": value for name, value in found.items()}
 
 
 def _attack(

@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from data_pipeline.corruption import Measured
+from data_pipeline.shard import shard
 from data_pipeline.sources import open_source
 from tests.conftest import Outcome
 from trainer import errors
@@ -117,6 +119,40 @@ def test_a_latent_run_is_judged_by_its_images(
     assert metrics["denoiser_error_by_sigma/0.4"] > 0
     assert 0 <= metrics["memorization/mask_auc"] <= 1
     assert Image.open(path.parent / "samples.png").width > 10 * 32
+
+
+def test_a_run_without_clean_images_is_judged_by_observations(
+    train: Train, tmp_path: Path, shards: Path, held_out: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert train("run", "steps=2")[0] == 0
+    run, measured = tmp_path / "run", tmp_path / "measured"
+    shard(str(held_out), measured, Measured(0.4), size=16)
+    words = ["--measured", str(measured), "--number", "12", "--steps", "4"]
+    code, output = evaluate(capfd, str(run), *words)
+    assert code == 0, output
+    assert "KID, observed" in output
+    (path,) = (run / "evaluation").glob("*/evaluation.json")
+    kept = json.loads(path.read_text())
+    assert {name.partition("/")[0] for name in kept["metrics"]} == {"measured"}
+    assert kept["curve"] is None
+    assert {p.name for p in path.parent.glob("*.png")} == {"samples.png", "observed.png", "measured.png"}
+    page = (path.parent / "report.html").read_text()
+    assert "held-out observations: 20" in page
+    both = ["--reference", str(held_out), *words]
+    assert evaluate(capfd, str(run), *both)[0] == 0
+    assert len(list((run / "evaluation").glob("*/evaluation.json"))) == 2, "another request"
+    code, output = evaluate(capfd, str(run), "--measured", str(shards), *words[2:])
+    assert code == 0
+    assert f"--measured {shards}: {run} was trained on these: nothing here is held out" in output
+    for wrong, told in (
+        ([], "--reference is missing: clean images that training never saw; who has none gives --measured"),
+        (["--measured", str(measured), "--number", "0"], "--number 0: --measured compares samples"),
+        (["--measured", str(measured), "--training", str(held_out)], "needs --reference"),
+        (["--measured", str(tmp_path / "nowhere")], "no such shard folder"),
+    ):
+        code, output = evaluate(capfd, str(run), *wrong)
+        assert (code, output.count("\n")) == (2, 1), output
+        assert told in output
 
 
 MISTAKES = [

@@ -15,6 +15,9 @@ COLUMNS = {
     "quality/frechet": ("Frechet distance", "as FID, but in this extractor's features; lower is better; biased: compare equal numbers of images alone"),
     "quality/precision": ("precision", "share of samples that lie within the reference's manifold; higher is better"),
     "quality/recall": ("recall", "share of the reference that lies within the samples' manifold; higher is better"),
+    "measured/kid": ("KID, observed", "the same of corrupted samples to held-out observations, which needs no clean images; sees nothing that the noise hides"),
+    "measured/precision": ("precision, observed", "share of corrupted samples that lie within the observations' manifold"),
+    "measured/recall": ("recall, observed", "share of the observations that lies within the corrupted samples' manifold"),
     "memorization/noise_auc": ("AUC, noise", "of telling training images from held-out ones by what the model makes of them under heavy noise; 0.5: nothing memorized, 1: all"),
     "memorization/mask_auc": ("AUC, mask", "the same where most of the image was hidden"),
     "memorization/noise_share": ("above threshold, noise", "share of training images that come back more alike than 95 % of held-out ones; 0.05: nothing memorized"),
@@ -72,7 +75,7 @@ def _said(value: object) -> str:
 
 
 LABELS = {
-    "reference": "held-out clean images", "training": "training images", "extractor": "features", "number": "samples drawn",
+    "reference": "held-out clean images", "measured": "held-out observations", "measured_number": "held-out observations", "training": "training images", "extractor": "features", "number": "samples drawn",
     "reference_number": "held-out images", "training_number": "training images", "compared": "training images that samples were held against", "attacks": "attacks", "attacked": "images attacked, training and held out",
     "checked": "images of the denoiser's error", "steps": "sampling steps", "sampler": "sampler", "seed": "seed", "prompt": "prompt",
     "average": "average of the weights",

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Request:
-    """reference, training: names of sources; training None leaves memorization out. number: samples, 0 for none. attacked:
+    """reference, training: names of sources of clean images; reference None leaves out all that needs them, training None
+    memorization. measured: a folder of shards, of observations that samples are held against, or None. number: samples, 0 for none. attacked:
     images of either kind. compared: training images that samples are held against, at most. levels: of the denoiser's error.
     attack_sigma, attack_visible: see `attacks`; None is for the run to say. steps: levels of a sample, and of a reconstruction."""
 
-    reference: str
+    reference: str | None
     training: str | None
     number: int = 1000
     attacked: int = 200
@@ -21,3 +22,4 @@ class Request:
     attack_visible: float = 0.25
     steps: int = 25
     seed: int = 0
+    measured: str | None = None

@@ -1,0 +1,99 @@
+"""Judging without clean images: samples get what the data have, and are held against observations that training never saw.
+
+If samples are of the clean distribution, samples with the data's corruption are of the observations' (Bora et al. 2018,
+AmbientGAN, theorem 1). What the corruption hides in both it hides from this, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.corruption import Corruption, Degraded, Gaussian, Measured, generator_of
+from data_pipeline.index import ShardIndex, read_index
+from data_pipeline.inputs.picture import Picture, Source
+from data_pipeline.reader import ShardReader
+from trainer.errors import UserError
+from trainer.evaluation.images import Images
+
+OPEN_SHARDS = 4
+AS_IT_IS = (-1.0, 1.0)
+"""The range of pixels that are in [-1, 1] but for the noise."""
+
+
+@dataclass(frozen=True)
+class Observations:
+    """A folder of shards, of pixels of one shape."""
+
+    folder: str
+    index: ShardIndex
+
+    @cached_property
+    def images(self) -> Images:
+        keys = [str(i) for i in range(self.index.samples)]
+        return Images(self.folder, Source(keys, self._read), self.index.shapes[0], len(keys), AS_IT_IS)
+
+    @property
+    def corruption(self) -> Corruption:
+        told = dict(self.index.request["corruption"])
+        told.pop("sigma_n_origin", None)
+        kinds = {"gaussian": Gaussian, "degraded": Degraded, "measured": Measured}
+        return kinds[told.pop("kind")](**told)
+
+    def observed(self, x0: NDArray[np.float32], i: int, seed: int) -> NDArray[np.float32]:
+        """x0 (C, H, W) as an observation. Where the noise was there before, it gets that of observation i."""
+        corruption, generator = self.corruption, generator_of(seed, str(i))
+        if not isinstance(corruption, Measured):
+            return corruption(x0, generator).x_n
+        level = np.float32(self._at(i % self.index.samples)[1])
+        return x0 + level * generator.standard_normal(x0.shape, dtype=np.float32)
+
+    @cached_property
+    def _reader(self) -> ShardReader:
+        return ShardReader(self.folder, self.index, OPEN_SHARDS)
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(shard.samples for shard in self.index.shards))
+
+    def _at(self, i: int) -> tuple[NDArray[np.float32], float]:
+        """Observation i of the folder, and its level."""
+        shard = int(np.searchsorted(self._ends, i, side="right"))
+        out = np.empty((1, *self.index.shapes[0]), np.float16)
+        _, about = self._reader.observations([shard], [i - self._ends[shard] + self.index.shards[shard].samples], out)
+        return out[0].astype(np.float32), float(about[0]["sigma_n"])
+
+    def _read(self, i: int) -> Picture:
+        return _picture(self._at(i)[0])
+
+
+def open_observations(folder: str, shape: Sequence[int]) -> Observations:
+    """shape: (C, H, W) of what a run draws. Raises UserError for shards that do not fit."""
+    index = read_index(folder)
+    if index.request.get("latents"):
+        raise UserError(f"--measured {folder}: these are shards of latents: give those of the pixels")
+    if index.shapes != (tuple(shape),):
+        found = " and ".join("x".join(map(str, s)) for s in index.shapes)
+        raise UserError(f"--measured {folder}: observations of {found}, the run draws {'x'.join(map(str, shape))}: shard them with its --size and --channels")  # fmt: skip
+    return Observations(folder, index)
+
+
+def as_observed(samples: Images, observations: Observations, seed: int) -> Images:
+    """The same samples, corrupted as the observations are, each always alike."""
+
+    def read(i: int) -> Picture:
+        return _picture(observations.observed(samples.rows([i])[0].numpy(), i, seed))
+
+    return replace(
+        samples, name=f"{samples.name}, observed", source=Source(samples.source.keys, read), value_range=AS_IT_IS
+    )
+
+
+def _picture(x: NDArray[np.float32]) -> Picture:
+    """x: (C, H, W)."""
+    return Picture(x[0] if len(x) == 1 else np.ascontiguousarray(np.moveaxis(x, 0, -1)))
