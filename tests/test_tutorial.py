@@ -1,0 +1,62 @@
+"""docs/tutorial.md, block by block, as it stands there, but for fewer images, steps and samples."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import signal
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import ROOT
+from tests.test_docs import commands, words_of
+from trainer import errors
+
+PAGE = ROOT / "docs" / "tutorial.md"
+FEWER = {
+    r'load\("digits", part\)': 'load("digits", part)[:80]',
+    r"steps=\d+": "steps=3",
+    r"--number \d+": "--number 12",
+}
+PYTHON = re.compile(r"```python\n(# (\S+)\n.*?)```", re.DOTALL)
+
+
+def less(text: str) -> str:
+    for long, short in FEWER.items():
+        text = re.sub(long, short, text)
+    return text
+
+
+def called(words: list[str]) -> None:
+    """`python -m MODULE WORDS...`, in this process, which saves the imports."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
+    module = import_module(words[2])
+    try:
+        code = errors.run(lambda: module.main(words[3:]))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert code == 0, words
+
+
+def test_the_tutorial_works_as_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for code, name in PYTHON.findall(PAGE.read_text()):
+        Path(name).write_text(less(code))
+    done: list[str] = []
+    for line in commands(PAGE):
+        words = words_of(less(line))
+        if words[:2] == ["python", "-m"]:
+            called(words)
+            done.append(words[2])
+        elif words[:1] == ["python"]:
+            runpy.run_path(words[1])
+    expected = "data_pipeline.shard data_pipeline.inspect data_pipeline.shard data_pipeline.shard trainer.init trainer.train trainer.train trainer.sample trainer.sample trainer.evaluate"
+    assert done == expected.split()
+    assert len(list(Path("raw").iterdir())) == 80
+    assert "KID, observed" in Path("runs/comparison.html").read_text()
+    assert np.asarray(Image.open("runs/mine/samples.png")).std() > 0
