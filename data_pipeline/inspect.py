@@ -49,7 +49,7 @@ class Contents:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = errors.Parser(
         prog="python -m data_pipeline.inspect",
         description="Verifies checksums and counts of a folder of shards, prints a summary, and writes contact-sheet.png and sigma-n.png.",
         epilog=EXAMPLE,

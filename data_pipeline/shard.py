@@ -32,7 +32,7 @@ data/mine` verifies and shows what was written.
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = errors.Parser(
         prog="python -m data_pipeline.shard",
         description="Corrupts each image once, and writes the observations (never the clean images, unless --clean-share asks for some) as WebDataset shards. The bytes are the same for any number of workers and jobs.",
         epilog=EXAMPLE,

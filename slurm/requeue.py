@@ -24,7 +24,7 @@ EXAMPLE = """example:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m slurm.requeue", description="Decides, inside a training's batch script, whether the job is requeued, and requeues it.",
+    p = errors.Parser(prog="python -m slurm.requeue", description="Decides, inside a training's batch script, whether the job is requeued, and requeues it.",
                                 epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     p.add_argument("folder", metavar="FOLDER", type=Path, help="the job's folder")
     p.add_argument("code", metavar="CODE", type=int, help="srun's exit code")

@@ -25,7 +25,7 @@ RECENT = 50
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m slurm.status", description="Shows the job of a run, how far it is, and what became of each of its starts.",
+    p = errors.Parser(prog="python -m slurm.status", description="Shows the job of a run, how far it is, and what became of each of its starts.",
                                 epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     p.add_argument("run", metavar="RUN", type=Path, help="a run's folder, or that of a sweep")
     return p

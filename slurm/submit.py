@@ -30,7 +30,7 @@ Submitted again with the same run_dir, a run goes on from its last checkpoint, o
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m slurm.submit", description="Submits a training, which goes on by itself when the cluster ends it for time or for another job.",
+    p = errors.Parser(prog="python -m slurm.submit", description="Submits a training, which goes on by itself when the cluster ends it for time or for another job.",
                                 epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     p.add_argument("config", metavar="CONFIG", type=Path, help="of the training, a YAML file; see configs/")
     p.add_argument("overrides", metavar="key.path=value", nargs="*", help="replaces a field of CONFIG, such as steps=100")  # fmt: skip

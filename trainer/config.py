@@ -262,7 +262,12 @@ def _explain(kind: Any, error: Any) -> str:
         known = re.findall("'(.*?)'", error["ctx"]["expected"])
         return f"{name}: {value!r}: must be {error['ctx']['expected']}{_meant(value, known)}"
     message = PLAINER[error["type"]] if error["type"] in PLAINER else error["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(value, dict) or dataclasses.is_dataclass(value) else f" {value!r}:"
+    shown = f" {value!r}:"
+    if isinstance(value, dict):  # of a group: the fields that the message speaks of
+        given = [f"{field} {value[field]!r}" for field in value if re.search(rf"\b{re.escape(str(field))}\b", message)]
+        shown = f" {', '.join(given)}:" if given else ""
+    elif dataclasses.is_dataclass(value):
+        shown = ""
     return f"{name}:{shown} {message[0].lower()}{message[1:]}"
 
 

@@ -42,7 +42,7 @@ class Finding:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = errors.Parser(
         prog="python -m trainer.doctor",
         description="Checks packages, devices, attention, bf16, communication, and where asked a shared folder and MLflow.",
         epilog=EXAMPLE,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import sys
 from collections.abc import Callable, Mapping
+from typing import NoReturn
 
 DONE, FAILED, BAD_REQUEST, INTERRUPTED = 0, 1, 2, 75
 """0 done; 1 the work failed; 2 the request was wrong; 75 interrupted with a checkpoint saved: run again to go on."""
@@ -29,6 +31,13 @@ class UserError(Told):
 
 class WorkFailed(Told):
     """The request was right and the work failed, for a reason that one line explains."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A command's words. What is wrong with them is said in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_REQUEST, f"error: {message}; see {self.prog} --help\n")
 
 
 def differences(old: Mapping[str, object], new: Mapping[str, object]) -> str:

@@ -25,7 +25,7 @@ takes as SOURCE.
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = errors.Parser(
         prog="python -m trainer.evaluate",
         description="Judges runs by clean images that they never saw: distances of samples to them, and the denoiser's error at each noise level. "
         "With --measured, where there are none, by noisy ones: samples get the data's corruption, and are held against shards of observations. "

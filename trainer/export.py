@@ -28,7 +28,7 @@ EXAMPLE = """examples:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = errors.Parser(
         prog="python -m trainer.export",
         description="Writes the averaged weights of a run, of its last checkpoint by default, as diffusers loads them, with a model card. Adapters are for StableDiffusionXLPipeline.load_lora_weights, an SDXL that was trained whole is a pipeline's folder, and what was trained from scratch a model's folder.",
         epilog=EXAMPLE,

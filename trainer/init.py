@@ -31,7 +31,7 @@ LONGEST = 170
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = errors.Parser(
         prog="python -m trainer.init",
         description="Writes a commented configuration for the images in SHARDS and the GPUs that are to train on them.",
         epilog=EXAMPLE,
@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(
             f"--gpus {gpus}: must be at least {1 if args.gpu else 0}" + (f" with --gpu {gpu}" if args.gpu else "")
         )
+    if args.config.is_dir():
+        raise UserError(f"CONFIG {args.config}: is a folder: name a file in it")
     if args.config.exists():
         raise UserError(f"CONFIG {args.config}: is there already: choose another name")
     from data_pipeline.index import read_index

@@ -27,7 +27,7 @@ Exit codes: 0 it fits, 1 it does not, 2 the request was wrong.
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = errors.Parser(
         prog="python -m trainer.plan",
         description="Prints memory, arithmetic, time, traffic, reading and disk of a run, for N devices of a kind.",
         epilog=EXAMPLE,

@@ -26,7 +26,7 @@ EXAMPLE = """examples:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = errors.Parser(
         prog="python -m trainer.quickstart",
         description="Corrupts a packaged set of images, trains on the noisy images alone with the ambient and consistency losses, "
         "trains a naive model that takes them for clean with the same number of network evaluations, and draws one picture of both.",

@@ -32,7 +32,7 @@ def add_weights(p: argparse.ArgumentParser) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = errors.Parser(
         prog="python -m trainer.sample",
         description="Draws images from the averaged weights of a run, of its last checkpoint by default: a grid in one PNG, or into a folder.",
         epilog=EXAMPLE,

@@ -31,7 +31,7 @@ What is there is not made again: stop it at any time, and call it again. FOLDER 
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = errors.Parser(
         prog="python -m trainer.study",
         description="Makes the data, trains each method on each data set with each seed, evaluates all runs alike, and writes one table.",
         epilog=EXAMPLE,

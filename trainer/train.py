@@ -26,7 +26,7 @@ Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 75 interrupted w
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m trainer.train", description="Trains a diffusion model from corrupted images alone.",
+    p = errors.Parser(prog="python -m trainer.train", description="Trains a diffusion model from corrupted images alone.",
                                 epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     p.add_argument("config", metavar="CONFIG", type=Path, help="a YAML file; see configs/")
     p.add_argument(

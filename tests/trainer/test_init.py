@@ -106,6 +106,7 @@ def test_wrong_requests_are_one_line(shards: Path, tmp_path: Path, capfd: pytest
         ((shards, file, "--gpus", "0", "--gpu", "l4"), "--gpus 0: must be at least 1 with --gpu l4"),
         ((shards, file, "--prompt", "a face"), "holds pixels, not latents"),
         ((shards, tmp_path / "no" / "a.yaml"), "cannot be written: No such file or directory"),
+        ((shards, tmp_path), "is a folder: name a file in it"),
     ):
         assert run(*words) == 2
         assert said in capfd.readouterr().err

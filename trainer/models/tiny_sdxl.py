@@ -6,7 +6,6 @@ what loads and trains this folder loads and trains the real one. It makes 64-pix
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -110,7 +109,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = errors.Parser(
         prog="python -m trainer.models.tiny_sdxl",
         description="Writes a tiny pipeline of Stable Diffusion XL's classes with random weights, for tests and benchmarks. It loads with StableDiffusionXLPipeline.from_pretrained(FOLDER).",
         epilog="example: python -m trainer.models.tiny_sdxl models/tiny-sdxl",
