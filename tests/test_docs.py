@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -93,6 +94,24 @@ def test_a_script_is_there(page: str, command: str) -> None:
     assert path.is_file(), f"{page}: {command}"
     for option in [word.partition("=")[0] for word in words if word.startswith("--")]:
         assert f'"{option}"' in path.read_text() or option == "--quick", f"{page}: {name} has no {option}"
+
+
+RATIOS = {"data": ("summary.images", "summary.latents", "summary.jpeg", "summary.sharding"), "step_cost": ("tiny.k1", "tiny.k2"),
+          "exactness": ("summary.time_over_every_step", "summary.error_over_every_step")}  # fmt: skip
+"""What README's table has of each file in benchmarks/results, in this order."""
+
+
+def test_the_readmes_table_is_what_was_measured() -> None:
+    table = (ROOT / "README.md").read_text().partition("## Against others")[2].partition("\n## ")[0]
+    told = [row.split("|")[3].strip() for row in table.splitlines() if row.startswith("|")][2:]
+    measured: list[float] = []
+    for name, paths in RATIOS.items():
+        assert f"`benchmarks/{name}.py`" in table
+        results = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+        for path in paths:
+            group, _, key = path.partition(".")
+            measured.append(results[group][key])
+    assert told == [f"{value:.2f}" if value < 2 else f"{value:.1f}" for value in measured]
 
 
 @pytest.mark.parametrize(("page", "command"), MADE)
