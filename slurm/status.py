@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from trainer.errors import UserError
 EXAMPLE = """examples:
   python -m slurm.status runs/digits
   python -m slurm.status runs/sweep        # the folder of a sweep: a line for each of its runs
+  python -m slurm.status runs/sweep --json | jq -r 'select(.state == "ENDED").run_dir'
 """
 RECENT = 50
 """Records that the speed is taken from."""
@@ -28,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     p = errors.Parser(prog="python -m slurm.status", description="Shows the job of a run, how far it is, and what became of each of its starts.",
                                 epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     p.add_argument("run", metavar="RUN", type=Path, help="a run's folder, or that of a sweep")
+    p.add_argument("--json", action="store_true", help="a line of JSON for each run")
     return p
 
 
@@ -51,6 +54,15 @@ class Status:
     @property
     def seconds_left(self) -> float | None:
         return (self.steps - self.step) / self.speed if self.steps and self.speed else None
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """For scripts."""
+        of_starts = [{"job": s.job, "number": s.number, "step": s.step, "started": s.started, "ranks": s.ranks, "nodes": list(s.nodes),
+                      "follows": s.decision and s.decision.follows, "reason": s.decision and s.decision.reason} for s in self.starts]  # fmt: skip
+        return {"run_dir": str(self.run_dir), "job": self.job, "state": self.state, "reason": self.reason, "step": self.step,
+                "steps": self.steps, "loss_ambient": self.metric, "steps_per_second": self.speed, "seconds_left": self.seconds_left,
+                "starts": of_starts, "logs": self.folder}  # fmt: skip
 
     @property
     def line(self) -> str:
@@ -130,14 +142,18 @@ def _duration(seconds: float) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    run: Path = parser().parse_args(argv).run
+    args = parser().parse_args(argv)
+    run: Path = args.run
     if whole := status(run):
-        print(whole.text)
+        print(json.dumps(whole.data) if args.json else whole.text)
         return errors.DONE
     points = [found for path in sorted(run.glob("*/job.json")) if (found := status(path.parent))]
     if not points:
         raise UserError(f"{run}: nothing was submitted for it: no job.json in it, nor in its folders")
     for point in points:
+        if args.json:
+            print(json.dumps(point.data))
+            continue
         print(f"{point.run_dir.name}: job {point.job} {point.line}")
         if point.starts and (last := point.starts[-1].decision) and last.follows == "a person":
             print(f"  {last.reason}")

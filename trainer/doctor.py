@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import fcntl
+import json
 import os
 import shutil
 import socket
@@ -49,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--shared", type=Path, metavar="FOLDER", help="a folder that all machines of a run see: written, locked, renamed")  # fmt: skip
+    p.add_argument("--json", action="store_true", help="a line of JSON for each finding: name, verdict (ok, warn, fail), detail, advice")  # fmt: skip
     p.add_argument("--tracking", metavar="URI", help="of MLflow: asked for its experiments")
     return p
 
@@ -64,10 +67,14 @@ def main(argv: list[str] | None = None) -> int:
     for check in checks:
         for finding in check():
             failed |= finding.verdict == "fail"
+            if args.json:
+                print(json.dumps(dataclasses.asdict(finding)), flush=True)
+                continue
             print(f"{finding.verdict:<5} {finding.name:<16} {finding.detail}", flush=True)
             if finding.advice:
                 print(f"{'':<22} -> {finding.advice}", flush=True)
-    print("\nsomething failed" if failed else "\nnothing failed")
+    if not args.json:
+        print("\nsomething failed" if failed else "\nnothing failed")
     return errors.FAILED if failed else errors.DONE
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainer import errors
 from trainer.errors import UserError
@@ -38,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--gpus", type=int, required=True, metavar="N", help="how many devices: ranks")
     p.add_argument("--gpu", choices=sorted(GPUS), default="h100", help="of which kind (default: h100)")
     p.add_argument("--mfu", type=float, default=0.4, help="the share of the device's peak that is reached (default: 0.4); a run logs its own as progress/mfu")  # fmt: skip
+    p.add_argument("--json", action="store_true", help="one line of JSON in place of the tables; bytes, seconds, FLOP")
     p.add_argument("--shape", type=int, nargs=3, metavar=("C", "H", "W"), help="of an image or latent (default: that of data.shards; for an sdxl without shards, 4 128 128, of 1024 px)")  # fmt: skip
     return p
 
@@ -60,6 +62,9 @@ def main(argv: list[str] | None = None) -> int:
     network = models.configured(config, shape)
     setting = setting_of(config, args.gpu, args.gpus)
     estimate = Estimate(config, network, shape, setting)
+    if args.json:
+        print(json.dumps(_plain(estimate, args.mfu, sample_bytes)))
+        return errors.DONE if estimate.fits(setting) else errors.FAILED
     print(f"{config.model.kind} on {'x'.join(map(str, shape))}, batch {config.batch_size}: {setting}, {config.engine.precision if config.engine.precision != 'auto' else 'bf16'}")  # fmt: skip
     _print_costs(estimate, args.mfu, sample_bytes)
     _print_memory(estimate)
@@ -74,6 +79,21 @@ def main(argv: list[str] | None = None) -> int:
     return errors.FAILED
 
 
+def _plain(e: Estimate, mfu: float, sample_bytes: float) -> dict[str, Any]:
+    """For scripts: what the tables say."""
+    total, memory, fits = e.run_flops(), e.memory(e.setting), e.fits(e.setting)
+    seconds = e.seconds(total, mfu)
+    nearest = None if fits else e.nearest()
+    return {
+        "setting": str(e.setting), "fits": fits, "nearest_that_fits": nearest and str(nearest),
+        "parameters": e.weights.trainable + e.weights.frozen, "trained_parameters": e.weights.trainable,
+        "flop": total, "seconds": seconds, "gpu_hours": seconds / 3600 * e.setting.gpus, "mfu": mfu,
+        "consistency_steps": e.consistency_steps(), "sent_bytes_a_step": {"ambient": e.traffic(False), "consistency": e.traffic(True)},
+        "samples_a_second": e.config.steps * e.config.batch_size / seconds, "sample_bytes": sample_bytes,
+        "checkpoint_bytes": e.checkpoint_bytes(), "snapshots_bytes": e.snapshots_bytes(), "memory_of_a_rank": dataclasses.asdict(memory),
+    }  # fmt: skip
+
+
 def _data(config: RunConfig, given: list[int] | None) -> tuple[tuple[int, int, int], float]:
     """The shape of a sample, and its bytes in the shards: as they are, or float16 where they are not made yet."""
     if given:
@@ -85,7 +105,7 @@ def _data(config: RunConfig, given: list[int] | None) -> tuple[tuple[int, int, i
         index = read_index(config.data.shards)
     except UserError as error:
         if config.model.kind == "sdxl":
-            print(f"{config.data.shards}: no shards yet, so this is for latents of 1024 x 1024 pixels")
+            print(f"{config.data.shards}: no shards yet, so this is for latents of 1024 x 1024 pixels", file=sys.stderr)
             return SDXL_LATENT, 2.0 * math.prod(SDXL_LATENT)
         raise UserError(f"{error}; or give --shape C H W to plan without shards") from None
     return index.shape, index.bytes / index.samples

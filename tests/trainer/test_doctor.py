@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +33,10 @@ def test_a_missing_package_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     printed = capsys.readouterr().out
     assert "fail  packages         missing: no-such-package" in printed
     assert printed.splitlines()[-1] == "something failed"
+    assert errors.run(lambda: doctor.main(["--json"])) == 1
+    first = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert (first["name"], first["verdict"], first["detail"]) == ("packages", "fail", "missing: no-such-package")
+    assert "make install" in first["advice"]
 
 
 def test_a_folder_that_is_not_there_fails(tmp_path: Path) -> None:

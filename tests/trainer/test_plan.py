@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable
@@ -187,6 +188,13 @@ def test_the_command_reads_the_shards_and_says_what_fits(shards: Path, capsys: p
     code, text = printed(capsys, f"data.shards={shards}", "steps=100", "--gpus", "2", "--gpu", "a100")
     assert code == 0, text
     assert "unet2d on 1x16x16, batch 8: 2 x a100, engine.zero_stage=0, micro_batch_size=4, fp32" in text
+    code, line = printed(capsys, f"data.shards={shards}", "steps=100", "--gpus", "2", "--gpu", "a100", "--json")
+    assert code == 0
+    found = json.loads(line)
+    assert found["fits"]
+    assert found["setting"] in text
+    assert f"{found['memory_of_a_rank']['peak'] / 1e9:.2f}" in text
+    assert f"{found['trained_parameters']:,} are trained" in text
     assert "100 steps, 49 of them with consistency" in text
     assert "It fits" in text
     assert "B; 2 are kept\n" in text
