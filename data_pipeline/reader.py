@@ -26,8 +26,8 @@ from data_pipeline.writer import META, OBSERVATION
 from trainer.documents import from_json
 from trainer.errors import UserError
 
-LONGEST_META = 1 << 16
-"""Bytes of what is recorded beside a sample; ours have a hundred."""
+LONGEST_META, LONGEST_KEPT = 1 << 20, 1 << 12
+"""Bytes of what is recorded beside a sample: at most, and to be kept. Ours have a hundred, and the caption."""
 
 
 @dataclass(frozen=True)
@@ -236,9 +236,12 @@ def npy_array(data: bytes, shape: tuple[int, int, int]) -> NDArray[np.float16]:
     return np.frombuffer(data, np.float16, math.prod(shape), header.offset).reshape(shape, order=header.order)
 
 
-@lru_cache(maxsize=4096)
 def meta(data: bytes) -> Mapping[str, Any]:
     """What is recorded beside an observation; at least a level, "sigma_n". Equal for many samples, so it is kept."""
+    return _kept(data) if len(data) <= LONGEST_KEPT else _meta(data)
+
+
+def _meta(data: bytes) -> Mapping[str, Any]:
     try:
         about = from_json(data)
         sigma_n = float(about["sigma_n"])
@@ -247,6 +250,9 @@ def meta(data: bytes) -> Mapping[str, Any]:
     if not (math.isfinite(sigma_n) and sigma_n >= 0):
         raise BadSample(f"sigma_n is {sigma_n}, must be a finite number, at least 0")
     return about
+
+
+_kept = lru_cache(maxsize=4096)(_meta)
 
 
 def all_finite(x: NDArray[np.float16]) -> bool:

@@ -97,8 +97,8 @@ BAD_SAMPLES: dict[str, tuple[list[tuple[str, bytes]], str]] = {
         r"sample a: its member a\.x_n\.npy has \d+ bytes, more than",
     ),
     "much beside it": (
-        [("a.x_n.npy", GOOD), ("a.json", META[:-1] + b" " * 70_000 + META[-1:])],
-        r"sample a: its member a\.json has \d+ bytes, more than 65536",
+        [("a.x_n.npy", GOOD), ("a.json", META[:-1] + b" " * 1_100_000 + META[-1:])],
+        r"sample a: its member a\.json has \d+ bytes, more than 1048576",
     ),
     "two keys alike": (
         [("a.x_n.npy", GOOD), ("b.x_n.npy", GOOD), ("a.json", META)],
