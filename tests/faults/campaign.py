@@ -38,8 +38,8 @@ from tests.faults.starts import Start
 from trainer import errors, loop, train
 
 TINY = Path(__file__).parent.parent / "tiny.yaml"
-PICTURES, BATCH, STEPS = 60, 12, 30
-"""Six epochs of five steps."""
+PICTURES, BATCH, STEPS, KEPT = 60, 12, 30, 2
+"""Six epochs of five steps. KEPT: checkpoints."""
 LAST = "start-last"
 """In the order of their names, after the starts that are numbered."""
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
@@ -115,12 +115,18 @@ def _round(whole: Undisturbed, kind: str, place: Path, rng: random.Random, outco
     codes = work.start(place, LAST, rng).end()
     if any(codes):
         return [f"the last start, which nothing killed, ended with {codes}"]
-    files = work.files(place)
-    problems = [f"{name} differs" for name, digest in whole.files.items() if files.get(name) != digest]
-    problems += [f"{name} is left over" for name in files.keys() - whole.files.keys()]
     lost, twice, told = work.account(place)
     outcome.lost, outcome.twice = outcome.lost + lost, outcome.twice + twice
-    return problems + told
+    return differences(whole, place) + told
+
+
+def differences(whole: Undisturbed, place: Path) -> list[str]:
+    """What is there must be as in the undisturbed work, and what must be there is."""
+    files = whole.work.files(place)
+    problems = [f"{name} differs" for name, digest in files.items() if whole.files.get(name, digest) != digest]
+    problems += [f"{name} is missing" for name in whole.files.keys() - files.keys() if whole.work.needed(name)]
+    problems += [f"{name} is left over" for name in files.keys() - whole.files.keys()]
+    return problems + whole.work.surplus(place)
 
 
 @dataclass
@@ -133,7 +139,7 @@ class Undisturbed:
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True)
         began = time.monotonic()
-        codes = self.work.start(self.folder, LAST, random.Random(0)).end()
+        codes = self.work.start(self.folder, LAST, random.Random(0), undisturbed=True).end()
         assert not any(codes), f"undisturbed it ends with {codes}: {self.folder}"
         self.seconds, self.files = time.monotonic() - began, self.work.files(self.folder)
         assert self.work.account(self.folder) == (0, 0, [])
@@ -146,7 +152,7 @@ class Shards:
     pictures: Path
     ranks: int = 1
 
-    def start(self, place: Path, name: str, rng: random.Random) -> Start:
+    def start(self, place: Path, name: str, rng: random.Random, undisturbed: bool = False) -> Start:
         options = f"--sigma 0.4 --shard-size 5 --workers {rng.choice('12')}".split()
         words = [str(self.pictures), str(place / "shards"), *options]
         return Start(lambda rank: errors.run(lambda: shard.main(words)), 1, place, name)
@@ -160,21 +166,28 @@ class Shards:
     def files(self, place: Path) -> dict[str, str]:
         return _digests(place / "shards", lambda path: True)
 
+    def needed(self, name: str) -> bool:
+        return True
+
+    def surplus(self, place: Path) -> list[str]:
+        return []
+
     def account(self, place: Path) -> tuple[int, int, list[str]]:
         return 0, 0, []
 
 
 @dataclass(frozen=True)
 class Training:
-    """A training on some ranks, with all its parts. It notes which samples each step takes."""
+    """A training on some ranks, with all its parts. It notes which samples each step takes. One that is asked to stop writes a
+    checkpoint of a step that others do not; so the undisturbed one keeps a checkpoint of each step."""
 
     pictures: Path
     ranks: int
 
-    def start(self, place: Path, name: str, rng: random.Random) -> Start:
+    def start(self, place: Path, name: str, rng: random.Random, undisturbed: bool = False) -> Start:
         shards = self.pictures.parent / "undisturbed" / "shards" / "shards"
         words = [str(TINY), f"run_dir={place / 'run'}", f"data.shards={shards}", f"data.workers={rng.choice((0, 1))}", f"batch_size={BATCH}",
-                 f"steps={STEPS}", "checkpoint.every=2", "ema={snapshots: {every: 10}}"]  # fmt: skip
+                 f"steps={STEPS}", "ema={snapshots: {every: 10}}", f"checkpoint={{every: {1 if undisturbed else 2}, keep: {STEPS if undisturbed else KEPT}}}"]  # fmt: skip
 
         def command(rank: int) -> int:
             trace = os.open(place / f"{name}-{rank}.trace", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -214,6 +227,13 @@ class Training:
     def files(self, place: Path) -> dict[str, str]:
         """The bits of all tensors that are kept."""
         return _digests(place / "run", lambda path: path.suffix == ".safetensors" or path.parent.name == "checkpoints")
+
+    def needed(self, name: str) -> bool:
+        return not name.startswith("checkpoints/step-") or name.startswith(f"checkpoints/step-{STEPS:08d}")
+
+    def surplus(self, place: Path) -> list[str]:
+        kept = len(list((place / "run" / "checkpoints").glob("step-*")))
+        return [] if kept == KEPT else [f"{kept} checkpoints are kept, not {KEPT}"]
 
     def account(self, place: Path) -> tuple[int, int, list[str]]:
         """Samples that an epoch lacks, samples that it has more than once, and what else is wrong. A step that a later start has
