@@ -14,7 +14,7 @@ from slurm import attempts
 from slurm.attempts import Attempt
 from slurm.queue import is_alive, listed
 from trainer import errors
-from trainer.documents import from_json, from_yaml, text_of
+from trainer.documents import from_yaml, json_lines, text_of
 from trainer.errors import UserError
 
 EXAMPLE = """examples:
@@ -94,7 +94,7 @@ def status(run_dir: Path) -> Status | None:
     if not note:
         return None
     starts = attempts.read(run_dir)
-    records = _metrics(run_dir)
+    records = [record for record in json_lines(run_dir / "metrics.jsonl") if "metrics" in record]
     step = max([attempts.steps_done(run_dir), *(record["step"] for record in records[-1:])])
     steps, state, reason = _wanted(run_dir), *_state(note, starts)
     metric = next((r["metrics"]["loss/ambient"] for r in reversed(records) if "loss/ambient" in r["metrics"]), None)
@@ -125,15 +125,6 @@ def _wanted(run_dir: Path) -> int | None:
         return int(from_yaml(text_of(run_dir / "config.yaml"))["steps"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Whole records with metrics; the last line may still be in the writing."""
-    try:
-        lines = (run_dir / "metrics.jsonl").read_text().rpartition("\n")[0].splitlines()
-        return [record for line in lines if "metrics" in (record := from_json(line))]
-    except (OSError, ValueError):
-        return []
 
 
 def _duration(seconds: float) -> str:

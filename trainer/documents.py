@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,16 @@ def from_json(text: str | bytes) -> Any:
         return _DECODER.decode(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def json_lines(path: Path) -> Iterator[Any]:
+    """What stands in the lines of a file, one after the other; a line that a kill has cut is passed over, and a file that is
+    not there has none."""
+    if path.is_file():
+        with path.open("rb") as file:
+            for line in file:
+                with suppress(ValueError):
+                    yield from_json(line)
 
 
 def from_yaml(text: str) -> Any:

@@ -10,7 +10,7 @@ import yaml
 
 from trainer.config import RunConfig, to_yaml
 from trainer.diffusion.process import AnyProcess
-from trainer.documents import from_json
+from trainer.documents import json_lines
 from trainer.exported import LORA
 from trainer.models.dit import DiTConfig
 from trainer.models.sdxl import SDXLConfig
@@ -139,12 +139,8 @@ def _training(run: Restored) -> list[str]:
 
 def _metrics(run_dir: Path, step: int) -> dict[str, float]:
     """The losses of the last report that has each, up to this step."""
-    path, found = run_dir / "metrics.jsonl", dict[str, float]()
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            record = from_json(line)
-        except ValueError:  # a line that was cut by a kill
-            continue
+    found = dict[str, float]()
+    for record in json_lines(run_dir / "metrics.jsonl"):
         metrics = record.get("metrics", {}) if record["step"] <= step else {}
         found |= {name: value for name, value in metrics.items() if name.startswith(("loss/", "consistency/"))}
     return found

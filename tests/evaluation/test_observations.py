@@ -66,7 +66,7 @@ def test_other_corruptions_are_done_again_as_they_were(tmp_path: Path) -> None:
     found = as_observed(images(tmp_path / "samples.npy", clean), open_observations(str(folder), SHAPE), seed=3).rows(
         [5]
     )[0]
-    np.testing.assert_allclose(found.numpy(), blur(clean[5][None], generator_of(3, "5")).x_n, atol=1e-6)
+    np.testing.assert_allclose(found.numpy(), blur(clean[5][None], generator_of(3, "observed/5")).x_n, atol=1e-6)
 
 
 def test_observations_are_those_of_the_shards(tmp_path: Path) -> None:
@@ -106,5 +106,9 @@ def test_shards_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     shard(source(tmp_path / "clean.npy", discs(12, 0)), tmp_path / "shards", Gaussian(0.2), value_range=(-1, 1))
     with pytest.raises(UserError, match=r"observations of 1x16x16, the run draws 3x32x32: shard them with its --size"):
         open_observations(str(tmp_path / "shards"), (3, 32, 32))
+    index = tmp_path / "shards" / "index.json"
+    index.write_text(index.read_text().replace('"kind": "gaussian"', '"kind": "nothing that is known"'))
+    with pytest.raises(UserError, match="does not say how its images were corrupted"):
+        open_observations(str(tmp_path / "shards"), SHAPE)
     with pytest.raises(UserError, match="no such shard folder"):
         open_observations(str(tmp_path / "nowhere"), SHAPE)

@@ -1,7 +1,7 @@
 """Judging without clean images: samples get what the data have, and are held against observations that training never saw.
 
-If samples are of the clean distribution, samples with the data's corruption are of the observations' (Bora et al. 2018,
-AmbientGAN, theorem 1). What the corruption hides in both it hides from this, too.
+If samples are of the clean distribution, samples with the data's corruption are of the observations' (the idea of
+AmbientGAN, Bora et al. 2018). What the corruption hides in both it hides from this, too.
 """
 
 from __future__ import annotations
@@ -22,34 +22,29 @@ from trainer.errors import UserError
 from trainer.evaluation.images import Images
 
 OPEN_SHARDS = 4
+KINDS = {"gaussian": Gaussian, "degraded": Degraded, "measured": Measured}
 AS_IT_IS = (-1.0, 1.0)
 """The range of pixels that are in [-1, 1] but for the noise."""
 
 
 @dataclass(frozen=True)
 class Observations:
-    """A folder of shards, of pixels of one shape."""
+    """A folder of shards, of pixels of one shape. corruption: of its images."""
 
     folder: str
     index: ShardIndex
+    corruption: Corruption
 
     @cached_property
     def images(self) -> Images:
         keys = [str(i) for i in range(self.index.samples)]
         return Images(self.folder, Source(keys, self._read), self.index.shapes[0], len(keys), AS_IT_IS)
 
-    @property
-    def corruption(self) -> Corruption:
-        told = dict(self.index.request["corruption"])
-        told.pop("sigma_n_origin", None)
-        kinds = {"gaussian": Gaussian, "degraded": Degraded, "measured": Measured}
-        return kinds[told.pop("kind")](**told)
-
     def observed(self, x0: NDArray[np.float32], i: int, seed: int) -> NDArray[np.float32]:
         """x0 (C, H, W) as an observation. Where the noise was there before, it gets that of observation i."""
-        corruption, generator = self.corruption, generator_of(seed, str(i))
-        if not isinstance(corruption, Measured):
-            return corruption(x0, generator).x_n
+        generator = generator_of(seed, f"observed/{i}")
+        if not isinstance(self.corruption, Measured):
+            return self.corruption(x0, generator).x_n
         level = np.float32(self._at(i % self.index.samples)[1])
         return x0 + level * generator.standard_normal(x0.shape, dtype=np.float32)
 
@@ -80,7 +75,12 @@ def open_observations(folder: str, shape: Sequence[int]) -> Observations:
     if index.shapes != (tuple(shape),):
         found = " and ".join("x".join(map(str, s)) for s in index.shapes)
         raise UserError(f"--measured {folder}: observations of {found}, the run draws {'x'.join(map(str, shape))}: shard them with its --size and --channels")  # fmt: skip
-    return Observations(folder, index)
+    try:
+        told = dict(index.request["corruption"])
+        told.pop("sigma_n_origin", None)
+        return Observations(folder, index, KINDS[told.pop("kind")](**told))
+    except (KeyError, TypeError, ValueError, UserError) as error:
+        raise UserError(f"--measured {folder}: its index does not say how its images were corrupted ({error}): shard them again") from None  # fmt: skip
 
 
 def as_observed(samples: Images, observations: Observations, seed: int) -> Images:
