@@ -22,12 +22,12 @@ from data_pipeline.cache import CacheFull, ShardCache
 from data_pipeline.index import Shard, ShardIndex
 from data_pipeline.inputs import npy
 from data_pipeline.tar import Members, members
-from data_pipeline.writer import META, OBSERVATION
+from data_pipeline.writer import LONGEST_META, META, OBSERVATION
 from trainer.documents import from_json
 from trainer.errors import UserError
 
-LONGEST_META, LONGEST_KEPT = 1 << 20, 1 << 12
-"""Bytes of what is recorded beside a sample: at most, and to be kept. Ours have a hundred, and the caption."""
+LONGEST_KEPT = 1 << 12
+"""Bytes of what is recorded beside a sample that is kept; ours have a hundred, and the caption."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from data_pipeline.observe import observed
 from data_pipeline.plan import Plan, Request, check_source, name_of
 from data_pipeline.records import Record, Rejected, write_record
 from data_pipeline.sources import Source, open_source
-from data_pipeline.writer import META, OBSERVATION, Members, json_bytes, npy_bytes, write_tar
+from data_pipeline.writer import LONGEST_META, META, OBSERVATION, Members, json_bytes, npy_bytes, write_tar
 from trainer.errors import WorkFailed
 
 POLL = 0.2
@@ -61,6 +61,9 @@ def write_shard(work: Work, source: Source, number: int, on_image: Callable[[], 
                 members = {OBSERVATION: npy_bytes(observation.x_n), META: json_bytes(meta)}
             except ValueError as error:
                 reject(one.place, BadImage(f"what is recorded of it is no JSON: {error}"))
+                continue
+            if len(members[META]) > LONGEST_META:
+                reject(one.place, BadImage(f"what is recorded of it has {len(members[META])} bytes, more than {LONGEST_META}: its caption is too long"))  # fmt: skip
                 continue
             levels.append(meta["sigma_n"])
             fields.update(meta)

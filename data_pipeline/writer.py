@@ -17,6 +17,8 @@ from data_pipeline.corruption import Array
 
 OBSERVATION, META = "x_n.npy", "json"
 """The members of a sample: the observation, (C, H, W) float16; and {"sigma_n": float, ...}."""
+LONGEST_META = 1 << 20
+"""Bytes of what is recorded beside a sample, at most."""
 
 Members = dict[str, bytes]
 """The bytes of a sample's members, by their extensions."""

@@ -7,7 +7,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 DONE, FAILED, BAD_REQUEST, INTERRUPTED = 0, 1, 2, 75
 """0 done; 1 the work failed; 2 the request was wrong; 75 interrupted with a checkpoint saved: run again to go on."""
@@ -34,7 +34,10 @@ class WorkFailed(Told):
 
 
 class Parser(argparse.ArgumentParser):
-    """A command's words. What is wrong with them is said in one line."""
+    """A command's words. What is wrong with them is said in one line, and none is taken for another that it begins."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(BAD_REQUEST, f"error: {message}; see {self.prog} --help\n")

@@ -88,8 +88,13 @@ def subjects(runs: Sequence[Path], request: Request, weights: Weights) -> list[S
         observations = open_observations(request.measured, shape) if request.measured else None
         if observations and observations.index.samples < FEWEST:
             raise UserError(f"--measured {request.measured}: {observations.index.samples} observations, at least {FEWEST} are needed")  # fmt: skip
-        if observations and index and observations.index == index:
-            print(f"warning: --measured {request.measured}: {run_dir} was trained on these: nothing here is held out", file=sys.stderr)  # fmt: skip
+        if observations and index:
+            theirs, its = observations.index.request, index.request
+            if theirs.get("source") == its.get("source"):
+                print(f"warning: --measured {request.measured}: {run_dir} was trained on these images: nothing here is held out", file=sys.stderr)  # fmt: skip
+            for name, flag in (("value_range", "--range"), ("corruption", "corruption")):
+                if theirs.get(name) != its.get(name):
+                    print(f"warning: --measured {request.measured}: made with {flag} {theirs.get(name)}, {run_dir} was trained with {its.get(name)}", file=sys.stderr)  # fmt: skip
         if index is None:
             print(f"warning: {run_dir}: its shards, {run.config.data.shards}, are not there: noise levels are not marked", file=sys.stderr)  # fmt: skip
         elif (made_of := index.request.get("source")) == request.reference and made_of:

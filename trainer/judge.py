@@ -101,7 +101,7 @@ def judge(subject: Subject, request: Request, extractor: Extractor) -> tuple[Eva
         "attacks": training and [attack.about for attack in attacks],
     }  # fmt: skip
     if observations:
-        settings |= {"measured": request.measured, "measured_number": observations.images.count, "measured_hash": observations.images.identity}  # fmt: skip
+        settings |= {"measured": request.measured, "measured_number": observations.images.count, "measured_about": observations.about, "measured_hash": observations.index.checksum}  # fmt: skip
     folder = subject.folder / f"step-{run.state.step:08d}-{_digest(settings)}"
     if (there := read(folder)) is not None:
         return there, folder

@@ -31,6 +31,7 @@ SHOWN = (
     "memorization/noise_auc",
     "memorization/mask_auc",
     "memorization/copies_features",
+    "measured/kid",
 )
 """Metrics that the table has columns for; MLflow itself shows none."""
 KEY = "evaluation"

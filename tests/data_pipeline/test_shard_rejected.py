@@ -137,7 +137,7 @@ class Odd:
         return Observation(
             x_n,
             {"level": -1.0, "no level": float("nan")}.get(self.how, 0.1),
-            {"a": float("nan")} if self.how == "json" else {},
+            {"json": {"a": float("nan")}, "long": {"caption": "x" * 2_000_000}}.get(self.how, {}),
         )
 
 
@@ -151,6 +151,7 @@ class Odd:
         ("level", "sigma_n is -1.0, must be a finite number, at least 0"),
         ("no level", "sigma_n is nan, must be a finite number, at least 0"),
         ("json", "what is recorded of it is no JSON"),
+        ("long", "what is recorded of it has 20000"),
     ],
 )
 def test_what_a_corruption_cannot_do_is_a_reason(how: str, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:  # fmt: skip

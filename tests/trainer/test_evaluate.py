@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -138,12 +139,19 @@ def test_a_run_without_clean_images_is_judged_by_observations(
     assert {p.name for p in path.parent.glob("*.png")} == {"samples.png", "observed.png", "measured.png"}
     page = (path.parent / "report.html").read_text()
     assert "held-out observations: 20" in page
+    assert "noisy as measured, sigma_n 0.4, as given" in page
+    assert "made with corruption" in output, "and the training's was drawn"
+    shutil.rmtree(measured)
+    shard(str(held_out), measured, Measured(0.9), size=16)  # the same pixels
+    assert evaluate(capfd, str(run), *words)[0] == 0
+    found = {path.read_text() for path in (run / "evaluation").glob("*/evaluation.json")}
+    assert len({json.loads(text)["metrics"]["measured/kid"] for text in found}) == 2, "the level counts, too"
     both = ["--reference", str(held_out), *words]
     assert evaluate(capfd, str(run), *both)[0] == 0
-    assert len(list((run / "evaluation").glob("*/evaluation.json"))) == 2, "another request"
+    assert len(list((run / "evaluation").glob("*/evaluation.json"))) == 3, "another request"
     code, output = evaluate(capfd, str(run), "--measured", str(shards), *words[2:])
     assert code == 0
-    assert f"--measured {shards}: {run} was trained on these: nothing here is held out" in output
+    assert f"--measured {shards}: {run} was trained on these images: nothing here is held out" in output
     for wrong, told in (
         ([], "--reference is missing: clean images that training never saw; who has none gives --measured"),
         (["--measured", str(measured), "--number", "0"], "--number 0: --measured compares samples"),

@@ -14,7 +14,8 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.corruption import Corruption, Degraded, Gaussian, Measured, generator_of
+from data_pipeline import storage
+from data_pipeline.corruption import Corruption, Degraded, Gaussian, Measured, describe, generator_of
 from data_pipeline.index import ShardIndex, read_index
 from data_pipeline.inputs.picture import Picture, Source
 from data_pipeline.reader import ShardReader
@@ -34,6 +35,13 @@ class Observations:
     folder: str
     index: ShardIndex
     corruption: Corruption
+
+    @property
+    def about(self) -> str:
+        asked = self.index.request
+        return (
+            f"{describe(self.corruption)}, of {asked.get('source')}, range {asked.get('value_range') or 'of its type'}"
+        )
 
     @cached_property
     def images(self) -> Images:
@@ -69,7 +77,12 @@ class Observations:
 
 def open_observations(folder: str, shape: Sequence[int]) -> Observations:
     """shape: (C, H, W) of what a run draws. Raises UserError for shards that do not fit."""
-    index = read_index(folder)
+    if storage.is_url(folder):
+        raise UserError(f"--measured {folder}: give a folder of this machine: copy the shards to one")
+    try:
+        index = read_index(folder)
+    except UserError as error:
+        raise UserError(f"--measured: {error}") from None
     if index.request.get("latents"):
         raise UserError(f"--measured {folder}: these are shards of latents: give those of the pixels")
     if index.shapes != (tuple(shape),):

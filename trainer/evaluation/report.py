@@ -75,7 +75,7 @@ def _said(value: object) -> str:
 
 
 LABELS = {
-    "reference": "held-out clean images", "measured": "held-out observations", "measured_number": "held-out observations", "training": "training images", "extractor": "features", "number": "samples drawn",
+    "reference": "held-out clean images", "measured": "held-out observations", "measured_about": "their corruption", "measured_number": "held-out observations", "training": "training images", "extractor": "features", "number": "samples drawn",
     "reference_number": "held-out images", "training_number": "training images", "compared": "training images that samples were held against", "attacks": "attacks", "attacked": "images attacked, training and held out",
     "checked": "images of the denoiser's error", "steps": "sampling steps", "sampler": "sampler", "seed": "seed", "prompt": "prompt",
     "average": "average of the weights",
