@@ -66,7 +66,7 @@ CHARACTERS = 45
 
 
 def draw(config: StudyConfig, found: Found) -> dict[str, bytes]:
-    """plots.png: each metric of the report over the data sets, a line for each method."""
+    """plots.png: each metric of the report over the data sets, a line for each method; a bar for each where there is one data set."""
     from matplotlib.figure import Figure
 
     names = [name for name in metrics_of(found) if name in COLUMNS]
@@ -74,21 +74,43 @@ def draw(config: StudyConfig, found: Found) -> dict[str, bytes]:
         return {}
     columns = min(3, len(names))
     lines = -(-len(names) // columns)
-    figure = Figure(figsize=(4.6 * columns, 3.4 * lines), layout="constrained")
+    bars = len(config.compared_data) == 1
+    figure = Figure(figsize=(4.6 * columns, (1.0 + 0.3 * len(config.methods) if bars else 3.4) * lines), layout="constrained")  # fmt: skip
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    compared = config.compared_data
     for axis in axes[len(names) :]:
         axis.axis("off")
     for axis, name in zip(axes, names, strict=False):
-        for number, method in enumerate(config.methods):
-            at = [config.methods[method].data or data for data in compared]
-            values = [[e.metrics[name] for p, e in found.items() if (p.method, p.data) == (method, data) and name in e.metrics] for data in at]  # fmt: skip
-            known = [i for i, of in enumerate(values) if of]
-            spread = [statistics.stdev(values[i]) if len(values[i]) > 1 else 0.0 for i in known]
-            axis.errorbar(known, [statistics.mean(values[i]) for i in known], spread, marker="o", markersize=4, capsize=3, color=f"C{number}", label=method)  # fmt: skip
-        wide = sum(map(len, compared)) > CHARACTERS
-        axis.set_xticks(range(len(compared)), compared, fontsize=8, rotation=30 if wide else 0, ha="right" if wide else "center")  # fmt: skip
+        (_bars if bars else _lines)(axis, config, found, name)
         axis.set_title(COLUMNS[name][0], fontsize=10)
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
+    if not bars:
+        axes[0].legend(fontsize=7)
     return {"plots.png": saved(figure)}
+
+
+def _values(config: StudyConfig, found: Found, method: str, data: str, name: str) -> list[float]:
+    """Of all seeds. data: of those that have noise; a method may have data of its own."""
+    of = config.methods[method].data or data
+    return [e.metrics[name] for p, e in found.items() if (p.method, p.data) == (method, of) and name in e.metrics]
+
+
+def _bars(axis: Any, config: StudyConfig, found: Found, name: str) -> None:
+    (data,) = config.compared_data
+    for number, method in enumerate(config.methods):
+        if values := _values(config, found, method, data, name):
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            axis.barh(number, statistics.mean(values), xerr=spread or None, capsize=3, color=f"C{number}")
+    axis.set_yticks(range(len(config.methods)), list(config.methods), fontsize=8)
+    axis.invert_yaxis()
+    axis.grid(axis="x", alpha=0.3)
+
+
+def _lines(axis: Any, config: StudyConfig, found: Found, name: str) -> None:
+    compared = config.compared_data
+    for number, method in enumerate(config.methods):
+        values = [_values(config, found, method, data, name) for data in compared]
+        known = [i for i, of in enumerate(values) if of]
+        spread = [statistics.stdev(values[i]) if len(values[i]) > 1 else 0.0 for i in known]
+        axis.errorbar(known, [statistics.mean(values[i]) for i in known], spread, marker="o", markersize=4, capsize=3, color=f"C{number}", label=method)  # fmt: skip
+    wide = sum(map(len, compared)) > CHARACTERS
+    axis.set_xticks(range(len(compared)), compared, fontsize=8, rotation=30 if wide else 0, ha="right" if wide else "center")  # fmt: skip
+    axis.grid(alpha=0.3)

@@ -1,6 +1,6 @@
 """Kills trainings and the shard writer at random moments, starts them again, and compares with what was left alone.
 
-    python -m tests.faults.campaign --rounds 200          about an hour of one core; 6 rounds are a test
+    python -m tests.faults.campaign --rounds 200          about an hour of two cores; 6 rounds are a test
 
 A round is a training on one or two ranks, or a writing of shards. It is killed one to three times by SIGKILL, SIGTERM, SIGINT
 or SIGUSR2, after a random time, after a random step, or in the middle of a save, and started again until it is done. Then
