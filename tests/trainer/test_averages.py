@@ -129,7 +129,7 @@ def test_samples_are_drawn_by_the_checkpoint_and_the_average_that_are_asked_for(
     pictures: set[bytes] = set()
     for extra in ([], ["--checkpoint", "8"], ["--ema-sigma-rel", "0.06"]):
         out = tmp_path / "out.png"
-        arguments = [str(tmp_path / "run"), "--num", "2", "--steps", "3", *extra, "--out", str(out)]
+        arguments = [str(tmp_path / "run"), "--number", "2", "--steps", "3", *extra, "--out", str(out)]
         assert errors.run(lambda arguments=arguments: sample.main(arguments)) == 0
         pictures.add(out.read_bytes())
     assert len(pictures) == 3

@@ -251,10 +251,13 @@ def test_a_file_that_contradicts_or_cannot_be_used_is_one_line(
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["engine.offload_optimizer=true"], "engine: offload_optimizer needs zero_stage 1, 2 or 3, not 0"),
+        (
+            ["engine.offload_optimizer=true"],
+            "engine: zero_stage 0, offload_optimizer True: offload_optimizer needs zero_stage 1, 2 or 3, not 0",
+        ),
         (
             ["engine.zero_stage=2", "engine.offload_parameters=true"],
-            "engine: offload_parameters needs zero_stage 3, not 2",
+            "offload_parameters needs zero_stage 3, not 2",
         ),
         (
             ["engine.zero_stage=1", "engine.adam=8bit", "engine.offload_optimizer=true"],
