@@ -4,7 +4,8 @@
 
 One process trains the tiny configuration, another one reads data for it; samples are drawn and judged every few minutes, a
 checkpoint is written about every half a minute, and MLflow's server is at fault most of the time (see tracking.py). Memory, open
-files, threads and time a step are read from outside every few seconds. At the end it is asked to stop; MLflow must have all.
+files, threads and time a step are read from outside every few seconds. At the end it is asked to stop, and started again for a step
+while the server is well, until all is sent; then MLflow must have all.
 Blocks of minutes are averaged, since neighbouring readings are alike, and a line is put through what comes after the first
 tenth. Prints a table, then one line of JSON.
 """
@@ -37,6 +38,7 @@ from trainer import errors
 
 READ_EVERY_S, TURN_S, READINGS = 5.0, 30.0, 100
 """A short soak is read more often, so that there are so many readings."""
+STARTS = 30
 WARMING = 0.1
 """Share of the readings that come before the line: allocators and caches fill in it."""
 BLOCKS = 24
@@ -45,8 +47,8 @@ UNITS = {"memory": "MiB", "files": "handles", "threads": "threads", "step_cpu": 
 
 @dataclass(frozen=True)
 class Reading:
-    """Of the whole tree of processes. at_s: since the first; cpu_s: of processor time since the start; memory: proportional
-    set size, MiB; step: the last that was logged."""
+    """Of the whole tree of processes. at_s: since the first; cpu_s: of processor time since the start; memory: what is theirs
+    alone, MiB (a share of what they share would depend on who else is there); step: the last that was logged."""
 
     at_s: float
     cpu_s: float
@@ -73,7 +75,7 @@ def read(pid: int, since: float, step: int) -> Reading:
         with suppress(*(() if process is root else (psutil.NoSuchProcess,))), process.oneshot():
             times = process.cpu_times()
             cpu += times.user + times.system
-            memory += process.memory_full_info().pss / 2**20
+            memory += process.memory_full_info().uss / 2**20
             files += process.num_fds()
             threads += process.num_threads()
     return Reading(time.monotonic() - since, cpu, memory, files, threads, step)
@@ -108,11 +110,12 @@ def soak(folder: Path, seconds: float, every: Mapping[str, int]) -> tuple[list[R
     pictures, shards, run = pictures_in(folder / "pictures"), folder / "shards", folder / "run"
     assert errors.run(lambda: shard.main([str(pictures), str(shards), "--size", "16", "--sigma", "0.4"])) == 0
     server = Server(folder)
-    words = [f"run_dir={run}", f"data.shards={shards}", "data.workers=1", "steps=1000000000", "logging.enabled=true",
+    words = [f"run_dir={run}", f"data.shards={shards}", "data.workers=1", "logging.enabled=true",
              f"logging.tracking_uri={server.address}", f"logging.reference={pictures}", "logging.every=50",
              f"logging.sample_every={every['samples']}", f"checkpoint.every={every['checkpoints']}"]  # fmt: skip
-    with (folder / "training.log").open("w") as log:
-        training = subprocess.Popen([sys.executable, "-m", "trainer.train", str(TINY), *words], stdout=log, stderr=log)
+    command = [sys.executable, "-m", "trainer.train", str(TINY), *words]
+    log = (folder / "training.log").open("w")
+    training = subprocess.Popen([*command, "steps=1000000000"], stdout=log, stderr=log)
     readings, records = list[Reading](), Records(run / "metrics.jsonl")
     try:
         while not records.step and training.poll() is None:
@@ -127,12 +130,17 @@ def soak(folder: Path, seconds: float, every: Mapping[str, int]) -> tuple[list[R
                 bar.update(round(now) - bar.n)
                 time.sleep(min(READ_EVERY_S, seconds / READINGS))
         server.turn("well")
-        time.sleep(min(60.0, seconds / 4))  # what waits is sent
         if training.poll() is None:
             training.send_signal(signal.SIGTERM)
-        code = training.wait(600)
-        found = compare(run, server.behind, code)
+        stopped, code = training.wait(600), 0
+        records.follow()
+        for more in range(1, STARTS + 1):  # each sends what waits for a minute
+            code = subprocess.run([*command, f"steps={records.step + more}"], stdout=log, stderr=log).returncode
+            if code or json.loads((run / "mlflow.json").read_text())["sent"] == records.lines():
+                break
+        found = {"stopped_with": stopped, **compare(run, server.behind, code)}
     finally:
+        log.close()
         training.kill()
         server.close()
     return readings, {"hours": round(seconds / 3600, 2), "steps": records.step, "checkpoints": records.step // every["checkpoints"],
@@ -144,6 +152,9 @@ class Records:
 
     def __init__(self, path: Path) -> None:
         self.step, self.evaluations, self._path, self._read = 0, 0, path, 0
+
+    def lines(self) -> int:
+        return self._path.read_bytes().count(b"\n")
 
     def follow(self) -> None:
         if not self._path.exists():
@@ -208,11 +219,8 @@ def main(argv: list[str] | None = None) -> int:
     print(
         json.dumps(outcome | {name: [round(slope.an_hour, 3), round(slope.error, 3)] for name, slope in found.items()})
     )
-    return (
-        errors.DONE
-        if outcome["exit_code"] == errors.INTERRUPTED and not outcome["lost"] + outcome["twice"]
-        else errors.FAILED
-    )
+    right = (outcome["stopped_with"], outcome["exit_code"], outcome["lost"], outcome["twice"]) == (errors.INTERRUPTED, errors.DONE, 0, 0)  # fmt: skip
+    return errors.DONE if right else errors.FAILED
 
 
 if __name__ == "__main__":
