@@ -51,7 +51,7 @@ class MLflowLogger:
             ) from None
         self._file = self._records.open("a")
         self._queue: queue.SimpleQueue[str | Status] = queue.SimpleQueue()
-        for line in lines[self._state["sent"] :]:
+        for line in lines[self._state["sent"] :] if config.enabled else ():
             self._queue.put(line)
         self._problem = ""
         self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True) if config.enabled else None
@@ -97,7 +97,8 @@ class MLflowLogger:
             raise WorkFailed(
                 f"{self._records}: cannot be written: {error.strerror}: make room or mend the disk, and run it again"
             ) from None
-        self._queue.put(line)
+        if self._thread:  # else nobody would take it
+            self._queue.put(line)
 
     def _mend(self) -> list[str]:
         """The whole lines of the file; a last one that was cut off in the middle is removed."""

@@ -6,6 +6,7 @@ import json
 import sqlite3
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,3 +106,16 @@ def test_a_line_cut_off_by_a_crash_is_dropped(tmp_path: Path) -> None:
     logger.close("FINISHED")
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2]
+
+
+def test_what_nobody_sends_is_not_kept_in_memory(tmp_path: Path) -> None:
+    logger = MLflowLogger(LoggingConfig(enabled=False), tmp_path, {}, {})
+    logger.metrics(1, {"a": 1.0})
+    tracemalloc.start()
+    for step in range(2, 2000):
+        logger.metrics(step, {f"loss_by_sigma/{i}": float(i) for i in range(40)})
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    logger.close("FINISHED")
+    assert (tmp_path / "metrics.jsonl").stat().st_size > 2_000_000
+    assert kept < 100_000
