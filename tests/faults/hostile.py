@@ -2,7 +2,7 @@
 
     python -m tests.faults.hostile                  every file in tests/faults/hostile, and holes of 64 GiB, in 512 MiB
 
-The folder has a folder for each kind in KINDS. What a fuzzer finds is put there, and is a test from then on. Prints what
+The folder has a folder for each of Victim's kinds. What a fuzzer finds is put there, and is a test from then on. Prints what
 each file was told, and ends with code 1 where one ended otherwise than documented.
 """
 
@@ -87,12 +87,10 @@ class Victim:
         }
 
     def _index(self, path: Path) -> None:
-        folder = self._put(path, NAME)
-        index = read_index(folder)
-        BatchOrder([s.samples for s in index.shards], [s.shape for s in index.shards], 8, 0, 16)
+        use_index(self._put(path, NAME))
 
     def _shard(self, path: Path) -> None:
-        self._stream(self._shard_folder(path))
+        use_shards(self._shard_folder(path))
 
     def _inspected(self, path: Path) -> None:
         if wrong := inspect(str(self._shard_folder(path)), verify=False)[2]:
@@ -107,11 +105,6 @@ class Victim:
         (folder / NAME).write_text(json.dumps(index))
         return folder
 
-    def _stream(self, folder: Path) -> None:
-        loader = Loader(DataConfig(shards=str(folder), workers=0), Layout(8, 8, 0, 1), 0, torch.device("cpu"))
-        for batch in itertools.islice(loader.stream(0), 4):
-            assert batch.x_n.isfinite().all()
-
     def _source(self, path: Path) -> None:
         """Its name says what it is."""
         source = open_source(str(path))
@@ -119,36 +112,28 @@ class Victim:
             source.read(i)
 
     def _picture(self, path: Path) -> None:
-        folder = self._folder / "one picture"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        os.link(path, folder / "a.png")
-        open_source(str(folder)).read(0)
+        open_source(str(self._alone(path, "a.png"))).read(0)
 
     def _captions(self, path: Path) -> None:
-        folder = self._folder / "captioned"
-        folder.mkdir(exist_ok=True)
+        folder = self._alone(path, {".csv": "metadata.csv", ".jsonl": "metadata.jsonl"}.get(path.suffix, "00.txt"))
         shutil.copy(self._folder / "pictures" / "00.png", folder / "00.png")
-        name = {".csv": "metadata.csv", ".jsonl": "metadata.jsonl"}.get(path.suffix, "00.txt")
-        for other in ("metadata.csv", "metadata.jsonl", "00.txt"):
-            (folder / other).unlink(missing_ok=True)
-        os.link(path, folder / name)
         open_source(str(folder)).read(0)
 
     def _state(self, path: Path) -> None:
-        folder = self._folder / "checkpoint"
-        folder.mkdir(exist_ok=True)
-        (folder / "state.json").unlink(missing_ok=True)
-        os.link(path, folder / "state.json")
-        read_state(folder)
+        read_state(self._alone(path, "state.json"))
 
     def _records(self, path: Path) -> None:
-        folder = self._folder / "run"
+        folder = self._alone(path, "metrics.jsonl")
+        (folder / "mlflow.json").write_text('{"experiment_id": "1", "run_id": "abc", "sent": 1}')
+        MLflowLogger(LoggingConfig(enabled=False), folder, {}, {}).close("FINISHED")
+
+    def _alone(self, path: Path, name: str) -> Path:
+        """A folder with nothing but this file, by that name."""
+        folder = self._folder / "alone"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        (folder / "mlflow.json").write_text('{"experiment_id": "1", "run_id": "abc", "sent": 1}')
-        os.link(path, folder / "metrics.jsonl")
-        MLflowLogger(LoggingConfig(enabled=False), folder, {}, {}).close("FINISHED")
+        os.link(path, folder / name)
+        return folder
 
     def _put(self, path: Path, name: str) -> Path:
         """The good shards' folder, with this file in place of one of its own."""
@@ -160,18 +145,40 @@ class Victim:
         return folder
 
 
-def told(read: Read, path: Path) -> str:
-    """The documented error, or nothing where there is none. Raises AssertionError for one that is not in one line."""
+def use_index(folder: Path) -> None:
+    index = read_index(folder)
+    counts, shapes = [shard.samples for shard in index.shards], [shard.shape for shard in index.shards]
+    BatchOrder(counts, shapes, 8, 0, 16)
+    assert "/" not in "".join(shard.name for shard in index.shards)
+
+
+def use_shards(folder: Path) -> None:
+    loader = Loader(DataConfig(shards=str(folder), workers=0), Layout(8, 8, 0, 1), 0, torch.device("cpu"))
+    for batch in itertools.islice(loader.stream(0), 8):
+        assert batch.x_n.isfinite().all()
+        assert batch.x_n.shape == (8, 1, 16, 16)
+
+
+def documented(call: Callable[[], object]) -> str:
+    """What a user is told, in one line; nothing where it succeeds."""
     try:
-        read(path)
+        call()
         return ""
     except (UserError, WorkFailed) as error:
         said = str(error)
-    except OSError as error:  # errors.run makes one line of those with a file's name
+    assert said.strip()
+    assert "\n" not in said
+    return said
+
+
+def told(read: Read, path: Path) -> str:
+    """The same, also of an OSError with a file's name, of which errors.run makes one line."""
+    try:
+        return documented(lambda: read(path))
+    except OSError as error:
         if not error.filename:
             raise
         said = f"{error.filename}: {error.strerror}"
-    assert said.strip()
     assert "\n" not in said
     return said
 

@@ -5,11 +5,9 @@ AMBIENT_FUZZ=2000 python -m pytest tests/faults/test_fuzz.py      more examples,
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +16,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.batch_order import BatchOrder
-from data_pipeline.index import NAME, read_index
-from data_pipeline.loader import DataConfig, Layout, Loader
+from data_pipeline.index import NAME
 from tests.conftest import TINY
+from tests.faults.hostile import documented, use_index, use_shards
 from trainer.checkpoint import Checkpoints
 from trainer.config import load
 from trainer.distributed import Ranks
-from trainer.errors import UserError, WorkFailed
 from trainer.mlflow_logger import MLflowLogger
 from trainer.mlflow_store import LoggingConfig
 from trainer.restore import restore
@@ -119,17 +115,6 @@ def spoilt(content: bytes) -> st.SearchStrategy[bytes]:
     return st.one_of(either)
 
 
-def documented(call: Callable[[], object]) -> None:
-    """Lets it succeed, or fail as users are told: in one line."""
-    said = ""
-    try:
-        call()
-    except (UserError, WorkFailed) as error:
-        said = f" {error}"
-    assert said == "" or said.strip()
-    assert "\n" not in said
-
-
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("fuzz")
@@ -147,14 +132,7 @@ def a_copy(folder: Path, at: Path) -> Path:
 def test_an_index(data: st.DataObject, shards: Path, scratch: Path) -> None:
     folder = a_copy(shards, scratch / "index")
     (folder / NAME).write_bytes(data.draw(spoilt((shards / NAME).read_bytes())))
-
-    def use() -> None:
-        index = read_index(folder)
-        counts, shapes = [shard.samples for shard in index.shards], [shard.shape for shard in index.shards]
-        BatchOrder(counts, shapes, 8, 0, 16)
-        assert "/" not in "".join(shard.name for shard in index.shards)
-
-    documented(use)
+    documented(lambda: use_index(folder))
 
 
 @given(data=st.data())
@@ -168,14 +146,7 @@ def test_a_shard(data: st.DataObject, shards: Path, scratch: Path) -> None:
     index = json.loads((shards / NAME).read_text())
     next(shard for shard in index["shards"] if shard["name"] == name)["bytes"] = max(1, len(content))
     (folder / NAME).write_text(json.dumps(index))
-
-    def use() -> None:
-        loader = Loader(DataConfig(shards=str(folder), workers=0), Layout(8, 8, 0, 1), 0, torch.device("cpu"))
-        for batch in itertools.islice(loader.stream(0), 8):
-            assert batch.x_n.isfinite().all()
-            assert batch.x_n.shape == (8, 1, 16, 16)
-
-    documented(use)
+    documented(lambda: use_shards(folder))
 
 
 @pytest.fixture(scope="module")
