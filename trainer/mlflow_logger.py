@@ -1,13 +1,13 @@
 """MLflow from one background thread, which may never stop or slow training.
 
-Every record goes into RUN_DIR/metrics.jsonl first. The thread sends what MLflow has not had yet; while the server is
-away the records wait there, also for the next start. A resumed run logs only steps that it has not logged before.
+Every record goes into RUN_DIR/metrics.jsonl first. The thread reads from there what MLflow has not had yet; while the
+server is away the records wait there, not in memory, also for the next start. A resumed run logs only steps that it has not logged before.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import queue
 import sys
 import threading
 import time
@@ -50,9 +50,10 @@ class MLflowLogger:
                 f"{run_dir}: metrics.jsonl or mlflow.json is damaged ({error}): mend it or move it away"
             ) from None
         self._file = self._records.open("a")
-        self._queue: queue.SimpleQueue[str | Status] = queue.SimpleQueue()
-        for line in lines[self._state["sent"] :] if config.enabled else ():
-            self._queue.put(line)
+        self._sent_bytes = sum(len(line.encode()) + 1 for line in lines[: self._state["sent"]])
+        self._news = threading.Event()  # of records, or of the end
+        self._news.set()
+        self._status: Status | None = None
         self._problem = ""
         self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True) if config.enabled else None
         if self._thread:
@@ -75,7 +76,8 @@ class MLflowLogger:
     def close(self, status: Status, patience: float = 60.0) -> None:
         """Sends what is left, and waits for that at most `patience` seconds."""
         if self._thread:
-            self._queue.put(status)
+            self._status = status
+            self._news.set()
             self._thread.join(patience)
             if self._thread.is_alive():
                 print(
@@ -97,8 +99,7 @@ class MLflowLogger:
             raise WorkFailed(
                 f"{self._records}: cannot be written: {error.strerror}: make room or mend the disk, and run it again"
             ) from None
-        if self._thread:  # else nobody would take it
-            self._queue.put(line)
+        self._news.set()
 
     def _mend(self) -> list[str]:
         """The whole lines of the file; a last one that was cut off in the middle is removed."""
@@ -115,20 +116,21 @@ class MLflowLogger:
     def _send_all(self) -> None:
         client = self._until_it_works(self._connect)
         while True:
-            lines, status = self._next()
-            for first in range(0, len(lines), AT_ONCE):
-                self._until_it_works(lambda part=lines[first : first + AT_ONCE]: self._send(client, part))
+            self._news.wait()
+            self._news.clear()
+            status = self._status
+            while lines := self._until_it_works(self._waiting):
+                self._until_it_works(lambda lines=lines: self._send(client, lines))
             if status:
                 self._until_it_works(lambda status=status: client.set_terminated(self._state["run_id"], status))
                 return
 
-    def _next(self) -> tuple[list[str], Status | None]:
-        """Waits for something to send, then takes all that is there."""
-        items = [self._queue.get()]
-        while not self._queue.empty():
-            items.append(self._queue.get())
-        status = next((item for item in items if item in ("FINISHED", "FAILED", "KILLED")), None)
-        return [item for item in items if item.startswith("{")], status  # pyright: ignore[reportReturnType]
+    def _waiting(self) -> list[str]:
+        """The first lines of the file that were not sent yet, as many as go at once."""
+        with self._records.open("rb") as file:
+            file.seek(self._sent_bytes)
+            lines = [line.decode() for line in itertools.islice(file, AT_ONCE)]
+        return [line for line in lines if line.endswith("\n")]
 
     def _until_it_works(self, call: Any) -> Any:
         wait = min(LONGEST_PAUSE_S, 1.0)
@@ -168,6 +170,7 @@ class MLflowLogger:
     def _send(self, client: Any, lines: list[str]) -> None:
         mlflow_store.send(client, self._state["run_id"], [from_json(line) for line in lines], self._run_dir)
         self._state["sent"] += len(lines)
+        self._sent_bytes += sum(len(line.encode()) for line in lines)
         self._save_state()
 
     def _save_state(self) -> None:
