@@ -65,7 +65,10 @@ class Engine:
         if config.zero_stage == 0:  # its own go through all modules of the network, frozen ones too, at each step
             self._engine.zero_grad = self._forget_gradients
             self._engine.buffered_allreduce_fallback = self._average_gradients
-        self.grad_norm = torch.zeros(())
+        self._device = next(iter(self._named.values())).device
+        self.grad_norm = torch.zeros((), device=self._device)
+        self.left_out = torch.zeros((), dtype=torch.bool, device=self._device)
+        """Whether the last step left the weights where they were, on the device."""
         self.loss_scale = LossScale(FIRST if precision == "fp16" else 1.0)
         # Its own scaler of float16 clips before it has unscaled, and never lowers the scale when ZeRO leaves a step out.
         self._engine.torch_autocast_z0_gradscaler = self._zero.torch_autocast_gradscaler = None
@@ -101,8 +104,8 @@ class Engine:
         loss.detach_()  # its graph is done with; else it lives until the caller lets go of the loss
 
     def step(self, number: int) -> None:
-        """To be called once a micro-batch; the last of a step moves the weights, at the rate of step `number`. It leaves
-        them where a gradient is not finite, and counts that in `loss_scale`, which is lower then in fp16."""
+        """To be called once a micro-batch; the last of a step moves the weights, at the rate of step `number`. It leaves them
+        where a gradient is not finite, and says so in `left_out`. At ZeRO's stage 0, but in fp16, it does not wait for the device."""
         last = self._engine.is_gradient_accumulation_boundary()
         if last:
             for group in self._zero.param_groups:
@@ -113,7 +116,7 @@ class Engine:
         if last and self.config.zero_stage:
             if not self._zero.overflow:
                 self.grad_norm = torch.as_tensor(self._engine.get_global_grad_norm())
-            self._rescale(self._zero.overflow)
+            self._decided(self._zero.overflow)
 
     def _clip(self) -> None:
         """At stage 0, where DeepSpeed clips without telling the norm."""
@@ -122,13 +125,15 @@ class Engine:
                 if p.grad is not None:
                     p.grad.mul_(1 / self.loss_scale.scale)
         norm = nn.utils.clip_grad_norm_(self._named.values(), self.optimizer_config.clip or float("inf"))
-        overflow = not bool(norm.isfinite())
-        if overflow:
-            for p in self._named.values():
-                p.grad = None  # the optimiser leaves these weights
-        else:
-            self.grad_norm = norm
-        self._rescale(overflow)
+        finite = norm.isfinite()
+        self.grad_norm = torch.where(finite, norm, self.grad_norm)
+        if self.config.adam == "torch" and self.precision != "fp16":  # it leaves weights and moments by itself
+            self.left_out = ~finite
+            self._zero.found_inf = self.left_out.float()
+            return
+        if not bool(finite):
+            self._forget_gradients()  # the optimiser leaves these weights
+        self._decided(not bool(finite))
 
     def _forget_gradients(self) -> None:
         for p in self._named.values():
@@ -143,10 +148,15 @@ class Engine:
             gradients = [p.grad for p in self._named.values()]
             type(self._engine).buffered_allreduce_fallback(self._engine, gradients, elements_per_buffer)
 
-    def _rescale(self, overflow: bool) -> None:
+    def _decided(self, overflow: bool) -> None:
+        """Of a step that the host has waited for."""
+        self.left_out = torch.full((), overflow, device=self._device)
         if self.precision == "fp16":
             self.loss_scale = self.loss_scale.after(overflow)
-        elif overflow:
+
+    def count(self, left_out: bool) -> None:
+        """To be told of each step, once it is known on the host, whether it left the weights where they were."""
+        if left_out and self.precision != "fp16":
             self.loss_scale = replace(self.loss_scale, skipped=self.loss_scale.skipped + 1)
 
     # State. Every method below is a collective: all ranks must call it.

@@ -26,6 +26,7 @@ from trainer.progress import progress_bar
 from trainer.recovery import Diverged
 from trainer.reports import Reports, warn
 from trainer.retention import Judge
+from trainer.verdicts import Step, Verdict, Verdicts
 
 
 def train(run: Run, stop: Callable[[], bool]) -> bool:
@@ -42,6 +43,7 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
     spikes = recovery.Spikes(config.recovery.spike, before.usual_loss) if config.recovery.spike else None
     evaluations_before, saved_at = run.denoiser.evaluations, before.step
     passed_over = before.samples // layout.batch_size - before.step
+    verdicts, in_a_row = Verdicts(ranks), before.in_a_row
     batches = run.loader.stream(before.samples)
     bar = progress_bar(
         total=config.steps, initial=before.step, desc=run.directory.name, unit="step", disable=not ranks.is_main
@@ -61,14 +63,14 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
                     loss = step_loss(run, batch, step, step + passed_over, micro, reports.meter)
                 finite &= loss.isfinite()
                 keys += batch.keys
-                if spikes:
+                if spikes:  # whether to step depends on it, so here the device is waited for
                     losses.append(loss.detach())
                     if micro == layout.accumulation - 1:
                         mean = float(ranks.sum(torch.stack(losses).sum())) / layout.accumulation / ranks.world
                         spike = spikes.observe(mean, run.schedule.has_consistency(step))
                 engine.backward(loss * math.nan if spike else loss)  # steps of such gradients are left out
                 engine.step(step)
-            if spike:  # no overflow, so in fp16 the scale stays
+            if spike and engine.precision == "fp16":  # no overflow, so the scale stays
                 engine.loss_scale = replace(scale, skipped=engine.loss_scale.skipped)
             run.ema.update(engine.masters, step + 1)
             reports.pace.waited(waited)
@@ -77,21 +79,22 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
             done = step + 1
             evaluations = (run.denoiser.evaluations - evaluations_before) * ranks.world
             seconds = before.seconds + time.perf_counter() - begun
-            flags = ranks.any({"stop": stop(), "not_finite": not bool(finite)})
-            problem = f"{spike} at step {done}" if spike else _not_finite(run, done, scale.skipped, flags["not_finite"])
             run.state = TrainState(
                 done, before.samples + (done - before.step) * layout.batch_size, before.evaluations + evaluations, seconds,
                 before.shape, period, loss_scale=engine.loss_scale, usual_loss=spikes.usual if spikes else before.usual_loss,
-                rolled_back=before.rolled_back, in_a_row=run.state.in_a_row + 1 if problem else 0,
+                rolled_back=before.rolled_back,
             )  # fmt: skip
-            # The weights moved, or never will.
-            hopeless = engine.loss_scale.skipped == scale.skipped or engine.loss_scale.scale < 1
-            if problem and (hopeless or run.state.in_a_row > config.recovery.leave_out):
-                raise Diverged(problem, _last_words(run, problem, keys))
-            if problem:
-                _leave_out(run, done, problem, [] if bool(finite) and not spike else keys)
+            asked, saves = stop(), done % config.checkpoint.every == 0 or done == config.steps
+            reports_now = done % config.logging.every == 0 or done == config.steps
+            verdicts.tell(Step(run.state, keys, spike, engine.loss_scale.scale), asked, finite, engine.left_out)
+            known = verdicts.known(saves or reports_now or (asked and ranks.world == 1))
+            if stopping := any(verdict.stop for verdict in known):
+                known += verdicts.known(of_all=True)
+            for verdict in known:
+                in_a_row = _judge(run, verdict, in_a_row)
+            run.state = replace(run.state, loss_scale=engine.loss_scale, in_a_row=in_a_row)
             bar.update()
-            if done % config.logging.every == 0 or done == config.steps or flags["stop"]:
+            if reports_now or stopping:
                 report, covered = reports.report(evaluations, config.optimizer.rate(step))
                 judge.observe(report, covered)
                 bar.set_postfix(loss=f"{report['loss/ambient']:.3f}", refresh=False)
@@ -102,13 +105,13 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
             if isinstance(config.ema, PowerEMA) and config.ema.snapshots and done % config.ema.snapshots.every == 0:
                 for name, width in config.ema.tracked().items():
                     write_snapshot(run.directory, ranks, done, width, run.averaged_weights(name))
-            if done % config.checkpoint.every == 0 or done == config.steps or flags["stop"]:
+            if saves or stopping:
                 tally, warning = judge.close(done)
                 warn(run, "keep_best", warning)
                 run.state = replace(run.state, tally=tally)
                 save(run)
                 saved_at = done
-            if flags["stop"]:
+            if stopping:
                 break
     assert saved_at == run.state.step, "nothing done is left unsaved"
     return run.state.step >= config.steps
@@ -162,15 +165,33 @@ def _spend(run: Run, step: int, started: float) -> int | None:
     return choice.period
 
 
-def _not_finite(run: Run, done: int, left_out: int, loss: bool) -> str | None:
-    """What of this step is not finite, if that is not for the loss's scale to mend. left_out: how many steps the engine had
-    left out before it. loss: whether that is it, on any rank."""
-    engine = run.engine
-    if loss:
+def _judge(run: Run, verdict: Verdict, in_a_row: int) -> int:
+    """Says what of a step is wrong, if anything; returns how many such steps there are in a row. Raises Diverged, with the run's
+    state that of the step, where it may not be left out."""
+    engine, step = run.engine, verdict.step
+    engine.count(verdict.left_out)
+    done = step.state.step
+    problem = f"{step.spike} at step {done}" if step.spike else _not_finite(verdict, engine.precision)
+    if problem is None:
+        return 0
+    # The weights moved, or never will.
+    if not verdict.left_out or step.scale < 1 or in_a_row >= run.config.recovery.leave_out:
+        run.state = replace(step.state, loss_scale=engine.loss_scale)
+        raise Diverged(problem, _last_words(run, problem, step.keys))
+    if verdict.here or step.spike:
+        tqdm.write(f"warning: {problem}; samples of rank {run.ranks.rank}: {' '.join(step.keys)}", file=sys.stderr)
+    warn(run, "not_finite", f"{problem}; it was left out, {engine.loss_scale.skipped} such steps so far", done)
+    return in_a_row + 1
+
+
+def _not_finite(verdict: Verdict, precision: str) -> str | None:
+    """What of a step is not finite, if that is not for the loss's scale to mend."""
+    done = verdict.step.state.step
+    if verdict.loss:
         return f"the loss is not finite at step {done}"
-    if engine.loss_scale.scale < 1:
+    if verdict.step.scale < 1:
         return f"the gradients are not finite at step {done}, however the loss is scaled"
-    if engine.loss_scale.skipped > left_out and engine.precision != "fp16":
+    if verdict.left_out and precision != "fp16":
         return f"the gradients are not finite at step {done}, though the loss is"
     return None
 
@@ -181,13 +202,6 @@ def _last_words(run: Run, problem: str, keys: list[str]) -> str:
         "try a lower optimizer.lr or consistency.weight, or engine.precision=fp32; recovery.leave_out passes over such steps, "
         "recovery.roll_back, once there is a checkpoint, over all samples since it"
     )
-
-
-def _leave_out(run: Run, done: int, problem: str, keys: list[str]) -> None:
-    """Says that a step moves nothing, and which samples it had where the loss is not finite: on the rank that has them."""
-    if keys:
-        tqdm.write(f"warning: {problem}; samples of rank {run.ranks.rank}: {' '.join(keys)}", file=sys.stderr)
-    warn(run, "not_finite", f"{problem}; it was left out, {run.engine.loss_scale.skipped} such steps so far")
 
 
 def save(run: Run) -> None:
