@@ -70,7 +70,7 @@ def test_what_decides_on_the_host_waits_and_is_seen(words: list[str], train: Tra
 
 
 @pytest.mark.parametrize(
-    "spoilt, words",
+    ("spoilt", "words"),
     [((4,), ["recovery.roll_back=1"]), ((2, 4, 5, 8), ["recovery.leave_out=2"]), ((), [])],
     ids=["back", "left out", "sound"],
 )
