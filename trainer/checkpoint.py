@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import threading
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from trainer.distributed import Ranks
 from trainer.documents import from_json, text_of
@@ -52,11 +52,39 @@ class TrainState:
     pools: int = 0
 
 
+class _Begun:
+    """A checkpoint that is being written. error: why this rank cannot."""
+
+    def __init__(self, final: Path, partial: Path) -> None:
+        self.final, self.partial = final, partial
+        self.error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self, work: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                work()
+            except BaseException as caught:  # all kinds: what is not known of would pass for written
+                self.error = caught
+
+        self._thread = threading.Thread(target=run, name="checkpoint")
+        self._thread.start()
+
+    @property
+    def running(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def join(self) -> None:
+        if self._thread:
+            self._thread.join()
+
+
 class Checkpoints:
-    """The checkpoints of one run directory."""
+    """The checkpoints of one run directory. One is written at a time, beside the work of whoever began it."""
 
     def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
         self.folder, self.config = run_dir / "checkpoints", config
+        self._begun: _Begun | None = None
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint, or None."""
@@ -89,7 +117,7 @@ class Checkpoints:
             f"--checkpoint {which}: must be latest, best or a step; {self.folder} has {', '.join(map(str, steps))}"
         )
 
-    def save(
+    def begin(
         self,
         ranks: Ranks,
         state: TrainState,
@@ -97,55 +125,72 @@ class Checkpoints:
         averages: Mapping[str, State],
         moments: State,
         pool: State,
-    ) -> Path:
-        """A collective. Rank 0 writes what is whole, each rank its rows of the pool. The pointer moves last.
+    ) -> None:
+        """Begins to write a checkpoint, which a thread goes on with; it is there after `end`. A collective. Rank 0 writes what is
+        whole, each rank its rows of the pool.
 
-        averages: by the name of their file."""
+        averages: by the name of their file. The tensors may not be changed until then."""
+        self.end(ranks)
         final, state = self.path(state.step), replace(state, pools=ranks.world if pool else 0)
-        partial = self.folder / f".{final.name}.partial"
-        error: OSError | SafetensorError | None = None
+        begun = self._begun = _Begun(final, self.folder / f".{final.name}.partial")
         if ranks.is_main:
             try:
-                shutil.rmtree(partial, ignore_errors=True)
+                shutil.rmtree(begun.partial, ignore_errors=True)
                 # Not its parents: where a disk was lost, nothing is to be written in its place.
                 self.folder.mkdir(exist_ok=True)
-                partial.mkdir()
+                begun.partial.mkdir()
             except OSError as caught:
-                error = caught
+                begun.error = caught
         ranks.barrier()
-        try:
+
+        def write_all() -> None:
             if pool:
-                file = partial / f"pool-{ranks.rank:05d}-of-{ranks.world:05d}.safetensors"
+                file = begun.partial / f"pool-{ranks.rank:05d}-of-{ranks.world:05d}.safetensors"
                 write(pool, file)
                 sync(file)
             if ranks.is_main:
                 for name, tensors in {"weights": weights, **averages, "optimizer": moments}.items():
-                    write(tensors, partial / f"{name}.safetensors")
-                (partial / "state.json").write_text(json.dumps(signed({"format": FORMAT, **asdict(state)})))
-        except (OSError, SafetensorError) as caught:
-            error = error or caught
-        self._agree(ranks, final, error)
+                    write(tensors, begun.partial / f"{name}.safetensors")
+                (begun.partial / "state.json").write_text(json.dumps(signed({"format": FORMAT, **asdict(state)})))
+                sync(begun.partial)
+
+        if begun.error is None:
+            begun.start(write_all)
+
+    @property
+    def written(self) -> bool:
+        """Whether a checkpoint was begun of which this rank has written its part, so that `end` need not wait for it."""
+        return self._begun is not None and not self._begun.running
+
+    def end(self, ranks: Ranks) -> None:
+        """Waits for the checkpoint that was begun, if one was, and puts it in its place; the pointer moves last. A collective.
+        Raises WorkFailed on all ranks where one could not write."""
+        begun, self._begun = self._begun, None
+        if begun is None:
+            return
+        begun.join()
+        self._agree(ranks, begun)
         if ranks.is_main:
             try:
-                sync(partial)
-                if final.exists():  # of an earlier start that was killed before it moved the pointer
-                    self._delete(state.step)
-                partial.replace(final)
-                self.point_at(state.step)
-                self._clear(state.step)
+                sync(begun.partial)
+                step = int(begun.final.name.removeprefix("step-"))
+                if begun.final.exists():  # of an earlier start that was killed before it moved the pointer
+                    self._delete(step)
+                begun.partial.replace(begun.final)
+                self.point_at(step)
+                self._clear(step)
             except OSError as caught:
-                error = caught
-        self._agree(ranks, final, error)
-        return final
+                begun.error = caught
+        self._agree(ranks, begun)
 
-    def _agree(self, ranks: Ranks, final: Path, error: Exception | None) -> None:
+    def _agree(self, ranks: Ranks, begun: _Begun) -> None:
         """Raises WorkFailed on all ranks where one has an error."""
-        if not ranks.any({"failed": error is not None})["failed"]:
+        if not ranks.any({"failed": begun.error is not None})["failed"]:
             return
         if ranks.is_main:  # a full disk has its room back
-            shutil.rmtree(self.folder / f".{final.name}.partial", ignore_errors=True)
+            shutil.rmtree(begun.partial, ignore_errors=True)
         raise WorkFailed(
-            f"cannot write the checkpoint {final} ({error or 'another rank failed'}); the last good one is {self._last_good()}: make room or mend the disk, and run it again to go on from there"
+            f"cannot write the checkpoint {begun.final} ({begun.error or 'another rank failed'}); the last good one is {self._last_good()}: make room or mend the disk, and run it again to go on from there"
         )
 
     def _last_good(self) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 
 import torch
@@ -19,6 +19,7 @@ from trainer.checkpoint import TrainState
 from trainer.diffusion.batch import Batch, variance
 from trainer.diffusion.noise import AddressedNoise
 from trainer.ema import PowerEMA
+from trainer.errors import WorkFailed
 from trainer.metrics import Meter
 from trainer.posthoc import write_snapshot
 from trainer.preview import Preview
@@ -49,7 +50,11 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
         total=config.steps, initial=before.step, desc=run.directory.name, unit="step", disable=not ranks.is_main
     )
 
-    with bar, closing(batches):  # on errors, too: they stand on a line of their own, and no worker is left
+    with (
+        _last_checkpoint(run),
+        bar,
+        closing(batches),
+    ):  # on errors, too: they stand on a line of their own, and no worker is left
         for step in range(before.step, config.steps):
             started, waited, scale = time.perf_counter(), 0.0, engine.loss_scale
             finite = torch.ones((), dtype=torch.bool, device=ranks.device)
@@ -86,12 +91,15 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
             )  # fmt: skip
             asked, saves = stop(), done % config.checkpoint.every == 0 or done == config.steps
             reports_now = done % config.logging.every == 0 or done == config.steps
-            verdicts.tell(Step(run.state, keys, spike, engine.loss_scale.scale), asked, finite, engine.left_out)
+            judged = Step(run.state, keys, spike, engine.loss_scale.scale)
+            verdicts.tell(judged, asked, run.checkpoints.written, finite, engine.left_out)
             known = verdicts.known(saves or reports_now or (asked and ranks.world == 1))
             if stopping := any(verdict.stop for verdict in known):
                 known += verdicts.known(of_all=True)
             for verdict in known:
                 in_a_row = _judge(run, verdict, in_a_row)
+            if any(verdict.written for verdict in known):
+                run.checkpoints.end(ranks)
             run.state = replace(run.state, loss_scale=engine.loss_scale, in_a_row=in_a_row)
             bar.update()
             if reports_now or stopping:
@@ -177,6 +185,7 @@ def _judge(run: Run, verdict: Verdict, in_a_row: int) -> int:
     # The weights moved, or never will.
     if not verdict.left_out or step.scale < 1 or in_a_row >= run.config.recovery.leave_out:
         run.state = replace(step.state, loss_scale=engine.loss_scale)
+        run.checkpoints.end(run.ranks)
         raise Diverged(problem, _last_words(run, problem, step.keys))
     if verdict.here or step.spike:
         tqdm.write(f"warning: {problem}; samples of rank {run.ranks.rank}: {' '.join(step.keys)}", file=sys.stderr)
@@ -204,8 +213,22 @@ def _last_words(run: Run, problem: str, keys: list[str]) -> str:
     )
 
 
+@contextmanager
+def _last_checkpoint(run: Run) -> Iterator[None]:
+    """What was begun is ended; after an error on one of several ranks it cannot be, as the others go on or wait elsewhere."""
+    try:
+        yield
+    except Exception:
+        if run.ranks.world == 1:
+            with suppress(WorkFailed):
+                run.checkpoints.end(run.ranks)
+        raise
+    run.checkpoints.end(run.ranks)
+
+
 def save(run: Run) -> None:
-    """Writes a checkpoint of the run as it is now. A collective."""
+    """Begins to write a checkpoint of the run as it is now. A collective."""
     weights, moments = run.engine.weights(), run.engine.moments()
     averages = {name: run.averaged_weights(name) for name in run.ema.averages}
-    run.checkpoints.save(run.ranks, run.state, weights, averages, moments, run.pool.state_dict())
+    pool = {name: value.to("cpu", copy=True) for name, value in run.pool.state_dict().items()}
+    run.checkpoints.begin(run.ranks, run.state, weights, averages, moments, pool)

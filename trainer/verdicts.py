@@ -1,4 +1,4 @@
-"""What ranks tell one another of each step: whether to stop, and what of it is not finite.
+"""What ranks tell one another of each step: whether to stop, what of it is not finite, and whether a checkpoint is written.
 
 On a device it is read one step late, when the next one is queued: a host that waited for each step would leave the device without work
 between any two.
@@ -30,13 +30,14 @@ class Step:
 @dataclass(frozen=True)
 class Verdict:
     """step: what it is of. stop: a rank was asked to. loss: it is not finite on some rank. here: it is not finite on this one.
-    left_out: the weights did not move, as gradients were not finite."""
+    left_out: the weights did not move, as gradients were not finite. written: all ranks have written their parts of a checkpoint."""
 
     step: Step
     stop: bool
     loss: bool
     here: bool
     left_out: bool
+    written: bool
 
 
 class Verdicts:
@@ -45,11 +46,12 @@ class Verdicts:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks, self._waiting = ranks, deque[tuple[Step, Tensor, torch.cuda.Event | None]]()
 
-    def tell(self, step: Step, stop: bool, finite: Tensor, left_out: Tensor) -> None:
-        """finite, left_out: bool scalars on the device. A collective; it does not wait for the device."""
-        asked = torch.full((), stop, device=finite.device)
-        flags = torch.stack([asked, ~finite, left_out]).int()
-        flags = torch.cat([self._ranks.max(flags.clone()), flags[1:2]])
+    def tell(self, step: Step, stop: bool, written: bool, finite: Tensor, left_out: Tensor) -> None:
+        """written: whether this rank has written its part of a checkpoint. finite, left_out: bool scalars on the device. A
+        collective; it does not wait for the device."""
+        asked, writes = (torch.full((), flag, device=finite.device) for flag in (stop, not written))
+        flags = torch.stack([asked, writes, left_out, ~finite]).int()
+        flags = torch.cat([self._ranks.max(flags.clone()), flags[-1:]])
         event = None
         if flags.is_cuda:
             there = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
@@ -64,6 +66,6 @@ class Verdicts:
             step, flags, event = self._waiting.popleft()
             if event:
                 event.synchronize()
-            stop, loss, left_out, here = (bool(flag) for flag in flags.tolist())
-            found.append(Verdict(step, stop, loss, here, left_out))
+            stop, writes, left_out, loss, here = (bool(flag) for flag in flags.tolist())
+            found.append(Verdict(step, stop, loss, here, left_out, not writes))
         return found

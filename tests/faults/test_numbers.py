@@ -187,6 +187,7 @@ def test_a_roll_back_passes_over_a_damaged_checkpoint_and_draws_other_noise(
     def watched(run: loop.Run, batch: loop.Batch, step: int, which: int, *rest: object) -> torch.Tensor:
         drawn.append((step, which))
         if len(drawn) == 5:
+            run.checkpoints.end(run.ranks)
             weights = tmp_path / "run" / "checkpoints" / "step-00000004" / "weights.safetensors"
             weights.write_bytes(weights.read_bytes()[:-1])
             batch.x_n[0, 0, 0, 0] = float("nan")

@@ -33,9 +33,9 @@ def saved(tmp_path: Path) -> Checkpoints:
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=3))
     for step in (10, 20, 30):
         tensors = {"a": torch.full((5, 3), float(step)), "b": torch.arange(7.0)}
-        checkpoints.save(
-            ALONE, TrainState(step, 4 * step, 0, 0.0, (1, 8, 8)), tensors, {"ema": tensors}, tensors, tensors
-        )
+        state = TrainState(step, 4 * step, 0, 0.0, (1, 8, 8))
+        checkpoints.begin(ALONE, state, tensors, {"ema": tensors}, tensors, tensors)
+        checkpoints.end(ALONE)
     return checkpoints
 
 
@@ -131,7 +131,8 @@ def test_a_process_killed_before_it_moved_the_pointer_leaves_a_checkpoint_that_i
     saved.point_at(20)
     assert newest_whole(saved, NAMES, ALONE) == (saved.path(20), None)
     tensors = {"a": torch.zeros(1)}
-    saved.save(ALONE, TrainState(30, 120, 0, 0.0, (1, 8, 8)), tensors, {"ema": tensors}, tensors, {})
+    saved.begin(ALONE, TrainState(30, 120, 0, 0.0, (1, 8, 8)), tensors, {"ema": tensors}, tensors, {})
+    saved.end(ALONE)
     assert newest_whole(saved, NAMES, ALONE) == (saved.path(30), None)
     assert sorted(path.name for path in saved.path(30).iterdir()) == [
         "ema.safetensors",
@@ -146,7 +147,8 @@ def test_a_step_may_be_torn_again(saved: Checkpoints) -> None:
     for _ in range(2):
         (saved.path(30) / "weights.safetensors").write_bytes(b"")
         assert newest_whole(saved, NAMES, ALONE)[0] == saved.path(20)
-        saved.save(ALONE, TrainState(30, 120, 0, 0.0, (1, 8, 8)), tensors, {"ema": tensors}, tensors, {})
+        saved.begin(ALONE, TrainState(30, 120, 0, 0.0, (1, 8, 8)), tensors, {"ema": tensors}, tensors, {})
+        saved.end(ALONE)
     assert newest_whole(saved, NAMES, ALONE) == (saved.path(30), None)
 
 
