@@ -4,6 +4,7 @@
 # make test-ui      installs a headless browser (root, Debian), and drives MLflow's pages of a small store with it
 # make audit        known weaknesses of the tested versions; needs the network
 # make docs         the documentation as a site, in build/site; fails at a link that leads nowhere
+# make bench        every measured promise in one table, in twenty minutes of two idle cores; make bench-compare AGAINST=FILE
 # make directions   trains on images for about ten minutes, and checks that ours beats naive and ambient alone
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +14,7 @@ UI_SHOTS ?= /tmp/ambient-ui
 STARTED := $(shell date +%s)
 BIN := $(VENV)/bin
 
-.PHONY: install dev quickstart test test-slurm test-ui directions docs lint types format audit clean
+.PHONY: install dev quickstart test test-slurm test-ui directions bench bench-compare docs lint types format audit clean
 install: $(VENV)/.installed
 dev: $(VENV)/.installed-dev
 
@@ -45,6 +46,13 @@ test-ui: dev
 	tests/ui/browser.sh
 	AMBIENT_TEST_UI=$(UI_SHOTS) $(BIN)/python -m pytest -m ui tests/ui; \
 	code=$$?; echo "screenshots: $(UI_SHOTS)"; exit $$code
+
+bench: dev
+	$(BIN)/python -m benchmarks.suite
+
+# AGAINST: an earlier benchmarks/results/suite.json.
+bench-compare: dev
+	$(BIN)/python -m benchmarks.suite --compare $(AGAINST)
 
 directions: dev
 	$(BIN)/python -m benchmarks.images --quick

@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     p = errors.Parser(prog="python -m slurm.submit", description="Submits a training, which goes on by itself when the cluster ends it for time or for another job.",
                                 epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     p.add_argument("config", metavar="CONFIG", type=Path, help="of the training, a YAML file; see configs/")
-    p.add_argument("overrides", metavar="key.path=value", nargs="*", help="replaces a field of CONFIG, such as steps=100")  # fmt: skip
+    p.add_argument("overrides", metavar="key.path=value", nargs="*", default=[], help="replaces a field of CONFIG, such as steps=100")  # fmt: skip
     p.add_argument("--cluster", type=Path, metavar="FILE", required=True, help="a YAML file as in configs/clusters/")
     p.add_argument("--nodes", type=int, metavar="N", help="in place of the file's nodes")
     p.add_argument("--sweep", action="append", default=[], metavar="key.path=A,B,C", help="a run for each value; several: for each combination")  # fmt: skip

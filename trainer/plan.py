@@ -35,7 +35,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("config", metavar="CONFIG", type=Path, help="a YAML file, as trainer.train takes it")
-    p.add_argument("overrides", metavar="key.path=value", nargs="*", help="replaces a field, such as batch_size=256")
+    p.add_argument(
+        "overrides", metavar="key.path=value", nargs="*", default=[], help="replaces a field, such as batch_size=256"
+    )
     p.add_argument("--gpus", type=int, required=True, metavar="N", help="how many devices: ranks")
     p.add_argument("--gpu", choices=sorted(GPUS), default="h100", help="of which kind (default: h100)")
     p.add_argument("--mfu", type=float, default=0.4, help="the share of the device's peak that is reached (default: 0.4); a run logs its own as progress/mfu")  # fmt: skip

@@ -99,6 +99,8 @@ def _bars(axis: Any, config: StudyConfig, found: Found, name: str) -> None:
         if values := _values(config, found, method, data, name):
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             axis.barh(number, statistics.mean(values), xerr=spread or None, capsize=3, color=f"C{number}")
+    if all(bar.get_width() == 0 for bar in axis.patches):  # else the axis is centred on nothing
+        axis.set_xlim(0, 1)
     axis.set_yticks(range(len(config.methods)), list(config.methods), fontsize=8)
     axis.invert_yaxis()
     axis.grid(axis="x", alpha=0.3)

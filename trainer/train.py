@@ -30,7 +30,11 @@ def parser() -> argparse.ArgumentParser:
                                 epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     p.add_argument("config", metavar="CONFIG", type=Path, help="a YAML file; see configs/")
     p.add_argument(
-        "overrides", metavar="key.path=value", nargs="*", help="replaces a field of the file, such as steps=100"
+        "overrides",
+        metavar="key.path=value",
+        nargs="*",
+        default=[],
+        help="replaces a field of the file, such as steps=100",
     )
     return p
 

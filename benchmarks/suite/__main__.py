@@ -1,0 +1,118 @@
+"""Every measured promise in one table: ours, a named peer, the limit, and the ratio.
+
+    python -m benchmarks.suite                       20 minutes of two idle cores; writes benchmarks/results/suite.json
+    python -m benchmarks.suite --only steps runs     some of it, which writes nothing
+    python -m benchmarks.suite --compare FILE        no measurement: what of suite.json moved against FILE, outside the noise
+
+Ours and the peer are measured in turns in one process, or in processes started in turns; a ratio is the median of the rounds' ratios, and
+± its standard error. What each row means: benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.report import RESULTS, arguments, save, table
+from benchmarks.suite import ranks, rest, runs, steps
+from benchmarks.suite.rows import Row
+from trainer import distributed, errors, loop
+from trainer.documents import from_json, text_of
+from trainer.errors import UserError
+from trainer.progress import progress_bar
+
+NOISE = 3.0
+"""Standard errors of a difference, beyond which a row has moved; and at least SMALLEST of its ratio, for rows without an error."""
+SMALLEST = 0.05
+PARTS: dict[str, Callable[[Path, int], list[Row]]] = {
+    "steps": steps.rows,
+    "runs": lambda folder, rounds: runs.rows(folder, steps.digits(folder), rounds),
+    "ranks": lambda folder, rounds: ranks.rows(folder, steps.digits(folder), rounds),
+    "rest": lambda folder, rounds: rest.rows(folder, steps.digits(folder), rounds),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    def add(p: argparse.ArgumentParser) -> None:
+        p.add_argument("--only", nargs="+", choices=sorted(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}")
+        p.add_argument("--rounds", type=int, default=15, help="of each pair (default: 15)")
+        p.add_argument("--compare", type=Path, metavar="FILE", help="an earlier suite.json")
+
+    args = arguments(__doc__, argv, add)
+    if args.compare:
+        return compare(args.compare, RESULTS / "suite.json")
+    torch.set_num_threads(1)
+    found: list[Row] = []
+    times: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(prefix="suite-") as folder, ExitStack() as quiet:
+        distributed.init()
+        quiet.enter_context(
+            mock.patch.object(loop, "progress_bar", lambda **words: progress_bar(**{**words, "disable": True}))
+        )
+        for name in tqdm(args.only or PARTS, unit="part", desc="bench"):
+            begun = time.monotonic()
+            found += PARTS[name](Path(folder), args.rounds)
+            times[name] = round(time.monotonic() - begun)
+    print("\n" + table(["", "ours", "peer", "theirs", "ours / theirs", "limit", ""], [_cells(row) for row in found]))
+    print(f"\nseconds: {json.dumps(times)}")
+    if not args.only:
+        print(save("suite", {"rows": [asdict(row) for row in found], "seconds": times}))
+    return errors.DONE if all(row.within for row in found) else errors.FAILED
+
+
+def _cells(row: Row) -> Sequence[str]:
+    limit = "" if row.limit is None else f"{'≥' if row.higher else '≤'} {row.limit:.3g}"
+    error = f" ± {row.error:.3f}" if row.error else ""
+    return [row.name, row.ours, row.peer, row.theirs, f"{row.ratio:.3f}{error}", limit, "" if row.within else "beyond"]
+
+
+def compare(before: Path, now: Path) -> int:
+    """Prints the rows whose ratio moved outside the noise; 1 where one became worse."""
+    old, new = _read(before), _read(now)
+    rows: list[list[str]] = []
+    worse = 0
+    for name in [*old, *(name for name in new if name not in old)]:
+        if name not in old or name not in new:
+            rows.append([*name, "not there" if name not in old else f"{old[name].ratio:.3f}", "not there" if name not in new else f"{new[name].ratio:.3f}", ""])  # fmt: skip
+            continue
+        a, b = old[name], new[name]
+        noise = max(NOISE * (a.error**2 + b.error**2) ** 0.5, SMALLEST * a.ratio)
+        if abs(b.ratio - a.ratio) <= noise:
+            continue
+        better = (b.ratio > a.ratio) == b.higher
+        worse += not better
+        rows.append([*name, f"{a.ratio:.3f} ± {a.error:.3f}", f"{b.ratio:.3f} ± {b.error:.3f}", "better" if better else "worse"])  # fmt: skip
+    print(
+        table(["", "peer", str(before), str(now), ""], rows)
+        if rows
+        else f"nothing moved outside the noise, of {len(new)} rows"
+    )
+    return errors.FAILED if worse else errors.DONE
+
+
+def _read(path: Path) -> dict[tuple[str, str], Row]:
+    try:
+        data: Any = from_json(text_of(path))
+        rows = [Row(**row) for row in data["rows"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a result of `make bench` ({error})") from None
+    return {(row.name, row.peer): row for row in rows}
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run(main))

