@@ -133,7 +133,14 @@ def parse_as(kind: type[T], data: dict[str, Any], where: str, overridden: Sequen
     """Any dataclass from plain data, as `parse`."""
     _forbid_unknown_fields(kind)
     try:
-        return TypeAdapter(kind).validate_python(data)
+        made = TypeAdapter(kind).validate_python(data)
+        taken = dict(flatten(TypeAdapter(kind).dump_python(made, mode="json")))
+        for name, value in flatten(data):  # pydantic takes true for 1
+            if isinstance(value, bool) and isinstance(taken.get(name), int | float) and taken[name] is not value:
+                raise UserError(
+                    f"{'the command line' if name in overridden else where}: {name}: {value!r}: must be a number"
+                )
+        return made
     except ValidationError as error:
         said = _explain(kind, error.errors()[0])
         name = said.partition(":")[0]

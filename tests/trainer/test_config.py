@@ -51,6 +51,8 @@ def test_a_base_is_one_level(tmp_path: Path) -> None:
     [
         ("optimizer.lrr=1", "optimizer.lrr: no such field; did you mean lr?"),
         ("nonsense=1", "nonsense: no such field"),
+        ("recovery.leave_out=true", "recovery.leave_out: True: must be a number"),
+        ("data.sigma_scale=true", "data.sigma_scale: True: must be a number"),
         ("process.sigma_mn=1", "process.sigma_mn: no such field; did you mean sigma_min?"),
         ("steps=many", "error: the command line: steps: 'many': must be a whole number"),
         ("data.flip=ja", "error: the command line: data.flip: 'ja': must be true or false"),
