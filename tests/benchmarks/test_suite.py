@@ -70,5 +70,7 @@ def test_a_loop_in_turns_trains_as_one_that_is_not(shards: Path, train: Callable
         turns(steps)
         assert turns.run.state.step == reached
     turns.end()
+    assert turns.run.logger
+    turns.run.logger.close("KILLED")
     assert train("whole", f"steps={turns.run.state.step}")[0] == 0
     assert_same_files(tmp_path / "whole", tmp_path / "turns")
