@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +84,8 @@ def features(rounds: int) -> Row:
     from efficientnet_lite_pytorch import EfficientNet
 
     extractor = open_extractor(PACKAGED)
-    network: Any = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()).eval()  # fmt: skip
+    with redirect_stdout(StringIO()):  # it says that it loaded them
+        network: Any = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()).eval()  # fmt: skip
     images, big = torch.rand(LOOKED_AT, 3, 32, 32) * 2 - 1, torch.rand(LOOKED_AT, 3, 128, 128)
 
     @torch.no_grad()
