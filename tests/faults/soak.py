@@ -47,8 +47,8 @@ UNITS = {"memory": "MiB", "files": "handles", "threads": "threads", "step_cpu": 
 
 @dataclass(frozen=True)
 class Reading:
-    """Of the whole tree of processes. at_s: since the first; cpu_s: of processor time since the start; memory: what is theirs
-    alone, MiB (a share of what they share would depend on who else is there); step: the last that was logged."""
+    """Of the whole tree of processes. at_s: since the first; cpu_s: of processor time since the start; memory: that no file is
+    behind, MiB (whose libraries' pages count would depend on who else uses them); step: the last that was logged."""
 
     at_s: float
     cpu_s: float
@@ -72,13 +72,21 @@ def read(pid: int, since: float, step: int) -> Reading:
     root = psutil.Process(pid)
     cpu, memory, files, threads = 0.0, 0.0, 0, 0
     for process in [root, *root.children(recursive=True)]:
-        with suppress(*(() if process is root else (psutil.NoSuchProcess,))), process.oneshot():
+        with suppress(*(() if process is root else (psutil.NoSuchProcess, OSError))), process.oneshot():
             times = process.cpu_times()
             cpu += times.user + times.system
-            memory += process.memory_full_info().uss / 2**20
+            memory += anonymous(process.pid)
             files += process.num_fds()
             threads += process.num_threads()
     return Reading(time.monotonic() - since, cpu, memory, files, threads, step)
+
+
+def anonymous(pid: int) -> float:
+    """MiB, by Linux; 0 of a process that has just ended."""
+    found = [
+        line.split()[1] for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("RssAnon")
+    ]
+    return int(found[0]) / 1024 if found else 0.0
 
 
 def slopes(readings: Sequence[Reading], blocks: int = BLOCKS) -> dict[str, Slope]:
