@@ -144,15 +144,20 @@ class Checkpoints:
         ranks.barrier()
 
         def write_all() -> None:
+            files: dict[str, State] = {}
+            if ranks.is_main:
+                files = {"weights": weights, **averages, "optimizer": moments}
             if pool:
-                file = begun.partial / f"pool-{ranks.rank:05d}-of-{ranks.world:05d}.safetensors"
-                write(pool, file)
+                files[f"pool-{ranks.rank:05d}-of-{ranks.world:05d}"] = pool
+            # Each file by itself: of the folder's other files the other ranks are writing some.
+            for name, tensors in files.items():
+                file = begun.partial / f"{name}.safetensors"
+                write(tensors, file)
                 sync(file)
             if ranks.is_main:
-                for name, tensors in {"weights": weights, **averages, "optimizer": moments}.items():
-                    write(tensors, begun.partial / f"{name}.safetensors")
-                (begun.partial / "state.json").write_text(json.dumps(signed({"format": FORMAT, **asdict(state)})))
-                sync(begun.partial)
+                file = begun.partial / "state.json"
+                file.write_text(json.dumps(signed({"format": FORMAT, **asdict(state)})))
+                sync(file)
 
         if begun.error is None:
             begun.start(write_all)

@@ -59,10 +59,9 @@ def checksum(tensors: State) -> str:
 
 
 def sync(path: Path) -> None:
-    """Flushes a file, or a folder and the files in it, to the disk."""
-    for target in [*(path.iterdir() if path.is_dir() else ()), path]:
-        descriptor = os.open(target, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    """Flushes a file to the disk, or which files a folder has."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

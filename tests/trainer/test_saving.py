@@ -120,3 +120,20 @@ def test_ranks_end_a_checkpoint_together(train: Train, tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "two/checkpoints/step-00000009").glob("pool*")) == [
         f"pool-0000{rank}-of-00002.safetensors" for rank in (0, 1)
     ]
+
+
+def test_what_other_ranks_are_writing_does_not_disturb(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors writes a file under another name first, so a file that is seen may be gone when it is opened."""
+    write = checkpoint.write
+
+    def beside(tensors: Any, path: Path) -> None:
+        (path.parent / ".tmpOther").symlink_to("gone")  # there for who lists the folder, and not for who opens it
+        write(tensors, path)
+        if path.stem != "optimizer":
+            (path.parent / ".tmpOther").unlink()
+
+    monkeypatch.setattr(checkpoint, "write", beside)
+    code, output = train("run", "steps=2", "checkpoint.every=2")
+    assert code == 0, output
