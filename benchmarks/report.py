@@ -45,7 +45,9 @@ def save(name: str, result: dict[str, Any]) -> Path:
     """Keeps a result with its command, machine and date, in benchmarks/results/NAME.json."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    command = f"python -m benchmarks.{Path(sys.argv[0]).stem} {shlex.join(sys.argv[1:])}".strip()
+    script = Path(sys.argv[0])
+    module = script.parent.name if script.stem == "__main__" else script.stem
+    command = f"python -m benchmarks.{module} {shlex.join(sys.argv[1:])}".strip()
     about = {"command": command, "date": date.today().isoformat(), "machine": machine()}
     path.write_text(json.dumps({**about, **result}, indent=1) + "\n")
     return path

@@ -114,6 +114,14 @@ def test_the_readmes_table_is_what_was_measured() -> None:
     assert told == [f"{value:.2f}" if value < 2 else f"{value:.1f}" for value in measured]
 
 
+def test_the_table_of_speed_is_what_was_measured() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text().partition("## Beside peers")[2].partition("\n## ")[0]
+    told = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")][2:]  # fmt: skip
+    results = json.loads((ROOT / "benchmarks" / "results" / "suite.json").read_text())
+    assert [row[:4] for row in told] == [[row[name] for name in ("name", "ours", "peer", "theirs")] for row in results["rows"]]  # fmt: skip
+    assert [row[4].split()[0] for row in told] == [f"{row['ratio']:.3f}" for row in results["rows"]]
+
+
 @pytest.mark.parametrize(("page", "command"), MADE)
 def test_make_has_the_target(page: str, command: str) -> None:
     target = shlex.split(command, comments=True)[1]

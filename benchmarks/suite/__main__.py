@@ -1,7 +1,7 @@
 """Every measured promise in one table: ours, a named peer, the limit, and the ratio.
 
     python -m benchmarks.suite                       20 minutes of two idle cores; writes benchmarks/results/suite.json
-    python -m benchmarks.suite --only steps runs     some of it, which writes nothing
+    python -m benchmarks.suite --only steps runs     some of it; suite.json keeps the other parts' rows
     python -m benchmarks.suite --compare FILE        no measurement: what of suite.json moved against FILE, outside the noise
 
 Ours and the peer are measured in turns in one process, or in processes started in turns; a ratio is the median of the rounds' ratios, and
@@ -11,14 +11,13 @@ Ours and the peer are measured in turns in one process, or in processes started 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -58,21 +57,29 @@ def main(argv: list[str] | None = None) -> int:
         return compare(args.compare, RESULTS / "suite.json")
     torch.set_num_threads(1)
     found: list[Row] = []
-    times: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="suite-") as folder, ExitStack() as quiet:
         distributed.init()
         quiet.enter_context(
             mock.patch.object(loop, "progress_bar", lambda **words: progress_bar(**{**words, "disable": True}))
         )
-        for name in tqdm(args.only or PARTS, unit="part", desc="bench"):
-            begun = time.monotonic()
-            found += PARTS[name](Path(folder), args.rounds)
-            times[name] = round(time.monotonic() - begun)
-    print("\n" + table(["", "ours", "peer", "theirs", "ours / theirs", "limit", ""], [_cells(row) for row in found]))
-    print(f"\nseconds: {json.dumps(times)}")
-    if not args.only:
-        print(save("suite", {"rows": [asdict(row) for row in found], "seconds": times}))
+        try:
+            for name in tqdm(args.only or PARTS, unit="part", desc="bench"):
+                measured = PARTS[name](Path(folder), args.rounds)
+                keep(name, measured)
+                found += measured
+        finally:  # what a part measured is not lost with the next one
+            columns = ["", "ours", "peer", "theirs", "ours / theirs", "limit", ""]
+            print("\n" + table(columns, [_cells(row) for row in found]), flush=True)
     return errors.DONE if all(row.within for row in found) else errors.FAILED
+
+
+def keep(part: str, measured: list[Row]) -> None:
+    """Puts a part's rows into suite.json, in the place of those that it had of it."""
+    path, day = RESULTS / "suite.json", date.today().isoformat()
+    before = _read(path).values() if path.exists() else ()
+    rows = [row for row in before if row.part != part] + [replace(row, part=part, day=day) for row in measured]
+    rows.sort(key=lambda row: list(PARTS).index(row.part))  # stable
+    save("suite", {"rows": [asdict(row) for row in rows]})
 
 
 def _cells(row: Row) -> Sequence[str]:

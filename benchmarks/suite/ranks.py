@@ -40,5 +40,5 @@ def _ranks(what: str, stage: int, folder: Path, shards: Path, rounds: int = 0) -
     command = [*launcher, "-m", "benchmarks.suite.two_ranks", what, str(stage), str(folder), str(shards), str(rounds)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}: {done.stderr[-2000:]}")
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr[-8000:]}")
     return json.loads(done.stdout.splitlines()[-1])

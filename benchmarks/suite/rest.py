@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -23,7 +25,14 @@ DRAWN, SAMPLER_STEPS, LOOKED_AT = 16, 20, 64
 
 
 def rows(folder: Path, shards: Path, rounds: int) -> list[Row]:
-    return [*reading(folder), sharding(folder), sampling(folder, shards, rounds), features(rounds)]
+    # In a process of its own: a reader of data forks, which a process that has threads, and is one of its ranks, may not.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        found = pool.submit(data_rows, folder).result()
+    return [*found, sampling(folder, shards, rounds), features(rounds)]
+
+
+def data_rows(folder: Path) -> list[Row]:
+    return [*reading(folder), sharding(folder)]
 
 
 def reading(folder: Path) -> list[Row]:

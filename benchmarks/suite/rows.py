@@ -16,7 +16,7 @@ from trainer.build import Run
 @dataclass(frozen=True)
 class Row:
     """ours, theirs: what was measured, as text with its unit. ratio: of ours over theirs, as paired; error: its standard error.
-    limit: what the ratio may not be beyond, if there is a limit. higher: whether more is better."""
+    limit: what the ratio may not be beyond, if there is a limit. higher: whether more is better. part: of the suite, and when it was measured."""
 
     name: str
     ours: str
@@ -26,6 +26,8 @@ class Row:
     error: float
     limit: float | None = None
     higher: bool = False
+    part: str = ""
+    day: str = ""
 
     @property
     def within(self) -> bool:

@@ -62,25 +62,30 @@ def against_unconditional(folder: Path, shards: Path, rounds: int) -> Row:
     stream.close()
     backbone: Any = peer.denoiser.backbone
     theirs = Unconditional(backbone.model, images, ours.config.batch_size, ours.config.optimizer.lr)
-    return _row("step, ambient", ours, "diffusers unconditional loop", theirs, rounds, 1.0)
+    return _row("step, ambient", ours, "diffusers unconditional loop", theirs, rounds, OVERHEAD)
 
 
-def against_text_to_image(folder: Path, rounds: int) -> Row:
+def lora_run(folder: Path, who: str = "ours") -> Run:
+    """Adapters on SDXL's classes, tiny, from latents."""
     size = step_cost.SIZES[0]
-    base, shards = step_cost.data(folder / "text", size)
+    base, shards = folder / "text" / "base", folder / "text" / "shards"
+    if not shards.exists():
+        base, shards = step_cost.data(folder / "text", size)
     words = [f"data.shards={shards}", f"model={{kind: sdxl, base: '{base}', lora: {{rank: 8}}, base_dtype: fp32, drop_captions: 0}}",
              f"batch_size={size.batch}", "ambient={pairs: false}", "consistency=null", "steps=100000", "checkpoint.every=1000000",
              "logging.enabled=false", "logging.sample_every=0", "data.workers=0"]  # fmt: skip
-    runs: list[Run] = []
-    for who in ("ours", "theirs"):
-        (folder / "text" / who).mkdir()
-        runs.append(build.run(load(ROOT / "configs" / "sdxl-tiny.yaml", [f"run_dir={folder / 'text' / who}", *words]), ALONE))  # fmt: skip
+    (folder / "text" / who).mkdir()
+    return build.run(load(ROOT / "configs" / "sdxl-tiny.yaml", [f"run_dir={folder / 'text' / who}", *words]), ALONE)
+
+
+def against_text_to_image(folder: Path, rounds: int) -> Row:
+    size, ours, peer = step_cost.SIZES[0], lora_run(folder), lora_run(folder, "theirs")
     side, generator = 8 * size.latent, np.random.default_rng(0)
     pictures = torch.from_numpy(generator.random((64, 3, side, side), np.float32)) * 2 - 1
     captions = [step_cost.CAPTIONS[i % len(step_cost.CAPTIONS)] for i in range(64)]
-    backbone: Any = runs[1].denoiser.backbone
-    theirs = TextToImage(str(base), backbone.unet, pictures, captions, size.batch, 1e-4)
-    return _row("step, LoRA on SDXL's classes, tiny", runs[0], "diffusers text-to-image loop", theirs, rounds, 1.0)
+    backbone: Any = peer.denoiser.backbone
+    theirs = TextToImage(str(folder / "text" / "base"), backbone.unet, pictures, captions, size.batch, 1e-4)
+    return _row("step, LoRA on SDXL's classes, tiny", ours, "diffusers text-to-image loop", theirs, rounds, 1.0)
 
 
 def _row(name: str, run: Run, peer: str, theirs: Callable[[int], None], rounds: int, limit: float) -> Row:

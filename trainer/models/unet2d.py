@@ -57,5 +57,5 @@ class UNet2D(nn.Module):
         )
 
     def forward(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        # Convolutions in this layout are faster on most devices, and in bf16 on CPU much faster.
+        # The layout that convolutions on GPUs ask for. On a CPU it makes no difference in fp32 and costs 4 % in bf16 (benchmarks/ideas.py).
         return self.model(x.contiguous(memory_format=torch.channels_last), time).sample

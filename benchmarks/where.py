@@ -1,0 +1,106 @@
+"""Where a step's time goes: torch's profiler over the whole loop, by kinds of operators.
+
+    python -m benchmarks.where       2 minutes; writes benchmarks/results/where.json
+
+Two runs: the pixel network of `make bench` with consistency every 8th step, and adapters on SDXL's classes (tiny) from latents. One thread. "ms a step" is the time in
+operators themselves, without those that they call; "calls" a step. "outside operators" is Python and what calls cost: the step's time without the profiler, less all
+operators' under it, so it may be too low, as a profiler slows what it watches. For the Python of the loop by line, with the step running as it does:
+
+    py-spy record --format raw --output stacks.txt --duration 30 -- python -m trainer.train ...
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.report import arguments, save, table
+from benchmarks.suite.steps import digits, lora_run, pixel_run
+from trainer import distributed, loop
+from trainer.build import Run
+
+WARM, STEPS = 8, 32
+KINDS = {
+    "noise": ("normal_", "uniform_", "random_"),
+    "optimiser, clipping, average": ("adam", "foreach", "optimizer"),
+    "convolutions": ("conv",),
+    "products of matrices": ("mm", "aten::linear", "dot_product", "flash_attention"),
+    "norms and activations": ("norm", "silu", "gelu", "softmax", "sigmoid"),
+    "copies and casts": ("copy_", "contiguous", "clone", "aten::cat", "aten::stack", "aten::to"),
+    "allocations": ("empty", "zeros", "resize", "fill_", "zero_"),
+}
+"""By parts of their names; the first that fits."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments(__doc__, argv)
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="where-") as name:
+        distributed.init()
+        folder = Path(name)
+        pixel = pixel_run(folder, digits(folder), "pixel", "consistency={weight: 0.1, period: 8, start: 0}")
+        for what, run in {"pixel": pixel, "adapters": lora_run(folder)}.items():
+            found[what] = profiled(run)
+            print(f"\n{what}: {found[what]['step_ms']:.1f} ms a step\n\n" + table(["", "ms a step", "share", "calls"], _rows(found[what])))  # fmt: skip
+    print(save("where", found))
+    return 0
+
+
+class Watch:
+    """Asked by the loop after each step whether to stop: some steps are timed, as many more run under the profiler."""
+
+    def __init__(self) -> None:
+        self.step, self.plain, self.watched = 0, 0.0, 0.0
+        self.profiler = profile(activities=[ProfilerActivity.CPU])
+
+    def __call__(self) -> bool:
+        self.step += 1
+        now = time.perf_counter()
+        if self.step == WARM:
+            self.plain = -now
+        elif self.step == WARM + STEPS:
+            self.plain += now
+            self.profiler.start()
+            self.watched = -time.perf_counter()
+        elif self.step == WARM + 2 * STEPS:
+            self.watched += now
+            self.profiler.stop()
+            return True
+        return False
+
+
+def profiled(run: Run) -> dict[str, Any]:
+    watch = Watch()
+    loop.train(run, watch)
+    kinds: dict[str, list[float]] = {name: [0.0, 0.0] for name in [*KINDS, "other operators"]}
+    operators: dict[str, list[float]] = {}
+    for event in watch.profiler.key_averages():
+        name = event.key.lower()
+        kind = next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "other operators")
+        took, calls = event.self_cpu_time_total / 1000 / STEPS, event.count / STEPS
+        kinds[kind] = [kinds[kind][0] + took, kinds[kind][1] + calls]
+        operators[event.key] = [round(took, 4), calls]
+    step = 1000 * watch.plain / STEPS
+    inside = sum(took for took, _ in kinds.values())
+    most = dict(sorted(operators.items(), key=lambda each: -each[1][0])[:25])
+    return {"step_ms": step, "watched_ms": 1000 * watch.watched / STEPS, "kinds": kinds, "outside_ms": step - inside, "operators": most}  # fmt: skip
+
+
+def _rows(found: dict[str, Any]) -> list[list[str]]:
+    step = found["step_ms"]
+    rows = sorted(found["kinds"].items(), key=lambda each: -each[1][0])
+    return [[name, f"{took:.2f}", f"{took / step:.1%}", f"{calls:.0f}"] for name, (took, calls) in [*rows, ("outside operators", (found["outside_ms"], 0))]]  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
