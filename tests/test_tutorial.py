@@ -1,10 +1,12 @@
-"""docs/tutorial.md, block by block, as it stands there, but for fewer images, steps and samples."""
+"""The ways that a new user goes, docs/tutorial.md and docs/sdxl.md, as they stand there, but for fewer images, steps and samples."""
 
 from __future__ import annotations
 
 import re
 import runpy
+import shlex
 import signal
+import textwrap
 from importlib import import_module
 from pathlib import Path
 
@@ -21,6 +23,8 @@ FEWER = {
     r'load\("digits", part\)': 'load("digits", part)[:80]',
     r"steps=\d+": "steps=3",
     r"--number \d+": "--number 12",
+    r"--limit \d+": "--limit 20",
+    r"num_inference_steps=\d+": "num_inference_steps=2",
 }
 PYTHON = re.compile(r"```python\n(# (\S+)\n.*?)```", re.DOTALL)
 
@@ -60,3 +64,18 @@ def test_the_tutorial_works_as_it_is_written(tmp_path: Path, monkeypatch: pytest
     assert len(list(Path("raw").iterdir())) == 80
     assert "KID, observed" in Path("runs/comparison.html").read_text()
     assert np.asarray(Image.open("runs/mine/samples.png")).std() > 0
+
+
+def test_the_way_of_sdxl_works_as_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to an image that diffusers draws with the adapters that were exported."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    block = (ROOT / "docs" / "sdxl.md").read_text().partition("## On a CPU")[2].partition("\n## ")[0]
+    block = textwrap.dedent(block[block.index("    python") :])
+    steps, _, script = block.partition("python - <<'END'\n")
+    for line in less(steps).splitlines():
+        words = shlex.split(line)
+        called([*words, "steps=3", "batch_size=4"] if words[2] == "trainer.train" else words)
+    exec(less(script.partition("END\n")[0]), {})
+    assert np.asarray(Image.open("digit.png")).std() > 0
+    assert len(steps.splitlines()) == 5
