@@ -14,13 +14,11 @@ import copy
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -33,9 +31,9 @@ from benchmarks.data_files import DISTINCT, Files, Kind, npy_bytes, write_shards
 from benchmarks.data_readers import ours
 from benchmarks.report import arguments, save, table
 from benchmarks.suite.bare import Bare
-from benchmarks.suite.rows import InTurns, Pair, paired
-from benchmarks.suite.steps import digits, pixel_run, seconds
-from trainer import distributed, errors, loop
+from benchmarks.suite.rows import InTurns, Pair, paired, silent, timed
+from benchmarks.suite.steps import TURN, digits, pixel_run, seconds
+from trainer import distributed, errors
 from trainer.build import Run
 from trainer.diffusion import consistency
 from trainer.diffusion.ambient import LossTerms, further_noised
@@ -44,7 +42,6 @@ from trainer.diffusion.noise import Noise
 from trainer.diffusion.particles import Particles
 from trainer.diffusion.sampling import reverse_step
 from trainer.models.unet2d import UNet2D, UNet2DConfig
-from trainer.progress import progress_bar
 
 EVERY_STEP = "consistency={weight: 0.1, period: 1, start: 0}"
 
@@ -67,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(__doc__, argv, add)
     torch.set_num_threads(1)
     found: list[Timed] = []
-    with tempfile.TemporaryDirectory(prefix="ideas-") as folder, mock.patch.object(loop, "progress_bar", _silent):
+    with tempfile.TemporaryDirectory(prefix="ideas-") as folder, silent():
         distributed.init()
         for name in tqdm(args.only or IDEAS, unit="idea"):
             found += IDEAS[name](Path(folder), args.rounds)
@@ -76,10 +73,6 @@ def main(argv: list[str] | None = None) -> int:
     if not args.only:
         print(save("ideas", {"rows": [asdict(each) for each in found]}))
     return errors.DONE
-
-
-def _silent(**words: Any) -> Any:
-    return progress_bar(**{**words, "disable": True})
 
 
 def layout(_folder: Path, rounds: int) -> list[Timed]:
@@ -95,7 +88,7 @@ def layout(_folder: Path, rounds: int) -> list[Timed]:
                 with torch.autocast("cpu", dtype) if dtype != torch.float32 else nullcontext():
                     network(x.contiguous(memory_format=form), when).sample.square().mean().backward()
 
-            return _timed(once, 4)
+            return timed(once, 4)
 
         now, name = work(plain, torch.channels_last), str(dtype).removeprefix("torch.")
         found += [
@@ -180,7 +173,7 @@ def adamw(folder: Path, rounds: int) -> list[Timed]:
     for weight in weights:
         weight.grad = torch.randn_like(weight)
     now, *others = (torch.optim.AdamW(weights, 0.0, fused=fused, foreach=foreach) for fused, foreach in ((True, False), (False, True), (False, False)))  # fmt: skip
-    return [Timed(f"AdamW's update, {how}", "fused", predicted, paired(_timed(other.step, 10), _timed(now.step, 10), rounds))
+    return [Timed(f"AdamW's update, {how}", "fused", predicted, paired(timed(other.step, 10), timed(now.step, 10), rounds))
             for other, how, predicted in zip(others, ("foreach", "a loop"), ("1.5", "2"), strict=True)]  # fmt: skip
 
 
@@ -219,32 +212,22 @@ def mapped(folder: Path, rounds: int) -> list[Timed]:
         some = sorted(next(order) for _ in range(kind.batch))
         torch.from_numpy(latents[some]).float()
 
-    found = paired(_timed(from_rows, 20), _timed(lambda: next(stream), 20), rounds)
+    found = paired(timed(from_rows, 20), timed(lambda: next(stream), 20), rounds)
     return [Timed("latents from one file that is mapped, in memory already", "shards", "0.5", found)]
 
 
 def _against(runs: Sequence[Run], rounds: int) -> Pair:
-    """Whole loops of the idea and of now, 8 steps in turn; seconds a step."""
+    """Whole loops of the idea and of now, in turns; seconds a step."""
     turns = [InTurns(run) for run in runs]
     first, second = turns
-    found = paired(lambda: seconds(first) / 8, lambda: seconds(second) / 8, rounds)
+    found = paired(lambda: seconds(first) / TURN, lambda: seconds(second) / TURN, rounds)
     for each in turns:
         each.end()
     return found
 
 
 def _bare(idea: Bare, now: Bare, rounds: int) -> Pair:
-    return paired(lambda: seconds(idea) / 8, lambda: seconds(now) / 8, rounds)
-
-
-def _timed(work: Callable[[], object], times: int) -> Callable[[], float]:
-    def call() -> float:
-        begun = time.perf_counter()
-        for _ in range(times):
-            work()
-        return (time.perf_counter() - begun) / times
-
-    return call
+    return paired(lambda: seconds(idea) / TURN, lambda: seconds(now) / TURN, rounds)
 
 
 IDEAS: dict[str, Callable[[Path, int], list[Timed]]] = {

@@ -11,7 +11,6 @@ measured   alone / two, the median of the rounds
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
@@ -27,6 +26,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.report import arguments, save, table
+from benchmarks.suite.ranks import SHAPE, result, started
 from benchmarks.suite.rows import InTurns
 from benchmarks.suite.steps import PIXEL, ROOT, digits, pixel_run, seconds
 from benchmarks.suite.two_ranks import CONSISTENCY, leave
@@ -35,7 +35,7 @@ from trainer.config import load
 from trainer.planning import models
 from trainer.planning.estimate import Estimate, setting_of
 
-SHAPE, ROWS, STEPS, ROUNDS, SENT = (1, 28, 28), 16, 16, 3, 64 * 2**20
+ROWS, STEPS, ROUNDS, SENT = 16, 16, 3, 64 * 2**20
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,15 +43,15 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="weak-") as name:
         folder = Path(name)
         shards = digits(folder)
-        speed = _all(2, ["speed", 0, folder, shards])[0]
+        speed = result(_started(2, "speed", 0, folder, shards))[0]
         found: list[dict[str, Any]] = []
         for stage in tqdm(range(4), unit="stage"):
             alone: list[float] = []
             two: list[float] = []
             for turn in range(ROUNDS):  # in turns, so that a slow minute is one of both
-                apart = [_started(1, ["steps", stage, _made(folder / f"{stage}-{turn}-{i}"), shards]) for i in (0, 1)]
-                alone.append(statistics.mean(_result(each)[0] for each in apart))
-                two.append(_all(2, ["steps", stage, _made(folder / f"{stage}-{turn}"), shards])[0])
+                apart = [_started(1, "steps", stage, folder / f"{stage}-{turn}-{i}", shards) for i in (0, 1)]
+                alone.append(statistics.mean(result(each)[0] for each in apart))
+                two.append(result(_started(2, "steps", stage, folder / f"{stage}-{turn}", shards))[0])
             sent = _sent(stage, shards)
             measured = [a / b for a, b in zip(alone, two, strict=True)]
             a, b = statistics.median(alone), statistics.median(two)
@@ -76,26 +76,8 @@ def _words(stage: int, world: int) -> list[str]:
     return [*PIXEL, CONSISTENCY, f"engine.zero_stage={stage}", f"batch_size={world * ROWS}"]
 
 
-def _made(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
-
-
-def _started(world: int, words: list[Any]) -> subprocess.Popen[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
-    command = [*launcher, "-m", "benchmarks.weak", "--rank", *map(str, words)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def _result(process: subprocess.Popen[str]) -> Any:
-    output, errors = process.communicate()
-    if process.returncode:
-        raise RuntimeError(errors[-4000:])
-    return json.loads(output.splitlines()[-1])
-
-
-def _all(world: int, words: list[Any]) -> Any:
-    return _result(_started(world, words))
+def _started(world: int, *words: object) -> subprocess.Popen[str]:
+    return started(world, "benchmarks.weak", "--rank", *words)
 
 
 def rank(what: str, stage: int, folder: Path, shards: Path) -> None:

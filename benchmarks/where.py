@@ -25,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.report import arguments, save, table
 from benchmarks.suite.steps import digits, lora_run, pixel_run
+from benchmarks.suite.two_ranks import CONSISTENCY
 from trainer import distributed, loop
 from trainer.build import Run
 
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="where-") as name:
         distributed.init()
         folder = Path(name)
-        pixel = pixel_run(folder, digits(folder), "pixel", "consistency={weight: 0.1, period: 8, start: 0}")
+        pixel = pixel_run(folder, digits(folder), "pixel", CONSISTENCY)
         for what, run in {"pixel": pixel, "adapters": lora_run(folder)}.items():
             found[what] = profiled(run)
             print(f"\n{what}: {found[what]['step_ms']:.1f} ms a step\n\n" + table(["", "ms a step", "share", "calls"], _rows(found[what])))  # fmt: skip

@@ -15,12 +15,10 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -29,11 +27,10 @@ from tqdm import tqdm
 
 from benchmarks.report import RESULTS, arguments, save, table
 from benchmarks.suite import ranks, rest, runs, steps
-from benchmarks.suite.rows import Row
-from trainer import distributed, errors, loop
+from benchmarks.suite.rows import Row, silent
+from trainer import distributed, errors
 from trainer.documents import from_json, text_of
 from trainer.errors import UserError
-from trainer.progress import progress_bar
 
 NOISE = 3.0
 """Standard errors of a difference, beyond which a row has moved; and at least SMALLEST of its ratio, for rows without an error."""
@@ -57,11 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         return compare(args.compare, RESULTS / "suite.json")
     torch.set_num_threads(1)
     found: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="suite-") as folder, ExitStack() as quiet:
+    with tempfile.TemporaryDirectory(prefix="suite-") as folder, silent():
         distributed.init()
-        quiet.enter_context(
-            mock.patch.object(loop, "progress_bar", lambda **words: progress_bar(**{**words, "disable": True}))
-        )
         try:
             for name in tqdm(args.only or PARTS, unit="part", desc="bench"):
                 measured = PARTS[name](Path(folder), args.rounds)

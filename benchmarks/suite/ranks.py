@@ -36,9 +36,19 @@ def rows(folder: Path, shards: Path, rounds: int) -> list[Row]:
 
 def _ranks(what: str, stage: int, folder: Path, shards: Path, rounds: int = 0) -> Any:
     folder.mkdir()
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, "-m", "benchmarks.suite.two_ranks", what, str(stage), str(folder), str(shards), str(rounds)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}: {done.stderr[-8000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return result(started(2, "benchmarks.suite.two_ranks", what, stage, folder, shards, rounds))
+
+
+def started(world: int, module: str, *words: object) -> subprocess.Popen[str]:
+    """So many ranks of a module."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+    command = [*launcher, "-m", module, *map(str, words)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def result(process: subprocess.Popen[str]) -> Any:
+    """The last line that it prints, as JSON, when it has ended."""
+    output, errors = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"{process.args}: {errors[-8000:]}")
+    return json.loads(output.splitlines()[-1])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import shutil
-import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from io import StringIO
@@ -16,7 +14,7 @@ import torch
 
 from benchmarks import data
 from benchmarks.data_files import KINDS
-from benchmarks.suite.rows import Row, paired
+from benchmarks.suite.rows import Row, paired, timed
 from benchmarks.suite.steps import pixel_run
 from trainer.evaluation.features import PACKAGED, open_extractor
 from trainer.generate import generate
@@ -82,7 +80,7 @@ def sampling(folder: Path, shards: Path, rounds: int) -> Row:
     def theirs() -> None:
         pipeline(batch_size=DRAWN, num_inference_steps=SAMPLER_STEPS, output_type="np")
 
-    found = paired(_timed(ours), _timed(theirs), rounds)
+    found = paired(timed(ours), timed(theirs), rounds)
     rates = [f"{DRAWN / seconds:.1f} img/s" for seconds in (found.ours, found.theirs)]
     return Row(f"sampling, DDIM, {SAMPLER_STEPS} steps", rates[0], "diffusers' pipeline", rates[1], 1 / found.ratio, found.error / found.ratio**2, 0.97, True)  # fmt: skip
 
@@ -101,15 +99,6 @@ def features(rounds: int) -> Row:
     def alone() -> None:
         network.extract_features(big).mean((2, 3))
 
-    found = paired(_timed(lambda: extractor.features(images)), _timed(alone), rounds)
+    found = paired(timed(lambda: extractor.features(images)), timed(alone), rounds)
     rates = [f"{LOOKED_AT / seconds:.0f} img/s" for seconds in (found.ours, found.theirs)]
     return Row("evaluation, features", rates[0], "its network alone", rates[1], 1 / found.ratio, found.error / found.ratio**2, 0.9, True)  # fmt: skip
-
-
-def _timed(work: Callable[[], object]) -> Callable[[], float]:
-    def call() -> float:
-        begun = time.perf_counter()
-        work()
-        return time.perf_counter() - begun
-
-    return call

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from threading import Semaphore, Thread
+from unittest import mock
 
 import torch
 
 from trainer import loop
 from trainer.build import Run
+from trainer.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,23 @@ def pair(measured: Sequence[tuple[float, float]]) -> Pair:
     # Of a median, by the median distance from it: 1.4826 makes it a standard deviation, 1.2533 is the median's for a normal one.
     spread = 1.4826 * statistics.median(abs(each - ratio) for each in ratios)
     return Pair(statistics.median(a for a, _ in measured), statistics.median(b for _, b in measured), ratio, 1.2533 * spread / len(ratios) ** 0.5)  # fmt: skip
+
+
+def timed(work: Callable[[], object], times: int = 1) -> Callable[[], float]:
+    """Gives the seconds of one."""
+
+    def call() -> float:
+        begun = time.perf_counter()
+        for _ in range(times):
+            work()
+        return (time.perf_counter() - begun) / times
+
+    return call
+
+
+def silent() -> AbstractContextManager[object]:
+    """Trainings have no bars of their own."""
+    return mock.patch.object(loop, "progress_bar", lambda **words: progress_bar(**{**words, "disable": True}))
 
 
 class InTurns:
