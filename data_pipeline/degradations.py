@@ -6,7 +6,6 @@ gave, so its input may leave that range after noise; what a step does then is sa
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,7 +17,7 @@ from PIL import Image
 
 from data_pipeline.bad_image import BadImage
 from data_pipeline.noise_levels import FORMS, Levels, parse_levels, text_of
-from trainer.errors import UserError
+from trainer.errors import UserError, meant
 
 Array = NDArray[np.float32]
 Generator = np.random.Generator
@@ -158,9 +157,8 @@ def _parse_step(word: str, words: str) -> Step:
             f"{where}measured stands alone, as --corruption measured with --sigma VALUE or --sigma estimate"
         )
     if name not in KINDS:
-        near = difflib.get_close_matches(name.lower(), (*NAMES, "measured"), n=1)
-        hint = f"did you mean {near[0]}? There are" if near else "there are"
-        raise UserError(f"{where}no such corruption; {hint} {', '.join((*NAMES, 'measured'))}")
+        known = (*NAMES, "measured")
+        raise UserError(f"{where}no such corruption; there are {', '.join(known)}{meant(name, known)}")
     kind = KINDS[name]
     if not text:
         raise UserError(f"{where}write {name}:{kind.parameter.split()[0].strip(',')}, {kind.allowed}")

@@ -23,7 +23,7 @@ from PIL import Image
 
 from trainer import folders
 from trainer.documents import from_json, text_of
-from trainer.errors import UserError, WorkFailed
+from trainer.errors import UserError, WorkFailed, meant
 
 Images = list[NDArray[np.uint8]]
 """Each (H, W) grey or (H, W, 3) colour."""
@@ -32,7 +32,7 @@ Images = list[NDArray[np.uint8]]
 def load(name: str, split: str) -> Images:
     """The images of a packaged set. split: "train", "test" or "all"; where a set has no split, every 10th is test."""
     if name not in SETS:
-        raise UserError(f"packaged:{name}: no such set; there are {', '.join(SETS)}")
+        raise UserError(f"packaged:{name}: no such set; there are {', '.join(SETS)}{meant(name, SETS)}")
     if split not in ("train", "test", "all"):
         raise UserError(f"packaged:{name}/{split}: the part must be train, test or all")
     return SETS[name](split)

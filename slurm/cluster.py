@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import shlex
 import shutil
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.documents import from_yaml, text_of
-from trainer.errors import UserError, WorkFailed
+from trainer.errors import UserError, WorkFailed, meant
 
 KINDS = ("slurm", "local")
 REQUEUES = {"slurm": 20, "local": 5}
@@ -57,7 +56,7 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"kind {self.kind!r}: must be {' or '.join(KINDS)}")
+            raise ValueError(f"kind {self.kind!r}: must be {' or '.join(KINDS)}{meant(self.kind, KINDS)}")
         for name, least in LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -115,9 +114,8 @@ def read_cluster(path: Path) -> ClusterConfig:
     given: dict[str, Any] = {}
     for name, value in data.items():
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, 1)
-            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
-            raise UserError(f"cluster file {path}: {name}: no such field; {hint}")
+            hint = meant(name, known) or f"; there are {', '.join(known)}"
+            raise UserError(f"cluster file {path}: {name}: no such field{hint}")
         given[name] = _value(path, name, known[name], value)
     try:
         return ClusterConfig(**given)

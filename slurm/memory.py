@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from slurm.cluster import ClusterConfig
 from slurm.points import Point
-from trainer.errors import UserError
+from trainer.errors import UserError, meant
 
 PROCESS_GB = 0.7
 """Of a rank beside its tensors: Python and the libraries, as `memory/process_gb` of small runs on CPUs has it."""
@@ -17,7 +17,7 @@ def check_memory(point: Point, cluster: ClusterConfig) -> None:
 
     on_gpus = cluster.gpus_per_node > 0
     if cluster.gpu is not None and cluster.gpu not in GPUS:
-        raise UserError(f"gpu {cluster.gpu}: must be one of {', '.join(GPUS)}")
+        raise UserError(f"gpu {cluster.gpu}: must be one of {', '.join(GPUS)}{meant(cluster.gpu, GPUS)}")
     if (cluster.gpu if on_gpus else cluster.mem_gb) is None:
         return
     from data_pipeline.index import read_index

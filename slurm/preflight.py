@@ -16,7 +16,7 @@ from slurm.attempts import steps_done
 from slurm.cluster import ClusterConfig
 from slurm.memory import check_memory
 from slurm.points import Point
-from trainer.errors import UserError, WorkFailed
+from trainer.errors import UserError, WorkFailed, meant
 
 ANSWER_S = 10
 """Seconds that a tracking server has to answer."""
@@ -124,7 +124,9 @@ def _machine(cluster: ClusterConfig) -> None:
     if cluster.kind == "slurm":
         known = queue.partitions()
         if cluster.partition and known and cluster.partition not in known:
-            raise UserError(f"partition {cluster.partition}: no such partition; there are {', '.join(known)}")
+            raise UserError(
+                f"partition {cluster.partition}: no such partition; there are {', '.join(known)}{meant(cluster.partition, known)}"
+            )
     elif cluster.gpus_per_node:
         import torch
 

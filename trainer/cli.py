@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from importlib import import_module
 
 import trainer
 from trainer import errors
-from trainer.errors import UserError
+from trainer.errors import UserError, meant
 
 COMMANDS = {
     "shard": ("data_pipeline.shard", "corrupt images once, and write them as shards"),
@@ -32,7 +31,7 @@ def usage() -> str:
     return (
         f"usage: ambient COMMAND ...\n\nTrains diffusion models from corrupted images alone.\n\n{lines}\n\n"
         "example:\n  ambient shard packaged:digits data/digits --sigma 0.5\n\n"
-        "`ambient COMMAND --help` says more; `ambient --version` prints the version; `source <(ambient completion)` lets bash complete."
+        "`ambient COMMAND --help` says more; `ambient --version` prints the version; `source <(ambient completion)` lets bash complete, and `ambient completion` begins with how zsh does."
     )
 
 
@@ -49,11 +48,8 @@ def main(argv: list[str]) -> int:
         print(completion({name: module for name, (module, _) in COMMANDS.items()}), end="")
         return errors.DONE
     if argv[0] not in COMMANDS:
-        close = difflib.get_close_matches(argv[0], [*COMMANDS, "completion"], 1)
-        raise UserError(
-            f"{argv[0]}: no such command; "
-            + (f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}")
-        )
+        hint = meant(argv[0], [*COMMANDS, "completion"]) or f"; there are {', '.join(COMMANDS)}"
+        raise UserError(f"{argv[0]}: no such command{hint}")
     return import_module(COMMANDS[argv[0]][0]).main(argv[1:])
 
 

@@ -1,46 +1,92 @@
-"""What a shell completes after `ambient`: commands, their options, and fields of a configuration."""
+"""What a shell completes after `ambient`: commands, their options, fields of a configuration, and values that have names."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import import_module
+
+from data_pipeline.degradations import NAMES
+from trainer.config_fields import groups
+from trainer.evaluation.features import PACKAGED
 
 SCRIPT = """# bash: source <(ambient completion); zsh: autoload -U bashcompinit && bashcompinit && source <(ambient completion)
 _ambient() {
-    local word=${COMP_WORDS[COMP_CWORD]} words=
-    if [[ $word == "=" || ${COMP_WORDS[COMP_CWORD - 1]} == "=" ]]; then
-        words=  # of values nothing is known
-    elif ((COMP_CWORD == 1)); then
+    local word=${COMP_WORDS[COMP_CWORD]} of=${COMP_WORDS[COMP_CWORD - 1]} command=${COMP_WORDS[1]} before= words= name
+    COMPREPLY=()
+    if [[ $word == "=" ]]; then  # bash takes "=" for a word
+        word=
+    elif [[ $of == "=" ]]; then
+        of=${COMP_WORDS[COMP_CWORD - 2]}
+    elif [[ $word == *=* ]]; then  # zsh does not
+        of=${word%%=*} before=${word%%=*}= word=${word#*=}
+    elif ((COMP_CWORD > 1)) && [[ $of != -* || $word == -* ]]; then
+        of=
+    fi
+    if ((COMP_CWORD == 1)); then
         words="@COMMANDS@"
-    else
-        case ${COMP_WORDS[1]} in
-@CASES@
+    elif [[ $of ]]; then
+        case $command:$of in
+@VALUES@
         esac
-        case $word in
-            -*) ;;
-            *) if [[ $words == *" "*=* && $word != */* ]]; then words="$words $(compgen -f -- "$word")"; else words=; fi ;;
+    else
+        case $command in
+@WORDS@
         esac
     fi
-    COMPREPLY=($(compgen -W "$words" -- "$word"))
-    [[ ${COMPREPLY[0]-} == *= ]] && compopt -o nospace 2>/dev/null
+    COMPREPLY=($(compgen -P "$before" -W "$words" -- "$word"))
+    if [[ ! $of && $words == *=* && $word != */* ]]; then  # where a file may stand beside fields
+        while IFS= read -r name; do
+            [[ -d $name ]] && COMPREPLY+=("$(printf %q "$name")/") || COMPREPLY+=("$(printf %q "$name")")
+        done < <(compgen -f -- "$word")
+    fi
+    [[ ${COMPREPLY[0]-} == *[=/] ]] && compopt -o nospace 2>/dev/null
     ((${#COMPREPLY[@]})) || compopt -o default 2>/dev/null
 }
 complete -F _ambient ambient
 """
 
+NAMED = {
+    "--corruption": (*NAMES, "measured"),
+    "--checkpoint": ("latest", "best"),
+    "--extractor": (PACKAGED,),
+}
+"""Values of options that take others, too."""
+
 
 def script(commands: Mapping[str, str]) -> str:
     """For bash, and for zsh by bashcompinit. commands: each one's module."""
-    from trainer.config_fields import groups
-
-    fields = sorted({f"{group.path}.{field.name}=".removeprefix(".") for group in groups() for field in group.fields})
-    cases: list[str] = []
+    values, words, fields = [], [], _fields()
     for command, module in commands.items():
         parser: argparse.ArgumentParser = import_module(module).parser()
-        options = [option for action in parser._actions for option in action.option_strings]
-        takes_fields = any(action.dest == "overrides" for action in parser._actions)
-        cases.append(
-            f'            {command}) words="{" ".join([*sorted(options), *(fields if takes_fields else [])])}" ;;'
-        )
-    return SCRIPT.replace("@COMMANDS@", " ".join([*commands, "completion"])).replace("@CASES@", "\n".join(cases))
+        offered: list[str] = []
+        for action in parser._actions:
+            offered += sorted(action.option_strings)
+            for option in action.option_strings:
+                if choices := action.choices or NAMED.get(option):
+                    values.append(_case(f"{command}:{option}", map(str, choices)))
+            if action.dest == "overrides":
+                offered += [f"{name}=" for name in fields]
+        words.append(_case(command, offered))
+    values += [_case(f"*:{name}", choices) for name, choices in fields.items() if choices]
+    listed = " ".join([*commands, "completion"])
+    return (
+        SCRIPT.replace("@COMMANDS@", listed).replace("@VALUES@", "\n".join(values)).replace("@WORDS@", "\n".join(words))
+    )
+
+
+def _case(pattern: str, words: Iterable[str]) -> str:
+    return f"""            {pattern}) words="{" ".join(words)}" ;;"""
+
+
+def _fields() -> dict[str, list[str]]:
+    """Those of a configuration, by path, each with the values of it that have a name."""
+    found: dict[str, dict[str, None]] = {}
+    for group in groups():
+        if group.kind:
+            found.setdefault(f"{group.path}.kind", {})[group.kind] = None
+        if group.null != "no":
+            found.setdefault(group.path, {})["null"] = None
+        for field in group.fields:
+            found.setdefault(f"{group.path}.{field.name}".removeprefix("."), {}).update(dict.fromkeys(field.choices))
+    return {name: list(found[name]) for name in sorted(found)}

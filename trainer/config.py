@@ -7,7 +7,6 @@ here and nowhere else.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import types
 import typing
@@ -28,7 +27,7 @@ from trainer.diffusion.process import AnyProcess, VPCosine
 from trainer.documents import from_yaml, refuse_password, text_of
 from trainer.ema import AnyEMA, PowerEMA, with_kind
 from trainer.engine_config import EngineConfig, OptimizerConfig
-from trainer.errors import UserError
+from trainer.errors import UserError, meant
 from trainer.mlflow_store import LoggingConfig
 from trainer.models.dit import DiTConfig
 from trainer.models.sdxl import SDXLConfig
@@ -256,7 +255,7 @@ def _explain(kind: Any, error: Any) -> str:
     name = ".".join(location) or "configuration"
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = _fields_at(kind, location[:-1])
-        return f"{name}: no such field{_meant(location[-1], known) or '; there are ' + ', '.join(known)}"
+        return f"{name}: no such field{meant(location[-1], known) or '; there are ' + ', '.join(known)}"
     if error["type"] in ("missing", "missing_argument"):
         return f"{name}: must be given"
     value = error["input"]
@@ -264,10 +263,10 @@ def _explain(kind: Any, error: Any) -> str:
         return f"{name}: {value!r}: must be a mapping of fields to values; there are {', '.join(_fields_at(kind, location))}"
     if error["type"] == "union_tag_invalid":
         known = re.findall("'(.*?)'", error["ctx"]["expected_tags"])
-        return f"{name}.kind: {error['ctx']['tag']!r}: must be one of {', '.join(known)}{_meant(error['ctx']['tag'], known)}"
+        return f"{name}.kind: {error['ctx']['tag']!r}: must be one of {', '.join(known)}{meant(error['ctx']['tag'], known)}"
     if error["type"] == "literal_error":
         known = re.findall("'(.*?)'", error["ctx"]["expected"])
-        return f"{name}: {value!r}: must be {error['ctx']['expected']}{_meant(value, known)}"
+        return f"{name}: {value!r}: must be {error['ctx']['expected']}{meant(value, known)}"
     message = PLAINER[error["type"]] if error["type"] in PLAINER else error["msg"].removeprefix("Value error, ")
     shown = f" {value!r}:"
     if isinstance(value, dict):  # of a group: the fields that the message speaks of
@@ -276,11 +275,6 @@ def _explain(kind: Any, error: Any) -> str:
     elif dataclasses.is_dataclass(value):
         shown = ""
     return f"{name}:{shown} {message[0].lower()}{message[1:]}"
-
-
-def _meant(value: object, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(str(value), known, 1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _fields_at(kind: Any, path: Sequence[str]) -> list[str]:

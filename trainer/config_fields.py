@@ -31,10 +31,12 @@ This page is made by `python -m trainer.config_fields`, from the code.
 
 @dataclass(frozen=True)
 class Field:
-    """name: within its group. values: what it may be. default: as YAML; "" where it must be given. about: its meaning."""
+    """name: within its group. values: what it may be, in words. choices: those of its values that have a name, such as true
+    and null. default: as YAML; "" where it must be given. about: its meaning."""
 
     name: str
     values: str
+    choices: tuple[str, ...]
     default: str
     about: str
 
@@ -42,26 +44,36 @@ class Field:
 @dataclass(frozen=True)
 class Group:
     """Fields at one path of the configuration, such as engine or checkpoint.keep_best; "" at the top. kind: of these fields,
-    where the path has several."""
+    where the path has several. null: whether it may stand
+    for all of them: "no", "allowed" or "default"."""
 
     path: str
     kind: str | None
+    null: str
     about: str
     fields: tuple[Field, ...]
 
 
-def groups(configs: Sequence[Any] = (RunConfig,), path: str = "") -> Iterator[Group]:
+def groups(configs: Sequence[Any] = (RunConfig,), path: str = "", null: str = "no") -> Iterator[Group]:
     """In the order of the configuration, each before those within it. configs: what may be at this path."""
     below: dict[str, list[Any]] = {}
+    nulls: dict[str, str] = {}
     for config in configs:
         hints = typing.get_type_hints(config)
         about, told = described(config)
         named = [f for f in dataclasses.fields(config) if f.name != "kind"]
         below |= {f.name: parts for f in named if (parts := _parts(hints[f.name]))}
-        leaves = [Field(f.name, _values(hints[f.name]), _default(f), told.get(f.name, "")) for f in named if f.name not in below]  # fmt: skip
-        yield Group(path, config.kind if len(configs) > 1 else None, about, tuple(leaves))
+        for f in named:
+            if "null" in _choices(hints[f.name]):
+                nulls[f.name] = "default" if f.default is None else "allowed"
+        leaves = [
+            Field(f.name, _values(hints[f.name]), tuple(_choices(hints[f.name])), _default(f), told.get(f.name, ""))
+            for f in named
+            if f.name not in below
+        ]
+        yield Group(path, config.kind if len(configs) > 1 else None, null, about, tuple(leaves))
     for name, parts in below.items():
-        yield from groups(parts, f"{path}.{name}".removeprefix("."))
+        yield from groups(parts, f"{path}.{name}".removeprefix("."), nulls.get(name, "no"))
 
 
 def described(config: Any) -> tuple[str, dict[str, str]]:
@@ -96,6 +108,19 @@ def _values(hint: Any) -> str:
     return {int: "whole number", float: "number", str: "text", bool: "true, false", types.NoneType: "null"}[hint]
 
 
+def _choices(hint: Any) -> Iterator[str]:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        yield from map(str, arguments)
+    elif origin is typing.Annotated:
+        yield from _choices(arguments[0])
+    elif origin in (typing.Union, types.UnionType):
+        for argument in arguments:
+            yield from _choices(argument)
+    else:
+        yield from {bool: ("true", "false"), types.NoneType: ("null",)}.get(hint, ())
+
+
 def _default(field: dataclasses.Field[Any]) -> str:
     if field.default is not MISSING:
         return json.dumps(field.default)
@@ -116,6 +141,10 @@ def page() -> str:
             if group.kind:
                 kinds = ", ".join(str(other.kind) for other in found if other.path == group.path)
                 lines.append(f"\n`{group.path}.kind`: one of {kinds}; `{_default_kind(group.path)}` unless given.\n")
+        if group.null != "no" and group.path != before:
+            lines.append(
+                f"\n`{group.path}: null`{', the default,' if group.null == 'default' else ''} leaves it out.\n"
+            )
         if group.kind:
             lines.append(f"\n### {group.path} of kind {group.kind}\n")
         lines += [f"\n{group.about}\n"] if group.about else []

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import os
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 DONE, FAILED, BAD_REQUEST, INTERRUPTED = 0, 1, 2, 75
@@ -40,7 +42,22 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(BAD_REQUEST, f"error: {message}; see {self.prog} --help\n")
+        self.exit(BAD_REQUEST, f"error: {message}{self._meant(message)}; see {self.prog} --help\n")
+
+    def _meant(self, message: str) -> str:
+        if found := re.match(r"unrecognized arguments: (--[^ =]+)", message):
+            return meant(found[1], self._option_string_actions)
+        if found := re.match(r"argument (\S+): invalid choice: '(.*?)'", message):
+            choices = next((a.choices for a in self._actions if found[1] in (a.dest, "/".join(a.option_strings))), None)
+            return meant(found[2], map(str, choices or ()))
+        return ""
+
+
+def meant(word: object, known: Iterable[str]) -> str:
+    """ "; did you mean lr?" where one of the known words is like this one, else "". In what case letters are makes no difference."""
+    by_lower = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(str(word).lower(), by_lower, 1)
+    return f"; did you mean {by_lower[close[0]]}?" if close else ""
 
 
 def differences(old: Mapping[str, object], new: Mapping[str, object]) -> str:

@@ -12,7 +12,7 @@ from benchmarks import exactness, tweedie_range
 from benchmarks.mixtures import Mixture
 from benchmarks.official import OfficialConsistency
 from benchmarks.toy import Method, Problem, Training, error
-from tests.diffusion.known import gaussian
+from tests.trainer.diffusion.known import gaussian
 from trainer.budget import settled
 from trainer.diffusion.ambient import AmbientConfig
 from trainer.diffusion.batch import Batch

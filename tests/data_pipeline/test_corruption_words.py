@@ -84,7 +84,7 @@ def test_flags_become_a_corruption_in_canonical_form(flags: str, expected: Corru
         ("--corruption measured --sigma 0.1 --clean-share 0.1", "--clean-share 0.1: --corruption measured has no clean images"),
         ("--corruption measured --sigma 0.1 --effective-sigma 1", "leave it out"),
         ("--corruption measured+blur:2", "--corruption measured+blur:2: measured: measured stands alone"),
-        ("--corruption bluer:2", "--corruption bluer:2: no such corruption; did you mean blur? There are gaussian, salt-and-pepper"),
+        ("--corruption bluer:2", "--corruption bluer:2: no such corruption; there are gaussian, salt-and-pepper"),
         ("--corruption Poisson:2", "did you mean poisson?"),
         ("--corruption zebra", "no such corruption; there are gaussian"),
         ("--corruption blur:1++jpeg:5", "--corruption blur:1++jpeg:5: an empty part: no such corruption"),

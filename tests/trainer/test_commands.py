@@ -177,3 +177,21 @@ def test_console_script(capsys: pytest.CaptureFixture[str]) -> None:
         assert "example" in capsys.readouterr().out
     assert errors.run(lambda: cli.main(["trian"])) == 2
     assert "did you mean train?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("shard a b --sigm 0.2", "--sigma"),
+        ("sample a --samplr=ddim", "--sampler"),
+        ("sample a --sampler ddmi", "ddim"),
+        ("plan c.yaml --gpus 1 --gpu H100", "h100"),
+    ],
+)
+def test_of_a_misspelt_option_or_value_it_says_what_may_be_meant(words: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words.split())
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert f"; did you mean {meant}?; see python -m" in said
+    assert said.count("\n") == 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.diffusion.known import Mixture, gaussian, noisy, three_gaussians
+from tests.trainer.diffusion.known import Mixture, gaussian, noisy, three_gaussians
 from trainer.diffusion.batch import Batch, Conditioning
 from trainer.diffusion.consistency import ConsistencyLoss
 from trainer.diffusion.denoiser import Denoiser

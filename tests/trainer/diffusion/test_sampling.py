@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 import torch
 
-from tests.diffusion.known import gaussian, three_gaussians
+from tests.trainer.diffusion.known import gaussian, three_gaussians
 from trainer.diffusion.levels import karras_levels
 from trainer.diffusion.noise import StreamNoise
 from trainer.diffusion.sampling import Sampler, guided, reverse_step, sample

@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 import torch
 
-from tests.diffusion.known import Linear, OneLevel, gaussian, noisy, three_gaussians
+from tests.trainer.diffusion.known import Linear, OneLevel, gaussian, noisy, three_gaussians
 from trainer.diffusion.ambient import NEAREST, AmbientConfig, AmbientLoss, e_x0_from_e_xn, further_noised
 from trainer.diffusion.batch import Batch
 from trainer.diffusion.denoiser import Denoiser
