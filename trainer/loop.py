@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from tqdm import tqdm
@@ -56,32 +56,11 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
         closing(batches),
     ):  # on errors, too: they stand on a line of their own, and no worker is left
         for step in range(before.step, config.steps):
-            started, waited, scale = time.perf_counter(), 0.0, engine.loss_scale
-            finite = torch.ones((), dtype=torch.bool, device=ranks.device)
-            keys: list[str] = []
-            spike, losses = None, list[torch.Tensor]()
-            for micro in range(layout.accumulation):
-                asked = time.perf_counter()
-                batch = next(batches)
-                waited += time.perf_counter() - asked
-                with reports.pace.computing():
-                    loss = step_loss(run, batch, step, step + passed_over, micro, reports.meter)
-                finite &= loss.isfinite()
-                keys += batch.keys
-                if spikes:  # whether to step depends on it, so here the device is waited for
-                    losses.append(loss.detach())
-                    if micro == layout.accumulation - 1:
-                        mean = float(ranks.sum(torch.stack(losses).sum())) / layout.accumulation / ranks.world
-                        spike = spikes.observe(mean, run.schedule.has_consistency(step))
-                engine.backward(loss * math.nan if spike else loss)  # steps of such gradients are left out
-                engine.step(step)
-            if spike and engine.precision == "fp16":  # no overflow, so the scale stays
-                engine.loss_scale = replace(scale, skipped=engine.loss_scale.skipped)
-            run.ema.update(engine.masters, step + 1)
-            reports.pace.waited(waited)
-            period = _spend(run, step, started + waited)
+            started, done = time.perf_counter(), step + 1
+            passes = _passes(run, batches, step, step + passed_over, reports, spikes)
+            run.ema.update(engine.masters, done)
+            period = _spend(run, step, started + passes.waited)
 
-            done = step + 1
             evaluations = (run.denoiser.evaluations - evaluations_before) * ranks.world
             seconds = before.seconds + time.perf_counter() - begun
             run.state = TrainState(
@@ -89,10 +68,12 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
                 before.shape, period, loss_scale=engine.loss_scale, usual_loss=spikes.usual if spikes else before.usual_loss,
                 rolled_back=before.rolled_back,
             )  # fmt: skip
+
+            # What the ranks know together: of this step where something depends on it, else of the one before.
             asked, saves = stop(), done % config.checkpoint.every == 0 or done == config.steps
             reports_now = done % config.logging.every == 0 or done == config.steps
-            judged = Step(run.state, keys, spike, engine.loss_scale.scale)
-            verdicts.tell(judged, asked, run.checkpoints.written, finite, engine.left_out)
+            judged = Step(run.state, passes.keys, passes.spike, engine.loss_scale.scale)
+            verdicts.tell(judged, asked, run.checkpoints.written, passes.finite, engine.left_out)
             known = verdicts.known(saves or reports_now or (asked and ranks.world == 1))
             if stopping := any(verdict.stop for verdict in known):
                 known += verdicts.known(of_all=True)
@@ -101,6 +82,8 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
             if any(verdict.written for verdict in known):
                 run.checkpoints.end(ranks)
             run.state = replace(run.state, loss_scale=engine.loss_scale, in_a_row=in_a_row)
+
+            # What people look at.
             bar.update()
             if reports_now or stopping:
                 report, covered = reports.report(evaluations, config.optimizer.rate(step))
@@ -110,6 +93,8 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
                     run.logger.metrics(done, report)
             if config.logging.sample_every and (done % config.logging.sample_every == 0 or done == config.steps):
                 preview.log(done)
+
+            # What outlasts the process.
             if isinstance(config.ema, PowerEMA) and config.ema.snapshots and done % config.ema.snapshots.every == 0:
                 for name, width in config.ema.tracked().items():
                     write_snapshot(run.directory, ranks, done, width, run.averaged_weights(name))
@@ -123,6 +108,45 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
                 break
     assert saved_at == run.state.step, "nothing done is left unsaved"
     return run.state.step >= config.steps
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Of one step, on this rank. keys: of its samples. finite: whether the losses of its micro-batches are, a bool scalar on the
+    device. spike: what is wrong with the mean loss of all ranks, if anything. waited: seconds, for data."""
+
+    keys: list[str]
+    finite: torch.Tensor
+    spike: str | None
+    waited: float
+
+
+def _passes(
+    run: Run, batches: Iterator[Batch], step: int, drawn: int, reports: Reports, spikes: recovery.Spikes | None
+) -> Passes:
+    """Forward and backward passes of the step's micro-batches, and the optimiser's step. drawn: as `step_loss` has it."""
+    engine, ranks, last = run.engine, run.ranks, run.layout.accumulation - 1
+    finite, scale = torch.ones((), dtype=torch.bool, device=ranks.device), engine.loss_scale
+    keys, losses, spike, waited = list[str](), list[torch.Tensor](), None, 0.0
+    for micro in range(run.layout.accumulation):
+        asked = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - asked
+        with reports.pace.computing():
+            loss = step_loss(run, batch, step, drawn, micro, reports.meter)
+        finite &= loss.isfinite()
+        keys += batch.keys
+        if spikes:  # whether to step depends on it, so here the device is waited for
+            losses.append(loss.detach())
+            if micro == last:
+                mean = float(ranks.sum(torch.stack(losses).sum())) / len(losses) / ranks.world
+                spike = spikes.observe(mean, run.schedule.has_consistency(step))
+        engine.backward(loss * math.nan if spike else loss)  # steps of such gradients are left out
+        engine.step(step)
+    if spike and engine.precision == "fp16":  # no overflow, so the scale stays
+        engine.loss_scale = replace(scale, skipped=engine.loss_scale.skipped)
+    reports.pace.waited(waited)
+    return Passes(keys, finite, spike, waited)
 
 
 def step_loss(run: Run, batch: Batch, step: int, drawn: int, micro: int, meter: Meter) -> torch.Tensor:
