@@ -5,50 +5,19 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterator
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.pages import OUR_PROGRAMS, PAGES, commands, inline, words_of
 from trainer import cli
 from trainer.config_fields import groups
 
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")] + sorted((ROOT / "docs").glob("*.md"))
 FIELDS = {f"{group.path}.{field.name}".removeprefix(".") for group in groups() for field in group.fields}
 GROUPS = {group.path for group in groups()}
 
-
-def commands(page: Path) -> Iterator[str]:
-    """What stands in a page's blocks of code, one command a line, without comments."""
-    fenced, text = False, ""
-    for line in page.read_text().splitlines():
-        if line.lstrip().startswith("```"):
-            fenced = not fenced
-        elif fenced or line.startswith("    "):
-            text += line.strip()
-            if text.endswith("\\"):
-                text = text[:-1] + " "
-                continue
-            yield text
-            text = ""
-
-
-def words_of(command: str) -> list[str]:
-    """Of the last program in a line, from its name on."""
-    try:
-        words = shlex.split(command.replace("[", "").replace("]", ""), comments=True)
-    except ValueError:
-        return []
-    for operator in ("&&", "|", ";"):
-        if operator in words:
-            words = words[words.index(operator) + 1 :]
-    return words
-
-
-OUR_PROGRAMS = rf"-m (trainer|data_pipeline|slurm)\b|^ambient ({'|'.join(cli.COMMANDS)}) "
-ALL = [(page, command) for page in PAGES for command in commands(page)]
+ALL = [(page, command) for page in PAGES for command in (*commands(page), *inline(page))]
 OURS = sorted({(page.name, command) for page, command in ALL if re.search(OUR_PROGRAMS, command)})  # fmt: skip
 SCRIPTS = sorted({(page.name, command) for page, command in ALL if re.search(r"python (-m )?(benchmarks|tests)[./]", command)})  # fmt: skip
 MADE = sorted({(page.name, command) for page, command in ALL if command.startswith("make ")})

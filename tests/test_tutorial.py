@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import shlex
-import signal
 import textwrap
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -15,36 +13,10 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ROOT
-from tests.test_docs import commands, words_of
-from trainer import errors
+from tests.pages import called, commands, less, words_of
 
 PAGE = ROOT / "docs" / "tutorial.md"
-FEWER = {
-    r'load\("digits", part\)': 'load("digits", part)[:80]',
-    r"steps=\d+": "steps=3",
-    r"--number \d+": "--number 12",
-    r"--limit \d+": "--limit 20",
-    r"num_inference_steps=\d+": "num_inference_steps=2",
-}
 PYTHON = re.compile(r"```python\n(# (\S+)\n.*?)```", re.DOTALL)
-
-
-def less(text: str) -> str:
-    for long, short in FEWER.items():
-        text = re.sub(long, short, text)
-    return text
-
-
-def called(words: list[str]) -> None:
-    """`python -m MODULE WORDS...`, in this process, which saves the imports."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
-    module = import_module(words[2])
-    try:
-        code = errors.run(lambda: module.main(words[3:]))
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    assert code == 0, words
 
 
 def test_the_tutorial_works_as_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
