@@ -21,7 +21,7 @@ dev: $(VENV)/.installed-dev
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[datasets]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[datasets,evaluation,measured]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

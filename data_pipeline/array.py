@@ -54,7 +54,9 @@ def submit_shards(
     """
     folder = Path(cluster.logs).absolute() / f"shard-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     parts = [tuple(numbers[j::jobs]) for j in range(min(jobs, len(numbers)))]
-    made = executor(replace(cluster, nodes=1), folder, "shard")  # more nodes would stay idle: jobs share nothing
+    made = executor(
+        replace(cluster, nodes=1, min_nodes=None), folder, "shard"
+    )  # more nodes would stay idle: jobs share nothing
     handles = submit(made, [ShardJob(work, part, cluster.cpus_per_task) for part in parts])
     tqdm.write(f"jobs {' '.join(handle.job_id for handle in handles)}; logs in {folder}", file=sys.stderr)
     waiting = set(numbers)

@@ -86,7 +86,7 @@ class ShardCache:
             file.close()
             return None
         if os.fstat(file.fileno()).st_size != shard.bytes:  # a disk that lost what it had promised to keep
-            path.unlink()
+            path.unlink(missing_ok=True)  # another reader may have found it, too
             file.close()
             return None
         os.utime(path)  # the time of its last use

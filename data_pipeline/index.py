@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,11 @@ class ShardIndex:
         """The shape that most samples have; of two as frequent, the first."""
         samples = self.samples_of
         return self.shapes[samples.index(max(samples))]
+
+    @property
+    def captioned(self) -> bool:
+        """Whether any sample has a caption."""
+        return "caption" in self.schema.get("json", {}).get("fields", ())
 
     @property
     def not_gaussian(self) -> str | None:
@@ -197,7 +203,7 @@ def parse_index(path: str, content: bytes) -> ShardIndex:
     names = {shard.name for shard in index.shards}
     if any(os.path.basename(name) != name for name in names):
         raise UserError(f"{path}: a shard's name has a folder in it, which no index that we write has")
-    if any(len(shard.sha256) != 64 or not shard.sha256.isalnum() for shard in index.shards):
+    if any(not re.fullmatch("[0-9a-f]{64}", shard.sha256) for shard in index.shards):
         raise UserError(
             f"{path}: a checksum that is not 64 hexadecimal digits: remove the folder, or choose another, and shard again"
         )

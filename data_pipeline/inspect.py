@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("output", metavar="OUTPUT", help="the folder or URL that data_pipeline.shard wrote")
-    p.add_argument("--no-verify", action="store_true", help="leave checksums out, so that observations are not read; sizes and counts are compared still")  # fmt: skip
+    p.add_argument("--no-verify", action="store_true", help="leave checksums out, so that only the observations that are shown are read; sizes and counts are compared still")  # fmt: skip
     p.add_argument("--out", metavar="FOLDER", help="where to write the pictures (default: OUTPUT/inspect)")
     return p
 
@@ -174,11 +174,29 @@ def summary(index: ShardIndex, contents: Contents) -> str:
         "seed": index.request.get("seed"),
         "sigma_n": f"{spread}; clean (0): {int((levels == 0).sum())}",
         "its origin": origins,
+        **_values(index, contents),
         "captions": _captions(index, contents),
         "rejected": f"{index.rejected}{f', see {REJECTED}' if index.rejected else ''}",
         "checksum": index.checksum,
     }
     return "\n".join(f"  {name:<12}{value}" for name, value in rows.items())
+
+
+def _values(index: ShardIndex, contents: Contents) -> dict[str, str]:
+    """What of their pixels shows a wrong --range, or a level in other units."""
+    if index.request.get("latents") or not contents.shown:
+        return {}
+    pixels = np.concatenate([x_n.astype(np.float32).ravel() for _, x_n in contents.shown])
+    low, middle, high = np.quantile(pixels, [0.01, 0.5, 0.99])
+    rows = {
+        "values": f"1 % {low:.3g}, median {middle:.3g}, 99 % {high:.3g} of {len(contents.shown)} observations; black is -1, white 1"
+    }
+    if asked := index.request.get("value_range"):
+        half = (asked[1] - asked[0]) / 2
+        rows["range"] = (
+            f"{asked[0]:g} is -1, {asked[1]:g} is 1: sigma_n of {np.median(contents.levels) * half:.4g} in the files' own units"
+        )
+    return rows
 
 
 def _shape(index: ShardIndex) -> str:
@@ -192,8 +210,8 @@ def _shape(index: ShardIndex) -> str:
 
 def _captions(index: ShardIndex, contents: Contents) -> str:
     if not index.text:
-        return f"{contents.captions}"
-    return f"{contents.captions}; {index.text['captions']} distinct ones, with the empty one, by text encoders {index.text['identity'][:16]}"
+        return f"{contents.captions} of {len(contents.levels)}"
+    return f"{contents.captions} of {len(contents.levels)}; {index.text['captions']} distinct ones, with the empty one, by text encoders {index.text['identity'][:16]}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from data_pipeline.bad_image import BadImage
-from data_pipeline.corruption import Observation, generator_of
+from data_pipeline.corruption import Measured, Observation, generator_of
 from data_pipeline.latents.arguments import LatentRequest
 from data_pipeline.latents.buckets import TIME_IDS, Bucket, bucket_of
 from data_pipeline.plan import Plan, Request
@@ -117,6 +117,10 @@ def encoder_of(request: LatentRequest) -> LatentEncoder:
 
 def observe(request: Request, picture: Picture, key: str, channels: int) -> Observation:
     """Of pixels. Raises BadImage for an image that cannot be used, and UserError for a request that fits none."""
+    if isinstance(request.corruption, Measured) and picture.channels != channels:
+        raise BadImage(
+            f"{picture.channels} channels, {channels} are wanted: converting would change the noise that was measured"
+        )
     x0 = prepare(picture, request.size, channels, request.value_range)
     return _check(request.corruption(x0, generator_of(request.seed, key)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from data_pipeline import index, plan, records, storage
 from data_pipeline.array import submit_shards
 from data_pipeline.bad_image import BadImage
+from data_pipeline.first_look import look
 from data_pipeline.index import ShardIndex
 from data_pipeline.latents.captions import write_captions
 from data_pipeline.observe import encoder_of, nearest_sizes, observe
@@ -50,7 +52,7 @@ class Limit:
     asked: float
 
     def __post_init__(self) -> None:
-        if not self.asked >= 0 or (self.asked >= 1 and self.asked != int(self.asked)):
+        if not 0 <= self.asked < math.inf or (self.asked >= 1 and self.asked != int(self.asked)):
             raise UserError(
                 f"--max-rejected {self.asked:g}: must be a share of the images below 1, or a whole number of them"
             )
@@ -61,7 +63,7 @@ class Limit:
         if len(found) > (self.asked if self.asked >= 1 else self.asked * count):
             records.write_rejected(output, found)
             raise WorkFailed(
-                f"{output}: at least {len(found)} of {count} images were rejected, more than --max-rejected {self.asked:g}; see {storage.join(output, index.REJECTED)}; the first is {found[0].key}: {found[0].reason}; mend or remove them, or run again with a higher --max-rejected"
+                f"{output}: at least {len(found)} of {count} images were rejected, more than --max-rejected {self.asked:g}; see {storage.join(output, index.REJECTED)}; the first is {found[0].key}: {found[0].reason}; run again with a higher --max-rejected to leave them out, or mend or remove them and shard into another OUTPUT"
             )
 
 
@@ -141,7 +143,10 @@ def _first_plan(request: Request, source: Source, output: str, limit: Limit) -> 
         try:
             picture = source.read_for(i, request.size)
             channels = request.channels or (1 if picture.pixels.ndim == 2 else picture.pixels.shape[2])
-            shape = observe(request, picture, source.keys[i], channels).x_n.shape
+            observation = observe(request, picture, source.keys[i], channels)
+            for odd in look(request, picture, observation):
+                print(f"warning: SOURCE {request.source}: {odd}", file=sys.stderr)
+            shape = observation.x_n.shape
             return Plan(request.recorded(), count, keys, channels, ((shape[0], shape[1], shape[2]),))
         except BadImage as error:
             rejected.append(Rejected.of(source.keys[i], error))
@@ -189,6 +194,7 @@ def _work(work: Work, source: Source, limit: Limit, means: Means) -> ShardIndex:
             f"warning: {enlarged} of {work.plan.count} images had fewer pixels than --size {work.request.size} and were enlarged, so they hold less detail: choose a smaller --size, or leave them out",
             file=sys.stderr,
         )
+    _missing_captions(work, progress.done.values())
     text = None
     if work.request.latents is not None and work.request.latents.embeddings:
         ordered = (progress.done[number] for number in sorted(progress.done))
@@ -196,6 +202,12 @@ def _work(work: Work, source: Source, limit: Limit, means: Means) -> ShardIndex:
         text = write_captions(work.output, work.request.latents.source, captions)
     records.remove_leftovers(work.output, progress.done)  # workers of a killed call may have gone on for a moment
     return records.merge(work.output, work.plan, progress.done.values(), text)
+
+
+def _missing_captions(work: Work, done: Iterable[Record]) -> None:
+    samples, captioned = (sum(counts) for counts in zip(*((r.images - len(r.rejected), r.captioned) for r in done), strict=True))  # fmt: skip
+    if 0 < captioned < samples:
+        print(f"warning: {samples - captioned} of {samples} images have no caption: a run with captions trains them with the empty one", file=sys.stderr)  # fmt: skip
 
 
 @contextmanager

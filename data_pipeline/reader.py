@@ -91,7 +91,9 @@ class ShardReader:
                 # The usual npy file goes where it belongs, without a copy; its header is compared, not parsed.
                 usual = shard.members.sizes[observation] == usual_size
                 if usual:
-                    os.preadv(shard.file.fileno(), [header, flat[i]], shard.members.offsets[observation])
+                    there = os.preadv(shard.file.fileno(), [header, flat[i]], shard.members.offsets[observation])
+                    if there != usual_size:
+                        raise BadSample(f"the file ends {usual_size - there} bytes before the observation does")
                 if not usual or header != usual_header:
                     out[i] = npy_array(shard.content(observation, usual_size + npy.LONGEST_HEADER), shape)
                 about.append(meta(shard.content(record, LONGEST_META)))

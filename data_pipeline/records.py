@@ -39,7 +39,7 @@ class Record:
     """One finished shard. number: its place in the plan. shard: None where all its images were rejected. sigma_min and
     sigma_max: the range of its sigma_n. fields: what the samples' JSON has. rejected: in the source's order. captions: with
     latents, the shard's distinct captions, in the order in which they come. enlarged: images that had fewer pixels than the
-    size asked for."""
+    size asked for. captioned: samples that have a caption."""
 
     number: int
     shard: Shard | None
@@ -49,6 +49,7 @@ class Record:
     rejected: tuple[Rejected, ...]
     captions: tuple[str, ...] = ()
     enlarged: int = 0
+    captioned: int = 0
 
     @property
     def images(self) -> int:

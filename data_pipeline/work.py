@@ -35,7 +35,7 @@ class Work:
 
 
 def available_cores() -> int:
-    """The cores that this process may use: in a SLURM job or a container fewer than the machine has."""
+    """The cores that this process may use: in a SLURM job fewer than the machine has; what a container may use of their time is not asked."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -45,13 +45,13 @@ def write_shard(work: Work, source: Source, number: int, on_image: Callable[[], 
     fields: set[str] = set()
     captions: dict[str, None] = {}
     rejected: dict[int, Rejected] = {}
-    enlarged = 0
+    enlarged = captioned = 0
 
     def reject(i: int, error: BadImage) -> None:
         rejected[i] = Rejected.of(source.keys[i], error)
 
     def samples() -> Iterator[tuple[str, Members]]:
-        nonlocal enlarged
+        nonlocal enlarged, captioned
         for one in observed(work.request, work.plan, source, number, reject, on_image):
             observation, key = one.observation, source.keys[one.place]
             meta = {"sigma_n": float(observation.sigma_n), **observation.about}
@@ -70,6 +70,7 @@ def write_shard(work: Work, source: Source, number: int, on_image: Callable[[], 
             if work.request.latents and "caption" in meta:
                 captions[meta["caption"]] = None
             enlarged += one.enlarged
+            captioned += "caption" in meta
             yield key, members
 
     name = name_of(number)
@@ -77,7 +78,9 @@ def write_shard(work: Work, source: Source, number: int, on_image: Callable[[], 
     lowest, highest = (min(levels), max(levels)) if levels else (0.0, 0.0)
     shard = Shard(name, count, size, digest, work.plan.shape(number)) if count else None
     in_order = tuple(entry for _, entry in sorted(rejected.items()))
-    record = Record(number, shard, lowest, highest, tuple(sorted(fields)), in_order, tuple(captions), enlarged)
+    record = Record(
+        number, shard, lowest, highest, tuple(sorted(fields)), in_order, tuple(captions), enlarged, captioned
+    )
     write_record(work.output, record)
     return record
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import shutil
 import sys
@@ -59,13 +60,13 @@ class ClusterConfig:
             raise ValueError(f"kind {self.kind!r}: must be {' or '.join(KINDS)}{meant(self.kind, KINDS)}")
         for name, least in LEAST.items():
             value = getattr(self, name)
-            if value is not None and value < least:
+            if value is not None and not least <= value < math.inf:
                 raise ValueError(f"{name} {value:g}: must be at least {least}")
         if self.min_nodes is not None and self.min_nodes > self.nodes:
             raise ValueError(f"min_nodes {self.min_nodes}: must be at most nodes {self.nodes}")
         if self.kind == "local" and (self.max_requeues or 0) > REQUEUES["local"]:
             raise ValueError(f"max_requeues {self.max_requeues}: kind local starts a job again at most 5 times")
-        if self.mem_gb is not None and self.mem_gb <= 0:
+        if self.mem_gb is not None and not 0 < self.mem_gb < math.inf:
             raise ValueError(f"mem_gb {self.mem_gb:g}: must be above 0")
         if self.signal_delay_s >= 60 * self.time_minutes:
             raise ValueError(
@@ -73,7 +74,7 @@ class ClusterConfig:
             )
         if self.kind == "local" and self.nodes > 1:
             raise ValueError(f"nodes {self.nodes}: kind local has one node")
-        for name in ("setup", "srun_args", "min_nodes"):
+        for name in SLURM_ONLY:
             if self.kind == "local" and getattr(self, name):
                 raise ValueError(f"{name}: kind local does not use it; remove it, or choose kind: slurm")
 
@@ -87,6 +88,9 @@ class ClusterConfig:
         """How often a training may be started again."""
         return REQUEUES[self.kind] if self.max_requeues is None else self.max_requeues
 
+
+SLURM_ONLY = ("partition", "account", "qos", "constraint", "min_nodes", "setup", "srun_args")
+"""Fields that say nothing to kind local."""
 
 LEAST = {
     "nodes": 1, "min_nodes": 1, "tasks_per_node": 1, "gpus_per_node": 0, "cpus_per_task": 1, "time_minutes": 1,

@@ -49,6 +49,15 @@ def points(path: Path, overrides: Sequence[str], sweeps: Sequence[str]) -> list[
     base = Path(config.run_dir).absolute()
     if not sweeps:
         return [Point(replace(config, run_dir=str(base)), ())]
+    keys = [sweep.partition("=")[0] for sweep in sweeps]
+    if twice := next((key for key in keys if keys.count(key) > 1), None):
+        raise UserError(f"--sweep {twice}: is given twice: give all its values in one")
+    if "run_dir" in keys:
+        raise UserError(
+            "--sweep run_dir: each point has a folder of its own, named by its values: sweep another field, such as seed"
+        )
+    if (base / "config.yaml").is_file():
+        raise UserError(f"run_dir {base}: holds a run, and the sweep's would lie within it: choose another")
     axes = [_axis(sweep) for sweep in sweeps]
     found: dict[str, Point] = {}
     for values in product(*axes):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from slurm import queue
 from slurm.attempts import steps_done
-from slurm.cluster import ClusterConfig
+from slurm.cluster import SLURM_ONLY, ClusterConfig
 from slurm.memory import check_memory
 from slurm.points import Point
 from trainer.errors import UserError, WorkFailed, meant
@@ -143,12 +143,15 @@ def refused_by_slurm(text: str) -> str | None:
     if result.returncode == 0:
         return None
     lines = [line.removeprefix("sbatch: error: ").strip() for line in result.stderr.splitlines() if line.strip()]
-    return f"the cluster refuses the job: {'; '.join(line for line in lines if not line.startswith('allocation failure')) or 'sbatch --test-only failed'}"
+    told = (
+        [line for line in lines if not line.startswith("allocation failure")] or lines or ["sbatch --test-only failed"]
+    )
+    return f"the cluster refuses the job: {'; '.join(told)}; hold nodes, gpus_per_node, cpus_per_task, mem_gb and constraint of the cluster's file against `sinfo -lNe`"
 
 
 def without_slurm_fields(cluster: ClusterConfig) -> tuple[ClusterConfig, list[str]]:
     """The cluster's file for this machine, and the fields that have no meaning here."""
     plain = ClusterConfig("local")
-    unused = [name for name in ("setup", "srun_args", "min_nodes", "nodes") if getattr(cluster, name) != getattr(plain, name)]  # fmt: skip
+    unused = [name for name in (*SLURM_ONLY, "nodes") if getattr(cluster, name) != getattr(plain, name)]  # fmt: skip
     most = min(cluster.requeues, plain.requeues)
     return replace(cluster, kind="local", max_requeues=most, **{name: getattr(plain, name) for name in unused}), unused

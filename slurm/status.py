@@ -81,11 +81,22 @@ class Status:
             f"job {self.job}, started again at most {self.most} times; its starts:",
         ]
         for start in self.starts:
-            after = start.decision.reason if start.decision else "no word of its end yet"
+            after = start.decision.reason if start.decision else self._without_decision(start)
             began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(start.started))
             where = f"{start.ranks} ranks on {','.join(start.nodes)}" if start.nodes else "no rank began"
             lines.append(f"  {start.job}-{start.number}  {began}  {where}, from step {start.step}; {after}")
         return "\n".join([*lines, f"logs in {self.folder}"])
+
+    def _without_decision(self, start: Attempt) -> str:
+        """Of a start that SLURM ended or began again by itself, or that goes on."""
+        said = sorted({ending.outcome for ending in start.endings.values()})
+        if not said:
+            return (
+                "no word of its end yet"
+                if start is self.starts[-1] and self.state == "RUNNING"
+                else "ended without a word"
+            )
+        return f"{', '.join(said)}; then SLURM decided, not we (scancel, or scontrol requeue)"
 
 
 def status(run_dir: Path) -> Status | None:
@@ -93,6 +104,8 @@ def status(run_dir: Path) -> Status | None:
     note = attempts.submission(run_dir)
     if not note:
         return None
+    if "kind" not in note:
+        raise UserError(f"RUN {run_dir}: is a folder of jobs' files: give the folder of a run, or of a sweep")
     starts = attempts.read(run_dir)
     records = [record for record in json_lines(run_dir / "metrics.jsonl") if "metrics" in record]
     step = max([attempts.steps_done(run_dir), *(record["step"] for record in records[-1:])])

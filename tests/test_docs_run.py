@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 
 from data_pipeline import degradations
 from data_pipeline.corruption import Degraded
@@ -21,7 +22,7 @@ from trainer import cli
 
 NOT_RUN = {
     r"stabilityai/|train configs/sdxl-face|sample runs/sdxl-face": "needs SDXL's own weights",
-    r"sdxl-tiny": "tests/test_tutorial.py runs them, one after the other",
+    r"sdxl-tiny|mine-sdxl": "tests/test_tutorial.py runs them, one after the other",
     r"slurm\.status": "tests/slurm asks it of jobs",
     r"trainer\.config_fields": "tests/trainer/test_config_fields.py compares the page",
     r"SOURCE OUTPUT": "only says what a command takes",
@@ -89,7 +90,7 @@ def place(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "checkpoint.keep_best.metric=loss/ambient logging.every=4",
             "python -m trainer.export runs/mine exports/mine",
         ):
-            called(command.split())
+            called(list(map(str, command.split())))
         shutil.copy("runs/mine/config.yaml", "mine.yaml")
         for name in ("clean", "naive", "ours"):
             shutil.copytree("runs/mine", f"runs/{name}")
@@ -113,6 +114,19 @@ def test_a_command_does_its_work(page: str, command: str, place: Path, tmp_path:
     if words[2] == "trainer.init":
         Path("mine.yaml").unlink()
     called(words)
+
+
+def test_frames_are_cut_into_tiles_as_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("frames").mkdir()
+    frames = np.arange(3 * 130 * 70, dtype=np.uint16).reshape(3, 130, 70)
+    tifffile.imwrite("frames/stack.tif", frames)
+    tifffile.imwrite("frames/one.tif", frames[0])
+    code = re.search(r"```python\n(# tiles\.py\n.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
+    assert code
+    exec(code[1], {})
+    assert len(list(Path("tiles").iterdir())) == (3 + 1) * 2
+    np.testing.assert_array_equal(tifffile.imread("tiles/stack-2-64-0.tif"), frames[2, 64:128, :64])
 
 
 def test_what_is_not_run_is_there() -> None:
@@ -140,4 +154,4 @@ def test_the_commands_of_the_first_change_work(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "CONTRIBUTING.md").read_text()
     for command in re.findall(r"`(python -m data_pipeline[^`]+)`", text.partition("## A first change")[2]):
-        called(command.replace("posterize:4", "jpeg:20").replace("/tmp/posterized", "shards").split())
+        called(str(command).replace("posterize:4", "jpeg:20").replace("/tmp/posterized", "shards").split())

@@ -59,7 +59,7 @@ def set_attention(module: nn.Module, wanted: Attention, dtype: torch.dtype, rank
     """Chooses, and sets every attention layer of a module that holds a diffusers model. A collective: all ranks end with
     the same. Raises UserError where xformers is asked for and cannot run, with its own reason."""
     choice = choose(wanted, head_dims(module), dtype, ranks.device)
-    if ranks.any({"sdpa": choice.backend == "sdpa"})["sdpa"] and choice.backend == "xformers":
+    if ranks.any(choice.backend == "sdpa") and choice.backend == "xformers":
         choice = Choice("sdpa", "xformers did not pass on another rank", choice.probe)
     use(module, choice.backend)
     return choice

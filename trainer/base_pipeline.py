@@ -12,7 +12,6 @@ from torch import Tensor
 from data_pipeline.index import ShardIndex
 from data_pipeline.latents.identity import require_same, vae_identity
 from data_pipeline.latents.parts import ENCODERS, SCHEDULER, STEMS, TOKENIZERS, find_parts, read_config
-from data_pipeline.writer import META
 from trainer.config import RunConfig
 from trainer.diffusion.process import VPTable
 from trainer.documents import from_json, text_of
@@ -84,18 +83,14 @@ def check_data(model: SDXLConfig, index: ShardIndex, shards: str) -> None:
                 f"model.base {model.base}: its UNet takes latents of {unet['in_channels']} channels, with sides that are multiples of {halvings}; {shards} has {(channels, height, width)}: shard with another --size or --buckets"
             )
     require_same(latents["vae"], vae_identity(folders["vae"]), f"the VAE of model.base {model.base}")
-    if (
-        model.prompt is None
-        and model.text == "encoded"
-        and "caption" not in index.schema.get(META, {}).get("fields", ())
-    ):
+    if model.prompt is None and model.text == "encoded" and not index.captioned:
         raise UserError(
             f"model.prompt null: {shards} has no captions: give one prompt for all images, such as 'a face', or shard with captions"
         )
     if model.prompt is None and model.text == "cached":
         if index.text is None:
             raise UserError(
-                f"model.prompt null: {shards} has no embeddings of captions (text/): give one prompt for all images, such as 'a face', or set model.text to encoded, or shard with captions, and --latents a pipeline with text encoders"
+                f"model.prompt null: {shards} has no embeddings of captions (text/): give one prompt for all images, such as 'a face', {'or set model.text to encoded' if index.captioned else 'or shard with captions, and --latents a pipeline with text encoders'}"
             )
         from data_pipeline.latents.text import encoders_identity
 
@@ -111,6 +106,10 @@ def _check_schedule(config: RunConfig, model: SDXLConfig, folder: Path) -> None:
         recorded: dict[str, Any] = from_json(text_of(path))
     except (OSError, ValueError) as error:
         raise UserError(f"model.base {model.base}: {path.name} cannot be read: {error}") from None
+    if not isinstance(recorded, dict) or not all(
+        isinstance(recorded.get(f"beta_{end}"), float) for end in ("start", "end")
+    ):
+        raise UserError(f"model.base {model.base}: {path.name} does not say beta_start and beta_end")
     if recorded.get("beta_schedule") != "scaled_linear":
         raise UserError(
             f"model.base {model.base}: its beta_schedule is {recorded.get('beta_schedule')}; only scaled_linear, SDXL's, is supported"

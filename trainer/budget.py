@@ -44,10 +44,14 @@ class Budget:
         """The alternation in which the steps are timed."""
         return StepSchedule(2, 1, self.start, self.end)
 
+    def times(self, step: int) -> bool:
+        """Whether it wants to know how long this step takes."""
+        return step >= self.start and (self.end is None or step < self.end)
+
     def observe(self, step: int, seconds: float, ranks: Ranks) -> Choice | None:
         """seconds: of this step on this rank, without waiting for data. A choice, the same on all ranks, as soon as both
         kinds were seen often enough. Every rank must call it at every step: the call that chooses is a collective."""
-        if step < self.start:
+        if not self.times(step):
             return None
         self._seconds[self.schedule.has_consistency(step)].append(seconds)
         if min(len(times) for times in self._seconds.values()) < WARM_UP + COUNTED:

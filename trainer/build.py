@@ -230,10 +230,17 @@ FEW = 300
 
 
 def _few(config: RunConfig, loader: Loader) -> str | None:
-    """What to say of a data set that is too small, if it is."""
     if loader.index.samples >= FEW or loader.index.sigma_max * config.data.sigma_scale == 0:
         return None
-    return f"{config.data.shards} has {loader.index.samples} images; below about {FEW} a long training from noisy images goes wrong: mirror them (data.flip=true), keep many checkpoints and take the one with the lowest loss on held-out noisy images, or give more images or a share of clean ones"
+    return few(config.data.shards, loader.index.samples, bool(loader.index.request.get("latents")))
+
+
+def few(shards: str, samples: int, latents: bool) -> str:
+    """What to say of a data set that is too small for a long training from noisy images alone."""
+    said = f"{shards} has {samples} images; below about {FEW} a long training from noisy images goes wrong: "
+    if latents:
+        return f"{said}shard again with --flip, draw from each checkpoint that is kept (checkpoint.keep), and give more images or a share of clean ones"
+    return f"{said}mirror them (data.flip=true), cut large ones into tiles, keep checkpoints (checkpoint.keep) and judge each by trainer.evaluate --checkpoint STEP --measured, or give more images or a share of clean ones"
 
 
 def _not_gaussian(config: RunConfig, loader: Loader) -> str | None:

@@ -190,7 +190,7 @@ class Checkpoints:
 
     def _agree(self, ranks: Ranks, begun: _Begun) -> None:
         """Raises WorkFailed on all ranks where one has an error."""
-        if not ranks.any({"failed": begun.error is not None})["failed"]:
+        if not ranks.any(begun.error is not None):
             return
         if ranks.is_main:  # a full disk has its room back
             shutil.rmtree(begun.partial, ignore_errors=True)

@@ -6,10 +6,6 @@ here and nowhere else.
 
 from __future__ import annotations
 
-import dataclasses
-import re
-import types
-import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +15,7 @@ import yaml
 from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, ValidationError
 
 from data_pipeline.loader import DataConfig
+from trainer.config_errors import dataclasses_in, explain
 from trainer.diffusion.ambient import AmbientConfig
 from trainer.diffusion.consistency import ConsistencyConfig
 from trainer.diffusion.levels import EDM, Levels, LogNormal, Weight
@@ -27,7 +24,7 @@ from trainer.diffusion.process import AnyProcess, VPCosine
 from trainer.documents import from_yaml, refuse_password, text_of
 from trainer.ema import AnyEMA, PowerEMA, with_kind
 from trainer.engine_config import EngineConfig, OptimizerConfig
-from trainer.errors import UserError, meant
+from trainer.errors import UserError
 from trainer.mlflow_store import LoggingConfig
 from trainer.models.dit import DiTConfig
 from trainer.models.sdxl import SDXLConfig
@@ -82,11 +79,12 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "micro_batch_size", "threads"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} {value}: must be at least 1")
         particles = self.consistency.batch_size if self.consistency else None
         if particles and self.batch_size % particles:
             raise ValueError(f"consistency.batch_size {particles} must divide batch_size {self.batch_size}")
-        if min(self.steps, self.batch_size, self.micro_batch_size or 1, self.threads or 1) < 1:
-            raise ValueError("steps, batch_size, micro_batch_size and threads must be at least 1")
         if self.checkpoint.keep_best and self.logging.every > self.checkpoint.every:
             raise ValueError(
                 f"checkpoint.keep_best judges by reports, so logging.every {self.logging.every} must be at most checkpoint.every {self.checkpoint.every}"
@@ -141,9 +139,14 @@ def parse_as(kind: type[T], data: dict[str, Any], where: str, overridden: Sequen
                 )
         return made
     except ValidationError as error:
-        said = _explain(kind, error.errors()[0])
+        said = explain(kind, error.errors()[0])
         name = said.partition(":")[0]
-        from_there = any(f"{path}.".startswith(f"{name}.") or f"{name}.".startswith(f"{path}.") for path in overridden)
+        from_there = any(
+            f"{path}.".startswith(f"{name}.")
+            or f"{name}.".startswith(f"{path}.")
+            or name.startswith(f"{path} ")  # of the whole, which begins with the field
+            for path in overridden
+        )
         raise UserError(f"{'the command line' if from_there else where}: {said}") from None
 
 
@@ -193,18 +196,6 @@ def merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-PLAINER = {
-    "bool_parsing": "must be true or false",
-    "bool_type": "must be true or false",
-    "int_parsing": "must be a whole number",
-    "int_from_float": "must be a whole number",
-    "int_type": "must be a whole number",
-    "float_parsing": "must be a number",
-    "float_type": "must be a number",
-    "string_type": "must be text",
-}
-"""pydantic's messages, in our words."""
-
 DEEPEST = 8
 """No field has so many points in its path."""
 
@@ -217,72 +208,12 @@ def _parse_override(text: str) -> dict[str, Any]:
         parsed = from_yaml(value)
     except ValueError:
         raise UserError(f"{text}: {value} is not a YAML value; quote it") from None
-    parsed = _number(parsed)
     for name in reversed(path.split(".")):
         parsed = {name: parsed}
     return parsed
 
 
-def _number(value: Any) -> Any:
-    """YAML 1.1 takes 3e-4 for a string; a person who writes it means a number."""
-    if isinstance(value, str):
-        try:
-            return float(value) if any(c.isdigit() for c in value) else value
-        except ValueError:
-            return value
-    return value
-
-
 def _forbid_unknown_fields(kind: Any) -> None:
     """pydantic's default silently drops unknown keys of dataclasses: forbid them in the whole tree."""
-    for inner in _dataclasses_in(kind):
+    for inner in dataclasses_in(kind):
         inner.__pydantic_config__ = {"extra": "forbid"}
-
-
-def _dataclasses_in(kind: Any) -> Iterator[Any]:
-    if dataclasses.is_dataclass(kind):
-        yield kind
-        for hint in typing.get_type_hints(kind).values():
-            yield from _dataclasses_in(hint)
-    elif typing.get_origin(kind) in (typing.Union, types.UnionType, tuple, dict, list):
-        for argument in typing.get_args(kind):
-            yield from _dataclasses_in(argument)
-
-
-def _explain(kind: Any, error: Any) -> str:
-    tags = {inner.kind for inner in _dataclasses_in(kind) if hasattr(inner, "kind")}
-    location = [str(part) for i, part in enumerate(error["loc"]) if not (part in tags and i > 0)]
-    name = ".".join(location) or "configuration"
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = _fields_at(kind, location[:-1])
-        return f"{name}: no such field{meant(location[-1], known) or '; there are ' + ', '.join(known)}"
-    if error["type"] in ("missing", "missing_argument"):
-        return f"{name}: must be given"
-    value = error["input"]
-    if error["type"] in ("dataclass_type", "model_attributes_type", "union_tag_not_found"):
-        return f"{name}: {value!r}: must be a mapping of fields to values; there are {', '.join(_fields_at(kind, location))}"
-    if error["type"] == "union_tag_invalid":
-        known = re.findall("'(.*?)'", error["ctx"]["expected_tags"])
-        return f"{name}.kind: {error['ctx']['tag']!r}: must be one of {', '.join(known)}{meant(error['ctx']['tag'], known)}"
-    if error["type"] == "literal_error":
-        known = re.findall("'(.*?)'", error["ctx"]["expected"])
-        return f"{name}: {value!r}: must be {error['ctx']['expected']}{meant(value, known)}"
-    message = PLAINER[error["type"]] if error["type"] in PLAINER else error["msg"].removeprefix("Value error, ")
-    shown = f" {value!r}:"
-    if isinstance(value, dict):  # of a group: the fields that the message speaks of
-        given = [f"{field} {value[field]!r}" for field in value if re.search(rf"\b{re.escape(str(field))}\b", message)]
-        shown = f" {', '.join(given)}:" if given else ""
-    elif dataclasses.is_dataclass(value):
-        shown = ""
-    return f"{name}:{shown} {message[0].lower()}{message[1:]}"
-
-
-def _fields_at(kind: Any, path: Sequence[str]) -> list[str]:
-    """The names of the fields at a path of the configuration, of any member where the path leads to a union."""
-    if typing.get_origin(kind) is dict and path:  # its keys are names that the user gave
-        return _fields_at(typing.get_args(kind)[1], path[1:])
-    kinds = list(_dataclasses_in(kind)) if not dataclasses.is_dataclass(kind) else [kind]
-    if not path:
-        return sorted({f.name for k in kinds for f in dataclasses.fields(k)})
-    hints = [typing.get_type_hints(k)[path[0]] for k in kinds if path[0] in typing.get_type_hints(k)]
-    return sorted({name for hint in hints for name in _fields_at(hint, path[1:])}) if hints else []

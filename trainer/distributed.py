@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,12 +23,9 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def any(self, flags: Mapping[str, bool]) -> dict[str, bool]:
-        """Each flag, true on all ranks where it is true on any. A collective: every rank must call it."""
-        if self.world == 1:
-            return dict(flags)
-        values = torch.tensor([flags[name] for name in flags], dtype=torch.int32, device=self.device)
-        return {name: bool(value) for name, value in zip(flags, self.max(values).tolist(), strict=True)}
+    def any(self, flag: bool) -> bool:
+        """Whether it is true on any rank. A collective: every rank must call it."""
+        return bool(self.max(torch.tensor(flag, dtype=torch.int32, device=self.device)))
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, in place. A collective."""
@@ -66,9 +62,12 @@ def init() -> Ranks:
         raise UserError(
             f"the environment has WORLD_SIZE but not {', '.join(missing)}: start with torchrun, or set all four"
         )
-    rank, world = (0, 1) if alone else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    rank, world = (0, 1) if alone else (_number("RANK"), _number("WORLD_SIZE"))
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        local, there = _number("LOCAL_RANK"), torch.cuda.device_count()
+        if local >= there:
+            raise UserError(f"LOCAL_RANK {local}: this machine has {there} GPUs: start at most {there} processes on it")
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
@@ -77,3 +76,10 @@ def init() -> Ranks:
         store = dist.HashStore() if alone else None  # no port to collide on
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return Ranks(rank, world, device)
+
+
+def _number(name: str) -> int:
+    text = os.environ.get(name, "0")
+    if not text.isdigit():
+        raise UserError(f"{name} {text!r} in the environment: must be a whole number, as torchrun sets it")
+    return int(text)

@@ -134,7 +134,7 @@ def arithmetic() -> Iterator[Finding]:
     detail = (
         f"{speeds[torch.bfloat16] / 1e12:.3g} TFLOP/s, fp32 {speeds[torch.float32] / 1e12:.3g}; differs by {gap:.1e}"
     )
-    if gap > 0.02:
+    if not gap <= 0.02:  # also where it is not a number
         yield Finding("bf16", "fail", detail, "its products are wrong: update the driver and torch; use precision fp32")
     elif resolve_precision("auto") == "fp32":
         yield Finding("bf16", "warn", f"{detail}; not native", "leave engine.precision at fp32 or auto")

@@ -204,8 +204,8 @@ class Engine:
         self.loss_scale = replace(scale, scale=first if self.precision == "fp16" else 1.0)
         steps -= scale.skipped
         if missing := self._named.keys() ^ weights.keys():
-            raise ValueError(
-                f"the checkpoint's parameters are not this model's: {sorted(missing)[0]} and {len(missing) - 1} more"
+            raise UserError(
+                f"the checkpoint's parameters are not this model's: {sorted(missing)[0]} and {len(missing) - 1} more: was the base changed, or another diffusers installed?"
             )
         if moments:
             split: list[list[Tensor]] = []

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trainer import errors
 from trainer.errors import UserError
-from trainer.evaluation.request import Request
+from trainer.evaluation.request import Request, check_numbers
 from trainer.sample import add_weights
 
 EXAMPLE = """examples:
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     _check(args)
     from data_pipeline import storage
     from trainer.evaluation.record import REPORT
-    from trainer.evaluation.report import report
+    from trainer.evaluation.report import incomparable, report
     from trainer.evaluations import Weights, evaluate, subjects
 
     request = Request(
@@ -72,33 +72,35 @@ def main(argv: list[str] | None = None) -> int:
         from trainer.evaluate_jobs import EvaluationJob, evaluate_by_jobs
 
         cluster = read_cluster(args.cluster)
-        subjects(args.runs, request, weights)  # a mistake is found before a job waits for its turn
+        subjects(
+            args.runs, request, weights, lambda text: None
+        )  # the jobs say what is odd; a mistake is found before a job waits for its turn
         jobs = [EvaluationJob(run.resolve(), request, args.extractor, command, weights) for run in args.runs]
         evaluate_by_jobs(jobs, cluster)
     done = evaluate(args.runs, request, args.extractor, command, weights)
     if done:
         page: Path = args.out or (done[0][1] / REPORT if len(done) == 1 else args.runs[0].parent / "comparison.html")
+        replaced = " (in the place of an older one)" if page.exists() else ""
         storage.write_atomically(str(page), report(done, command).encode())
-        print(page)
+        if unlike := incomparable([evaluation for evaluation, _ in done]):
+            print(f"warning: {unlike}", file=sys.stderr)
+        print(f"{page}{replaced}")
     return errors.DONE
 
 
 def _check(args: argparse.Namespace) -> None:
-    from trainer.evaluations import FEWEST  # takes seconds, which --help should not
-
     if not args.reference and not args.measured:
         raise UserError("--reference is missing: clean images that training never saw; who has none gives --measured, shards of noisy ones")  # fmt: skip
     if args.training and not args.reference:
         raise UserError(f"--training {args.training}: needs --reference, clean images that training never saw, which the attacks are held against")  # fmt: skip
     if args.measured and not args.number:
         raise UserError("--number 0: --measured compares samples with observations: leave one of them out")
-    if args.number and args.number < FEWEST:
-        raise UserError(f"--number {args.number}: must be at least {FEWEST}, or 0 for no samples")
-    for name in ("attacked", "compared"):
-        if getattr(args, name) < FEWEST:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least {FEWEST}")
-    if args.steps < 2:
-        raise UserError(f"--steps {args.steps}: must be at least 2")
+    try:
+        check_numbers(args.number, args.attacked, args.compared, args.steps, args.levels)
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+    if args.attack_sigma is not None and not args.training:
+        raise UserError(f"--attack-sigma {args.attack_sigma:g}: needs --training, the images to attack")
     if not 0 < args.attack_visible < 1:
         raise UserError(f"--attack-visible {args.attack_visible:g}: must be above 0 and below 1")
     if args.training and args.training == args.reference:

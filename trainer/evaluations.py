@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from data_pipeline import storage
+from data_pipeline.index import NAME as INDEX
 from data_pipeline.sources import open_source
 from trainer import distributed
 from trainer.distributed import Ranks
@@ -19,14 +20,11 @@ from trainer.evaluation.images import Images
 from trainer.evaluation.observations import open_observations
 from trainer.evaluation.record import FOLDER, REPORT, Evaluation
 from trainer.evaluation.report import COLUMNS, report, value
-from trainer.evaluation.request import Request
+from trainer.evaluation.request import FEWEST, Request
 from trainer.judge import SAMPLER, Subject, image_shape, judge, levels_within
 from trainer.mlflow_store import LoggingConfig, attach
 from trainer.models.sdxl import SDXLConfig
 from trainer.restore import restore, shards_of
-
-FEWEST = 10
-"""Images of either kind below which no distance is taken."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ def evaluate(
     """Judges each run, writes its report, and adds its figures to its MLflow run. A collective: the samples are shared out, and
     the rest is done by the first rank; the others return an empty list. command: that does this again."""
     ranks = distributed.init()
-    judged = subjects(runs, request, weights)
+    judged = subjects(runs, request, weights, _warn if ranks.is_main else lambda text: None)
     network = open_extractor(extractor, ranks.device)
     if request.number:
         for subject in judged:
@@ -60,8 +58,12 @@ def evaluate(
     return done
 
 
-def subjects(runs: Sequence[Path], request: Request, weights: Weights) -> list[Subject]:
-    """Raises UserError for what does not fit a run, before anything is drawn."""
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def subjects(runs: Sequence[Path], request: Request, weights: Weights, say: Callable[[str], None]) -> list[Subject]:  # fmt: skip
+    """say: told what is odd of them. Raises UserError for what does not fit a run, before anything is drawn."""
     found: list[Subject] = []
     opened = cache(_open_images)  # runs that see the same images share them, and what is known of them
     for run_dir in runs:
@@ -91,16 +93,16 @@ def subjects(runs: Sequence[Path], request: Request, weights: Weights) -> list[S
         if observations and index:
             theirs, its = observations.index.request, index.request
             if theirs.get("source") == its.get("source"):
-                print(f"warning: --measured {request.measured}: {run_dir} was trained on these images: nothing here is held out", file=sys.stderr)  # fmt: skip
+                say(f"--measured {request.measured}: {run_dir} was trained on these images: nothing here is held out")  # fmt: skip
             for name, flag in (("value_range", "--range"), ("corruption", "corruption")):
                 if theirs.get(name) != its.get(name):
-                    print(f"warning: --measured {request.measured}: made with {flag} {theirs.get(name)}, {run_dir} was trained with {its.get(name)}", file=sys.stderr)  # fmt: skip
+                    say(f"--measured {request.measured}: made with {flag} {theirs.get(name)}, {run_dir} was trained with {its.get(name)}")  # fmt: skip
         if index is None:
-            print(f"warning: {run_dir}: its shards, {run.config.data.shards}, are not there: noise levels are not marked", file=sys.stderr)  # fmt: skip
+            say(f"{run_dir}: its shards, {run.config.data.shards}, are not there: noise levels are not marked")  # fmt: skip
         elif (made_of := index.request.get("source")) == request.reference and made_of:
-            print(f"warning: --reference {request.reference}: {run_dir} was trained on these images: nothing here is held out", file=sys.stderr)  # fmt: skip
+            say(f"--reference {request.reference}: {run_dir} was trained on these images: nothing here is held out")  # fmt: skip
         elif request.training and made_of != request.training:
-            print(f"warning: --training {request.training}: {run_dir} was trained on {made_of}", file=sys.stderr)
+            say(f"--training {request.training}: {run_dir} was trained on {made_of}")
         found.append(Subject(run_dir.resolve().name, run, index, reference, training, observations, prompt, run_dir / FOLDER))  # fmt: skip
     return found
 
@@ -109,6 +111,9 @@ def _open_images(
     option: str, name: str, shape: tuple[int, int, int], limit: int | None, value_range: tuple[float, float] | None
 ) -> Images:
     """option: that names them. limit: where a run's shards were made of the source's first images alone, those."""
+    local = storage.local_path(name)
+    if local is not None and (local / INDEX).is_file():
+        raise UserError(f"{option} {name}: these are shards of observations: give clean images; observations are for --measured {name}")  # fmt: skip
     source = open_source(name, option)
     return Images(name, source, shape, min(limit or len(source), len(source)), value_range)
 
@@ -127,18 +132,20 @@ def _line(evaluation: Evaluation) -> str:
 
 
 def _log(run_dir: Path, config: LoggingConfig, evaluation: Evaluation, folder: Path) -> None:
-    """Into the run's own MLflow run, once."""
-    marker = folder / "mlflow.sent"
-    if marker.exists():
+    """Into the run's own MLflow run, in the place of another evaluation's."""
+    marker = folder.parent / "mlflow.sent"  # names the evaluation that MLflow's figures are of
+    if marker.exists() and marker.read_text() == folder.name:
         return
     settings = evaluation.settings
-    tags = {f"evaluation.{name}": str(settings[name]) for name in ("extractor", "number", "reference", "measured") if settings.get(name)}  # fmt: skip
+    told = ("extractor", "number", "reference", "measured", "training", "attacked", "steps")
+    tags = {f"evaluation.{name}": str(settings[name]) for name in told if settings.get(name)}
+    tags["evaluation.folder"] = folder.name
     try:
         sent = attach(config, run_dir, evaluation.step, evaluation.metrics, tags, folder)
     except WorkFailed as error:
         print(f"warning: {error}; evaluate again to send the figures", file=sys.stderr)
         return
     if sent:
-        marker.touch()
+        storage.write_atomically(str(marker), folder.name.encode())
     else:
         print(f"{run_dir}: has no MLflow run, so the figures are in {folder} alone")

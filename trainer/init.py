@@ -8,6 +8,7 @@ import math
 import re
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ EXAMPLE = """examples:
 
 Sizes, rates and weights are where to begin, not results: docs/studies.md says what was measured.
 """
+LONG_S = 2 * 3600
+"""A training on a CPU that takes longer is told how it could be shorter."""
 LONGEST = 170
 """Characters of a comment; a longer one is cut at the end of a sentence."""
 
@@ -60,10 +63,15 @@ def main(argv: list[str] | None = None) -> int:
     if args.config.exists():
         raise UserError(f"CONFIG {args.config}: is there already: choose another name")
     from data_pipeline.index import read_index
+    from trainer.build import FEW, few
 
     index = read_index(args.shards)
     data = proposal(args.shards, index, args.config.stem, gpus, args.base, args.prompt)
-    said = _fitted(data, index, gpus, gpu) if gpus else "on a CPU"
+    said, seconds = _fitted(data, index, gpus, gpu) if gpus else "on a CPU", 0.0
+    if not gpus and index.request.get("latents") is None:
+        print("timing a few passes of the network...", file=sys.stderr)
+        seconds = _seconds(data, index)
+        said += f": about {seconds / data['steps']:.2g} s a step as this one was timed just now, {_duration(seconds)} in all"  # fmt: skip
     text = render(data, f"{index.samples} images of {' x '.join(map(str, index.shape))} in {args.shards}, sigma_n {index.levels}; {said}")  # fmt: skip
     try:
         args.config.write_text(text)
@@ -73,6 +81,10 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{args.config}: for {index.samples} images, {said}")
     if data["model"]["kind"] == "unet2d" and len(data["model"]["channels"]) == 1:
         print(f"warning: sides of {' x '.join(map(str, index.shape[1:]))} cannot be halved, so the network has one resolution: shard with --size 32, 64 or another multiple of 8", file=sys.stderr)  # fmt: skip
+    if seconds > LONG_S:
+        print("  shorter:        fewer steps, a smaller batch_size, fewer channels; or cut the images into tiles (docs/data.md)")  # fmt: skip
+    if index.samples < FEW and index.sigma_max > 0:
+        print(f"warning: {few(args.shards, index.samples, index.request.get('latents') is not None)}", file=sys.stderr)
     if gpus:
         print(f"  what it takes:  python -m trainer.plan {file} --gpus {gpus} --gpu {gpu}")
     if gpus > 8:
@@ -89,8 +101,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def proposal(shards: str, index: ShardIndex, name: str, gpus: int, base: str | None, prompt: str | None) -> dict[str, Any]:  # fmt: skip
     """Where to begin, as the data of a RunConfig. Raises UserError for latents and pixels that do not go with the options."""
-    from data_pipeline.writer import META
-
     latents = index.request.get("latents")
     if latents is None and (base or prompt):
         raise UserError(f"--{'base' if base else 'prompt'}: {shards} holds pixels, not latents; shard with --latents for Stable Diffusion XL")  # fmt: skip
@@ -110,8 +120,7 @@ def proposal(shards: str, index: ShardIndex, name: str, gpus: int, base: str | N
     }
     budget = {"overhead_budget": 0.2, "start": 1_000 if gpus else 200}
     if latents is not None:
-        captioned = "caption" in index.schema.get(META, {}).get("fields", ())
-        if not captioned and prompt is None:
+        if not index.captioned and prompt is None:
             raise UserError(f"--prompt: {shards} has no captions: give one prompt for all images, such as 'a face'")
         encoded = prompt is None and index.text is None  # captions whose embeddings were not stored
         return data | {
@@ -170,6 +179,38 @@ def _fitted(data: dict[str, Any], index: ShardIndex, gpus: int, gpu: str) -> str
         if getattr(chosen.saving, name):
             data["engine"][name] = True
     return f"{gpus} x {gpu}, {estimate.memory(chosen).peak / 1e9:.1f} GB a rank as planned"
+
+
+def _seconds(data: dict[str, Any], index: ShardIndex) -> float:
+    """Of the training on this machine's CPU: a few passes are timed, and the run's arithmetic is a multiple of theirs."""
+    import torch
+
+    from trainer import networks
+    from trainer.config import parse
+    from trainer.engine_settings import resolve_precision
+    from trainer.planning.estimate import Estimate, setting_of
+    from trainer.planning.trace import passes
+
+    config = parse(data, "the proposal")
+    network = networks.denoiser(config, index.shape)
+    estimate = Estimate(config, network, index.shape, setting_of(config, next(iter(GPUS)), 1))
+    rows = passes(config, config.batch_size, False).with_gradient
+    x, sigma = torch.zeros(rows, *index.shape), torch.ones(rows)
+    low = resolve_precision(config.engine.precision) == "bf16"
+
+    def passed() -> float:
+        begun = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            h = network(x, sigma, {})
+        h.sum().backward()
+        return time.perf_counter() - begun
+
+    passed()  # the first one sets things up
+    return min(passed() for _ in range(4)) / (rows * estimate.flops.both) * estimate.run_flops()
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds < LONG_S else f"{seconds / 3600:.1f} hours"
 
 
 def render(data: dict[str, Any], what: str) -> str:

@@ -180,7 +180,7 @@ def step_loss(run: Run, batch: Batch, step: int, drawn: int, micro: int, meter: 
 def _spend(run: Run, step: int, started: float) -> int | None:
     """Gives the budget, if it has not chosen yet, this step's time; returns the period that it chose, now or before."""
     c, ranks = run.config.consistency, run.ranks
-    if run.budget is None or c is None:
+    if run.budget is None or c is None or not run.budget.times(step):
         return run.state.period
     if ranks.device.type == "cuda":
         torch.cuda.synchronize()

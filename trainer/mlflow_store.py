@@ -111,9 +111,12 @@ def attach(
     from mlflow.entities import Metric, RunTag
     from mlflow.exceptions import MlflowException
 
-    if not mlflow_pages.logged(run_dir):
-        return False
-    run_id = mlflow_pages.state(run_dir)["run_id"]
+    try:
+        if not mlflow_pages.logged(run_dir):
+            return False
+        run_id = mlflow_pages.state(run_dir)["run_id"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise WorkFailed(f"{run_dir / 'mlflow.json'}: is damaged ({error}): mend it or move it away") from None
     now = int(time.time() * 1000)
     try:
         client, experiment_id = connect(config, run_dir)

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from trainer import base_pipeline
 from trainer.config import RunConfig, to_yaml
 from trainer.diffusion.process import AnyProcess
 from trainer.documents import json_lines
@@ -37,7 +38,7 @@ def card(run: Restored, run_dir: Path) -> str:
         "---", yaml.safe_dump(head, sort_keys=False).strip(), "---", "",
         f"# {run_dir.resolve().name}", "",
         "A diffusion model trained from noisy images by ambient-trainer, after \"Consistent Diffusion Meets Tweedie\" (arXiv 2404.10177). These are the averaged weights.", "",
-        "## Use", "", "```python", _code(config), "```", "",
+        "## Use", "", "```python", _code(run), "```", "",
         "## Data", "", *_data(config), "",
         "## Training", "", *_training(run), "",
         "## Metrics", "",
@@ -47,8 +48,8 @@ def card(run: Restored, run_dir: Path) -> str:
     ])  # fmt: skip
 
 
-def _code(config: RunConfig) -> str:
-    model = config.model
+def _code(run: Restored) -> str:
+    config, model = run.config, run.config.model
     if not isinstance(model, SDXLConfig):
         a_dit = isinstance(model, DiTConfig)
         network = "DiTTransformer2DModel" if a_dit else "UNet2DModel"
@@ -67,15 +68,18 @@ def h(x, sigma):
     out = model(x * {scale_code(config.process)}, time{label}).sample
     return {OUTPUTS[config.prediction]}"""
     load = (
-        f'pipeline = StableDiffusionXLPipeline.from_pretrained("{model.base}")\npipeline.load_lora_weights("THIS_FOLDER", weight_name="{LORA}")\n{SCHEDULER}'
+        f'pipeline = StableDiffusionXLPipeline.from_pretrained({model.base!r})\npipeline.load_lora_weights("THIS_FOLDER", weight_name="{LORA}")\n{SCHEDULER}'
         if model.lora
         else 'pipeline = StableDiffusionXLPipeline.from_pretrained("THIS_FOLDER")'
     )
     prompt = model.prompt or "a caption like those of the data"
+    height, width = (side * base_pipeline.pixels_a_side(model) for side in run.state.shape[1:])
     return f"""from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
 {load}
-image = pipeline("{prompt}", negative_prompt="", num_inference_steps=40, guidance_scale=1.0).images[0]"""
+image = pipeline(
+    {prompt!r}, negative_prompt="", height={height}, width={width}, num_inference_steps=40, guidance_scale=1.0
+).images[0]"""
 
 
 OUTPUTS = {
@@ -132,6 +136,7 @@ def _training(run: Restored) -> list[str]:
     return [
         f"- {state.step} steps of {config.batch_size} samples; {state.evaluations} network evaluations; {state.seconds:.0f} s",
         f"- noise process `{config.process.kind}`, prediction `{config.prediction}`, levels `{config.levels.kind}`, weight `{config.weight.kind}`",
+        f"- ambient loss: {'pairs, an unbiased estimate of the clean loss' if config.ambient.pairs else 'single observations'}",
         f"- consistency: {consistency}",
         f"- weights averaged by {run.average}",
     ]

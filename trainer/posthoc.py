@@ -76,7 +76,7 @@ def write_snapshot(run_dir: Path, ranks: Ranks, step: int, sigma_rel: float, ave
             write_whole(average, path, {"step": str(step), "sigma_rel": str(sigma_rel)})
         except (OSError, SafetensorError) as caught:
             error = caught
-    if ranks.any({"failed": error is not None})["failed"]:
+    if ranks.any(error is not None):
         raise WorkFailed(f"cannot write the snapshot {path} ({error or 'rank 0 failed'})")
 
 

@@ -64,9 +64,10 @@ class Spikes:
         return self._usual[0], self._usual[1]
 
     def observe(self, loss: float, with_consistency: bool) -> str | None:
-        """What is wrong with it, if it is a spike; else it counts among the usual ones. One that is not finite does neither."""
+        """What is wrong with it, if it is a spike; else it counts among the usual ones. One that is not finite does neither. Where
+        the usual loss is not above 0, as that of pairs may be, it has no multiple to be held against."""
         usual = self._usual[with_consistency]
-        if usual.steps >= WARM_UP and loss > self._factor * usual.mean:
+        if usual.steps >= WARM_UP and usual.mean > 0 and loss > self._factor * usual.mean:
             return f"the loss {loss:.4g} is {loss / usual.mean:.3g} times the usual {usual.mean:.4g}"
         if abs(loss) < float("inf"):
             self._usual[with_consistency] = usual.after(loss)

@@ -53,6 +53,8 @@ def restore(run_dir: Path, checkpoint: str = "latest", sigma_rel: float | None =
         raise UserError(
             f"{run_dir}: no checkpoint yet; train it with `python -m trainer.train {run_dir / 'config.yaml'}`"
         )
+    if config.threads:  # what was chosen for this machine's cores holds for drawing, too
+        torch.set_num_threads(config.threads)
     state = read_state(path)
     denoiser = networks.denoiser(config, state.shape)
     average, told = read_tensors(path, "ema"), str(config.ema)

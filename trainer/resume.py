@@ -26,7 +26,7 @@ def newest_whole(checkpoints: Checkpoints, names: Iterable[str], ranks: Ranks) -
             chosen, warning = _choose(checkpoints, list(names))
         except (UserError, OSError) as error:  # the others wait
             failed = error
-    if ranks.any({"failed": failed is not None})["failed"]:
+    if ranks.any(failed is not None):
         raise failed or UserError(f"{checkpoints.folder}: rank 0 found no whole checkpoint")
     chosen = int(ranks.max(torch.tensor(chosen, device=ranks.device)))
     return (None if chosen < 0 else checkpoints.path(chosen)), warning

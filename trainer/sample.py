@@ -31,6 +31,10 @@ def add_weights(p: argparse.ArgumentParser) -> None:
     p.add_argument("--ema-sigma-rel", type=float, metavar="WIDTH", help="take an average of this width, put together from the run's ema.snapshots (default: the run's own average)")  # fmt: skip
 
 
+OTHER_IMAGES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".npy")
+"""Endings that tell of a file in another form than the one that is written, not of a folder."""
+
+
 def parser() -> argparse.ArgumentParser:
     p = errors.Parser(
         prog="python -m trainer.sample",
@@ -71,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--guidance {args.guidance:g}: must be above 0 and below 100")
     out: Path = args.out or args.run_dir / "samples.png"
     a_grid = out.suffix.lower() == ".png"
-    if out.is_dir() if a_grid else out.is_file() or (out.suffix and not out.is_dir()):
+    if out.is_dir() if a_grid else out.is_file() or (out.suffix.lower() in OTHER_IMAGES and not out.is_dir()):
         raise UserError(f"--out {out}: must be a file that ends in .png, or a folder, for a PNG an image")
     from trainer import distributed  # imports from here on take seconds, which --help should not
     from trainer.drawing import Wanted, drawer, into_folder, into_grid

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from itertools import product
 
-from trainer.evaluation.request import Request
+from trainer.evaluation.request import Request, check_numbers
 
 NAME = re.compile(r"[\w.,+=-]+( [\w.,+=-]+)*")
 
@@ -31,6 +31,9 @@ class JudgeConfig:
     compared: int = Request.compared
     steps: int = Request.steps
     levels: list[float] = field(default_factory=lambda: list(Request.levels))
+
+    def __post_init__(self) -> None:
+        check_numbers(self.number, self.attacked, self.compared, self.steps, self.levels)
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,14 @@ class StudyConfig:
             raise ValueError("data and methods must each have at least one entry")
         for name, method in self.methods.items():
             if method.data is not None and method.data not in self.data:
-                raise ValueError(f"methods.{name}.data {method.data}: is none of data, {', '.join(self.data)}")
+                raise ValueError(
+                    f"methods.{name}.data {method.data}: is none of the data sets, which are {', '.join(self.data)}"
+                )
             if (method.seeds or self.seeds) < 1:
                 raise ValueError(f"seeds of {name}: must be at least 1")
+        folders = [point.name for point in self.points()]
+        if twice := next((name for name in folders if folders.count(name) > 1), None):
+            raise ValueError(f"methods and data: two runs would have the folder {twice}: name one of them otherwise")
 
     def points(self) -> list[Point]:
         """Seed by seed, so that a study that is stopped early has one of everything."""

@@ -13,7 +13,9 @@ from scipy import stats
 
 from data_pipeline.bad_image import BadImage
 from data_pipeline.corruption import Corruption, Degraded, Gaussian, Measured, Observation, generator_of
+from data_pipeline.degradations import KINDS
 from data_pipeline.noise_levels import sdxl_sigma
+from tests.conftest import ROOT
 from trainer.diffusion.process import VPTable
 
 KEYS = [f"key-{i}" for i in range(2000)]
@@ -37,6 +39,15 @@ def picture(channels: int = 3, height: int = 32, width: int = 24, seed: int = 0)
 
 def corrupted(corruption: Corruption, x0: np.ndarray, key: str = "a", seed: int = 0) -> Observation:
     return corruption(x0, generator_of(seed, key))
+
+
+def test_every_kind_is_among_them_and_in_the_docs() -> None:
+    told = (ROOT / "docs" / "corruptions.md").read_text().partition("\n\n`--clean-share")[0]
+    for kind in KINDS:
+        assert any(isinstance(one, Degraded) and kind in one.steps for one in EVERY), f"add {kind} to EVERY"
+        assert f"`{kind}:" in told or f":{kind}:" in told or f" {kind}:" in told, (
+            f"{kind}: no row in the first table of docs/corruptions.md"
+        )
 
 
 @pytest.mark.parametrize("corruption", EVERY, ids=str)

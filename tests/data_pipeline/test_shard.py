@@ -131,6 +131,7 @@ def test_a_second_call_reuses_and_another_request_is_refused(pictures: Path, tmp
         (["{pictures}", "{out}", "--sigma", "0.5", "--max-rejected", "-1"], "--max-rejected -1: must be a share"),
         (["{pictures}", "{out}", "--sigma", "0.5", "--max-rejected", "1.5"], "--max-rejected 1.5: must be a share"),
         (["{pictures}", "{out}", "--sigma", "0.5", "--max-rejected", "nan"], "--max-rejected nan: must be a share"),
+        (["{pictures}", "{out}", "--sigma", "0.5", "--max-rejected", "inf"], "--max-rejected inf: must be a share"),
         (["{pictures}", "{out}", "--sigma", "0.5", "--jobs", "2"], "--jobs 2: needs --cluster FILE"),
         (
             ["{pictures}", "{out}", "--sigma", "0.5", "--cluster", "{tmp}/none.yaml"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,10 @@ from trainer.evaluation.denoiser_error import errors_by_image
 from trainer.evaluation.distances import kid
 from trainer.evaluation.features import PACKAGED, open_extractor
 from trainer.evaluation.images import Images
+from trainer.evaluation.record import read
+from trainer.evaluation.report import incomparable, report
 from trainer.generate import generate
+from trainer.mlflow_store import LoggingConfig, connect
 from trainer.restore import restore
 
 Train = Callable[..., Outcome]
@@ -138,11 +142,11 @@ def test_a_run_without_clean_images_is_judged_by_observations(
     assert kept["curve"] is None
     assert {p.name for p in path.parent.glob("*.png")} == {"samples.png", "observed.png", "measured.png"}
     page = (path.parent / "report.html").read_text()
-    assert "held-out observations: 20" in page
+    assert "number of held-out observations: 20" in page
     assert "noisy as measured, sigma_n 0.4, as given" in page
     assert "made with corruption" in output, "and the training's was drawn"
     shutil.rmtree(measured)
-    shard(str(held_out), measured, Measured(0.9), size=16)  # the same pixels
+    shard(str(held_out), measured, Measured(0.44), size=16)  # the same pixels
     assert evaluate(capfd, str(run), *words)[0] == 0
     found = {path.read_text() for path in (run / "evaluation").glob("*/evaluation.json")}
     assert len({json.loads(text)["metrics"]["measured/kid"] for text in found}) == 2, "the level counts, too"
@@ -167,7 +171,9 @@ MISTAKES = [
     (["--number", "3"], "--number 3: must be at least 10, or 0"),
     (["--attacked", "2"], "--attacked 2: must be at least 10"),
     (["--attack-visible", "1"], "--attack-visible 1: must be above 0 and below 1"),
-    (["--attack-sigma", "500"], "--attack-sigma 500: must be between 0.05 and 20"),
+    (["--attack-sigma", "2"], "--attack-sigma 2: needs --training"),
+    (["--attack-sigma", "500", "--training", "x"], "--attack-sigma 500: must be between 0.05 and 20"),
+    (["--levels", "0.1", "-3"], "--levels -3: must be above 0"),
     (["--levels", "90"], "--levels 90: none is from 0.05 to 20"),
     (["--extractor", "inception.pt"], "--extractor inception.pt: no such file or folder"),
     (["--prompt", "x"], "--prompt x: needs a run with text"),
@@ -188,6 +194,48 @@ def test_a_mistake_is_one_line_before_anything_is_drawn(
         assert told in output
         assert output.count("\n") == 1, output
         assert not (tmp_path / "run" / "evaluation").exists()
+
+
+def test_shards_are_not_taken_for_clean_images(
+    train: Train, tmp_path: Path, shards: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert train("run", "steps=1")[0] == 0
+    code, output = evaluate(capfd, str(tmp_path / "run"), "--reference", str(shards))
+    assert code == 2
+    assert f"--reference {shards}: these are shards of observations" in output
+
+
+def test_runs_that_saw_other_images_are_not_compared_in_silence(
+    train: Train, tmp_path: Path, held_out: Path, pictures: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And MLflow has the figures of the last evaluation, also of one that is read back."""
+    assert train("one", "steps=1", "logging.enabled=true")[0] == train("two", "steps=1")[0] == 0
+    runs = [str(tmp_path / name) for name in ("one", "two")]
+    few = ["--reference", str(held_out), "--number", "10", "--steps", "2", "--levels", "1"]
+    more = [*few, "--number", "12"]
+    assert "cannot be compared" not in evaluate(capfd, *runs, *few)[1]
+    page = tmp_path / "comparison.html"
+    assert "a setting in which they differ" not in page.read_text()
+    assert "in the place of an older one" in evaluate(capfd, *runs, *few)[1]
+    evaluations = [next((tmp_path / name / "evaluation").glob("*/evaluation.json")) for name in ("one", "two")]
+    one, two = (read(path.parent) for path in evaluations)
+    assert one
+    assert two
+    other = replace(two, settings=two.settings | {"number": 99, "reference_hash": "other"})
+    told = incomparable([one, other])
+    assert told == "one and two: their figures cannot be compared, as these differ, in kind, number or size: held-out clean images, samples drawn"  # fmt: skip
+    assert "a setting in which they differ" in report([(one, evaluations[0].parent), (other, evaluations[1].parent)], "again")  # fmt: skip
+
+    def folder_in_mlflow() -> str:
+        client, experiment = connect(LoggingConfig(), tmp_path / "one")
+        (found,) = [r for r in client.search_runs([experiment]) if r.info.run_name == "one"]
+        return found.data.tags["evaluation.folder"]
+
+    first = folder_in_mlflow()
+    evaluate(capfd, runs[0], *more)
+    assert folder_in_mlflow() != first
+    evaluate(capfd, runs[0], *few)
+    assert folder_in_mlflow() == first
 
 
 def test_images_that_were_trained_on_are_not_taken_for_held_out(

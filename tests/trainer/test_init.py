@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def test_what_it_writes_trains(shards: Path, tmp_path: Path, capfd: pytest.Captu
     assert config.consistency is not None
     assert config.consistency.overhead_budget == 0.2
     lines = file.read_text().splitlines()
-    assert lines[0] == f"# 60 images of 1 x 16 x 16 in {shards}, sigma_n 0.4; on a CPU."
+    assert re.fullmatch(rf"# 60 images of 1 x 16 x 16 in {shards}, sigma_n 0\.4; on a CPU: about [\d.e-]+ s a step as this one was timed just now, \d+ minutes in all\.", lines[0])  # fmt: skip
     assert "  overhead_budget: 0.2  # instead of a period: the share of time that consistency may add to training, such as 0.2" in lines  # fmt: skip
 
 

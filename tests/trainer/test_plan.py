@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.conftest import TINY, Outcome
+from tests.conftest import ROOT, TINY, Outcome
 from trainer import errors, networks, plan
 from trainer.config import RunConfig, load
 from trainer.diffusion.denoiser import Denoiser
@@ -244,3 +246,14 @@ def test_a_wrong_request_is_one_line(arguments: list[str], expected: str, capsys
     code, text = printed(capsys, *arguments)
     assert code == 2
     assert expected in text.strip().splitlines()[-1]
+
+
+def test_what_a_plan_leaves_behind_is_of_numbers() -> None:
+    """A process keeps its table of levels: one that was first asked for within a plan would be of shapes alone."""
+    program = (
+        "from pathlib import Path; from trainer import plan; from trainer.config import load\n"
+        f"words = [{str(TINY)!r}, 'process={{kind: vp_table}}', 'data.shards=none']\n"
+        "assert plan.main([*words, '--gpus', '1', '--shape', '1', '16', '16']) == 0\n"
+        "assert 14 < load(Path(words[0]), words[1:]).process.sigma_max < 15\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)

@@ -34,6 +34,11 @@ def test_a_spike_is_told_by_its_kind_of_step_and_does_not_become_usual() -> None
     assert spikes.usual[0].steps == WARM_UP + 1
 
 
+def test_where_the_usual_loss_is_not_above_0_none_is_a_spike() -> None:
+    """That of pairs is an unbiased estimate, which may be negative."""
+    assert Spikes(5.0, (Usual(-0.1, WARM_UP), Usual())).observe(0.2, False) is None
+
+
 def test_the_first_steps_are_let_pass_and_a_loss_that_is_not_finite_is_no_spike() -> None:
     spikes = Spikes(2.0, NONE)
     for step in range(WARM_UP):

@@ -82,9 +82,14 @@ def test_the_grid_has_each_method_on_each_data_set_but_an_oracle_on_its_own(stud
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"methods": {"m": {"data": "blurred"}}}, "methods.m.data blurred: is none of data, clean, sigma 0.4"),
+        (
+            {"methods": {"m": {"data": "blurred"}}},
+            "methods.m.data blurred: is none of the data sets, which are clean, sigma 0.4",
+        ),
         ({"methods": {"m": {"override": []}}}, "methods.m.override: no such field; did you mean overrides?"),
         ({"seeds": 0}, ": must be at least 1"),
+        ({"evaluate": {"number": 3}}, "evaluate: number 3: must be at least 10, or 0 for no samples"),
+        ({"methods": {"a b": {}, "a-b": {}}}, "two runs would have the folder a-b-clean-0: name one of them otherwise"),
         ({"data": {"a/b": ""}}, "the name 'a/b' must be of letters"),
         ({"evaluate": {"number": "many"}}, "evaluate.number: 'many': "),
         ({"methods": {"m": {"overrides": ["optimizer.rate=1"]}}}, "optimizer.rate: no such field"),

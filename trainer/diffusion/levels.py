@@ -25,6 +25,10 @@ class LogNormal:
     std: float = 1.2
     kind: Literal["log_normal"] = "log_normal"
 
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.mean) or not 0 < self.std < math.inf:
+            raise ValueError("mean must be finite, and std above 0")
+
     def sample(self, u: Tensor, lower: Tensor, process: Process) -> Tensor:
         low, high = _bounds(lower, process)
         z_low, z_high = (low.log() - self.mean) / self.std, (high.log() - self.mean) / self.std
@@ -93,6 +97,11 @@ def _rounded(sigma: Tensor, low: Tensor, high: Tensor, u: Tensor) -> Tensor:
     return torch.minimum(torch.maximum(sigma, low), high).to(u.dtype)
 
 
+def _check_positive(name: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be above 0")
+
+
 # Weights multiply ||h - x0||^2, so each is written for a network that predicts x0 (its SNR is 1 / sigma^2).
 
 
@@ -115,6 +124,9 @@ class EDM:
     sigma_data: float = 0.5
     kind: Literal["edm"] = "edm"
 
+    def __post_init__(self) -> None:
+        _check_positive("sigma_data", self.sigma_data)
+
     def __call__(self, sigma: Tensor) -> Tensor:
         return (sigma.square() + self.sigma_data**2) / (sigma * self.sigma_data).square()
 
@@ -128,6 +140,9 @@ class MinSNR:
     gamma: float = 5.0
     kind: Literal["min_snr"] = "min_snr"
 
+    def __post_init__(self) -> None:
+        _check_positive("gamma", self.gamma)
+
     def __call__(self, sigma: Tensor) -> Tensor:
         return sigma.square().reciprocal().clamp(max=self.gamma)
 
@@ -140,6 +155,9 @@ class SoftMinSNR:
 
     gamma: float = 4.0
     kind: Literal["soft_min_snr"] = "soft_min_snr"
+
+    def __post_init__(self) -> None:
+        _check_positive("gamma", self.gamma)
 
     def __call__(self, sigma: Tensor) -> Tensor:
         return self.gamma / (1 + self.gamma * sigma.square())

@@ -63,6 +63,8 @@ class VE:
 
     def __post_init__(self) -> None:
         _check_range(self.sigma_min, self.sigma_max)
+        if not 0 < self.sigma_data < math.inf:
+            raise ValueError("sigma_data must be above 0")
 
     def input_scale(self, sigma: Tensor) -> Tensor:
         return (sigma.square() + self.sigma_data**2).rsqrt()
@@ -95,6 +97,10 @@ class VPTable:
     beta_end: float = 0.012
     steps: int = 1000
     kind: Literal["vp_table"] = "vp_table"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta_start <= self.beta_end < 1 or self.steps < 2:
+            raise ValueError("need 0 < beta_start <= beta_end < 1, and steps of at least 2")
 
     def _table(self, device: torch.device) -> Tensor:
         return _log_sigma_table(self.beta_start, self.beta_end, self.steps, device)
@@ -138,6 +144,8 @@ class VPCosine:
 
     def __post_init__(self) -> None:
         _check_range(self.sigma_min, self.sigma_max)
+        if not 0 <= self.offset < 1:
+            raise ValueError("offset must be at least 0 and below 1")
 
     def input_scale(self, sigma: Tensor) -> Tensor:
         return (sigma.square() + 1).rsqrt()

@@ -100,6 +100,11 @@ def _transformers(path: Path, device: torch.device) -> Extractor:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--extractor {path}: not the folder of a transformers vision model with preprocessor_config.json: {str(error).splitlines()[0]}") from None  # fmt: skip
     network = getattr(network, "vision_model", network).eval()  # of CLIP: the half that sees
+    seen: Any = network(pixel_values=torch.zeros(1, 3, side, side, device=device))
+    if getattr(seen, "pooler_output", None) is None:
+        raise UserError(
+            f"--extractor {path}: its model gives no pooled features: give one that does, such as DINOv2 or CLIP"
+        )
 
     def features(images: Tensor) -> Tensor:
         big = torch.nn.functional.interpolate(

@@ -70,13 +70,34 @@ def _about(of: dict[str, Evaluation], command: str) -> list[str]:
     return ["<ul>", *told, "</ul>", f"<p>Made by <code>{escape(command)}</code></p>"]
 
 
+def _unlike(evaluations: Sequence[Evaluation]) -> list[str]:
+    """The settings in which they differ."""
+    first = evaluations[0].settings
+    return [key for key in LABELS if any(e.settings.get(key) != first.get(key) for e in evaluations)]
+
+
+HELD_AGAINST = ("reference_hash", "training_hash", "measured_hash", "extractor_hash", "number", "compared", "attacks", "attacked", "steps", "levels")  # fmt: skip
+"""Settings that figures of several runs must share to be compared; images are hashed as each run sees them."""
+
+
+def incomparable(evaluations: Sequence[Evaluation]) -> str | None:
+    """What to say of evaluations whose figures cannot be held against one another, if so."""
+    first = evaluations[0]
+    for other in evaluations[1:]:
+        keys = [key for key in HELD_AGAINST if other.settings.get(key) != first.settings.get(key)]
+        if keys:
+            names = ", ".join(LABELS.get(key.replace("_hash", ""), key) for key in keys)
+            return f"{first.run} and {other.run}: their figures cannot be compared, as these differ, in kind, number or size: {names}"
+    return None
+
+
 def _said(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 LABELS = {
-    "reference": "held-out clean images", "measured": "held-out observations", "measured_about": "their corruption", "measured_number": "held-out observations", "training": "training images", "extractor": "features", "number": "samples drawn",
-    "reference_number": "held-out images", "training_number": "training images", "compared": "training images that samples were held against", "attacks": "attacks", "attacked": "images attacked, training and held out",
+    "reference": "held-out clean images", "measured": "held-out observations", "measured_about": "their corruption", "measured_number": "number of held-out observations", "training": "training images", "extractor": "features", "number": "samples drawn",
+    "reference_number": "number of held-out images", "training_number": "number of training images", "compared": "training images that samples were held against", "attacks": "attacks", "attacked": "images attacked, training and held out",
     "checked": "images of the denoiser's error", "steps": "sampling steps", "sampler": "sampler", "seed": "seed", "prompt": "prompt",
     "average": "average of the weights",
 }  # fmt: skip
@@ -92,6 +113,7 @@ def _table(of: dict[str, Evaluation]) -> str:
         rows += [[name, str(e.step), *(value(e, m) for m in shown)] for name, e in of.items()]
         return _rows(rows) + _meanings(shown)
     rows = [["", *of, ""], ["step", *(str(e.step) for e in of.values()), ""]]
+    rows += [[LABELS[key], *(_said(e.settings.get(key)) for e in of.values()), "a setting in which they differ"] for key in _unlike(list(of.values()))]  # fmt: skip
     rows += [[COLUMNS[m][0], *(value(e, m) for e in of.values()), COLUMNS[m][1]] for m in shown]
     return _rows(rows)
 

@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+FEWEST = 10
+"""Images of either kind below which no distance is taken."""
+
+
+def check_numbers(number: int, attacked: int, compared: int, steps: int, levels: Sequence[float]) -> None:
+    """Raises ValueError, which begins with the name."""
+    if number and number < FEWEST:
+        raise ValueError(f"number {number}: must be at least {FEWEST}, or 0 for no samples")
+    for name, value, least in (("attacked", attacked, FEWEST), ("compared", compared, FEWEST), ("steps", steps, 2)):
+        if value < least:
+            raise ValueError(f"{name} {value}: must be at least {least}")
+    if wrong := [level for level in levels if not 0 < level < math.inf]:
+        raise ValueError(f"levels {wrong[0]:g}: must be above 0")
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,7 @@ def activations(
     GPU's. autocast: the dtype of DeepSpeed's autocast, or None. captions: encoded before the passes, by the network's own
     text encoders."""
     counted = network.evaluations, network.evaluations_with_gradient
+    network.process.time(torch.ones(1))  # what it keeps for later is made here, of numbers, not below, of shapes alone
     with FakeTensorMode(allow_non_fake_inputs=True), LiveTensors() as live:
         state: dict[str, Tensor] = {}
         for name, tensor in _state(network):
