@@ -245,8 +245,7 @@ def sharding(folder: Path, rounds: int, count: int) -> dict[str, float]:
     cores = len(os.sched_getaffinity(0))
     module = [sys.executable, "-m", "data_pipeline.shard"]
     root = Path(__file__).parent.parent
-    usage = subprocess.run([*module, "--help"], cwd=root, capture_output=True, text=True, check=True).stdout
-    workers = ["--workers", str(cores)] if "--workers" in usage else []
+    workers = ["--workers", str(cores)]
 
     def shard(limit: int) -> float:
         shutil.rmtree(output, ignore_errors=True)

@@ -21,33 +21,30 @@ from trainer.diffusion.noise import StreamNoise
 
 @dataclass(frozen=True)
 class OfficialConsistency:
-    """sampler_steps: as its --num_consistency_steps. with_grad: as its --with_grad, whether the first point and the sampler
-    have a gradient, too. Differences of time are uniform over all that lies below sigma_n, its default."""
+    """sampler_steps: as its --num_consistency_steps. The first point and the sampler have a gradient, too, as with its --with_grad. Differences of time are uniform over all that lies below sigma_n, its default."""
 
     sampler_steps: int = 1
-    with_grad: bool = True
 
     def __call__(self, denoiser: Denoiser, batch: Batch, weight: Weight, noise: StreamNoise) -> Tensor:
         process = denoiser.process
         time_n = process.time(batch.sigma_n)
-        with torch.set_grad_enabled(self.with_grad):
-            x_0 = denoiser(batch.x_n, batch.sigma_n, {})
-            times, time = [], time_n
-            for _ in range(self.sampler_steps):
-                step = time_n * noise.uniform("", time) / self.sampler_steps
-                time = (time - step).clamp(min=float(process.time(torch.tensor(process.sigma_min))))
-                times.append(time)
-            ends: list[Tensor] = []
-            sigma_t = batch.sigma_n
-            for child in range(2):
-                x, sigma_t, h = batch.x_n, batch.sigma_n, x_0
-                for i, time in enumerate(times):
-                    if i > 0 or (child == 1 and self.sampler_steps > 1):
-                        h = denoiser(x, sigma_t, {})  # its first pass of the second roll-out repeats the one above
-                    sigma_s = process.sigma(time).clamp(min=process.sigma_min)
-                    x = _ancestral(x, h, sigma_t, sigma_s, noise.normal("", x))
-                    sigma_t = sigma_s
-                ends.append(x)
+        x_0 = denoiser(batch.x_n, batch.sigma_n, {})
+        times, time = [], time_n
+        for _ in range(self.sampler_steps):
+            step = time_n * noise.uniform("", time) / self.sampler_steps
+            time = (time - step).clamp(min=float(process.time(torch.tensor(process.sigma_min))))
+            times.append(time)
+        ends: list[Tensor] = []
+        sigma_t = batch.sigma_n
+        for child in range(2):
+            x, sigma_t, h = batch.x_n, batch.sigma_n, x_0
+            for i, time in enumerate(times):
+                if i > 0 or (child == 1 and self.sampler_steps > 1):
+                    h = denoiser(x, sigma_t, {})  # its first pass of the second roll-out repeats the one above
+                sigma_s = process.sigma(time).clamp(min=process.sigma_min)
+                x = _ancestral(x, h, sigma_t, sigma_s, noise.normal("", x))
+                sigma_t = sigma_s
+            ends.append(x)
         h_1, h_2 = (denoiser(x, sigma_t, {}) for x in ends)
         return (weight(sigma_t) * ((h_1 - x_0) * (h_2 - x_0)).flatten(1).mean(1)).mean()
 

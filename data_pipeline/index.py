@@ -133,6 +133,8 @@ def read_index(folder: str | Path) -> ShardIndex:
     try:
         index = parse_index(path, storage.read_bytes(path))
     except FileNotFoundError:
+        if local is not None and not any(name.endswith((".tar", ".partial")) for name in os.listdir(local)):
+            raise UserError(f"{folder}: holds no shards; if it holds images, make shards of them: `python -m data_pipeline.shard {folder} OUTPUT ...`") from None  # fmt: skip
         rejected = storage.join(str(folder), REJECTED)
         why = f" ({rejected} says which images were refused)" if storage.exists(rejected) else ""
         raise UserError(

@@ -23,7 +23,7 @@ from data_pipeline.reader import BadSample, meta, npy_array
 from data_pipeline.tar import Careful
 from data_pipeline.writer import META, OBSERVATION
 from trainer import errors
-from trainer.errors import WorkFailed
+from trainer.errors import WorkFailed, in_one_line
 from trainer.progress import progress_bar
 
 SHOWN = 64
@@ -106,7 +106,7 @@ def _read(path: str, shard: Shard, index: ShardIndex, rows: set[int], contents: 
     except OSError as error:
         return [*wrong, f"cannot be read: {error.strerror}"]
     except (tarfile.TarError, ValueError) as error:
-        return [*wrong, f"after {count} samples: {' '.join(str(error).split())}"]
+        return [*wrong, f"after {count} samples: {in_one_line(error)}"]
     return wrong if count == shard.samples else [*wrong, f"{count} samples, the index says {shard.samples}"]
 
 

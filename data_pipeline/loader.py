@@ -43,7 +43,7 @@ class DataConfig:
     workers: background processes that read, per rank; 0 reads in the training process.
     group: shards shuffled together, shared out among the shapes where there are several; docs/loader.md has what more or
     fewer cost.
-    flip: mirrors every other image left to right, others in each epoch; for sets whose mirror images belong to them.
+    flip: mirrors each image left to right with probability 1/2, drawn anew in each epoch; for sets whose mirror images belong to them.
     Not for latents: the latent of a mirrored image is not the mirrored latent.
     cache_dir: where copies of a remote folder's shards are kept, for all ranks of a machine together; null: in
     AMBIENT_CACHE, or else ~/.cache/ambient-trainer. cache_gb: what they may take there, in 10^9 bytes.

@@ -14,7 +14,7 @@ from data_pipeline.latents.captions import FOLDER as TEXT
 from data_pipeline.plan import Plan
 from data_pipeline.writer import META, OBSERVATION
 from trainer.documents import from_json
-from trainer.errors import UserError, WorkFailed
+from trainer.errors import UserError, WorkFailed, in_one_line
 
 OWN = re.compile(
     rf"shard-\d{{6,}}\.(tar|json)|{re.escape(plan.NAME)}|{re.escape(index.NAME)}|{re.escape(REJECTED)}|\..*\.partial|inspect/.*|{TEXT}/.*"
@@ -31,7 +31,7 @@ class Rejected:
 
     @classmethod
     def of(cls, key: str, error: Exception) -> Rejected:
-        return cls(key, " ".join(str(error).split()))
+        return cls(key, in_one_line(error))
 
 
 @dataclass(frozen=True)

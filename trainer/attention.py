@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from trainer.distributed import Ranks
 from trainer.engine_config import Attention
-from trainer.errors import UserError
+from trainer.errors import UserError, in_one_line
 from trainer.models.quiet import quieten_xformers
 
 Backend = Literal["xformers", "sdpa"]
@@ -95,7 +95,7 @@ def probe(kernel: Kernel, dims: list[int], dtype: torch.dtype, device: torch.dev
             try:
                 found = _forward_backward(kernel, q, k, v, upstream)
             except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
-                return Probe(_one_line(error))
+                return Probe(_reason(error))
             expected = _forward_backward(sdpa_kernel, q, k, v, upstream)
             for a, b in zip(found, expected, strict=True):
                 gap = float((a.float() - b.float()).abs().max() / b.float().abs().max())
@@ -165,10 +165,10 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _one_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         return f"{error}; pip install xformers"
-    return " ".join(str(error).split()) or type(error).__name__
+    return in_one_line(error)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -26,7 +26,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 
 from trainer import eight_bit
 from trainer.engine_config import MOST_IN_BUCKET, EngineConfig, OptimizerConfig, Precision
-from trainer.errors import UserError
+from trainer.errors import UserError, in_one_line
 from trainer.loss_scale import FIRST, LossScale
 
 setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010  # skips probing for compilers: no fused operator of theirs is used
@@ -86,7 +86,7 @@ class Engine:
             return DeepSpeedCPUAdam(parameters, adamw_mode=True, **options)
         except Exception as error:  # of the compiler, of ninja, of torch: all kinds
             raise UserError(
-                f"engine.adam cpu: DeepSpeed cannot compile it ({_first_line(error)}): install a C++ compiler and ninja, or set engine.adam=torch"
+                f"engine.adam cpu: DeepSpeed cannot compile it ({in_one_line(error, 300)}): install a C++ compiler and ninja, or set engine.adam=torch"
             ) from None
 
     def __call__(self, *args: Any) -> Any:
@@ -105,7 +105,7 @@ class Engine:
 
     def step(self, number: int) -> None:
         """To be called once a micro-batch; the last of a step moves the weights, at the rate of step `number`. It leaves them
-        where a gradient is not finite, and says so in `left_out`. At ZeRO's stage 0, but in fp16, it does not wait for the device."""
+        where a gradient is not finite, and says so in `left_out`. At ZeRO's stage 0, but in fp16 and with Adam in 8 bits or on the CPU, it does not wait for the device."""
         last = self._engine.is_gradient_accumulation_boundary()
         if last:
             for group in self._zero.param_groups:
@@ -274,9 +274,5 @@ def _refusals_in_one_line(config: EngineConfig) -> Iterator[None]:
         if config.deepspeed is None:
             raise
         raise UserError(
-            f"engine.deepspeed: {config.deepspeed}: DeepSpeed refuses it: {_first_line(error)}; change it there"
+            f"engine.deepspeed: {config.deepspeed}: DeepSpeed refuses it: {in_one_line(error, 300)}; change it there"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

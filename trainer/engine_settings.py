@@ -17,7 +17,7 @@ from data_pipeline.loader import Layout
 from trainer.config import flatten, merge
 from trainer.documents import from_json, text_of
 from trainer.engine_config import EngineConfig, OptimizerConfig, Precision
-from trainer.errors import UserError
+from trainer.errors import UserError, in_one_line
 
 MERGED = (
     "zero_optimization", "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "comms_logger",
@@ -160,7 +160,7 @@ def _read(path: Path, where: str) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{where}: cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise UserError(f"{where}: not JSON: {' '.join(str(error).split())}") from None
+        raise UserError(f"{where}: not JSON: {in_one_line(error)}") from None
     if not isinstance(data, dict):
         raise UserError(f"{where}: must be a mapping of DeepSpeed's settings")
     return data

@@ -60,6 +60,11 @@ def meant(word: object, known: Iterable[str]) -> str:
     return f"; did you mean {by_lower[close[0]]}?" if close else ""
 
 
+def in_one_line(error: BaseException, most: int | None = None) -> str:
+    """What somebody else's error says, or, where it says nothing, what it is. most: characters."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def differences(old: Mapping[str, object], new: Mapping[str, object]) -> str:
     """`seed=0, not 1; size=32, not 64`, of the entries that differ; the first three, and how many more. "" for none."""
     names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))

@@ -15,7 +15,7 @@ from trainer.checkpoint import TrainState, state_from
 from trainer.config import RunConfig, parse, to_data
 from trainer.diffusion.denoiser import Denoiser
 from trainer.documents import from_json, text_of
-from trainer.errors import UserError
+from trainer.errors import UserError, in_one_line
 from trainer.models.sdxl import SDXLConfig
 
 NAME = "ambient.json"
@@ -51,7 +51,7 @@ def read(folder: Path) -> tuple[RunConfig, TrainState, Denoiser, str]:
         else:
             backbone.model.load_state_dict(tensors)
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = in_one_line(error, 200)
         raise UserError(f"{weights}: not the weights of {path}: {reason}: export the run again") from None
     return config, state, denoiser, average
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import mlflow_pages
-from trainer.errors import WorkFailed
+from trainer.errors import WorkFailed, in_one_line
 
 QUESTION = """import os, sys
 os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_HTTP_REQUEST_MAX_RETRIES="1", MLFLOW_HTTP_REQUEST_TIMEOUT="10")
@@ -124,7 +124,7 @@ def attach(
         client.log_artifacts(run_id, str(folder), f"evaluation/{folder.name}")
         client.set_experiment_tag(experiment_id, *mlflow_pages.view())
     except (MlflowException, OSError) as error:
-        raise WorkFailed(f"MLflow at {config.uri(run_dir)}: {str(error).splitlines()[0]}") from None
+        raise WorkFailed(f"MLflow at {config.uri(run_dir)}: {in_one_line(error, 300)}") from None
     return True
 
 

@@ -58,6 +58,11 @@ class Study:
     def run_dir(self, point: Point) -> Path:
         return self.folder / point.name
 
+    def shard_words(self, data: str) -> list[str]:
+        """Of `data_pipeline.shard`, for one of the data sets."""
+        config = self.config
+        return [config.training, str(self.shards(data)), *shlex.split(config.shard), *shlex.split(config.data[data])]
+
     def overrides(self, point: Point) -> list[str]:
         method = self.config.methods[point.method]
         fixed = [f"run_dir={json.dumps(str(self.run_dir(point)))}", f"data.shards={json.dumps(str(self.shards(point.data)))}", f"seed={point.seed}"]  # fmt: skip
@@ -76,11 +81,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.at_once < 1:
         raise UserError(f"--at-once {args.at_once}: must be at least 1")
+    from data_pipeline.corruption import from_arguments
+    from data_pipeline.shard import parser as shard_parser
     from trainer.config import load_as
     from trainer.study_config import StudyConfig
 
     study = Study(load_as(StudyConfig, args.file), args.folder or Path("runs") / args.file.stem)
     points = study.config.points()
+    for data in study.config.data:
+        from_arguments(shard_parser().parse_args(study.shard_words(data)))  # a mistake in their words ends it here
     done = {point: study.is_done(point) for point in points}  # so a mistake in any configuration is found at once
     if args.dry_run:
         for point in points:
@@ -111,8 +120,7 @@ def main(argv: list[str] | None = None) -> int:
 def _make(study: Study, data: str) -> None:
     from data_pipeline.shard import main as shard
 
-    config = study.config
-    words = [config.training, str(study.shards(data)), *shlex.split(config.shard), *shlex.split(config.data[data])]
+    words = study.shard_words(data)
     if code := shard(words):
         raise WorkFailed(f"`python -m data_pipeline.shard {shlex.join(words)}` ended with exit code {code}")
 

@@ -20,7 +20,7 @@ from data_pipeline.inputs.captions import FIELDS, caption_in
 from data_pipeline.inputs.decode import decode, size_in
 from data_pipeline.inputs.picture import PerProcess, Picture, Source, keys_of
 from trainer.documents import from_json
-from trainer.errors import UserError
+from trainer.errors import UserError, in_one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -213,5 +213,5 @@ def _unreadable(path: str, what: str, error: Exception) -> Exception:
     """pyarrow raises OSError for what it cannot parse, without a number; those with one are the storage's."""
     if isinstance(error, OSError) and error.errno is not None:
         return OSError(error.errno, error.strerror or str(error), path)
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    text = in_one_line(error, 200)
     return UserError(f"SOURCE {path}: {what}: {text}")

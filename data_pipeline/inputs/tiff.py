@@ -16,7 +16,7 @@ from PIL import Image
 from data_pipeline import storage
 from data_pipeline.bad_image import BadImage
 from data_pipeline.inputs.picture import DTYPES, PerProcess, Picture, Source, usual
-from trainer.errors import UserError
+from trainer.errors import UserError, in_one_line
 
 if TYPE_CHECKING:
     from tifffile import TiffFile
@@ -196,6 +196,6 @@ def _tifffile() -> Any:
 
 
 def _reason(error: Exception, name: str) -> str:
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    text = in_one_line(error, 200)
     codec = ": pip install imagecodecs" if isinstance(error, ImportError) or "imagecodecs" in text else ""
     return f"{name}: cannot be read as an image: {text}{codec}"

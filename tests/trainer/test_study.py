@@ -88,6 +88,7 @@ def test_the_grid_has_each_method_on_each_data_set_but_an_oracle_on_its_own(stud
         ),
         ({"methods": {"m": {"override": []}}}, "methods.m.override: no such field; did you mean overrides?"),
         ({"seeds": 0}, ": must be at least 1"),
+        ({"data": {"clean": "--corruption bluer:1"}}, "did you mean blur?"),
         ({"evaluate": {"number": 3}}, "evaluate: number 3: must be at least 10, or 0 for no samples"),
         ({"methods": {"a b": {}, "a-b": {}}}, "two runs would have the folder a-b-clean-0: name one of them otherwise"),
         ({"data": {"a/b": ""}}, "the name 'a/b' must be of letters"),
@@ -104,6 +105,17 @@ def test_a_mistake_in_the_file_is_one_line(
     printed = capfd.readouterr()
     assert told in printed.err
     assert (printed.out + printed.err).count("\n") == 1
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_misspelt_word_of_the_sharding_ends_it_before_anything_is_made(
+    study_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    change(study_file, data={"clean": "--sgma 0"})
+    with pytest.raises(SystemExit) as ended:
+        main([str(study_file), "--folder", str(tmp_path / "study"), "--dry-run"])
+    assert ended.value.code == 2
+    assert "did you mean --sigma?" in capfd.readouterr().err
     assert not (tmp_path / "study").exists()
 
 

@@ -16,7 +16,7 @@ from trainer.diffusion.process import Process
 
 @dataclass(frozen=True)
 class LossTerms:
-    """loss: (B,) float32, to be averaged; it may be negative for consistency. sigma: (B,), the level each term speaks of.
+    """loss: (B,) float32, to be averaged; it may be negative for pairs and for consistency. sigma: (B,), the level each term speaks of.
     h_variance: a scalar, the variance of h over the samples, averaged over elements, where a loss has it at hand."""
 
     loss: Tensor

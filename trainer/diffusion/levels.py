@@ -166,8 +166,11 @@ class SoftMinSNR:
 Weight = Uniform | EDM | MinSNR | SoftMinSNR
 
 
-def karras_levels(steps: int, sigma_max: float, sigma_min: float, rho: float = 7.0) -> Tensor:
-    """The sampling levels of Karras et al. 2022, eq. 5: (steps,) float64, from sigma_max down to sigma_min."""
+RHO = 7.0
+
+
+def karras_levels(steps: int, sigma_max: float, sigma_min: float) -> Tensor:
+    """The sampling levels of Karras et al. 2022, eq. 5, with their rho: (steps,) float64, from sigma_max down to sigma_min."""
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
-    top, bottom = math.pow(sigma_max, 1 / rho), math.pow(sigma_min, 1 / rho)
-    return (top + ramp * (bottom - top)) ** rho
+    top, bottom = math.pow(sigma_max, 1 / RHO), math.pow(sigma_min, 1 / RHO)
+    return (top + ramp * (bottom - top)) ** RHO

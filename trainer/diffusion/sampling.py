@@ -48,13 +48,12 @@ def sample(
     conditioning: Conditioning,
     method: Sampler = "heun",
     noise_at: Callable[[int], Noise] | None = None,
-    on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Runs the reverse process over `levels` and returns h at the last one.
 
     x: (B, *D), a point at levels[0], e.g. levels[0] * z. levels: (S,), decreasing, all above 0. Ending at a level
     above 0 with E[x0 | x] is also how a model is sampled that knows nothing below sigma_n: stop the levels there.
-    noise_at: for "ancestral" alone, the noise of step i. on_step: called after each level, for a progress bar.
+    noise_at: for "ancestral" alone, the noise of step i.
     Cost in passes: S, and 2 S - 1 for "heun".
     """
     if method == "ancestral" and noise_at is None:
@@ -65,8 +64,6 @@ def sample(
         t = levels[i].to(x.dtype).to(x.device)
         t_B = t.expand(x.shape[0])
         h = denoiser(x, t_B, conditioning)
-        if on_step is not None:
-            on_step(i)
         if i + 1 == len(levels):
             break
         s = levels[i + 1].to(x.dtype).to(x.device)

@@ -1,1 +1,1 @@
-"""Is it clean? Clean images are used here, and nowhere else."""
+"""Is it clean? Clean images are used here, to judge, and in training never but for what `logging.reference` shows of it."""

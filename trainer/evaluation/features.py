@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data_pipeline import storage
 from trainer.documents import from_json, text_of
-from trainer.errors import UserError
+from trainer.errors import UserError, in_one_line
 from trainer.evaluation.images import AT_ONCE, Images
 from trainer.folders import cache
 from trainer.progress import progress_bar
@@ -77,7 +77,7 @@ def _torchscript(path: Path, device: torch.device) -> Extractor:
     try:
         network = torch.jit.load(str(path), map_location=device).eval()
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"--extractor {path}: not a TorchScript file: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--extractor {path}: not a TorchScript file: {in_one_line(error, 200)}") from None
     given = [argument.name for argument in network.forward.schema.arguments]
     options = {"return_features": True} if "return_features" in given else {}
 
@@ -98,7 +98,7 @@ def _transformers(path: Path, device: torch.device) -> Extractor:
         mean, std = (torch.tensor(settings[name], device=device).reshape(1, 3, 1, 1) for name in ("image_mean", "image_std"))  # fmt: skip
         network: Any = AutoModel.from_pretrained(str(path), local_files_only=True, use_safetensors=True).to(device)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--extractor {path}: not the folder of a transformers vision model with preprocessor_config.json: {str(error).splitlines()[0]}") from None  # fmt: skip
+        raise UserError(f"--extractor {path}: not the folder of a transformers vision model with preprocessor_config.json: {in_one_line(error, 200)}") from None  # fmt: skip
     network = getattr(network, "vision_model", network).eval()  # of CLIP: the half that sees
     seen: Any = network(pixel_values=torch.zeros(1, 3, side, side, device=device))
     if getattr(seen, "pooler_output", None) is None:

@@ -1,4 +1,4 @@
-"""What is measured of one model. Clean images are used here, to judge, and nowhere else."""
+"""What is measured of one model. Clean images are used here, to judge, and not to train."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ GATHERED = 1_000_000_000
 
 @dataclass(frozen=True)
 class Weights:
-    """trainable: how many, float32. frozen: how many, and their bytes. largest: of one trainable tensor."""
+    """trainable: how many, float32. frozen: how many, and their bytes."""
 
     trainable: int
     frozen: int = 0
