@@ -143,6 +143,8 @@ def refused_by_slurm(text: str) -> str | None:
     if result.returncode == 0:
         return None
     lines = [line.removeprefix("sbatch: error: ").strip() for line in result.stderr.splitlines() if line.strip()]
+    if any("configless" in line or "dns_srv" in line or "Unable to contact" in line for line in lines):
+        return f"no SLURM answers: is SLURM_CONF set, and is its controller up? ({lines[-1]})"
     told = (
         [line for line in lines if not line.startswith("allocation failure")] or lines or ["sbatch --test-only failed"]
     )

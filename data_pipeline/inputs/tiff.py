@@ -151,7 +151,7 @@ def one(data: bytes, name: str) -> NDArray[Any]:
                 series = file.series[0]
                 raise BadImage(
                     f"{name}: a stack of {len(layout.planes)} pictures (axes {series.axes} {series.shape}):"
-                    " give this file alone as SOURCE, or say in its metadata that its pages are channels (axes CYX)"
+                    " give this file alone as SOURCE, split stacks beforehand (docs/data.md), or say in its metadata that its pages are channels (axes CYX)"
                 )
             return usual(_picture(file, layout, 0), BadImage, name)
     except UserError as error:
