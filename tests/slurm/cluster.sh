@@ -10,7 +10,7 @@ cpus=${CPUS:-4}
 host=$(hostname -s)
 export SLURM_CONF=$base/etc/slurm.conf
 
-alive() { [ -s "$1" ] && pid=$(cat "$1" 2>/dev/null) && [ -d "/proc/$pid" ] && ! grep -qs "^State:.Z" "/proc/$pid/status"; }
+alive() { local its; its=$(cat "$1" 2>/dev/null) && [ -d "/proc/$its" ] && [ -n "$its" ] && ! grep -qs "^State:.Z" "/proc/$its/status"; }
 
 # Ends the process that a pid file names, and no other.
 end() {
