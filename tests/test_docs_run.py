@@ -9,16 +9,21 @@ import shutil
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tifffile
+import torch
 
 from data_pipeline import degradations
 from data_pipeline.corruption import Degraded
 from tests.conftest import ROOT
 from tests.pages import OUR_PROGRAMS, PAGES, called, commands, inline, less, words_of
 from trainer import cli
+from trainer.diffusion.levels import karras_levels
+from trainer.diffusion.sampling import sample
+from trainer.restore import restore
 
 NOT_RUN = {
     r"stabilityai/|train configs/sdxl-face|sample runs/sdxl-face": "needs SDXL's own weights",
@@ -127,6 +132,26 @@ def test_frames_are_cut_into_tiles_as_it_is_written(tmp_path: Path, monkeypatch:
     exec(code[1], {})
     assert len(list(Path("tiles").iterdir())) == (3 + 1) * 2
     np.testing.assert_array_equal(tifffile.imread("tiles/stack-2-64-0.tif"), frames[2, 64:128, :64])
+
+
+def test_an_export_draws_as_it_is_written(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the card's function alone, and as our sampler does from the same noise."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    card = re.search(r"```python\n(.*?)```", (place / "exports" / "mine" / "README.md").read_text(), re.DOTALL)
+    page = re.search(r"```python\n(# draw\.py\n.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
+    assert card
+    assert page
+    Path("denoiser.py").write_text(card[1].replace("THIS_FOLDER", str(place / "exports" / "mine")))
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    exec(page[1].replace("28, 28", "16, 16"), names)
+    torch.manual_seed(0)
+    run = restore(place / "runs" / "mine")
+    assert (run.config.process.sigma_max, run.config.process.sigma_min) == (20.0, 0.03)
+    levels = karras_levels(40, 20.0, 0.03)
+    ours = sample(run.denoiser, 20.0 * torch.randn(4, 1, 16, 16), levels, {}, "ddim")
+    torch.testing.assert_close(names["images"], ours, atol=1e-3, rtol=0)
 
 
 def test_what_is_not_run_is_there() -> None:
