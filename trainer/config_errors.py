@@ -89,18 +89,18 @@ def _where_it_is(kind: Any, loc: Sequence[str], location: Sequence[str]) -> str:
 
 def _paths(kind: Any, prefix: str = "") -> Iterator[tuple[str, str | None]]:
     """Every field of a configuration, groups among them, by its path, and of which kind it is where others have it not."""
-    for inner in _members(kind):
+    for inner in members(kind):
         for name, hint in typing.get_type_hints(inner).items():
             yield f"{prefix}{name}", getattr(inner, "kind", None)
             yield from _paths(hint, f"{prefix}{name}.")
 
 
-def _members(hint: Any) -> list[Any]:
+def members(hint: Any) -> list[Any]:
     """The dataclasses that a value may be, without those within them. A dict's keys are names that the user gave."""
     if dataclasses.is_dataclass(hint):
         return [hint]
     if typing.get_origin(hint) in (typing.Union, types.UnionType, typing.Annotated):
-        return [inner for argument in typing.get_args(hint) for inner in _members(argument)]
+        return [inner for argument in typing.get_args(hint) for inner in members(argument)]
     return []
 
 
@@ -108,7 +108,7 @@ def _at(kind: Any, path: Sequence[str]) -> list[Any]:
     """What may be at a path; a kind that stands in it says which of several it is."""
     hints: list[Any] = [kind]
     for part in path:
-        members = [inner for hint in hints for inner in _members(hint)]
+        members = [inner for hint in hints for inner in members(hint)]
         if chosen := [inner for inner in members if len(members) > 1 and getattr(inner, "kind", None) == part]:
             hints = chosen
             continue
@@ -118,4 +118,4 @@ def _at(kind: Any, path: Sequence[str]) -> list[Any]:
             for inner in members
             if (found := typing.get_type_hints(inner, include_extras=True).get(part)) is not None
         ]
-    return [inner for hint in hints for inner in _members(hint)]
+    return [inner for hint in hints for inner in members(hint)]

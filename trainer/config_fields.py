@@ -19,6 +19,7 @@ from typing import Any
 from data_pipeline.loader import DataConfig
 from trainer import errors
 from trainer.config import RunConfig
+from trainer.config_errors import members
 
 HEAD = """# Every field of a configuration
 
@@ -62,7 +63,7 @@ def groups(configs: Sequence[Any] = (RunConfig,), path: str = "", null: str = "n
         hints = typing.get_type_hints(config)
         about, told = described(config)
         named = [f for f in dataclasses.fields(config) if f.name != "kind"]
-        below |= {f.name: parts for f in named if (parts := _parts(hints[f.name]))}
+        below |= {f.name: parts for f in named if (parts := members(hints[f.name]))}
         for f in named:
             if "null" in _choices(hints[f.name]):
                 nulls[f.name] = "default" if f.default is None else "allowed"
@@ -83,15 +84,6 @@ def described(config: Any) -> tuple[str, dict[str, str]]:
     first, *rest = re.split(rf"(?:^|(?<=[.;] ))((?:{names})(?:, (?:{names}))*): ", text)
     told = {name: about.strip() for together, about in zip(rest[::2], rest[1::2], strict=True) for name in together.split(", ")}  # fmt: skip
     return first.strip(), told
-
-
-def _parts(hint: Any) -> list[Any]:
-    """The dataclasses that a field may hold."""
-    if dataclasses.is_dataclass(hint):
-        return [hint]
-    if typing.get_origin(hint) in (typing.Union, types.UnionType, typing.Annotated):
-        return [part for argument in typing.get_args(hint) for part in _parts(argument)]
-    return []
 
 
 def _values(hint: Any) -> str:
