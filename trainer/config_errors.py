@@ -108,14 +108,14 @@ def _at(kind: Any, path: Sequence[str]) -> list[Any]:
     """What may be at a path; a kind that stands in it says which of several it is."""
     hints: list[Any] = [kind]
     for part in path:
-        members = [inner for hint in hints for inner in members(hint)]
-        if chosen := [inner for inner in members if len(members) > 1 and getattr(inner, "kind", None) == part]:
+        found = [inner for hint in hints for inner in members(hint)]
+        if chosen := [inner for inner in found if len(found) > 1 and getattr(inner, "kind", None) == part]:
             hints = chosen
             continue
         dicts = [typing.get_args(hint)[1] for hint in hints if typing.get_origin(hint) is dict]
         hints = dicts or [
-            found
-            for inner in members
-            if (found := typing.get_type_hints(inner, include_extras=True).get(part)) is not None
+            below
+            for inner in found
+            if (below := typing.get_type_hints(inner, include_extras=True).get(part)) is not None
         ]
     return [inner for hint in hints for inner in members(hint)]
