@@ -63,16 +63,18 @@ def explain(kind: Any, error: Any) -> str:
             for field, its in value.items()
             if not isinstance(its, dict) and re.search(rf"\b{re.escape(str(field))}\b", message)
         ]
-        given = [
-            f"{field} {value[field]!r}"
-            for field in named
-            if not re.search(rf"{re.escape(str(field))} [-\d\[]", message)
-        ]
+        given = [f"{field} {value[field]!r}" for field in named if not _says(message, field, value[field])]
         shown = f" {', '.join(given)}:" if given else ""
     elif dataclasses.is_dataclass(value):
         shown = ""
     said = f"{name}:{shown} {message[0].lower()}{message[1:]}"
     return said if name else said.removeprefix(":").strip()
+
+
+def _says(message: str, field: str, value: object) -> bool:
+    """Whether the message has the field with its value already."""
+    texts = {str(value), f"{value:g}" if isinstance(value, int | float) else str(value)}
+    return any(re.search(rf"\b{re.escape(f'{field} {text}')}(?![\w.])", message) for text in texts)
 
 
 def _where_it_is(kind: Any, loc: Sequence[str], location: Sequence[str]) -> str:
