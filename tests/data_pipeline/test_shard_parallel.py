@@ -63,14 +63,15 @@ def test_workers_do_not_import_torch() -> None:
     assert result.stdout == "False\n"
 
 
-SLOW = ["--sigma", "0.4", "--size", "300", "--channels", "3", "--shard-size", "2"]
-"""60 images in 30 shards, which take about a second: time to be killed in."""
+SIDE = 600
+SLOW = ["--sigma", "0.4", "--size", str(SIDE), "--channels", "3", "--shard-size", "2"]
+"""60 images in 30 shards, which take some seconds: time to be killed in, also on a machine that does other work."""
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("uninterrupted") / "out"
-    shard(str(pictures), output, Gaussian(0.4), size=300, channels=3, shard_size=2)
+    shard(str(pictures), output, Gaussian(0.4), size=SIDE, channels=3, shard_size=2)
     return output
 
 
@@ -121,7 +122,7 @@ def test_a_killed_call_goes_on_where_it_was(workers: int, start: Started, pictur
     torn = output / max(done)
     torn.write_bytes(torn.read_bytes()[:700])  # and of a disk that lost what it had promised
     before = {name: (output / name).stat().st_mtime_ns for name in done - {torn.name}}
-    shard(str(pictures), output, Gaussian(0.4), size=300, channels=3, shard_size=2, workers=workers)
+    shard(str(pictures), output, Gaussian(0.4), size=SIDE, channels=3, shard_size=2, workers=workers)
     assert contents(output) == contents(uninterrupted)
     assert {name: (output / name).stat().st_mtime_ns for name in before} == before, "finished shards are not redone"
 
@@ -207,7 +208,7 @@ def test_somebody_elses_shards_are_never_removed(pictures: Path, tmp_path: Path)
 def test_two_calls_at_once_are_refused(pictures: Path, tmp_path: Path, start: Started) -> None:
     start(tmp_path / "out", 1)
     with pytest.raises(UserError, match="another process writes it"):
-        shard(str(pictures), tmp_path / "out", Gaussian(0.4), size=300, channels=3, shard_size=2)
+        shard(str(pictures), tmp_path / "out", Gaussian(0.4), size=SIDE, channels=3, shard_size=2)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
