@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,7 @@ def submit_shards(
     """
     folder = Path(cluster.logs).absolute() / f"shard-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     parts = [tuple(numbers[j::jobs]) for j in range(min(jobs, len(numbers)))]
-    made = executor(
-        replace(cluster, nodes=1, min_nodes=None), folder, "shard"
-    )  # more nodes would stay idle: jobs share nothing
+    made = executor(cluster.on_one_node(), folder, "shard")
     handles = submit(made, [ShardJob(work, part, cluster.cpus_per_task) for part in parts])
     tqdm.write(f"jobs {' '.join(handle.job_id for handle in handles)}; logs in {folder}", file=sys.stderr)
     waiting = set(numbers)

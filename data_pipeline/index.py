@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline import storage
+from data_pipeline.writer import META
 from trainer.documents import from_json
 from trainer.errors import UserError, WorkFailed
 
@@ -72,7 +73,7 @@ class ShardIndex:
     @property
     def captioned(self) -> bool:
         """Whether any sample has a caption."""
-        return "caption" in self.schema.get("json", {}).get("fields", ())
+        return "caption" in self.schema.get(META, {}).get("fields", ())
 
     @property
     def not_gaussian(self) -> str | None:

@@ -205,7 +205,10 @@ def _work(work: Work, source: Source, limit: Limit, means: Means) -> ShardIndex:
 
 
 def _missing_captions(work: Work, done: Iterable[Record]) -> None:
-    samples, captioned = (sum(counts) for counts in zip(*((r.images - len(r.rejected), r.captioned) for r in done), strict=True))  # fmt: skip
+    samples = captioned = 0
+    for record in done:
+        samples += record.shard.samples if record.shard else 0
+        captioned += record.captioned
     if 0 < captioned < samples:
         print(f"warning: {samples - captioned} of {samples} images have no caption: a run with captions trains them with the empty one", file=sys.stderr)  # fmt: skip
 

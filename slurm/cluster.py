@@ -8,7 +8,7 @@ import shutil
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,10 @@ class ClusterConfig:
         for name in SLURM_ONLY:
             if self.kind == "local" and getattr(self, name):
                 raise ValueError(f"{name}: kind local does not use it; remove it, or choose kind: slurm")
+
+    def on_one_node(self) -> ClusterConfig:
+        """For jobs that share nothing, of which more nodes would stay idle."""
+        return replace(self, nodes=1, min_nodes=None)
 
     @property
     def ranks_per_node(self) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline.index import ShardIndex
 from data_pipeline.latents.tokens import Tokens
 from data_pipeline.loader import Layout, Loader
 from trainer import base_pipeline, conditioning, engine_settings, networks
@@ -87,7 +88,7 @@ def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = 
     captions = tokens or "ids" if isinstance(model, SDXLConfig) and model.prompt is None else None
     loader = Loader(config.data, layout, config.seed, ranks.device, captions)
     _check_levels(config, loader)
-    few = _few(config, loader)
+    few = few_images(config.data.shards, loader.index, config.data.sigma_scale)
     other = _not_gaussian(config, loader)
     notices = {f"notice.{name}": text for name, text in (("few_images", few), ("not_gaussian", other)) if text}
     if ranks.is_main:
@@ -229,16 +230,12 @@ FEW = 300
 """Below so many images long trainings from noisy images alone fail: with 100, and not with 300 (docs/studies.md, 5)."""
 
 
-def _few(config: RunConfig, loader: Loader) -> str | None:
-    if loader.index.samples >= FEW or loader.index.sigma_max * config.data.sigma_scale == 0:
+def few_images(shards: str, index: ShardIndex, sigma_scale: float = 1.0) -> str | None:
+    """What to say of a data set that is too small for a long training from noisy images alone, if it is. shards: its name."""
+    if index.samples >= FEW or index.sigma_max * sigma_scale == 0:
         return None
-    return few(config.data.shards, loader.index.samples, bool(loader.index.request.get("latents")))
-
-
-def few(shards: str, samples: int, latents: bool) -> str:
-    """What to say of a data set that is too small for a long training from noisy images alone."""
-    said = f"{shards} has {samples} images; below about {FEW} a long training from noisy images goes wrong: "
-    if latents:
+    said = f"{shards} has {index.samples} images; below about {FEW} a long training from noisy images goes wrong: "
+    if index.request.get("latents"):
         return f"{said}shard again with --flip, draw from each checkpoint that is kept (checkpoint.keep), and give more images or a share of clean ones"
     return f"{said}mirror them (data.flip=true), cut large ones into tiles, keep checkpoints (checkpoint.keep) and judge each by trainer.evaluate --checkpoint STEP --measured, or give more images or a share of clean ones"
 

@@ -45,8 +45,8 @@ class Field:
 @dataclass(frozen=True)
 class Group:
     """Fields at one path of the configuration, such as engine or checkpoint.keep_best; "" at the top. kind: of these fields,
-    where the path has several. null: whether it may stand
-    for all of them: "no", "allowed" or "default"."""
+    where the path has several. null: whether it may stand for all of them: "no", "allowed" or
+    "default"."""
 
     path: str
     kind: str | None

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,7 +38,7 @@ class EvaluationJob(Resumable):
 def evaluate_by_jobs(jobs: Sequence[EvaluationJob], cluster: ClusterConfig) -> None:
     """Waits for them; Ctrl-C cancels them. Raises WorkFailed where one fails, after the others have ended."""
     folder = Path(cluster.logs).absolute() / f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    handles = submit(executor(replace(cluster, nodes=1, min_nodes=None), folder, "evaluate"), list(jobs))
+    handles = submit(executor(cluster.on_one_node(), folder, "evaluate"), list(jobs))
     print(f"jobs {' '.join(handle.job_id for handle in handles)}; logs in {folder}", file=sys.stderr)
     try:
         with progress_bar(total=len(handles), desc="evaluate", unit="run") as bar:

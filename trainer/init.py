@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.config.exists():
         raise UserError(f"CONFIG {args.config}: is there already: choose another name")
     from data_pipeline.index import read_index
-    from trainer.build import FEW, few
+    from trainer.build import few_images
 
     index = read_index(args.shards)
     data = proposal(args.shards, index, args.config.stem, gpus, args.base, args.prompt)
@@ -83,8 +83,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"warning: sides of {' x '.join(map(str, index.shape[1:]))} cannot be halved, so the network has one resolution: shard with --size 32, 64 or another multiple of 8", file=sys.stderr)  # fmt: skip
     if seconds > LONG_S:
         print("  shorter:        fewer steps, a smaller batch_size, fewer channels; or cut the images into tiles (docs/data.md)")  # fmt: skip
-    if index.samples < FEW and index.sigma_max > 0:
-        print(f"warning: {few(args.shards, index.samples, index.request.get('latents') is not None)}", file=sys.stderr)
+    if warning := few_images(args.shards, index):
+        print(f"warning: {warning}", file=sys.stderr)
     if gpus:
         print(f"  what it takes:  python -m trainer.plan {file} --gpus {gpus} --gpu {gpu}")
     if gpus > 8:
