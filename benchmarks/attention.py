@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.report import arguments, save, table
-from trainer.attention import probe, xformers_kernel
+from trainer.models.attention import probe, xformers_kernel
 from trainer.models.unet2d import UNet2D, UNet2DConfig
 
 REPEATS = 10

@@ -12,10 +12,10 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scipy.stats import kurtosis
 
-from data_pipeline.corruption import Degraded, generator_of
-from data_pipeline.measured import estimate
-from data_pipeline.sources import open_source, prepare
-from trainer import errors
+from ambient_core import errors
+from data_pipeline.corruption.corruption import Degraded, generator_of
+from data_pipeline.corruption.noise_estimation import estimate
+from data_pipeline.inputs.sources import open_source, prepare
 
 WORDS = (
     "poisson:30", "salt-and-pepper:0.05", "jpeg:30", "blur:1", "downsample:2", "box-mask:0.1", "random-mask:0.3",

@@ -54,7 +54,7 @@ from PIL import Image, ImageOps
 from benchmarks.data_files import KINDS, Files, Kind, make, many_shards, pictures
 from benchmarks.data_readers import READERS, Reader, ours, ours_in_small_groups, streaming_package
 from benchmarks.report import arguments, save, table
-from data_pipeline.sources import open_source, prepare
+from data_pipeline.inputs.sources import open_source, prepare
 
 ROUNDS = 5
 LONGEST = 10.0

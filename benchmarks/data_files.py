@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from webdataset.writer import TarWriter
 
-from data_pipeline.index import Shard, ShardIndex, read_index, write_index
+from data_pipeline.format.index import Shard, ShardIndex, read_index, write_index
 
 SIGMA_N = 0.2
 DISTINCT = 64

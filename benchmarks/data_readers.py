@@ -22,9 +22,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ambient_core import paths
 from benchmarks.data_files import Files
-from data_pipeline.loader import DataConfig, Layout, Loader
-from trainer import folders
+from data_pipeline.loading.config import DataConfig, Layout
+from data_pipeline.loading.loader import Loader
 
 REQUIREMENTS = Path(__file__).parent / "data_peers.txt"
 
@@ -112,7 +113,7 @@ def streaming_package() -> Any:
     `base` is imported, as its __init__ imports torchvision.
     """
     if "streaming" not in sys.modules:
-        cache = folders.cache()
+        cache = paths.cache()
         folder = cache / "benchmark-peers"
         if not (folder / "streaming").is_dir():
             print(f"installing {REQUIREMENTS.name} into {folder}", file=sys.stderr, flush=True)

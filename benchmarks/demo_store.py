@@ -18,8 +18,8 @@ from pathlib import Path
 
 from benchmarks.report import arguments
 from benchmarks.studies import Job, Setting, train_all
-from trainer.command import run_python
-from trainer.mlflow_pages import compare_page, run_table, server
+from trainer.reports.run_command import run_python
+from trainer.tracking.pages import compare_page, run_table, server
 
 SIGMA = 0.5
 FEW = 20

@@ -19,16 +19,16 @@ from typing import Any
 
 import torch
 
+from ambient_core.batch import Batch
 from benchmarks.images import PAIRS
 from benchmarks.report import arguments, pyplot, save, save_figure, spread, table
 from benchmarks.studies import Job, Setting, checkpoints, train_all
 from trainer.diffusion.ambient import AmbientConfig, AmbientLoss
-from trainer.diffusion.batch import Batch
 from trainer.diffusion.denoiser import Denoiser
 from trainer.diffusion.levels import LogUniform, Uniform
 from trainer.diffusion.noise import AddressedNoise
 from trainer.evaluation.denoiser_error import clean_images, denoiser_error
-from trainer.restore import restore
+from trainer.inference.load import restore
 
 SIZES = (30, 100, 300, 1000, 10000)
 VARIANTS: dict[str, tuple[float, tuple[str, ...]]] = {

@@ -26,15 +26,16 @@ from PIL import Image
 from benchmarks.report import arguments, save, table
 from benchmarks.scale import exponent
 from benchmarks.suite.rows import InTurns
-from data_pipeline.batch_order import BatchOrder
-from data_pipeline.corruption import Gaussian
+from data_pipeline.corruption.corruption import Gaussian
+from data_pipeline.loading.batch_order import BatchOrder
 from data_pipeline.shard import shard
-from trainer import build, distributed, loop
-from trainer.build import Run
-from trainer.config import load
-from trainer.mlflow_logger import MLflowLogger
-from trainer.mlflow_store import LoggingConfig
+from trainer.config.run_config import load
+from trainer.engine import distributed
 from trainer.planning.live import LiveTensors
+from trainer.tracking.config import LoggingConfig
+from trainer.tracking.logger import MLflowLogger
+from trainer.training import build, loop
+from trainer.training.run import Run
 
 ROOT = Path(__file__).parent.parent
 SIZES, BATCHES, RANKS, RECORDS = (

@@ -27,21 +27,23 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ambient_core import errors
+from ambient_core.batch import Batch, Conditioning
 from benchmarks.data_files import DISTINCT, Files, Kind, npy_bytes, write_shards
 from benchmarks.data_readers import ours
 from benchmarks.report import arguments, save, table
 from benchmarks.suite.bare import Bare
 from benchmarks.suite.rows import InTurns, Pair, paired, silent, timed
 from benchmarks.suite.steps import TURN, digits, pixel_run, seconds
-from trainer import distributed, errors
-from trainer.build import Run
 from trainer.diffusion import consistency
 from trainer.diffusion.ambient import LossTerms, further_noised
-from trainer.diffusion.batch import Batch, Conditioning, twice
 from trainer.diffusion.noise import Noise
 from trainer.diffusion.particles import Particles
 from trainer.diffusion.sampling import reverse_step
+from trainer.diffusion.tensors import twice
+from trainer.engine import distributed
 from trainer.models.unet2d import UNet2D, UNet2DConfig
+from trainer.training.run import Run
 
 EVERY_STEP = "consistency={weight: 0.1, period: 1, start: 0}"
 

@@ -22,9 +22,9 @@ from benchmarks.report import arguments, pyplot, save, save_figure, spread, tabl
 from benchmarks.studies import Job, Setting, measure, train_all
 from trainer.evaluation.denoiser_error import clean_images
 from trainer.evaluation.features import PACKAGED, open_extractor
-from trainer.evaluation.grids import sheet
-from trainer.generate import generate
-from trainer.restore import restore
+from trainer.inference.generate import generate
+from trainer.inference.grids import sheet
+from trainer.inference.load import restore
 
 SHARES = (0.2, 0.4, 0.7, 1.0, 1.5, 3.0)
 """Levels at which errors are reported, in units of sigma_n."""

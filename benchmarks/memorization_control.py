@@ -22,13 +22,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it also runs as
 
 from benchmarks.report import arguments, save, spread, table
 from benchmarks.studies import Job, Setting, train_all
-from data_pipeline.sources import Source, open_source
+from data_pipeline.inputs.sources import Source, open_source
 from trainer.evaluation.attacks import Attack, Masked, Noised
 from trainer.evaluation.features import PACKAGED, open_extractor
 from trainer.evaluation.images import Images
 from trainer.evaluation.measures import attacked
-from trainer.judge import model_of
-from trainer.restore import restore
+from trainer.inference.load import restore
+from trainer.reports.evaluate_run import model_of
 
 SIZE = 16
 FEW, MANY = 20, 10_000

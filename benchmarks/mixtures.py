@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.diffusion.batch import Conditioning
+from ambient_core.batch import Conditioning
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.diffusion.batch import Batch, expand
+from ambient_core.batch import Batch
 from trainer.diffusion.denoiser import Denoiser
 from trainer.diffusion.levels import Weight
 from trainer.diffusion.noise import StreamNoise
+from trainer.diffusion.tensors import expand
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,9 @@ import psutil
 import torch
 
 from benchmarks.report import arguments, save, table
-from data_pipeline.batch_order import BatchOrder
-from data_pipeline.index import NAME, Shard, ShardIndex, parse_index, write_index
-from trainer.distributed import Ranks
+from data_pipeline.format.index import NAME, Shard, ShardIndex, parse_index, write_index
+from data_pipeline.loading.batch_order import BatchOrder
+from trainer.engine.distributed import Ranks
 
 ROOT = Path(__file__).parent.parent
 RANKS, BATCH, SAMPLES = 1024, 8192, 1000
@@ -114,10 +114,11 @@ def every(shards: int, samples: int) -> dict[str, Any]:
 
 def traffic() -> dict[str, tuple[float, float]]:
     """Counted in a run of the tiny configuration: what goes through Ranks, as calls and bytes that a rank gives."""
-    from data_pipeline.corruption import Gaussian
+    from data_pipeline.corruption.corruption import Gaussian
     from data_pipeline.shard import shard
-    from trainer import build, distributed, loop
-    from trainer.config import load
+    from trainer.config.run_config import load
+    from trainer.engine import distributed
+    from trainer.training import build, loop
 
     calls, sizes, steps = Counter[str](), Counter[str](), 12
 
@@ -156,7 +157,7 @@ def traffic() -> dict[str, tuple[float, float]]:
 
 def scaling() -> list[dict[str, Any]]:
     """Of SDXL at 1024 px, by the planner: adapters at stage 0, all weights at stages 2 and 3."""
-    from trainer.config import load
+    from trainer.config.run_config import load
     from trainer.planning import models
     from trainer.planning.estimate import Estimate, setting_of
     from trainer.planning.gpus import GPUS

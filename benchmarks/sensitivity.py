@@ -21,9 +21,9 @@ import torch
 from benchmarks.mixtures import scattered
 from benchmarks.report import arguments, pyplot, save, save_figure, spread, table
 from benchmarks.toy import PROCESS, Method, Problem, Training, distance, error, error_below, train_together
-from trainer.diffusion.batch import variance
 from trainer.diffusion.consistency import ConsistencyConfig
 from trainer.diffusion.denoiser import Denoiser
+from trainer.diffusion.tensors import variance
 
 PROBLEM = Problem("scattered 16-D, sigma_n 0.3", scattered(), 0.3)
 WEIGHTS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.shuffle
 
-The order of `data_pipeline/order.py` over 1,000 shards of 1,000 samples, against a perfect shuffle of all of them; means of
+The order of `data_pipeline/loading/order.py` over 1,000 shards of 1,000 samples, against a perfect shuffle of all of them; means of
 8 seeds.
 
 displacement   how far a sample is, on average, from where it was in the epoch before, as a share of the epoch (perfect: 1/3)
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from benchmarks.report import arguments, save, table
-from data_pipeline.order import Int, Order
+from data_pipeline.loading.order import Int, Order
 
 SHARDS, PER_SHARD, SHARD_GB = 1000, 1000, 0.1
 GROUPS = (1, 4, 16, 64, 256)

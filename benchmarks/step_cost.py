@@ -30,6 +30,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainer.training.step import step_loss
+
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).parent.parent))  # `python benchmarks/step_cost.py` works, too
 
@@ -38,19 +40,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ambient_core.batch import Batch, Conditioning
 from benchmarks.official import OfficialConsistency
 from benchmarks.report import arguments, save, table
 from data_pipeline.latents.text import TextEncoders
 from data_pipeline.shard import main as shard
-from trainer import build, distributed, loop
-from trainer.build import Run
-from trainer.config import load
-from trainer.diffusion.batch import Batch, Conditioning
+from trainer.config.run_config import load
 from trainer.diffusion.levels import EDM
 from trainer.diffusion.noise import AddressedNoise, StreamNoise
-from trainer.distributed import Ranks
-from trainer.metrics import Meter
+from trainer.engine import distributed
+from trainer.engine.distributed import Ranks
 from trainer.models.tiny_sdxl import UNET, write_tiny_sdxl
+from trainer.monitor.metrics import Meter
+from trainer.training import build, loop
+from trainer.training.run import Run
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 ROOT = Path(__file__).parent.parent
@@ -124,7 +127,7 @@ class Stepper:
         self.evaluations += self.run.denoiser.evaluations - before
 
     def _take(self, batch: Batch) -> None:
-        self.run.engine.backward(loop.step_loss(self.run, batch, self._step, self._step, 0, self._meter))
+        self.run.engine.backward(step_loss(self.run, batch, self._step, self._step, 0, self._meter))
         self.run.engine.step(self._step)
         self.run.ema.update(self.run.engine.masters, self._step + 1)
 

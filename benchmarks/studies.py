@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data_pipeline.corruption import Gaussian
+from data_pipeline.corruption.corruption import Gaussian
 from data_pipeline.shard import shard
-from trainer.command import run_python
+from trainer.checkpoint.tensors import read_tensors
 from trainer.diffusion.denoiser import Denoiser
 from trainer.evaluation.denoiser_error import denoiser_error
 from trainer.evaluation.distances import kid
 from trainer.evaluation.features import PACKAGED, open_extractor
-from trainer.generate import generate
-from trainer.restore import Restored, restore
-from trainer.tensor_files import read_tensors
+from trainer.inference.generate import generate
+from trainer.inference.load import Restored, restore
+from trainer.reports.run_command import run_python
 
 CONFIG = Path(__file__).parent.parent / "configs" / "studies" / "images.yaml"
 

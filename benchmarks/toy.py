@@ -13,11 +13,10 @@ from diffusers.models.embeddings import Timesteps
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ambient_core.batch import Batch, Conditioning
 from benchmarks.mixtures import Mixture
 from benchmarks.official import OfficialConsistency
-from trainer.budget import Budget, settled
 from trainer.diffusion.ambient import AmbientConfig, AmbientLoss
-from trainer.diffusion.batch import Batch, Conditioning
 from trainer.diffusion.consistency import ConsistencyConfig, ConsistencyLoss
 from trainer.diffusion.denoiser import Denoise, Denoiser
 from trainer.diffusion.interleave import StepSchedule
@@ -26,8 +25,9 @@ from trainer.diffusion.noise import StreamNoise
 from trainer.diffusion.particles import ParticlePool
 from trainer.diffusion.process import VPCosine
 from trainer.diffusion.sampling import sample
-from trainer.distributed import Ranks
-from trainer.ema import EMA, PowerEMA
+from trainer.engine.distributed import Ranks
+from trainer.engine.ema import EMA, PowerEMA
+from trainer.training.consistency_budget import Budget, settled
 
 PROCESS = VPCosine(sigma_min=0.02, sigma_max=10.0)
 ALONE = Ranks(0, 1, torch.device("cpu"))

@@ -30,8 +30,8 @@ from benchmarks.suite.ranks import SHAPE, result, started
 from benchmarks.suite.rows import InTurns
 from benchmarks.suite.steps import PIXEL, ROOT, digits, pixel_run, seconds
 from benchmarks.suite.two_ranks import CONSISTENCY, leave
-from trainer import distributed
-from trainer.config import load
+from trainer.config.run_config import load
+from trainer.engine import distributed
 from trainer.planning import models
 from trainer.planning.estimate import Estimate, setting_of
 

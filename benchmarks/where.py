@@ -26,8 +26,9 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.report import arguments, save, table
 from benchmarks.suite.steps import digits, lora_run, pixel_run
 from benchmarks.suite.two_ranks import CONSISTENCY
-from trainer import distributed, loop
-from trainer.build import Run
+from trainer.engine import distributed
+from trainer.training import loop
+from trainer.training.run import Run
 
 WARM, STEPS = 8, 32
 KINDS = {

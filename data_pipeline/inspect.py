@@ -15,16 +15,16 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline import index as indices
-from data_pipeline import storage
-from data_pipeline.corruption import ORIGIN
-from data_pipeline.index import REJECTED, Shard, ShardIndex
-from data_pipeline.reader import BadSample, meta, npy_array
-from data_pipeline.tar import Careful
-from data_pipeline.writer import META, OBSERVATION
-from trainer import errors
-from trainer.errors import WorkFailed, in_one_line
-from trainer.progress import progress_bar
+from ambient_core import errors, storage
+from ambient_core.arguments import Parser
+from ambient_core.errors import WorkFailed, in_one_line
+from ambient_core.progress import progress_bar
+from data_pipeline.corruption.corruption import ORIGIN
+from data_pipeline.format import index as indices
+from data_pipeline.format.index import REJECTED, Shard, ShardIndex
+from data_pipeline.format.tar import Careful
+from data_pipeline.format.writer import META, OBSERVATION
+from data_pipeline.loading.reader import BadSample, meta, npy_array
 
 SHOWN = 64
 """Observations on the contact sheet."""
@@ -49,7 +49,7 @@ class Contents:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = errors.Parser(
+    p = Parser(
         prog="python -m data_pipeline.inspect",
         description="Verifies checksums and counts of a folder of shards, prints a summary, and writes contact-sheet.png and sigma-n.png.",
         epilog=EXAMPLE,
@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     print(f"{args.output}: complete, {'sizes and counts' if args.no_verify else 'checksums and counts'} are right")
     print(summary(index, contents))
-    from data_pipeline.inspect_pictures import contact_sheet, histogram
+    from data_pipeline.inspect_plots import contact_sheet, histogram
 
     folder = args.out or storage.join(args.output, "inspect")
     shown = len(contents.shown)

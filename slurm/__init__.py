@@ -1,1 +1,4 @@
-"""Launches on SLURM, and on this machine by the same code, through submitit."""
+"""Launches on SLURM, and on this machine by the same code, through submitit.
+
+Alone imports submitit. Imports every package; no package imports it.
+"""

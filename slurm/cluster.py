@@ -6,14 +6,16 @@ import math
 import shlex
 import shutil
 import sys
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from trainer.documents import from_yaml, text_of
-from trainer.errors import UserError, WorkFailed, meant
+from ambient_core.arguments import meant
+from ambient_core.errors import UserError, WorkFailed
+from ambient_core.parsing import from_yaml, text_of
 
 KINDS = ("slurm", "local")
 REQUEUES = {"slurm": 20, "local": 5}
@@ -225,6 +227,21 @@ def submit(made: Any, jobs: list[Any]) -> list[Any]:
     return handles
 
 
+def wait(handles: Sequence[Any], cluster: ClusterConfig, look: Callable[[int], bool]) -> None:
+    """Until all jobs have ended, or `look` gives False: it is called now and then with how many have ended, and once more
+    after the last. Cancels the jobs where it raises, or Ctrl-C comes."""
+    try:
+        while True:
+            ended = sum(handle.done() for handle in handles)  # asked first: what they wrote is then seen by look
+            if not look(ended) or ended == len(handles):
+                return
+            time.sleep(POLL[cluster.kind])
+    except BaseException:
+        for handle in handles:
+            handle.cancel(check=False)
+        raise
+
+
 def failure_of(handle: Any) -> tuple[str, Path]:
     """Why a job failed, in one line, and the log that has more. From the log: results are pickles, and stay unread."""
     log = Path(str(handle.paths.stderr))
@@ -234,7 +251,7 @@ def failure_of(handle: Any) -> tuple[str, Path]:
 
 def _last_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1].removeprefix("trainer.errors.") if lines else ""
+    return lines[-1].removeprefix("ambient_core.errors.") if lines else ""
 
 
 class Resumable(ABC):

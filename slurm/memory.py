@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from ambient_core.arguments import meant
+from ambient_core.errors import UserError
 from slurm.cluster import ClusterConfig
 from slurm.points import Point
-from trainer.errors import UserError, meant
 
 PROCESS_GB = 0.7
 """Of a rank beside its tensors: Python and the libraries, as `memory/process_gb` of small runs on CPUs has it."""
@@ -20,7 +21,7 @@ def check_memory(point: Point, cluster: ClusterConfig) -> None:
         raise UserError(f"gpu {cluster.gpu}: must be one of {', '.join(GPUS)}{meant(cluster.gpu, GPUS)}")
     if (cluster.gpu if on_gpus else cluster.mem_gb) is None:
         return
-    from data_pipeline.index import read_index
+    from data_pipeline.format.index import read_index
     from trainer.planning.estimate import Estimate, setting_of
     from trainer.planning.models import configured
 

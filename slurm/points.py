@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
-from slurm import attempts
-from slurm.queue import is_alive, listed
-from trainer.config import RunConfig, load
-from trainer.documents import from_yaml
-from trainer.errors import UserError
+from ambient_core.errors import UserError
+from ambient_core.parsing import from_yaml
+from slurm.job import attempts
+from slurm.job.queue import is_alive, listed
+from trainer.config.run_config import RunConfig, load
 
 
 @dataclass(frozen=True)

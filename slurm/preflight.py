@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from slurm import queue
-from slurm.attempts import steps_done
+from ambient_core.arguments import meant
+from ambient_core.errors import UserError, WorkFailed
 from slurm.cluster import SLURM_ONLY, ClusterConfig
+from slurm.job import queue
+from slurm.job.attempts import steps_done
 from slurm.memory import check_memory
 from slurm.points import Point
-from trainer.errors import UserError, WorkFailed, meant
 
 ANSWER_S = 10
 """Seconds that a tracking server has to answer."""
@@ -49,7 +50,7 @@ def _free(point: Point, cluster: ClusterConfig) -> None:
 
 
 def _run_dir(point: Point, cluster: ClusterConfig) -> None:
-    from trainer.build import refuse_another_run
+    from trainer.config.resume_compatibility import refuse_another_run
 
     _writable("run_dir", point.run_dir)
     refuse_another_run(point.config, point.run_dir)
@@ -72,7 +73,7 @@ def _writable(name: str, folder: Path) -> None:
 
 def _ranks(point: Point, cluster: ClusterConfig) -> None:
     """Each number of nodes that the job may get."""
-    from trainer.build import layout_of
+    from trainer.training.build import layout_of
 
     for nodes in range(cluster.min_nodes or cluster.nodes, cluster.nodes + 1):
         try:
@@ -83,9 +84,9 @@ def _ranks(point: Point, cluster: ClusterConfig) -> None:
 
 def _model(point: Point, cluster: ClusterConfig) -> None:
     """The shards' index, and a model for their shapes, without its memory; of an sdxl also that its base made the shards."""
-    from data_pipeline.index import read_index, wrong_size
-    from data_pipeline.storage import local_path
-    from trainer import base_pipeline
+    from ambient_core.storage import local_path
+    from data_pipeline.format.index import read_index, wrong_size
+    from trainer.models import sdxl_base
     from trainer.models.sdxl import SDXLConfig
     from trainer.planning.models import configured
 
@@ -96,7 +97,7 @@ def _model(point: Point, cluster: ClusterConfig) -> None:
         shard, size = damaged
         raise UserError(f"data.shards {shards}: {shard.name} has {size} bytes, not {shard.bytes}: shard again")
     if isinstance(point.config.model, SDXLConfig):
-        base_pipeline.check_data(point.config.model, index, shards)
+        sdxl_base.check_data(point.config.model, index, shards)
     for shape in index.shapes:
         configured(point.config, shape)
 

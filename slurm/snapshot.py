@@ -9,7 +9,7 @@ from pathlib import Path
 
 import trainer
 
-PACKAGES = ("trainer", "data_pipeline", "slurm")
+PACKAGES = ("ambient_core", "data_pipeline", "trainer", "slurm")
 ROOT = Path(trainer.__file__).resolve().parent.parent
 LARGE = 1_000_000
 """Bytes of a file that git does not know, above which the difference only names it."""

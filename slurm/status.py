@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slurm import attempts
-from slurm.attempts import Attempt
-from slurm.queue import is_alive, listed
-from trainer import errors
-from trainer.documents import from_yaml, json_lines, text_of
-from trainer.errors import UserError
+from ambient_core import errors
+from ambient_core.arguments import Parser
+from ambient_core.errors import UserError
+from ambient_core.parsing import from_yaml, json_lines, text_of
+from slurm.job import attempts
+from slurm.job.attempts import Attempt
+from slurm.job.queue import is_alive, listed
 
 EXAMPLE = """examples:
   python -m slurm.status runs/digits
@@ -27,7 +28,7 @@ RECENT = 50
 
 
 def parser() -> argparse.ArgumentParser:
-    p = errors.Parser(prog="python -m slurm.status", description="Shows the job of a run, how far it is, and what became of each of its starts.",
+    p = Parser(prog="python -m slurm.status", description="Shows the job of a run, how far it is, and what became of each of its starts.",
                                 epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     p.add_argument("run", metavar="RUN", type=Path, help="a run's folder, or that of a sweep")
     p.add_argument("--json", action="store_true", help="a line of JSON for each run")

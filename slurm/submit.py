@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ambient_core import errors
+from ambient_core.arguments import Parser
+from ambient_core.errors import UserError
+from ambient_core.parsing import from_json, text_of
 from slurm.cluster import ClusterConfig, Surroundings, executor, read_cluster, script, submit
-from trainer import errors
-from trainer.documents import from_json, text_of
-from trainer.errors import UserError
 
 EXAMPLE = """examples:
   python -m slurm.submit configs/quickstart.yaml --cluster cluster.yaml run_dir=runs/digits steps=20000
@@ -30,7 +31,7 @@ Submitted again with the same run_dir, a run goes on from its last checkpoint, o
 
 
 def parser() -> argparse.ArgumentParser:
-    p = errors.Parser(prog="python -m slurm.submit", description="Submits a training, which goes on by itself when the cluster ends it for time or for another job.",
+    p = Parser(prog="python -m slurm.submit", description="Submits a training, which goes on by itself when the cluster ends it for time or for another job.",
                                 epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     p.add_argument("config", metavar="CONFIG", type=Path, help="of the training, a YAML file; see configs/")
     p.add_argument("overrides", metavar="key.path=value", nargs="*", default=[], help="replaces a field of CONFIG, such as steps=100")  # fmt: skip
@@ -46,7 +47,10 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_intermixed_args(argv)
     cluster = _cluster(args)
-    from slurm import points, preflight  # imports from here on take seconds, which --help should not
+    from slurm import (
+        points,
+        preflight,  # imports from here on take seconds, which --help should not
+    )
 
     found = points.points(args.config, args.overrides, args.sweep)
     if args.resume:
@@ -112,7 +116,7 @@ class Submission:
 
     def _executor(self) -> Any:
         code = self.folder / "code"
-        again = shlex.join(["env", "-C", str(code), sys.executable, "-m", "slurm.requeue", str(self.folder)])
+        again = shlex.join(["env", "-C", str(code), sys.executable, "-m", "slurm.job.requeue", str(self.folder)])
         around = Surroundings(
             tasks=self.cluster.ranks_per_node,
             code=code,
@@ -130,7 +134,7 @@ class Submission:
 
     @property
     def plan(self) -> str:
-        from slurm.attempts import steps_done
+        from slurm.job.attempts import steps_done
 
         cluster, lines = self.cluster, list[str]()
         nodes = f"{cluster.min_nodes}-{cluster.nodes}" if cluster.min_nodes else str(cluster.nodes)
@@ -147,8 +151,8 @@ class Submission:
     def send(self) -> None:
         """Snapshots the code, submits, and says how to follow."""
         from slurm import snapshot
-        from trainer.config import to_data
-        from trainer.provenance import revision
+        from trainer.config.run_config import to_data
+        from trainer.tracking.provenance import revision
 
         snapshot.copy_code(self.folder / "code")
         changes = snapshot.changes()
@@ -172,7 +176,7 @@ class Submission:
         print(f"cancel  {'kill' if self.cluster.kind == 'local' else 'scancel'} {' '.join(ids)}")
 
     def _job(self, config: dict[str, Any], point: Any, tags: dict[str, str], changes: str) -> Any:
-        from slurm.training import TrainingJob
+        from slurm.job.training import TrainingJob
 
         point.run_dir.mkdir(parents=True, exist_ok=True)
         path = point.run_dir / "changes.diff"
@@ -193,10 +197,10 @@ class Submission:
         base.mkdir(parents=True, exist_ok=True)
         path = base / "sweep.json"
         if not path.is_file():
-            from trainer.mlflow_store import heading
+            from trainer.tracking.client import heading
 
             logging = replace(point.config.logging, name=base.name)
-            path.write_text(json.dumps({"parent": heading(logging, base, {"sweep.folder": str(base)})}))
+            path.write_text(json.dumps({"parent": heading(logging, base, {"sweep.folder": str(base)}, "slurm.submit")}))
         return {"mlflow.parentRunId": from_json(text_of(path))["parent"]}
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two ranks on two cores, and sums in one order
 
-from data_pipeline.corruption import Gaussian
+from data_pipeline.corruption.corruption import Gaussian
 from data_pipeline.shard import shard
 from trainer.models.tiny_sdxl import write_tiny_sdxl
 
@@ -72,7 +72,7 @@ def train(shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Ca
         return result.returncode, result.stdout
 
     def in_process(arguments: list[str]) -> Outcome:
-        from trainer import errors
+        from ambient_core import errors
         from trainer.train import main
 
         capfd.readouterr()

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
+from ambient_core import errors
 from tests.conftest import ROOT
-from trainer import cli, errors
+from trainer import cli
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")] + sorted((ROOT / "docs").glob("*.md"))
 OUR_PROGRAMS = rf"-m (trainer|data_pipeline|slurm)\b|^ambient ({'|'.join(cli.COMMANDS)})\b"

@@ -1,65 +1,58 @@
-"""Who may import whom. Dependencies point upward only."""
+"""Who may import whom: packages, folders and files point one way. Imports within functions count, and so do names of modules
+in strings, which import_module and `python -m` take."""
 
 from __future__ import annotations
 
 import ast
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted(path for top in ("trainer", "data_pipeline", "slurm") for path in (ROOT / top).rglob("*.py"))
-
-ALLOWED = {
-    "trainer.errors": (),
-    "trainer.documents": (),
-    "trainer.folders": ("trainer.errors",),
-    "trainer.progress": (),
-    "trainer.diffusion": ("trainer.diffusion",),
-    "trainer.models": ("trainer.diffusion", "trainer.models", "trainer.errors", "trainer.folders"),
-    "trainer.evaluation": (
-        "trainer.diffusion",
-        "trainer.evaluation",
-        "trainer.documents",
-        "trainer.errors",
-        "trainer.folders",
-        "trainer.generate",
-        "trainer.progress",
-        "trainer.restore",
-        "data_pipeline",
-    ),
-    "trainer.evaluate": ("trainer", "data_pipeline", "slurm.cluster"),
-    "trainer.evaluate_jobs": ("trainer", "slurm.cluster"),
-    "data_pipeline": (
-        "data_pipeline",
-        "trainer.diffusion",
-        "trainer.documents",
-        "trainer.errors",
-        "trainer.folders",
-        "trainer.progress",
-        "slurm.cluster",
-    ),
-    "slurm.cluster": ("trainer.documents", "trainer.errors"),
-    "slurm": ("slurm", "trainer", "data_pipeline"),
-}
-"""For the modules under each name: the parts of this project that they may import. The rest of trainer may import all
-of trainer and data_pipeline, and nothing of slurm. slurm.cluster is below all that is submitted: the preprocessor and
-the evaluation submit themselves, and slurm's commands submit the trainer, by the same cluster files."""
+PACKAGES = ("ambient_core", "data_pipeline", "trainer", "slurm")
+"""From the lowest to the highest: each may import those before it, and itself."""
+FILES = sorted(path for top in PACKAGES for path in (ROOT / top).rglob("*.py"))
+FOLDERS = sorted({path.parent for path in FILES})
 
 ONLY = {
     "deepspeed": "trainer.engine",
     "pydantic": "trainer.config",
-    "mlflow": "trainer.mlflow_store",
+    "mlflow": "trainer.tracking",
     "submitit": "slurm",
-    "fsspec": "data_pipeline.storage",
+    "fsspec": "ambient_core.storage",
 }
-"""Packages that one module, or one package, alone may import."""
+"""Packages that one module, or one folder, alone may import."""
+
+COMMANDS = {
+    "cli",
+    "completion",
+    "doctor",
+    "evaluate",
+    "export",
+    "init",
+    "plan",
+    "quickstart",
+    "sample",
+    "study",
+    "train",
+}
+"""What trainer's root holds."""
+
+BY_NAME = {
+    "trainer.cli": "the console script, which names the commands of every package and imports the one that is asked for",
+    "trainer.study": "submits its runs by a process of its own, `python -m slurm.submit`",
+}
+"""Modules that name a higher package's module in a string, and why they may."""
 
 
 def name_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {name_of(path) for path in FILES}
 
 
 def imports_of(path: Path) -> Iterator[str]:
@@ -71,52 +64,107 @@ def imports_of(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def within(name: str, parents: tuple[str, ...]) -> bool:
-    return any(name == parent or name.startswith(f"{parent}.") for parent in parents)
+def named_in_strings(path: Path) -> Iterator[str]:
+    """Modules of this project that a whole string names, such as import_module takes."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in MODULES - set(PACKAGES):
+            yield node.value
+
+
+def within(name: str, parent: str) -> bool:
+    return name == parent or name.startswith(f"{parent}.")
+
+
+def module_of(name: str) -> str | None:
+    """The project's module that an imported name is, or is in; None for other projects'."""
+    return name if name in MODULES else parent if (parent := name.rpartition(".")[0]) in MODULES else None
+
+
+GRAPH = {name_of(path): {m for n in imports_of(path) if (m := module_of(n)) and m != name_of(path)} for path in FILES}
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_imports_point_upward(path: Path) -> None:
+def test_packages_point_one_way(path: Path) -> None:
     module = name_of(path)
-    allowed = next((a for part, a in ALLOWED.items() if within(module, (part,))), ("trainer", "data_pipeline"))
+    height = {package: i for i, package in enumerate(PACKAGES)}
     for name in imports_of(path):
-        if within(name, ("trainer", "data_pipeline", "slurm")):
-            assert within(name, allowed), f"{module} may not import {name}"
         for package, owner in ONLY.items():
-            if within(name, (package,)):
-                assert within(module, (owner,)), f"only {owner} imports {package}"
+            assert not within(name, package) or within(module, owner), f"only {owner} imports {package}"
+    strings = set() if module in BY_NAME else set(named_in_strings(path))
+    for name in GRAPH[module] | strings:
+        assert height[name.split(".")[0]] <= height[module.split(".")[0]], f"{module} may not import {name}"
+
+
+@pytest.mark.parametrize("module", BY_NAME)
+def test_those_that_name_a_higher_module_still_do(module: str) -> None:
+    path = ROOT / f"{module.replace('.', '/')}.py"
+    assert any(within(name, "slurm") for name in named_in_strings(path))
+
+
+def cycle_in(graph: Mapping[str, Iterable[str]]) -> tuple[str, ...]:
+    """A way from a node back to it, or nothing."""
+    done: set[str] = set()
+
+    def visit(node: str, above: tuple[str, ...]) -> tuple[str, ...]:
+        if node in above:
+            return (*above[above.index(node) :], node)
+        if node not in done:
+            for below in sorted(graph.get(node, ())):
+                if found := visit(below, (*above, node)):
+                    return found
+            done.add(node)
+        return ()
+
+    return next((found for node in sorted(graph) if (found := visit(node, ()))), ())
+
+
+def test_a_cycle_is_found() -> None:
+    assert cycle_in({"a": "b", "b": "cd", "c": "", "d": "b"}) == ("b", "d", "b")
+    assert cycle_in({"a": "bc", "b": "c", "c": ""}) == ()
+
+
+def test_files_have_no_import_cycle() -> None:
+    assert not (found := cycle_in(GRAPH)), " -> ".join(found)
+
+
+def test_folders_have_no_import_cycle() -> None:
+    """A package's `__init__` has what all its folders may see, such as the version, and is below them."""
+    folders = {name_of(folder / "__init__.py") for folder in FOLDERS}
+
+    def folder_of(module: str) -> str:
+        return f"{module}.__init__" if module in folders else module.rpartition(".")[0]
+
+    graph: dict[str, set[str]] = {}
+    for module, names in GRAPH.items():
+        graph.setdefault(folder_of(module), set()).update(
+            folder_of(n) for n in names if folder_of(n) != folder_of(module)
+        )
+    assert not (found := cycle_in(graph)), " -> ".join(found)
 
 
 def test_the_mathematics_imports_torch_alone() -> None:
-    for path in FILES:
-        if within(name_of(path), ("trainer.diffusion",)):
-            for name in imports_of(path):
-                top = name.split(".")[0]
-                assert top in ("torch", "trainer") or top in sys.stdlib_module_names, f"{path} imports {name}"
+    """And of this project batches and seeds, which are torch alone, too."""
+    lower = [ROOT / "ambient_core" / f"{name}.py" for name in ("batch", "seeding")]
+    allowed = ("trainer.diffusion", *map(name_of, lower))
+    for path in [*(ROOT / "trainer" / "diffusion").rglob("*.py"), *lower]:
+        for name in imports_of(path):
+            ours = name.split(".")[0] in PACKAGES
+            known = (
+                any(within(name, parent) for parent in allowed)
+                if ours
+                else name.split(".")[0] in {"torch", *sys.stdlib_module_names}
+            )
+            assert known, f"{path} imports {name}"
 
 
-def test_there_are_no_import_cycles() -> None:
-    names = {name_of(path) for path in FILES}
-    graph = {
-        name_of(path): {n for i in imports_of(path) for n in (i, i.rpartition(".")[0]) if n in names} for path in FILES
-    }
-    done: set[str] = set()
-
-    def visit(name: str, above: tuple[str, ...]) -> None:
-        assert name not in above, " -> ".join((*above, name))
-        if name not in done:
-            for below in graph[name] - {"trainer", "data_pipeline", "trainer.diffusion", name}:
-                visit(below, (*above, name))
-            done.add(name)
-
-    for name in sorted(names):
-        visit(name, ())
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: str(folder.relative_to(ROOT)))
+def test_a_folder_says_what_it_holds_and_is_not_a_heap(folder: Path) -> None:
+    text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+    assert text, "the opening line is missing"
+    assert re.search(r"imports?", text, re.IGNORECASE), "it does not say who may import whom"
+    assert len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) <= 13
 
 
-@pytest.mark.parametrize(
-    "path",
-    [*FILES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))],
-    ids=lambda p: p.name,
-)
-def test_files_are_short(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 320
+def test_trainers_root_holds_the_commands_alone() -> None:
+    found = {path.stem for path in (ROOT / "trainer").glob("*.py")} - {"__init__"}
+    assert found == COMMANDS

@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.pages import OUR_PROGRAMS, PAGES, commands, inline, words_of
 from trainer import cli
-from trainer.config_fields import groups
+from trainer.config.reference import groups
 
 FIELDS = {f"{group.path}.{field.name}".removeprefix(".") for group in groups() for field in group.fields}
 GROUPS = {group.path for group in groups()}

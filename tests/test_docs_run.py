@@ -16,20 +16,20 @@ import pytest
 import tifffile
 import torch
 
-from data_pipeline import degradations
-from data_pipeline.corruption import Degraded
+from data_pipeline.corruption import degradations
+from data_pipeline.corruption.corruption import Degraded
 from tests.conftest import ROOT
 from tests.pages import OUR_PROGRAMS, PAGES, called, commands, inline, less, words_of
 from trainer import cli
 from trainer.diffusion.levels import karras_levels
 from trainer.diffusion.sampling import sample
-from trainer.restore import restore
+from trainer.inference.load import restore
 
 NOT_RUN = {
     r"stabilityai/|train configs/sdxl-face|sample runs/sdxl-face": "needs SDXL's own weights",
     r"sdxl-tiny|mine-sdxl": "tests/test_tutorial.py runs them, one after the other",
     r"slurm\.status": "tests/slurm asks it of jobs",
-    r"trainer\.config_fields": "tests/trainer/test_config_fields.py compares the page",
+    r"trainer\.config_fields": "tests/trainer/config/test_reference.py compares the page",
     r"SOURCE OUTPUT": "only says what a command takes",
     r"posterized": "below, with the code of its page",
 }

@@ -1,4 +1,7 @@
-"""Trains diffusion models from corrupted images alone (arXiv 2404.10177)."""
+"""Trains diffusion models from corrupted images alone (arXiv 2404.10177).
+
+Here: the commands, each thin. Imports ambient_core, data_pipeline and the folders below; slurm imports it.
+"""
 
 import logging
 

@@ -6,8 +6,9 @@ import sys
 from importlib import import_module
 
 import trainer
-from trainer import errors
-from trainer.errors import UserError, meant
+from ambient_core import errors
+from ambient_core.arguments import meant
+from ambient_core.errors import UserError
 
 COMMANDS = {
     "shard": ("data_pipeline.shard", "corrupt images once, and write them as shards"),
@@ -24,6 +25,10 @@ COMMANDS = {
     "status": ("slurm.status", "how far submitted runs are"),
     "quickstart": ("trainer.quickstart", "all of it on a packaged set of images, in minutes"),
 }
+
+
+ON_A_CLUSTER = {"shard": "slurm.shard", "evaluate": "slurm.evaluate"}
+"""Commands that have another module where --cluster is given."""
 
 
 def usage() -> str:
@@ -50,7 +55,10 @@ def main(argv: list[str]) -> int:
     if argv[0] not in COMMANDS:
         hint = meant(argv[0], [*COMMANDS, "completion"]) or f"; there are {', '.join(COMMANDS)}"
         raise UserError(f"{argv[0]}: no such command{hint}")
-    return import_module(COMMANDS[argv[0]][0]).main(argv[1:])
+    module = COMMANDS[argv[0]][0]
+    if any(word.partition("=")[0] == "--cluster" for word in argv[1:]):
+        module = ON_A_CLUSTER.get(argv[0], module)
+    return import_module(module).main(argv[1:])
 
 
 def script() -> None:

@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Iterable, Mapping
 from importlib import import_module
 
-from data_pipeline.degradations import NAMES
-from trainer.config_fields import groups
+from data_pipeline.corruption.degradations import NAMES
+from trainer.config.reference import groups
 from trainer.evaluation.features import PACKAGED
 
 SCRIPT = """# bash: source <(ambient completion); zsh: autoload -U bashcompinit && bashcompinit && source <(ambient completion)

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from trainer import errors
+from ambient_core import errors
+from ambient_core.arguments import Parser
 
 EXAMPLE = """examples:
   python -m trainer.doctor
@@ -44,7 +45,7 @@ class Finding:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = errors.Parser(
+    p = Parser(
         prog="python -m trainer.doctor",
         description="Checks packages, devices, attention, bf16, communication, and where asked a shared folder and MLflow.",
         epilog=EXAMPLE,
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def packages() -> Iterator[Finding]:
     """Those of provenance, imported in the versions that they say."""
-    from trainer.provenance import PACKAGES, version_of
+    from trainer.tracking.provenance import PACKAGES, version_of
 
     found = {name: version_of(name) for name in PACKAGES}
     missing = [name for name, version in found.items() if version is None]
@@ -123,7 +124,7 @@ def arithmetic() -> Iterator[Finding]:
     """Products of matrices in bf16: against float32, and their speed."""
     import torch
 
-    from trainer.engine_settings import resolve_precision
+    from trainer.engine.deepspeed_config import resolve_precision
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     side = 4096 if device.type == "cuda" else 384
@@ -146,7 +147,7 @@ def attention() -> Iterator[Finding]:
     """xformers against SDPA, at the head dimension of SDXL, in each precision that training uses here."""
     import torch
 
-    from trainer.attention import USUAL_HEAD_DIM, choose
+    from trainer.models.attention import USUAL_HEAD_DIM, choose
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for dtype in (torch.bfloat16, torch.float32) if device.type == "cuda" else (torch.float32,):
@@ -230,7 +231,7 @@ def shared_folder(folder: Path) -> Iterator[Finding]:
 
 def tracking(uri: str) -> Iterator[Finding]:
     """Asked in a process of its own, which can be ended when a server does not answer."""
-    from trainer.mlflow_store import QUESTION
+    from trainer.tracking.client import QUESTION
 
     try:
         started = time.perf_counter()

@@ -6,17 +6,22 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from trainer import errors
-from trainer.errors import UserError
+from ambient_core import errors
+from ambient_core.arguments import Parser
+from ambient_core.errors import UserError
 from trainer.evaluation.request import Request, check_numbers
-from trainer.sample import add_weights
+from trainer.inference.draw import add_weights
+
+if TYPE_CHECKING:
+    from trainer.reports.evaluate_runs import Weights
 
 EXAMPLE = """examples:
   python -m trainer.evaluate runs/mine --reference held-out/
   python -m trainer.evaluate runs/clean runs/naive runs/ours --reference packaged:fashion/test --training packaged:fashion/train
   python -m trainer.evaluate runs/mine --measured data/held-out                                     # without clean images
-  python -m trainer.evaluate runs/* --reference held-out/ --cluster cluster.yaml
+  python -m slurm.evaluate runs/* --reference held-out/ --cluster cluster.yaml                      # by jobs
   torchrun --nproc_per_node 8 -m trainer.evaluate runs/mine --reference held-out/ --number 10000    # goes on where it was
 
 Figures go into the MLflow run of each, and a report, which is one HTML file, beside it. DATA is what data_pipeline.shard
@@ -25,12 +30,17 @@ takes as SOURCE.
 
 
 def parser() -> argparse.ArgumentParser:
-    p = errors.Parser(
-        prog="python -m trainer.evaluate",
+    return parser_of_request("python -m trainer.evaluate", EXAMPLE)
+
+
+def parser_of_request(prog: str, examples: str) -> argparse.ArgumentParser:
+    """The options that say what is evaluated, and by what."""
+    p = Parser(
+        prog=prog,
         description="Judges runs by clean images that they never saw: distances of samples to them, and the denoiser's error at each noise level. "
         "With --measured, where there are none, by noisy ones: samples get the data's corruption, and are held against shards of observations. "
         "With --training also whether the run knows its images by heart: what it makes of them after severe corruption, and how near its samples are to them.",
-        epilog=EXAMPLE,
+        epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     p.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folders of runs, or of exports")
@@ -48,35 +58,39 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=Request.seed, help="of samples and attacks (default: 0)")
     p.add_argument("--prompt", metavar="TEXT", help="what to draw, for runs with text (default: each one's model.prompt)")  # fmt: skip
     add_weights(p)
-    p.add_argument("--cluster", type=Path, metavar="FILE", help="by jobs of this cluster, one for each run, a YAML file as in configs/clusters/")  # fmt: skip
     p.add_argument("--out", type=Path, metavar="FILE", help="the report (default: report.html in the run's evaluation/ for one run, comparison.html beside the first of several)")  # fmt: skip
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    _check(args)
-    from data_pipeline import storage
-    from trainer.evaluation.record import REPORT
-    from trainer.evaluation.report import incomparable, report
-    from trainer.evaluations import Weights, evaluate, subjects
+    words = sys.argv[1:] if argv is None else argv
+    if any(word.partition("=")[0] == "--cluster" for word in words):
+        raise UserError("--cluster: jobs are submitted by python -m slurm.evaluate, which takes the same words")
+    args = parser().parse_args(words)
+    check(args)
+    return report_on(args, request_of(args), weights_of(args), f"python -m trainer.evaluate {shlex.join(words)}")
 
-    request = Request(
+
+def request_of(args: argparse.Namespace) -> Request:
+    return Request(
         args.reference, args.training, args.number, args.attacked, args.compared, tuple(sorted(set(args.levels))), args.attack_sigma,
         args.attack_visible, args.steps, args.seed, args.measured,
     )  # fmt: skip
-    command = f"python -m trainer.evaluate {shlex.join(sys.argv[1:] if argv is None else argv)}"
-    weights = Weights(args.prompt, args.checkpoint, args.ema_sigma_rel)
-    if args.cluster:
-        from slurm.cluster import read_cluster
-        from trainer.evaluate_jobs import EvaluationJob, evaluate_by_jobs
 
-        cluster = read_cluster(args.cluster)
-        subjects(
-            args.runs, request, weights, lambda text: None
-        )  # the jobs say what is odd; a mistake is found before a job waits for its turn
-        jobs = [EvaluationJob(run.resolve(), request, args.extractor, command, weights) for run in args.runs]
-        evaluate_by_jobs(jobs, cluster)
+
+def weights_of(args: argparse.Namespace) -> Weights:
+    from trainer.reports.evaluate_runs import Weights
+
+    return Weights(args.prompt, args.checkpoint, args.ema_sigma_rel)
+
+
+def report_on(args: argparse.Namespace, request: Request, weights: Weights, command: str) -> int:
+    """Evaluates what is not evaluated yet, and writes the report. Returns the exit code."""
+    from ambient_core import storage
+    from trainer.reports.evaluate_runs import evaluate
+    from trainer.reports.html import incomparable, report
+    from trainer.reports.record import REPORT
+
     done = evaluate(args.runs, request, args.extractor, command, weights)
     if done:
         page: Path = args.out or (done[0][1] / REPORT if len(done) == 1 else args.runs[0].parent / "comparison.html")
@@ -88,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     return errors.DONE
 
 
-def _check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace) -> None:
     if not args.reference and not args.measured:
         raise UserError("--reference is missing: clean images that training never saw; who has none gives --measured, shards of noisy ones")  # fmt: skip
     if args.training and not args.reference:

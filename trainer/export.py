@@ -9,16 +9,17 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer import errors, folders
-from trainer.documents import from_json, text_of
-from trainer.errors import UserError
+from ambient_core import errors, paths
+from ambient_core.arguments import Parser
+from ambient_core.errors import UserError
+from ambient_core.parsing import from_json, text_of
+from trainer.inference.draw import add_weights
 from trainer.models.tiny_sdxl import PIPELINE
-from trainer.sample import add_weights
 
 if TYPE_CHECKING:
     from trainer.diffusion.denoiser import Denoiser
+    from trainer.inference.load import Restored
     from trainer.models.sdxl import SDXLConfig
-    from trainer.restore import Restored
 
 EXAMPLE = """examples:
   python -m trainer.export runs/sdxl-face exports/face       # adapters: pytorch_lora_weights.safetensors
@@ -28,7 +29,7 @@ EXAMPLE = """examples:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = errors.Parser(
+    p = Parser(
         prog="python -m trainer.export",
         description="Writes the averaged weights of a run, of its last checkpoint by default, as diffusers loads them, with a model card. Adapters are for StableDiffusionXLPipeline.load_lora_weights, an SDXL that was trained whole is a pipeline's folder, and what was trained from scratch a model's folder.",
         epilog=EXAMPLE,
@@ -42,16 +43,16 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    if not folders.is_free(args.out):
+    if not paths.is_free(args.out):
         raise UserError(f"OUT {args.out}: exists already: choose a new one")
-    from trainer import exported
-    from trainer.model_card import card  # imports from here on take seconds, which --help should not
+    from trainer.inference import exported
+    from trainer.inference.load import restore
+    from trainer.inference.model_card import card  # imports from here on take seconds, which --help should not
     from trainer.models.sdxl import SDXLConfig
-    from trainer.restore import restore
 
     run = restore(args.run_dir, args.checkpoint, args.ema_sigma_rel)
     model = run.config.model
-    with folders.appearing(args.out) as partial:
+    with paths.appearing(args.out) as partial:
         network: Any = run.denoiser.backbone
         if not isinstance(model, SDXLConfig):
             network.model.save_pretrained(partial)
@@ -70,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 def _write_lora(denoiser: Denoiser, folder: Path) -> None:
     from diffusers.loaders.lora_pipeline import StableDiffusionXLLoraLoaderMixin
 
-    from trainer.exported import LORA, adapted, layers_of
+    from trainer.inference.exported import LORA, adapted, layers_of
 
     arguments: dict[str, Any] = {}
     for name, part in adapted(denoiser).items():
@@ -86,7 +87,7 @@ def _write_pipeline(run: Restored, model: SDXLConfig, folder: Path) -> None:
     from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 
     from data_pipeline.latents.parts import SCHEDULER, find_parts
-    from trainer.base_pipeline import PARTS
+    from trainer.models.sdxl_base import PARTS
 
     parts = find_parts("model.base", model.base, PARTS)
     for name, part in parts.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import shlex
 import sys
@@ -12,13 +11,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer import errors
-from trainer.documents import from_yaml
-from trainer.errors import UserError, WorkFailed
+from ambient_core import errors
+from ambient_core.arguments import Parser
+from ambient_core.errors import UserError, WorkFailed
+from ambient_core.parsing import from_yaml
 from trainer.planning.gpus import GPUS
+from trainer.planning.propose import proposal
 
 if TYPE_CHECKING:
-    from data_pipeline.index import ShardIndex
+    from data_pipeline.format.index import ShardIndex
 
 EXAMPLE = """examples:
   python -m trainer.init data/mine mine.yaml                                  # for the CPU of this machine
@@ -34,7 +35,7 @@ LONGEST = 170
 
 
 def parser() -> argparse.ArgumentParser:
-    p = errors.Parser(
+    p = Parser(
         prog="python -m trainer.init",
         description="Writes a commented configuration for the images in SHARDS and the GPUs that are to train on them.",
         epilog=EXAMPLE,
@@ -62,8 +63,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"CONFIG {args.config}: is a folder: name a file in it")
     if args.config.exists():
         raise UserError(f"CONFIG {args.config}: is there already: choose another name")
-    from data_pipeline.index import read_index
-    from trainer.build import few_images
+    from data_pipeline.format.index import read_index
+    from trainer.training.data_warnings import few_images
 
     index = read_index(args.shards)
     data = proposal(args.shards, index, args.config.stem, gpus, args.base, args.prompt)
@@ -99,69 +100,9 @@ def main(argv: list[str] | None = None) -> int:
     return errors.DONE
 
 
-def proposal(shards: str, index: ShardIndex, name: str, gpus: int, base: str | None, prompt: str | None) -> dict[str, Any]:  # fmt: skip
-    """Where to begin, as the data of a RunConfig. Raises UserError for latents and pixels that do not go with the options."""
-    latents = index.request.get("latents")
-    if latents is None and (base or prompt):
-        raise UserError(f"--{'base' if base else 'prompt'}: {shards} holds pixels, not latents; shard with --latents for Stable Diffusion XL")  # fmt: skip
-    plain = index.sigma_max == 0 or index.not_gaussian is not None  # pairs and consistency are for Gaussian noise
-    data: dict[str, Any] = {
-        "run_dir": f"runs/{name}",
-        "data": {"shards": shards, "workers": 4 if gpus else 0, "flip": False},
-        "steps": 20_000 if gpus else 2_000,
-        "batch_size": math.ceil(64 / gpus) * gpus if gpus else 32,
-        **({"micro_batch_size": None} if gpus else {}),
-    }
-    common = {
-        "engine": {"zero_stage": 1 if gpus > 1 else 0, "precision": "bf16" if gpus else "auto"},
-        "recovery": {"leave_out": 3},
-        "checkpoint": {"every": 500, "keep": 3},
-        "logging": {"every": 50 if gpus else 20, "sample_every": 1_000 if gpus else 500, "reference": None},
-    }
-    budget = {"overhead_budget": 0.2, "start": 1_000 if gpus else 200}
-    if latents is not None:
-        if not index.captioned and prompt is None:
-            raise UserError(f"--prompt: {shards} has no captions: give one prompt for all images, such as 'a face'")
-        encoded = prompt is None and index.text is None  # captions whose embeddings were not stored
-        return data | {
-            "model": {"kind": "sdxl", "base": base or latents["source"], "prompt": prompt, "text": "encoded" if encoded else "cached",
-                      "lora": {"rank": 16, "targets": ["attention"]}, "activation_checkpointing": True},
-            "process": {"kind": "vp_table"}, "prediction": "eps", "levels": {"kind": "uniform_time"},
-            "weight": {"kind": "min_snr", "gamma": 5.0},
-            "consistency": None if plain else {"weight": 0.01, **budget},
-            "optimizer": {"lr": 1e-4, "warmup_steps": 500}, **common,
-        }  # fmt: skip
-    return data | {
-        "model": {"kind": "unet2d", **_sizes(index.shape[-2:], gpus)},
-        "process": {"kind": "vp_cosine", "sigma_min": 0.03, "sigma_max": max(20.0, round(4 * index.sigma_max, 1))},
-        "prediction": "v", "levels": {"kind": "log_normal", "mean": 0.1, "std": 1.2},
-        "weight": {"kind": "edm", "sigma_data": 0.5},
-        "ambient": {"pairs": not plain, "boundary_share": 0.0 if plain else 0.5},
-        "consistency": None if plain else {"weight": 0.3, **budget},
-        "optimizer": {"lr": 2e-4 if gpus else 3e-3, "warmup_steps": 500 if gpus else 50}, **common,
-    }  # fmt: skip
-
-
-def _sizes(sides: tuple[int, int], gpus: int) -> dict[str, Any]:
-    """For GPUs the sizes of DDPM (Ho et al. 2020, appendix B), attention at 16 pixels; for a CPU those of the quickstart."""
-    halvings = 0
-    while halvings < 5 and not any(side % 2 ** (halvings + 1) for side in sides) and min(sides) >> (halvings + 1) >= 4:
-        halvings += 1
-    if not gpus:
-        return {
-            "channels": [16, 32, 96, 96][: halvings + 1],
-            "layers": 1,
-            "attention": [min(2, halvings)] if min(sides) >> min(2, halvings) <= 16 else [],
-            "head_dim": 16,
-        }
-    widths = [128, *([256] * min(halvings, 3)), *([512] * max(0, halvings - 3))]
-    attention = [i for i in range(len(widths)) if min(sides) >> i <= 16][:1]
-    return {"channels": widths, "layers": 2, "attention": attention, "head_dim": 64, "norm_groups": 32}
-
-
 def _fitted(data: dict[str, Any], index: ShardIndex, gpus: int, gpu: str) -> str:
     """Sets micro-batch and engine such that it fits, as the planner counts, and says so."""
-    from trainer.config import parse
+    from trainer.config.run_config import parse
     from trainer.planning import models
     from trainer.planning.estimate import Estimate, setting_of
 
@@ -185,14 +126,14 @@ def _seconds(data: dict[str, Any], index: ShardIndex) -> float:
     """Of the training on this machine's CPU: a few passes are timed, and the run's arithmetic is a multiple of theirs."""
     import torch
 
-    from trainer import networks
-    from trainer.config import parse
-    from trainer.engine_settings import resolve_precision
+    from trainer.config.run_config import parse
+    from trainer.engine.deepspeed_config import resolve_precision
+    from trainer.models import create
     from trainer.planning.estimate import Estimate, setting_of
     from trainer.planning.trace import passes
 
     config = parse(data, "the proposal")
-    network = networks.denoiser(config, index.shape)
+    network = create.denoiser(config, index.shape)
     estimate = Estimate(config, network, index.shape, setting_of(config, next(iter(GPUS)), 1))
     rows = passes(config, config.batch_size, False).with_gradient
     x, sigma = torch.zeros(rows, *index.shape), torch.ones(rows)
@@ -215,8 +156,8 @@ def _duration(seconds: float) -> str:
 
 def render(data: dict[str, Any], what: str) -> str:
     """YAML of a configuration, each field with its meaning."""
-    from trainer.config import parse
-    from trainer.config_fields import groups
+    from trainer.config.reference import groups
+    from trainer.config.run_config import parse
 
     parse(data, "the proposal")  # what it refuses is a bug of ours, to be known before a file is there
     meanings = {(group.kind, f"{group.path}.{field.name}".removeprefix(".")): field.about for group in groups() for field in group.fields}  # fmt: skip

@@ -10,12 +10,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer import errors
-from trainer.errors import UserError
+from ambient_core import errors
+from ambient_core.arguments import Parser
+from ambient_core.errors import UserError
 from trainer.planning.gpus import GPUS, USABLE
 
 if TYPE_CHECKING:
-    from trainer.config import RunConfig
+    from trainer.config.run_config import RunConfig
     from trainer.planning.estimate import Estimate, Setting
 
 EXAMPLE = """examples:
@@ -28,7 +29,7 @@ Exit codes: 0 it fits, 1 it does not, 2 the request was wrong.
 
 
 def parser() -> argparse.ArgumentParser:
-    p = errors.Parser(
+    p = Parser(
         prog="python -m trainer.plan",
         description="Prints memory, arithmetic, time, traffic, reading and disk of a run, for N devices of a kind.",
         epilog=EXAMPLE,
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--shape {' '.join(map(str, args.shape))}: must be at least 1 each")
     if not 0 < args.mfu <= 1:
         raise UserError(f"--mfu {args.mfu:g}: must be above 0 and at most 1")
-    from trainer.config import load  # imports from here on take seconds, which --help should not
+    from trainer.config.run_config import load  # imports from here on take seconds, which --help should not
 
     config = load(args.config, args.overrides)
     from trainer.planning import models
@@ -100,7 +101,7 @@ def _data(config: RunConfig, given: list[int] | None) -> tuple[tuple[int, int, i
     """The shape of a sample, and its bytes in the shards: as they are, or float16 where they are not made yet."""
     if given:
         return (given[0], given[1], given[2]), 2.0 * math.prod(given)
-    from data_pipeline.index import read_index
+    from data_pipeline.format.index import read_index
     from trainer.planning.models import SDXL_LATENT
 
     try:

@@ -12,8 +12,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer import errors, mlflow_pages
-from trainer.errors import UserError, WorkFailed
+from ambient_core import errors
+from ambient_core.arguments import Parser
+from ambient_core.errors import UserError, WorkFailed
+from trainer.tracking import pages
 
 SIGMA = 0.5
 SIZES = {"digits": 28, "fashion": 28, "emoji": 32, "faces": 32}
@@ -26,7 +28,7 @@ EXAMPLE = """examples:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = errors.Parser(
+    p = Parser(
         prog="python -m trainer.quickstart",
         description="Corrupts a packaged set of images, trains on the noisy images alone with the ambient and consistency losses, "
         "trains a naive model that takes them for clean with the same number of network evaluations, and draws one picture of both.",
@@ -84,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     _say("2/4  training on them: ambient loss, and consistency")
     common = [str(args.config), f"data.shards={places.shards}", f"logging.experiment=quickstart-{args.dataset}"]
     _python("trainer.train", *common, f"run_dir={places.ours}", *([f"steps={args.steps}"] if args.steps else []))
-    from trainer.restore import restore
+    from trainer.inference.load import restore
 
     ours = restore(places.ours)
     _say("3/4  naive training, which takes them for clean, with as many network evaluations")
@@ -99,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         "ambient.pairs=false",
     )
     _say("4/4  samples, and the denoisers' error against held-out clean images")
-    from trainer.evaluation.comparison import compare
+    from trainer.reports.quickstart_figure import compare
 
     error_ours, error_naive = compare(ours, restore(places.naive), f"packaged:{args.dataset}/test", LEVELS, args.out)
     half = LEVELS.index(SIGMA / 2)
@@ -137,11 +139,11 @@ def _summary(picture: Path, places: Places) -> str:
         "runs": f"{places.ours}  {places.naive}",
         "picture": picture,
         "more images": f"python -m trainer.sample {places.ours} --number 64",
-        "charts": mlflow_pages.server(places.database),
+        "charts": pages.server(places.database),
     }
     runs = [places.ours, places.naive]
-    if all(mlflow_pages.logged(run_dir) for run_dir in runs):  # not so with logging.enabled=false
-        lines["then open"] = mlflow_pages.compare_page(runs)
+    if all(pages.logged(run_dir) for run_dir in runs):  # not so with logging.enabled=false
+        lines["then open"] = pages.compare_page(runs)
     return "\n" + "\n".join(f"{name:<12}{value}" for name, value in lines.items()) + "\n"
 
 

@@ -8,12 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from trainer import errors
+from ambient_core import errors
+from ambient_core.arguments import Parser
+from ambient_core.errors import UserError
 from trainer.diffusion.sampling import Sampler
-from trainer.errors import UserError
+from trainer.inference.draw import add_weights
 
 if TYPE_CHECKING:
-    from trainer.restore import Restored
+    from trainer.inference.load import Restored
 
 EXAMPLE = """examples:
   python -m trainer.sample runs/quickstart-digits/ambient --number 64
@@ -25,18 +27,12 @@ EXAMPLE = """examples:
 """
 
 
-def add_weights(p: argparse.ArgumentParser) -> None:
-    """Which weights of a run are taken: the arguments of `restore`."""
-    p.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best (by checkpoint.keep_best), or a step (default: latest)")  # fmt: skip
-    p.add_argument("--ema-sigma-rel", type=float, metavar="WIDTH", help="take an average of this width, put together from the run's ema.snapshots (default: the run's own average)")  # fmt: skip
-
-
 OTHER_IMAGES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".npy")
 """Endings that tell of a file in another form than the one that is written, not of a folder."""
 
 
 def parser() -> argparse.ArgumentParser:
-    p = errors.Parser(
+    p = Parser(
         prog="python -m trainer.sample",
         description="Draws images from the averaged weights of a run, of its last checkpoint by default: a grid in one PNG, or into a folder.",
         epilog=EXAMPLE,
@@ -77,10 +73,10 @@ def main(argv: list[str] | None = None) -> int:
     a_grid = out.suffix.lower() == ".png"
     if out.is_dir() if a_grid else out.is_file() or (out.suffix.lower() in OTHER_IMAGES and not out.is_dir()):
         raise UserError(f"--out {out}: must be a file that ends in .png, or a folder, for a PNG an image")
-    from trainer import distributed  # imports from here on take seconds, which --help should not
-    from trainer.drawing import Wanted, drawer, into_folder, into_grid
-    from trainer.evaluation.grids import save_grid
-    from trainer.restore import restore
+    from trainer.engine import distributed  # imports from here on take seconds, which --help should not
+    from trainer.inference.draw import Wanted, drawer, into_folder, into_grid
+    from trainer.inference.grids import save_grid
+    from trainer.inference.load import restore
 
     ranks = distributed.init()
     if ranks.world > 1 and a_grid:

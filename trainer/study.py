@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer import errors
-from trainer.command import run_python
-from trainer.errors import UserError, WorkFailed
-from trainer.progress import progress_bar
+from ambient_core import errors
+from ambient_core.arguments import Parser
+from ambient_core.errors import UserError, WorkFailed
+from ambient_core.progress import progress_bar
+from trainer.reports.run_command import run_python
 
 if TYPE_CHECKING:
-    from trainer.evaluation.record import Evaluation
-    from trainer.study_config import Point, StudyConfig
+    from trainer.reports.record import Evaluation
+    from trainer.reports.study_config import Point, StudyConfig
 
 EXAMPLE = """examples:
   python -m trainer.study configs/studies/fashion.yaml --dry-run
@@ -31,7 +32,7 @@ What is there is not made again: stop it at any time, and call it again. FOLDER 
 
 
 def parser() -> argparse.ArgumentParser:
-    p = errors.Parser(
+    p = Parser(
         prog="python -m trainer.study",
         description="Makes the data, trains each method on each data set with each seed, evaluates all runs alike, and writes one table.",
         epilog=EXAMPLE,
@@ -69,8 +70,9 @@ class Study:
         return [*self.config.overrides, *method.overrides, *fixed]
 
     def is_done(self, point: Point) -> bool:
-        from trainer.checkpoint import Checkpoints, read_state
-        from trainer.config import load
+        from trainer.checkpoint.checkpoints import Checkpoints
+        from trainer.checkpoint.state import read_state
+        from trainer.config.run_config import load
 
         config = load(Path(self.config.config), self.overrides(point))
         path = Checkpoints(self.run_dir(point), config.checkpoint).latest()
@@ -81,10 +83,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.at_once < 1:
         raise UserError(f"--at-once {args.at_once}: must be at least 1")
-    from data_pipeline.corruption import from_arguments
+    from data_pipeline.corruption.arguments import from_arguments
     from data_pipeline.shard import parser as shard_parser
-    from trainer.config import load_as
-    from trainer.study_config import StudyConfig
+    from trainer.config.run_config import load_as
+    from trainer.reports.study_config import StudyConfig
 
     study = Study(load_as(StudyConfig, args.file), args.folder or Path("runs") / args.file.stem)
     points = study.config.points()
@@ -153,12 +155,12 @@ def _submit(study: Study, points: Sequence[Point], cluster: Path) -> None:
 
 
 def _judge(study: Study, points: Sequence[Point], command: str) -> None:
-    from data_pipeline import storage
+    from ambient_core import storage
     from trainer.evaluation.features import PACKAGED
-    from trainer.evaluation.report import report
     from trainer.evaluation.request import Request
-    from trainer.evaluations import Weights, evaluate
-    from trainer.study_table import draw, table, table_data
+    from trainer.reports.evaluate_runs import Weights, evaluate
+    from trainer.reports.html import report
+    from trainer.reports.study_table import draw, table, table_data
 
     asked, config = study.config.evaluate, study.config
     request = Request(

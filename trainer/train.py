@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer import errors
+from ambient_core import errors
+from ambient_core.arguments import Parser
 
 if TYPE_CHECKING:
-    from trainer.build import Run
-    from trainer.config import RunConfig
+    from trainer.config.run_config import RunConfig
+    from trainer.training.run import Run
 
 EXAMPLE = """examples:
   python -m trainer.train configs/quickstart.yaml optimizer.lr=3e-4
@@ -26,7 +27,7 @@ Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 75 interrupted w
 
 
 def parser() -> argparse.ArgumentParser:
-    p = errors.Parser(prog="python -m trainer.train", description="Trains a diffusion model from corrupted images alone.",
+    p = Parser(prog="python -m trainer.train", description="Trains a diffusion model from corrupted images alone.",
                                 epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     p.add_argument("config", metavar="CONFIG", type=Path, help="a YAML file; see configs/")
     p.add_argument(
@@ -41,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    from trainer.config import load  # imports from here on take seconds, which --help should not
+    from trainer.config.run_config import load  # imports from here on take seconds, which --help should not
 
     stopped = listen()
     return train(load(args.config, args.overrides), lambda: bool(stopped))
@@ -63,8 +64,9 @@ def train(
     stop: asked at each step; when it is true on any rank, all save and leave. tags: of the MLflow run, beside its own.
     patience: seconds to wait for another process that trains in the same run directory.
     """
-    from trainer import build, determinism, distributed
-    from trainer.lock import exclusive
+    from trainer.checkpoint.run_lock import exclusive
+    from trainer.engine import determinism, distributed
+    from trainer.training import build
 
     ranks = distributed.init()
     with exclusive(Path(config.run_dir), ranks, patience), determinism.forced(config.engine.deterministic):
@@ -99,9 +101,9 @@ def _train(run: Run, stop: Callable[[], bool]) -> int:
 
 
 def _with_roll_backs(run: Run, stop: Callable[[], bool]) -> bool:
-    from trainer import build, loop
-    from trainer.recovery import Diverged
-    from trainer.reports import warn
+    from trainer.monitor.spikes import Diverged
+    from trainer.training import build, loop
+    from trainer.training.reports import warn
 
     while True:
         try:

@@ -25,12 +25,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from tqdm import tqdm
 
+from ambient_core import errors
+from ambient_core.errors import UserError
+from ambient_core.parsing import from_json, text_of
 from benchmarks.report import RESULTS, arguments, save, table
 from benchmarks.suite import ranks, rest, runs, steps
 from benchmarks.suite.rows import Row, silent
-from trainer import distributed, errors
-from trainer.documents import from_json, text_of
-from trainer.errors import UserError
+from trainer.engine import distributed
 
 NOISE = 3.0
 """Standard errors of a difference, beyond which a row has moved; and at least SMALLEST of its ratio, for rows without an error."""

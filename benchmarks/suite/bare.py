@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.build import Run
-from trainer.diffusion.batch import Batch
+from ambient_core.batch import Batch
 from trainer.diffusion.noise import StreamNoise
+from trainer.training.run import Run
 
 
 class Bare:

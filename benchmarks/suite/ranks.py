@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.suite.rows import Row, pair
 from benchmarks.suite.steps import PIXEL, ROOT
 from benchmarks.suite.two_ranks import CONSISTENCY
-from trainer.config import load
+from trainer.config.run_config import load
 from trainer.planning import models
 from trainer.planning.estimate import Estimate, setting_of
 

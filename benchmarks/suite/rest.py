@@ -17,7 +17,7 @@ from benchmarks.data_files import KINDS
 from benchmarks.suite.rows import Row, paired, timed
 from benchmarks.suite.steps import pixel_run
 from trainer.evaluation.features import PACKAGED, open_extractor
-from trainer.generate import generate
+from trainer.inference.generate import generate
 
 DRAWN, SAMPLER_STEPS, LOOKED_AT = 16, 20, 64
 

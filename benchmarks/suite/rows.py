@@ -12,9 +12,9 @@ from unittest import mock
 
 import torch
 
-from trainer import loop
-from trainer.build import Run
-from trainer.progress import progress_bar
+from ambient_core.progress import progress_bar
+from trainer.training import loop
+from trainer.training.run import Run
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import torch
 
 from benchmarks.suite.rows import InTurns, Row, pair, paired
 from benchmarks.suite.steps import ROOT, pixel_run, seconds
-from trainer import build
-from trainer.retention import CheckpointConfig
+from trainer.checkpoint.retention import CheckpointConfig
+from trainer.training import build
 
 STALL, LOGGING, HELP_S = 0.02, 1.01, 1.0
 TURN = 20

@@ -13,12 +13,12 @@ import torch
 from benchmarks import step_cost
 from benchmarks.suite.bare import Bare, TextToImage, Unconditional
 from benchmarks.suite.rows import InTurns, Row, paired
-from data_pipeline.corruption import Gaussian
+from data_pipeline.corruption.corruption import Gaussian
 from data_pipeline.shard import shard
-from trainer import build
-from trainer.build import Run
-from trainer.config import load
-from trainer.distributed import Ranks
+from trainer.config.run_config import load
+from trainer.engine.distributed import Ranks
+from trainer.training import build
+from trainer.training.run import Run
 
 ROOT = Path(__file__).parent.parent.parent
 ALONE = Ranks(0, 1, torch.device("cpu"))

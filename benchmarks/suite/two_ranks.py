@@ -18,9 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.suite.bare import Bare
 from benchmarks.suite.rows import InTurns
 from benchmarks.suite.steps import pixel_run, seconds
-from trainer import distributed, loop
-from trainer.distributed import Ranks
+from trainer.engine import distributed
+from trainer.engine.distributed import Ranks
 from trainer.planning.live import LiveTensors
+from trainer.training import loop
 
 CONSISTENCY = "consistency={weight: 0.1, period: 8, start: 0}"
 

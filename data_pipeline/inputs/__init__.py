@@ -1,1 +1,4 @@
-"""The kinds of sources, one file each. `data_pipeline.sources` is the front."""
+"""The kinds of sources, one file each; `sources.py` chooses among them.
+
+Imports ambient_core and data_pipeline.format.
+"""

@@ -10,13 +10,13 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
-from data_pipeline import storage
-from data_pipeline.bad_image import BadImage
+from ambient_core import storage
+from ambient_core.errors import UserError
+from data_pipeline.format.tar import Careful
+from data_pipeline.format.types import BadImage
 from data_pipeline.inputs.decode import SUFFIXES
 from data_pipeline.inputs.files import Files, is_hidden, named, suffix_of
 from data_pipeline.inputs.picture import PerProcess, Source, keys_of
-from data_pipeline.tar import Careful
-from trainer.errors import UserError
 
 TAR_IMAGES = SUFFIXES | {".npy"}
 BLOCK = tarfile.BLOCKSIZE

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline import storage
-from data_pipeline.bad_image import BadImage
-from data_pipeline.inputs import npy
+from ambient_core import storage
+from ambient_core.errors import UserError
+from data_pipeline.format import npy
+from data_pipeline.format.types import BadImage
 from data_pipeline.inputs.picture import DTYPES, PerProcess, Picture, Source, channels_last, usual
-from trainer.errors import UserError
 
 NAMES = ("images", "arr_0")
 MOST_DEFLATED = 1040

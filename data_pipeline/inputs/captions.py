@@ -11,9 +11,9 @@ import posixpath
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from data_pipeline.bad_image import BadImage
-from trainer.documents import from_json
-from trainer.errors import UserError
+from ambient_core.errors import UserError
+from ambient_core.parsing import from_json
+from data_pipeline.format.types import BadImage
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 FIELDS = ("text", "caption")

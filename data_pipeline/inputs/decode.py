@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from data_pipeline.bad_image import BadImage
-from data_pipeline.inputs import npy, tiff
+from data_pipeline.format import npy
+from data_pipeline.format.types import BadImage
+from data_pipeline.inputs import tiff
 from data_pipeline.inputs.picture import one_picture, usual
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".pgm", ".ppm"})

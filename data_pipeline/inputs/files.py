@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from data_pipeline import storage
-from data_pipeline.bad_image import BadImage
+from ambient_core import storage
+from ambient_core.errors import UserError
+from data_pipeline.format.types import BadImage
 from data_pipeline.inputs.captions import FIELDS, METADATA, agreed, json_caption, metadata_captions, text_caption
 from data_pipeline.inputs.decode import SUFFIXES, decode, size_in
 from data_pipeline.inputs.picture import Picture, Source, keys_of
-from trainer.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.errors import UserError
+from ambient_core.errors import UserError
 
 T = TypeVar("T")
 

@@ -8,10 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from data_pipeline.bad_image import BadImage
-from data_pipeline.corruption import Array
+from ambient_core.errors import UserError
+from data_pipeline.format.types import Array, BadImage
 from data_pipeline.inputs.picture import Picture, usual
-from trainer.errors import UserError
 
 LUMA = np.array([0.299, 0.587, 0.114])
 """ITU-R 601-2, as Pillow's `convert("L")`."""

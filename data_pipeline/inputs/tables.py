@@ -14,13 +14,13 @@ from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline import storage
-from data_pipeline.bad_image import BadImage
+from ambient_core import storage
+from ambient_core.errors import UserError, in_one_line
+from ambient_core.parsing import from_json
+from data_pipeline.format.types import BadImage
 from data_pipeline.inputs.captions import FIELDS, caption_in
 from data_pipeline.inputs.decode import decode, size_in
 from data_pipeline.inputs.picture import PerProcess, Picture, Source, keys_of
-from trainer.documents import from_json
-from trainer.errors import UserError, in_one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa

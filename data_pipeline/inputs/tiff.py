@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_pipeline import storage
-from data_pipeline.bad_image import BadImage
+from ambient_core import storage
+from ambient_core.errors import UserError, in_one_line
+from data_pipeline.format.types import BadImage
 from data_pipeline.inputs.picture import DTYPES, PerProcess, Picture, Source, usual
-from trainer.errors import UserError, in_one_line
 
 if TYPE_CHECKING:
     from tifffile import TiffFile

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from data_pipeline.corruption import Corruption, Degraded, Measured
+from ambient_core.errors import UserError
+from data_pipeline.corruption.corruption import Corruption, Degraded, Measured
 from data_pipeline.latents.buckets import Bucket, buckets_of
 from data_pipeline.latents.identity import vae_identity
 from data_pipeline.latents.parts import find_parts
-from trainer.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from data_pipeline.bad_image import BadImage
-from data_pipeline.corruption import Array, Corruption, Observation, generator_of
-from data_pipeline.index import Shape
+from data_pipeline.corruption.corruption import Corruption, Observation, generator_of
+from data_pipeline.format.index import Shape
+from data_pipeline.format.types import Array, BadImage
+from data_pipeline.inputs.sources import Picture, prepare
 from data_pipeline.latents.arguments import LatentRequest, check_corruption
 from data_pipeline.latents.buckets import TIME_IDS, Bucket, place
 from data_pipeline.latents.identity import require_same, vae_identity
 from data_pipeline.latents.parts import find_parts
 from data_pipeline.latents.vae import Vae, images_a_pass
-from data_pipeline.sources import Picture, prepare
 
 FLIP = "flip"
 """In `Observation.about`, with --flip: whether it was mirrored."""

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ambient_core.errors import UserError
+from ambient_core.parsing import from_json
 from data_pipeline.latents.parts import STEMS, read_config, weight_files
-from trainer.documents import from_json
-from trainer.errors import UserError
 
 VAE_FIELDS: dict[str, Any] = {
     "scaling_factor": 0.18215, "shift_factor": None, "latents_mean": None, "latents_std": None, "in_channels": 3,

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.documents import from_json, text_of
-from trainer.errors import UserError
+from ambient_core.errors import UserError
+from ambient_core.parsing import from_json, text_of
 
 STEMS = {
     "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_2": "model",

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ambient_core.errors import WorkFailed
 from data_pipeline.latents.identity import text_identity
 from data_pipeline.latents.parts import ENCODERS, STEMS, find_parts
 from data_pipeline.latents.tokens import Tokens
 from data_pipeline.latents.vae import default_device, load_part
-from trainer.errors import WorkFailed
 
 PROBES = ("", "a photo of a cat", "Ein großes Haus, 3/4 view!", "日本 🙂", "it's   the\nend<|endoftext|>")
 

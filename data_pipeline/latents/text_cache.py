@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ambient_core.errors import UserError
+from ambient_core.parsing import from_json, text_of
+from ambient_core.progress import progress_bar
 from data_pipeline.latents.identity import require_same
 from data_pipeline.latents.text import Embeddings
-from trainer.documents import from_json, text_of
-from trainer.errors import UserError
-from trainer.progress import progress_bar
 
 CAPTIONS, DONE, PROGRESS = "captions.jsonl", "text.json", ".progress.json"
 ARRAYS = ("prompt_embeds.npy", "pooled.npy")

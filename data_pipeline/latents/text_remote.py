@@ -7,10 +7,9 @@ import os
 import shutil
 from pathlib import Path
 
-from data_pipeline import storage
+from ambient_core import paths, storage
+from ambient_core.errors import UserError, WorkFailed
 from data_pipeline.latents.text_cache import ARRAYS, CAPTIONS, DONE, TextCache
-from trainer import folders
-from trainer.errors import UserError, WorkFailed
 
 FILES = (CAPTIONS, *ARRAYS, DONE)
 """text.json last: a folder that has it is complete."""
@@ -18,7 +17,7 @@ FILES = (CAPTIONS, *ARRAYS, DONE)
 
 def workplace(url: str) -> Path:
     """Where the cache of this URL is made; the same in a later call, which goes on with it."""
-    return folders.cache() / "text" / "made" / hashlib.sha256(url.encode()).hexdigest()[:16]
+    return paths.cache() / "text" / "made" / hashlib.sha256(url.encode()).hexdigest()[:16]
 
 
 def put(folder: Path, url: str) -> None:
@@ -35,7 +34,7 @@ def open_text(place: str) -> TextCache:
         return TextCache(local)
     try:
         described = storage.read_bytes(storage.join(place, DONE))
-        folder = folders.cache() / "text" / hashlib.sha256(f"{place}\n".encode() + described).hexdigest()[:16]
+        folder = paths.cache() / "text" / hashlib.sha256(f"{place}\n".encode() + described).hexdigest()[:16]
         if not folder.is_dir():
             partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
             shutil.rmtree(partial, ignore_errors=True)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ambient_core.errors import UserError
 from data_pipeline.latents.parts import ENCODERS, TOKENIZERS, find_parts, read_config
-from trainer.errors import UserError
 
 
 class Tokens:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from data_pipeline.corruption import Array
+from ambient_core.errors import UserError, WorkFailed
+from data_pipeline.format.types import Array
 from data_pipeline.latents.parts import STEMS, find_parts, read_config, weight_files
-from trainer.errors import UserError, WorkFailed
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL

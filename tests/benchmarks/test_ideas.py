@@ -9,7 +9,7 @@ import torch
 from benchmarks.ideas import EVERY_STEP, Fused, TwoPasses
 from benchmarks.suite.bare import Bare
 from benchmarks.suite.steps import digits, pixel_run
-from trainer import distributed
+from trainer.engine import distributed
 
 
 class Still:

@@ -8,19 +8,19 @@ import math
 import pytest
 import torch
 
+from ambient_core.batch import Batch
 from benchmarks import exactness, tweedie_range
 from benchmarks.mixtures import Mixture
 from benchmarks.official import OfficialConsistency
 from benchmarks.toy import Method, Problem, Training, error
 from tests.trainer.diffusion.known import gaussian
-from trainer.budget import settled
 from trainer.diffusion.ambient import AmbientConfig
-from trainer.diffusion.batch import Batch
 from trainer.diffusion.consistency import ConsistencyConfig
 from trainer.diffusion.denoiser import Denoiser
 from trainer.diffusion.levels import Uniform
 from trainer.diffusion.noise import StreamNoise
 from trainer.diffusion.process import VPCosine
+from trainer.training.consistency_budget import settled
 
 
 class Exact(Denoiser):

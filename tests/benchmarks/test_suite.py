@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from ambient_core import errors
 from benchmarks.suite.__main__ import compare, main
 from benchmarks.suite.rows import InTurns, Row, pair, paired
 from tests.conftest import TINY, Outcome
-from tests.trainer.test_runs import assert_same_files
-from trainer import build, distributed, errors
-from trainer.config import load
+from tests.trainer.training.test_runs import assert_same_files
+from trainer.config.run_config import load
+from trainer.engine import distributed
+from trainer.training import build
 
 
 def test_a_ratio_is_paired_so_that_a_slow_minute_is_one_of_both() -> None:

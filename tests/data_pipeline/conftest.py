@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.index import read_index
+from data_pipeline.format.index import read_index
 
 CAPTIONS = ["a disc", "another disc", "a disc, again"]
 COUNT = 14

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.corruption import Gaussian
-from data_pipeline.index import NAME, read_index
+from ambient_core import errors
+from data_pipeline.corruption.corruption import Gaussian
+from data_pipeline.format.index import NAME, read_index
 from data_pipeline.inspect import inspect, main
-from data_pipeline.inspect_pictures import CELL, GAP, TITLE, contact_sheet, histogram
+from data_pipeline.inspect_plots import CELL, GAP, TITLE, contact_sheet, histogram
 from data_pipeline.shard import shard
-from trainer import cli, errors
+from trainer import cli
 
 
 @pytest.fixture

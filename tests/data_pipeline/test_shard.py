@@ -11,16 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.corruption import Gaussian, generator_of
-from data_pipeline.index import NAME, read_index
+from ambient_core import errors
+from ambient_core.errors import UserError, WorkFailed
+from data_pipeline.corruption.corruption import Gaussian, generator_of
+from data_pipeline.format.index import NAME, read_index
+from data_pipeline.inputs.sources import open_source, prepare
 from data_pipeline.inspect import main as inspect_main
 from data_pipeline.shard import main, shard
-from data_pipeline.sources import open_source, prepare
 from tests.data_pipeline.conftest import samples
-from trainer import errors
-from trainer.errors import UserError, WorkFailed
-
-CLUSTER = Path(__file__).parent.parent.parent / "configs" / "clusters" / "local.yaml"
 
 
 def observations(folder: Path) -> dict[str, np.ndarray]:
@@ -132,16 +130,14 @@ def test_a_second_call_reuses_and_another_request_is_refused(pictures: Path, tmp
         (["{pictures}", "{out}", "--sigma", "0.5", "--max-rejected", "1.5"], "--max-rejected 1.5: must be a share"),
         (["{pictures}", "{out}", "--sigma", "0.5", "--max-rejected", "nan"], "--max-rejected nan: must be a share"),
         (["{pictures}", "{out}", "--sigma", "0.5", "--max-rejected", "inf"], "--max-rejected inf: must be a share"),
-        (["{pictures}", "{out}", "--sigma", "0.5", "--jobs", "2"], "--jobs 2: needs --cluster FILE"),
         (
-            ["{pictures}", "{out}", "--sigma", "0.5", "--cluster", "{tmp}/none.yaml"],
-            "none.yaml: cannot be read: No such",
+            ["{pictures}", "{out}", "--sigma", "0.5", "--cluster=c.yaml"],
+            "--cluster=c.yaml: jobs are submitted by python -m slurm.shard",
         ),
         (
-            ["{pictures}", "{out}", "--sigma", "0.5", "--cluster", "{cluster}", "--jobs", "0"],
-            "--jobs 0: must be at least",
+            ["{pictures}", "{out}", "--sigma", "0.5", "--jobs", "2"],
+            "--jobs: jobs are submitted by python -m slurm.shard",
         ),
-        (["{pictures}", "{out}", "--sigma", "0.5", "--cluster", "{cluster}", "--workers", "2"], "cpus_per_task"),
         (["", "{out}", "--sigma", "0.5"], "SOURCE: is empty (a variable that is not set?)"),
         (["{pictures}", "", "--sigma", "0.5"], "OUTPUT: is empty (a variable that is not set?)"),
         (["{pictures}", "{out}", "--sigma", "0.5", "--size", "9000"], "--size 9000: must be at most 8192"),
@@ -159,7 +155,7 @@ def test_a_wrong_request_is_one_line_and_exit_code_2(
     (tmp_path / "alike" / "a").mkdir()
     Image.new("L", (16, 16)).save(tmp_path / "alike" / "a" / "b.png")
     Image.new("L", (16, 16)).save(tmp_path / "alike" / "a__b.png")
-    filled = [a.format(pictures=pictures, out=tmp_path / "out", tmp=tmp_path, cluster=CLUSTER) for a in arguments]
+    filled = [a.format(pictures=pictures, out=tmp_path / "out", tmp=tmp_path) for a in arguments]
     assert errors.run(lambda: main(filled)) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("error: ")

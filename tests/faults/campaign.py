@@ -26,6 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainer.training import step as step_module
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
@@ -33,9 +35,10 @@ from PIL import Image
 from safetensors.numpy import load_file
 from tqdm import tqdm
 
+from ambient_core import errors
 from data_pipeline import shard
 from tests.faults.starts import Start
-from trainer import errors, loop, train
+from trainer import train
 
 TINY = Path(__file__).parent.parent / "tiny.yaml"
 PICTURES, BATCH, STEPS, KEPT = 60, 12, 30, 2
@@ -191,13 +194,13 @@ class Training:
 
         def command(rank: int) -> int:
             trace = os.open(place / f"{name}-{rank}.trace", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            loss = loop.step_loss
+            loss = step_module.step_loss
 
             def traced(run: Any, batch: Any, step: int, *rest: Any) -> Any:
                 os.write(trace, json.dumps([step, list(batch.keys)]).encode() + b"\n")
                 return loss(run, batch, step, *rest)
 
-            loop.step_loss = traced
+            step_module.step_loss = traced
             return errors.run(lambda: train.main(words))
 
         return Start(command, self.ranks, place, name)

@@ -25,22 +25,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
+from ambient_core.errors import UserError, WorkFailed
 from data_pipeline import shard
-from data_pipeline.batch_order import BatchOrder
-from data_pipeline.corruption import parse_corruption
-from data_pipeline.index import NAME, read_index
+from data_pipeline.corruption.corruption import parse_corruption
+from data_pipeline.format.index import NAME, read_index
+from data_pipeline.inputs.sources import open_source
 from data_pipeline.inspect import inspect
-from data_pipeline.loader import DataConfig, Layout, Loader
-from data_pipeline.sources import open_source
+from data_pipeline.loading.batch_order import BatchOrder
+from data_pipeline.loading.config import DataConfig, Layout
+from data_pipeline.loading.loader import Loader
 from slurm.cluster import read_cluster
 from tests.faults.campaign import TINY, pictures_in
-from trainer.checkpoint import read_state
-from trainer.config import load, load_as
-from trainer.errors import UserError, WorkFailed
-from trainer.mlflow_logger import MLflowLogger
-from trainer.mlflow_store import LoggingConfig
-from trainer.study_config import StudyConfig
-from trainer.tensor_files import read_tensors
+from trainer.checkpoint.state import read_state
+from trainer.checkpoint.tensors import read_tensors
+from trainer.config.run_config import load, load_as
+from trainer.reports.study_config import StudyConfig
+from trainer.tracking.config import LoggingConfig
+from trainer.tracking.logger import MLflowLogger
 
 FOLDER = Path(__file__).parent / "hostile"
 MEMORY = 512 << 20

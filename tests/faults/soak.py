@@ -31,10 +31,10 @@ import psutil
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from ambient_core import errors
 from data_pipeline import shard
 from tests.faults.campaign import pictures_in
 from tests.faults.tracking import FAULTS, TINY, Server, compare
-from trainer import errors
 
 READ_EVERY_S, TURN_S, READINGS = 5.0, 30.0, 100
 """A short soak is read more often, so that there are so many readings."""

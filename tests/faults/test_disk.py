@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from ambient_core import errors
 from data_pipeline.shard import main as shard
 from tests.conftest import Outcome
-from tests.trainer.test_runs import assert_same_files
-from trainer import checkpoint, errors
+from tests.trainer.training.test_runs import assert_same_files
+from trainer.checkpoint import checkpoints as checkpoints_module
 
 Train = Callable[..., Outcome]
 
@@ -111,7 +112,7 @@ def test_a_disk_that_was_lost_is_said_and_nothing_is_written_in_its_place(
     disk: Disk, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[int] = []
-    write = checkpoint.write
+    write = checkpoints_module.write
 
     def lose_it_first(*arguments: object) -> None:
         if not begun:
@@ -119,7 +120,7 @@ def test_a_disk_that_was_lost_is_said_and_nothing_is_written_in_its_place(
         begun.append(1)
         write(*arguments)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr(checkpoint, "write", lose_it_first)
+    monkeypatch.setattr(checkpoints_module, "write", lose_it_first)
     code, output = train("", f"run_dir={disk.folder / 'run'}")
     assert code == 1
     assert "cannot write the checkpoint" in one_line(output, "failed: ")
@@ -135,7 +136,7 @@ def test_an_error_of_the_disk_keeps_the_last_good_checkpoint(
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write", broken)
+        patch.setattr(checkpoints_module, "write", broken)
         code, output = train("run")
     assert code == 1
     line = one_line(output, "failed: ")

@@ -16,17 +16,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.index import NAME
+from data_pipeline.format.index import NAME
 from tests.conftest import TINY
 from tests.faults.hostile import documented, use_index, use_shards
-from trainer.checkpoint import Checkpoints
-from trainer.config import load
-from trainer.distributed import Ranks
-from trainer.mlflow_logger import MLflowLogger
-from trainer.mlflow_store import LoggingConfig
-from trainer.restore import restore
-from trainer.resume import newest_whole
-from trainer.retention import CheckpointConfig
+from trainer.checkpoint.checkpoints import Checkpoints
+from trainer.checkpoint.resume import newest_whole
+from trainer.checkpoint.retention import CheckpointConfig
+from trainer.config.run_config import load
+from trainer.engine.distributed import Ranks
+from trainer.inference.load import restore
+from trainer.tracking.config import LoggingConfig
+from trainer.tracking.logger import MLflowLogger
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 MORE = os.environ.get("AMBIENT_FUZZ")

@@ -14,9 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ambient_core.batch import Batch
 from tests.conftest import ROOT, Outcome
-from tests.trainer.test_runs import assert_same_files, curve, edit_state, final
-from trainer import loop
+from tests.trainer.training.test_runs import assert_same_files, curve, edit_state, final
+from trainer.training import step as step_module
+from trainer.training.run import Run
 
 Train = Callable[..., Outcome]
 
@@ -24,12 +26,12 @@ Train = Callable[..., Outcome]
 @pytest.fixture
 def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Makes the loss of some steps NaN, or its gradients alone infinite, or it large; each time, or so many times."""
-    honest = loop.step_loss
+    honest = step_module.step_loss
 
     def at(*steps: int, gradient: bool = False, factor: float | None = None, times: int = 1000) -> None:
         left = dict.fromkeys(steps, times)
 
-        def spoilt(run: loop.Run, batch: loop.Batch, step: int, *rest: object) -> torch.Tensor:
+        def spoilt(run: Run, batch: Batch, step: int, *rest: object) -> torch.Tensor:
             if not left.get(step + 1):
                 return honest(run, batch, step, *rest)  # pyright: ignore[reportArgumentType]
             left[step + 1] -= 1
@@ -40,7 +42,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 loss.register_hook(lambda g: g * float("inf"))
             return loss
 
-        monkeypatch.setattr(loop, "step_loss", spoilt)
+        monkeypatch.setattr(step_module, "step_loss", spoilt)
 
     return at
 
@@ -182,9 +184,9 @@ def test_bad_steps_in_a_row_are_counted_over_a_stop(train: Train, spoil: Callabl
 def test_a_roll_back_passes_over_a_damaged_checkpoint_and_draws_other_noise(
     train: Train, spoil: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest, drawn = loop.step_loss, list[tuple[int, int]]()
+    honest, drawn = step_module.step_loss, list[tuple[int, int]]()
 
-    def watched(run: loop.Run, batch: loop.Batch, step: int, which: int, *rest: object) -> torch.Tensor:
+    def watched(run: Run, batch: Batch, step: int, which: int, *rest: object) -> torch.Tensor:
         drawn.append((step, which))
         if len(drawn) == 5:
             run.checkpoints.end(run.ranks)
@@ -193,7 +195,7 @@ def test_a_roll_back_passes_over_a_damaged_checkpoint_and_draws_other_noise(
             batch.x_n[0, 0, 0, 0] = float("nan")
         return honest(run, batch, step, which, *rest)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr(loop, "step_loss", watched)
+    monkeypatch.setattr(step_module, "step_loss", watched)
     code, output = train("run", "recovery.roll_back=1", "checkpoint.every=2")
     assert code == 0, output
     assert "weights.safetensors cannot be read" in output
@@ -215,16 +217,17 @@ def test_two_ranks_go_back_together_where_one_has_the_bad_sample(tmp_path: Path,
     program.write_text(
         """
 import sys
-from trainer import errors, loop
+from ambient_core import errors
+from trainer.training import step as step_module
 from trainer.train import main
-honest, left = loop.step_loss, [1]
+honest, left = step_module.step_loss, [1]
 def spoilt(run, batch, step, *rest):
     loss = honest(run, batch, step, *rest)
     if step == 4 and run.ranks.rank == 1 and left.pop():
         left.append(0)
         return loss * float("nan")
     return loss
-loop.step_loss = spoilt
+step_module.step_loss = spoilt
 sys.exit(errors.run(main))
 """
     )

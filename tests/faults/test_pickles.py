@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 import torch
 
+from ambient_core import errors
 from data_pipeline.inspect import main as inspect
 from data_pipeline.shard import main as shard
 from tests.conftest import TINY, Outcome
-from trainer import errors, evaluate, sample, train
+from trainer import evaluate, sample, train
 
 
 class Bomb:

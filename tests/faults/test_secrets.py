@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from ambient_core import errors
 from data_pipeline.shard import main as shard
 from tests.conftest import TINY
-from trainer import errors, train
+from trainer import train
 
 SECRET = "hunter2"
 
@@ -41,7 +42,7 @@ def test_in_a_source_or_an_output(
 
 
 def test_addresses_without_one_pass(tmp_path: Path) -> None:
-    from trainer.config import load
+    from trainer.config.run_config import load
 
     for uri in ("https://me@server/x", "sqlite:////a:b@c/x.db", "http://127.0.0.1:5000"):
         config = load(TINY, [f"run_dir={tmp_path}", "data.shards=x", f"logging.tracking_uri={uri}"])

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ambient_core import errors
 from data_pipeline.shard import main as shard
 from tests.conftest import Outcome
 from tests.faults.test_disk import Disk, disk
-from tests.trainer.test_mlflow import client_of
-from tests.trainer.test_runs import assert_same_files, curve
-from trainer import errors, evaluate, sample
+from tests.trainer.tracking.test_mlflow import client_of
+from tests.trainer.training.test_runs import assert_same_files, curve
+from trainer import evaluate, sample
 
 __all__ = ["disk"]
 Train = Callable[..., Outcome]

@@ -32,11 +32,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Else one request is tried for minutes before our thread hears of it.
 os.environ.update(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT="2", MLFLOW_DISABLE_TELEMETRY="true")
 
+from ambient_core import errors
 from data_pipeline import shard
 from tests.faults.campaign import pictures_in
 from tests.waiting import free_port, until
-from trainer import errors, mlflow_logger, mlflow_pages, train
-from trainer.mlflow_logger import MLflowLogger
+from trainer import train
+from trainer.tracking import logger as logger_module
+from trainer.tracking import pages
+from trainer.tracking.logger import MLflowLogger
 
 TINY = Path(__file__).parent.parent / "tiny.yaml"
 FAULTS = ("well", "error", "lost answer", "hang", "killed")
@@ -79,7 +82,7 @@ class Server:
         self._process.wait()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        command = shlex.split(mlflow_pages.server(self.folder / "mlflow.db", self._port))
+        command = shlex.split(pages.server(self.folder / "mlflow.db", self._port))
         artifacts = ["--artifacts-destination", str(self.folder / "artifacts"), "--serve-artifacts"]
         with (self.folder / "server.log").open("a") as log:
             return subprocess.Popen([*command, *artifacts], cwd=self.folder, stdout=log, stderr=log, start_new_session=True)  # fmt: skip
@@ -164,7 +167,7 @@ def campaign(folder: Path, seconds: float, turns: Sequence[str], turn_s: float) 
         with (
             mock.patch.object(MLflowLogger, "_record", record),
             mock.patch.object(MLflowLogger, "close", _patient(server)),
-            mock.patch.object(mlflow_logger, "LONGEST_PAUSE_S", 0.3),
+            mock.patch.object(logger_module, "LONGEST_PAUSE_S", 0.3),
         ):
             code = errors.run(lambda: train.main(words))
         found = compare(folder / "run", server.behind, code)

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from slurm import attempts
-from slurm.attempts import Attempt
-from slurm.queue import listed
+from ambient_core import errors
+from slurm.job import attempts
+from slurm.job.attempts import Attempt
+from slurm.job.queue import listed
 from slurm.submit import main
 from tests.conftest import ROOT, TINY
-from tests.trainer.test_runs import curve
-from trainer import errors
+from tests.trainer.training.test_runs import curve
 
 STEPS = 60
 SCRIPT = ROOT / "tests" / "slurm" / "cluster.sh"

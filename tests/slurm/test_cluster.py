@@ -10,11 +10,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_pipeline.corruption import Gaussian
+from ambient_core import errors
+from ambient_core.errors import UserError, WorkFailed
+from data_pipeline.corruption.corruption import Gaussian
 from data_pipeline.shard import shard
 from slurm.cluster import ClusterConfig, executor, read_cluster
+from slurm.shard import by_jobs, main
 from tests.conftest import ROOT
-from trainer.errors import UserError, WorkFailed
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def test_two_jobs_write_the_bytes_of_one_process(
 ) -> None:
     out = tmp_path / "out"
     cluster = replace(local, cpus_per_task=2, environment={"OMP_NUM_THREADS": "1"})
-    shard(str(pictures), out, Gaussian(0.4), shard_size=8, cluster=cluster, jobs=2)
+    shard(str(pictures), out, Gaussian(0.4), shard_size=8, write=by_jobs(cluster, 2))
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in shards.iterdir()}
     (folder,) = (tmp_path / "jobs").iterdir()
     said = capsys.readouterr().err
@@ -43,7 +45,7 @@ def test_a_failed_job_is_named_with_its_log_and_only_what_is_missing_is_submitte
     out = tmp_path / "out"
     (out / "shard-000001.tar").mkdir(parents=True)
     with pytest.raises(WorkFailed, match=r"1 of 2 jobs left 4 shards out.*Is a directory.*run again"):
-        shard(str(pictures), out, Gaussian(0.4), shard_size=8, cluster=local, jobs=2)
+        shard(str(pictures), out, Gaussian(0.4), shard_size=8, write=by_jobs(local, 2))
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("job ")]
     assert "IsADirectoryError" in line
     log = Path(line.rpartition("log ")[2])
@@ -51,7 +53,7 @@ def test_a_failed_job_is_named_with_its_log_and_only_what_is_missing_is_submitte
     assert {p.name for p in out.glob("*.json")} == {"plan.json", *(f"shard-00000{n}.json" for n in (0, 2, 4, 6))}
     before = {n: (out / f"shard-00000{n}.tar").stat().st_mtime_ns for n in (0, 2, 4, 6)}
     (out / "shard-000001.tar").rmdir()
-    shard(str(pictures), out, Gaussian(0.4), shard_size=8, cluster=local, jobs=2)
+    shard(str(pictures), out, Gaussian(0.4), shard_size=8, write=by_jobs(local, 2))
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in shards.iterdir()}
     assert before == {n: (out / f"shard-00000{n}.tar").stat().st_mtime_ns for n in (0, 2, 4, 6)}
 
@@ -64,7 +66,7 @@ def test_jobs_are_cancelled_when_too_many_images_are_rejected(
         shutil.copy(path, source)
     (source / "disc 02.png").write_bytes(b"")
     with pytest.raises(WorkFailed, match=r"1 of 16 images were rejected, .* the first is disc 02_png: "):
-        shard(str(source), tmp_path / "out", Gaussian(0.4), shard_size=1, size=256, cluster=local, jobs=2)
+        shard(str(source), tmp_path / "out", Gaussian(0.4), shard_size=1, size=256, write=by_jobs(local, 2))
     deadline = time.monotonic() + 10
     while running := [
         p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])
@@ -140,3 +142,41 @@ def test_a_wrong_cluster_file_is_one_line(text: str, message: str, tmp_path: Pat
     assert str(caught.value).startswith(f"cluster file {path}: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--cluster", "{tmp}/none.yaml"], "none.yaml: cannot be read: No such"),
+        (["--cluster", "{cluster}", "--jobs", "0"], "--jobs 0: must be at least 1"),
+        (["--cluster", "{cluster}", "--workers", "2"], "cpus_per_task"),
+        ([], "the following arguments are required: --cluster"),
+    ],
+)
+def test_a_wrong_request_for_jobs_is_one_line(
+    words: list[str], expected: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster = ROOT / "configs" / "clusters" / "local.yaml"
+    filled = [word.format(tmp=tmp_path, cluster=cluster) for word in words]
+
+    def command() -> int:
+        try:
+            return main([str(pictures), str(tmp_path / "out"), "--sigma", "0.5", *filled])
+        except SystemExit as ended:
+            return int(ended.code or 0)
+
+    assert errors.run(command) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: ")
+    assert expected in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_console_script_submits_where_a_cluster_is_given(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from trainer import cli
+
+    words = [str(pictures), str(tmp_path / "out"), "--sigma", "0.5", "--cluster", str(tmp_path / "none.yaml")]
+    assert errors.run(lambda: cli.main(["shard", *words])) == 2
+    assert "none.yaml: cannot be read" in capsys.readouterr().err

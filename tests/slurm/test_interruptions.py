@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from slurm import attempts
+from slurm.job import attempts
 from tests.slurm.conftest import SCRIPT, Job, ask, until
-from tests.trainer.test_runs import LOSS_TOLERANCE, curve, final
+from tests.trainer.training.test_runs import LOSS_TOLERANCE, curve, final
 
 pytestmark = pytest.mark.slurm
 Submit = Callable[..., Job]

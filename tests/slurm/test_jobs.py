@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from ambient_core import errors
 from slurm import status
-from slurm.attempts import read, steps_done
+from slurm.job.attempts import read, steps_done
 from slurm.submit import main
 from tests.conftest import TINY
 from tests.slurm.conftest import Job, until
-from tests.trainer.test_runs import LOSS_TOLERANCE, curve
-from trainer import errors
+from tests.trainer.training.test_runs import LOSS_TOLERANCE, curve
 
 pytestmark = pytest.mark.slurm
 Submit = Callable[..., Job]
@@ -126,6 +126,7 @@ def test_a_job_that_gets_nowhere_twice_stops_and_says_so(submit: Submit) -> None
 def test_evaluations_are_one_array_and_find_what_one_process_finds(
     slurm: str, train: Callable[..., tuple[int, str]], pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    from slurm.evaluate import main as evaluate_by_jobs
     from trainer.evaluate import main as evaluate
 
     for name, rate in (("a", 1e-3), ("b", 1e-2)):
@@ -133,7 +134,7 @@ def test_evaluations_are_one_array_and_find_what_one_process_finds(
     (tmp_path / "c.yaml").write_text(f"kind: slurm\nlogs: {tmp_path / 'jobs'}\ntime_minutes: 10\n")
     runs = [str(tmp_path / name) for name in "ab"]
     words = [*runs, "--reference", str(pictures), "--number", "0", "--levels", "0.4", "1"]
-    assert errors.run(lambda: evaluate([*words, "--cluster", str(tmp_path / "c.yaml")])) == 0
+    assert errors.run(lambda: evaluate_by_jobs([*words, "--cluster", str(tmp_path / "c.yaml")])) == 0
     said = capfd.readouterr().err
     ids = next(line for line in said.splitlines() if line.startswith("jobs ")).partition(";")[0].split()[1:]
     assert [job.rpartition("_")[2] for job in ids] == ["0", "1"], "one array"

@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 
+from ambient_core import errors
+from ambient_core.errors import UserError
 from slurm import snapshot, status, submit
-from slurm.attempts import read
 from slurm.cluster import ClusterConfig
+from slurm.job.attempts import read
+from slurm.job.queue import is_alive
 from slurm.points import points
 from slurm.preflight import problems, refused_by_slurm, without_slurm_fields
-from slurm.queue import is_alive
 from tests.conftest import ROOT, TINY, Outcome
-from trainer import errors
-from trainer.errors import UserError
 
 Call = Callable[..., Outcome]
 
@@ -110,9 +110,7 @@ def test_a_job_on_this_machine_that_is_killed_saves_and_stays_down(call: Call, t
 
 def test_the_code_that_runs_is_the_code_at_submission(tmp_path: Path) -> None:
     code = snapshot.copy_code(tmp_path / "code")
-    program = (
-        "import trainer.train, slurm.training, data_pipeline; print(trainer.train.__file__, slurm.training.__file__)"
-    )
+    program = "import trainer.train, slurm.job.training, data_pipeline; print(trainer.train.__file__, slurm.job.training.__file__)"
     result = subprocess.run(["python3", "-c", program], cwd=code, capture_output=True, text=True, env={**os.environ, "PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}"})  # fmt: skip
     assert result.stdout.split() == [str(code / "trainer" / "train.py"), str(code / "slurm" / "training.py")], result
 

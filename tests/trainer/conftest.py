@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ambient_core import errors
 from data_pipeline.shard import main as shard_main
 from tests.conftest import Outcome
 from tests.trainer.in_turn import as_in_a_process_of_its_own
-from trainer import errors
 
 CAPTIONS = ["a disc", "a square", "two of them"]
 

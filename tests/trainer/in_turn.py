@@ -35,7 +35,7 @@ def as_in_a_process_of_its_own() -> Iterator[None]:
 
 def in_turn(trainings: list[list[str]]) -> int:
     """Here, as one rank of those that the environment describes."""
-    from trainer import errors
+    from ambient_core import errors
     from trainer.train import main
 
     for arguments in trainings:

@@ -9,7 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from trainer import doctor, errors, provenance
+from ambient_core import errors
+from trainer import doctor
+from trainer.tracking import provenance
 
 
 def test_this_machine_can_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

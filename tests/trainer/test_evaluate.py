@@ -12,21 +12,23 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipeline.corruption import Measured
+from ambient_core import errors
+from data_pipeline.corruption.corruption import Measured
+from data_pipeline.inputs.sources import open_source
 from data_pipeline.shard import shard
-from data_pipeline.sources import open_source
+from slurm.evaluate import main as by_jobs
 from tests.conftest import Outcome
-from trainer import errors
 from trainer.evaluate import main
 from trainer.evaluation.denoiser_error import errors_by_image
 from trainer.evaluation.distances import kid
 from trainer.evaluation.features import PACKAGED, open_extractor
 from trainer.evaluation.images import Images
-from trainer.evaluation.record import read
-from trainer.evaluation.report import incomparable, report
-from trainer.generate import generate
-from trainer.mlflow_store import LoggingConfig, connect
-from trainer.restore import restore
+from trainer.inference.generate import generate
+from trainer.inference.load import restore
+from trainer.reports.html import incomparable, report
+from trainer.reports.record import read
+from trainer.tracking.client import connect
+from trainer.tracking.config import LoggingConfig
 
 Train = Callable[..., Outcome]
 SMALL = ["--number", "12", "--attacked", "10", "--steps", "4", "--levels", "0.2", "0.4", "1", "30"]
@@ -42,9 +44,9 @@ def held_out(tmp_path: Path, pictures: Path) -> Path:
     return folder
 
 
-def evaluate(capfd: pytest.CaptureFixture[str], *words: str) -> Outcome:
+def evaluate(capfd: pytest.CaptureFixture[str], *words: str, command: Callable[[list[str]], int] = main) -> Outcome:
     capfd.readouterr()
-    code = errors.run(lambda: main([str(word) for word in words]))
+    code = errors.run(lambda: command([str(word) for word in words]))
     return code, "".join(capfd.readouterr())
 
 
@@ -279,7 +281,9 @@ def test_jobs_of_a_cluster_find_what_one_process_finds(
     cluster = tmp_path / "cluster.yaml"
     cluster.write_text(f"kind: local\nlogs: {tmp_path / 'jobs'}\n")
     words = ["--reference", str(held_out), "--number", "10", "--steps", "2", "--levels", "0.4"]
-    code, output = evaluate(capfd, *(str(tmp_path / name) for name in "ab"), *words, "--cluster", str(cluster))
+    code, output = evaluate(
+        capfd, *(str(tmp_path / name) for name in "ab"), *words, "--cluster", str(cluster), command=by_jobs
+    )
     assert code == 0, output
     found = {path: path.read_bytes() for path in tmp_path.glob("?/evaluation/step-*/evaluation.json")}
     assert len(found) == 2
@@ -290,6 +294,8 @@ def test_jobs_of_a_cluster_find_what_one_process_finds(
         assert json.loads(path.read_text())["metrics"] == pytest.approx(json.loads(kept)["metrics"], rel=1e-5)
     (tmp_path / "b" / "evaluation").rename(tmp_path / "kept")
     (tmp_path / "b" / "evaluation").write_text("in the way")
-    code, output = evaluate(capfd, *(str(tmp_path / name) for name in "ab"), *words, "--cluster", str(cluster))
+    code, output = evaluate(
+        capfd, *(str(tmp_path / name) for name in "ab"), *words, "--cluster", str(cluster), command=by_jobs
+    )
     assert code == 1
     assert f"1 of 2 evaluations failed: {tmp_path / 'b'}: " in output

@@ -13,15 +13,17 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ambient_core import errors
+from ambient_core.errors import UserError
 from tests.conftest import Outcome
-from trainer import base_pipeline, conditioning, errors, export
+from trainer import export
 from trainer.diffusion.noise import AddressedNoise
 from trainer.diffusion.process import VE, AnyProcess, Flow, VPCosine, VPTable
-from trainer.errors import UserError
-from trainer.generate import generate
-from trainer.model_card import scale_code, time_code
+from trainer.inference.generate import generate
+from trainer.inference.load import restore
+from trainer.inference.model_card import scale_code, time_code
+from trainer.models import conditioning, sdxl_base
 from trainer.models.sdxl import SDXLConfig
-from trainer.restore import restore
 
 Train = Callable[..., Outcome]
 STEPS, GUIDANCE = 6, 3.0
@@ -45,7 +47,7 @@ def ours(run_dir: Path) -> Tensor:
         run.denoiser, 2, run.state.shape, seed=0, steps=STEPS, sampler="ddim", conditioning=told,
         guide=run.denoiser, guide_conditioning=empty, guidance=GUIDANCE, progress=False,
     )  # fmt: skip
-    return base_pipeline.decoder(model, run.device)(latents)
+    return sdxl_base.decoder(model, run.device)(latents)
 
 
 def theirs(pipeline: Any) -> Tensor:

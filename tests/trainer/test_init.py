@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ambient_core import errors
 from data_pipeline.shard import main as shard
-from trainer import errors, init, train
-from trainer.config import load
+from trainer import init, train
+from trainer.config.run_config import load
 
 
 def run(*words: object) -> int:

@@ -17,10 +17,12 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ambient_core import errors
 from tests.conftest import ROOT, TINY, Outcome
-from trainer import errors, networks, plan
-from trainer.config import RunConfig, load
+from trainer import plan
+from trainer.config.run_config import RunConfig, load
 from trainer.diffusion.denoiser import Denoiser
+from trainer.models import create
 from trainer.planning import gpus, models
 from trainer.planning.estimate import Estimate, Setting
 from trainer.planning.live import LiveTensors
@@ -47,14 +49,14 @@ def test_sdxl_has_the_parameters_that_are_known() -> None:
 
 
 def test_adapters_are_those_that_training_adds(tiny_sdxl: Path) -> None:
-    from trainer import base_pipeline
+    from trainer.models import sdxl_base
     from trainer.models.sdxl import SDXLConfig
 
     fields = ["lora: {rank: 4, targets: [attention, convolutions]}", "base_dtype: bf16"]
     planned = of_sdxl(tiny_sdxl, *fields)
     config = config_of("process.kind=vp_table", "prediction=eps", f"model={{kind: sdxl, base: '{tiny_sdxl}', {', '.join(fields)}}}")  # fmt: skip
     assert isinstance(config.model, SDXLConfig)
-    trained = base_pipeline.backbone(config, config.model, None)
+    trained = sdxl_base.backbone(config, config.model, None)
     described = [[(name, p.shape, p.dtype, p.requires_grad) for name, p in backbone.named_parameters()] for backbone in (planned.backbone, trained)]  # fmt: skip
     assert described[0] == described[1]
 
@@ -94,7 +96,7 @@ def test_the_flops_are_those_of_real_tensors_and_of_the_layers(
     kind: str, tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if kind == "unet2d":
-        network, shape = networks.denoiser(config_of(), SHAPE), SHAPE
+        network, shape = create.denoiser(config_of(), SHAPE), SHAPE
     else:
         network, shape = of_sdxl(tiny_sdxl, "lora: {rank: 4}", "base_dtype: fp32"), (4, 8, 8)
     told = models.conditioning_shapes(network)
@@ -251,7 +253,7 @@ def test_a_wrong_request_is_one_line(arguments: list[str], expected: str, capsys
 def test_what_a_plan_leaves_behind_is_of_numbers() -> None:
     """A process keeps its table of levels: one that was first asked for within a plan would be of shapes alone."""
     program = (
-        "from pathlib import Path; from trainer import plan; from trainer.config import load\n"
+        "from pathlib import Path; from trainer import plan; from trainer.config.run_config import load\n"
         f"words = [{str(TINY)!r}, 'process={{kind: vp_table}}', 'data.shards=none']\n"
         "assert plan.main([*words, '--gpus', '1', '--shape', '1', '16', '16']) == 0\n"
         "assert 14 < load(Path(words[0]), words[1:]).process.sigma_max < 15\n"

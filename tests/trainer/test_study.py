@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ambient_core import errors
 from tests.conftest import ROOT, TINY
-from trainer import errors
-from trainer.config import load, load_as
+from trainer.config.run_config import load, load_as
+from trainer.reports.study_config import StudyConfig
 from trainer.study import Study, main
-from trainer.study_config import StudyConfig
 
 
 @pytest.fixture

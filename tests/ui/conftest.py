@@ -17,7 +17,7 @@ import pytest
 
 from benchmarks.demo_store import QUICK, make
 from tests.waiting import free_port, until
-from trainer.mlflow_pages import server
+from trainer.tracking.pages import server
 
 NO_ASSISTANT = """for (const [name, value] of Object.entries({"panelOpen_v1": "false", "fab.autoOpenedOnFirstLoad_v1": "true"}))
     localStorage.setItem("mlflow.assistant." + name, value)"""

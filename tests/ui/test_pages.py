@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests.ui.conftest import Browser, until
-from trainer.evaluation.record import NAME
-from trainer.mlflow_pages import SHOWN, compare_page, run_page, run_table
+from trainer.reports.record import NAME
+from trainer.tracking.pages import SHOWN, compare_page, run_page, run_table
 
 pytestmark = pytest.mark.ui
 

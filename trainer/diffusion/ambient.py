@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.diffusion.batch import Batch, expand, twice
+from ambient_core.batch import Batch
 from trainer.diffusion.denoiser import Denoise
 from trainer.diffusion.levels import Levels, Weight, log_uniform
 from trainer.diffusion.noise import Noise
 from trainer.diffusion.process import Process
+from trainer.diffusion.tensors import expand, twice
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from typing import Literal
 import torch
 
 from trainer.diffusion.ambient import LossTerms
-from trainer.diffusion.batch import twice, variance
 from trainer.diffusion.denoiser import Denoise
 from trainer.diffusion.interleave import StepSchedule
 from trainer.diffusion.levels import Weight
 from trainer.diffusion.noise import Noise
 from trainer.diffusion.particles import Particles
 from trainer.diffusion.sampling import reverse_step
+from trainer.diffusion.tensors import twice, variance
 
 DEFAULT_PERIOD = 8
 

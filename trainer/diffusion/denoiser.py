@@ -7,9 +7,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from trainer.diffusion.batch import Conditioning, expand
+from ambient_core.batch import Conditioning
 from trainer.diffusion.prediction import Prediction, to_h
 from trainer.diffusion.process import Process
+from trainer.diffusion.tensors import expand
 
 
 class Denoise(Protocol):

@@ -6,13 +6,14 @@ a resumed run draws what it would have drawn, and a run on two ranks draws what 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from ambient_core.seeding import address
 
 
 class Noise(Protocol):
@@ -25,12 +26,6 @@ class Noise(Protocol):
     def uniform(self, purpose: str, like: Tensor) -> Tensor:
         """Uniform values in [0, 1), with the shape, dtype and device of `like` (B, *D)."""
         ...
-
-
-def address(*parts: object) -> int:
-    """A 63-bit seed made of the parts by a cryptographic hash, the same on every machine."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ambient_core.batch import Batch, Conditioning
 from trainer.diffusion.ambient import further_noised
-from trainer.diffusion.batch import Batch, Conditioning, expand
 from trainer.diffusion.levels import log_uniform
 from trainer.diffusion.noise import Noise
+from trainer.diffusion.tensors import expand
 
 Slots = tuple[Tensor, Tensor]
 """Rows and columns of a pool, both (B,) int64."""

@@ -8,9 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from trainer.diffusion.batch import Conditioning, expand
+from ambient_core.batch import Conditioning
 from trainer.diffusion.denoiser import Denoise
 from trainer.diffusion.noise import Noise
+from trainer.diffusion.tensors import expand
 
 Sampler = Literal["ancestral", "ddim", "heun", "dpmpp_2m"]
 

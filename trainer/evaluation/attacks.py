@@ -9,11 +9,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from trainer.diffusion.batch import Conditioning, expand
+from ambient_core.batch import Conditioning
+from ambient_core.seeding import address
 from trainer.diffusion.denoiser import Denoise
 from trainer.diffusion.levels import karras_levels
-from trainer.diffusion.noise import AddressedNoise, Noise, address
+from trainer.diffusion.noise import AddressedNoise, Noise
 from trainer.diffusion.sampling import sample
+from trainer.diffusion.tensors import expand
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from data_pipeline.sources import open_source
-from trainer.diffusion.batch import Conditioning, expand
+from ambient_core.batch import Conditioning
+from data_pipeline.inputs.sources import open_source
 from trainer.diffusion.denoiser import Denoise
 from trainer.diffusion.noise import AddressedNoise
+from trainer.diffusion.tensors import expand
 from trainer.evaluation.images import Images
 
 

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_pipeline import storage
-from trainer.documents import from_json, text_of
-from trainer.errors import UserError, in_one_line
+from ambient_core import storage
+from ambient_core.errors import UserError, in_one_line
+from ambient_core.parsing import from_json, text_of
+from ambient_core.paths import cache
+from ambient_core.progress import progress_bar
 from trainer.evaluation.images import AT_ONCE, Images
-from trainer.folders import cache
-from trainer.progress import progress_bar
 
 PACKAGED = "efficientnet-lite0"
 

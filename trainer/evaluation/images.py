@@ -10,8 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from data_pipeline.sources import BadImage, Source, prepare
-from trainer.errors import UserError
+from ambient_core.errors import UserError
+from data_pipeline.inputs.sources import BadImage, Source, prepare
 
 AT_ONCE = 64
 """Images that are in memory together."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.diffusion.batch import Conditioning
+from ambient_core.batch import Conditioning
+from ambient_core.progress import progress_bar
 from trainer.diffusion.denoiser import Denoise
 from trainer.evaluation.attacks import Attack, Masked, corrupted, reconstructed
 from trainer.evaluation.denoiser_error import errors_by_image
@@ -25,7 +26,6 @@ from trainer.evaluation.memorization import (
     pixel_vectors,
     share_above,
 )
-from trainer.progress import progress_bar
 
 KINDS = {"features": "features", "pixels": "16 x 16 pixels"}
 """What similarity is taken in."""

@@ -14,12 +14,12 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline import storage
-from data_pipeline.corruption import Corruption, Degraded, Gaussian, Measured, describe, generator_of
-from data_pipeline.index import ShardIndex, read_index
+from ambient_core import storage
+from ambient_core.errors import UserError
+from data_pipeline.corruption.corruption import Corruption, Degraded, Gaussian, Measured, describe, generator_of
+from data_pipeline.format.index import ShardIndex, read_index
 from data_pipeline.inputs.picture import Picture, Source
-from data_pipeline.reader import ShardReader
-from trainer.errors import UserError
+from data_pipeline.loading.reader import ShardReader
 from trainer.evaluation.images import Images
 
 OPEN_SHARDS = 4

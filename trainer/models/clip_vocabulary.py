@@ -14,8 +14,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from trainer import folders
-from trainer.errors import WorkFailed
+from ambient_core import paths
+from ambient_core.errors import WorkFailed
 
 PACKAGE, MEMBER = "open_clip_torch==3.3.0", "open_clip/bpe_simple_vocab_16e6.txt.gz"
 SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
@@ -37,7 +37,7 @@ def vocabulary() -> tuple[dict[str, int], list[str]]:
 
 
 def _file() -> Path:
-    cache = folders.cache() / "clip"
+    cache = paths.cache() / "clip"
     path = cache / Path(MEMBER).name
     if not path.is_file():
         cache.mkdir(parents=True, exist_ok=True)

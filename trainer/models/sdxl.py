@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from trainer.diffusion.batch import Conditioning
+from ambient_core.batch import Conditioning
 from trainer.models.lora import LoraConfig
 
 Text = Callable[[Tensor], tuple[Tensor, Tensor]]

@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trainer import errors, folders
-from trainer.errors import UserError
+from ambient_core import errors, paths
+from ambient_core.arguments import Parser
+from ambient_core.errors import UserError
+from trainer.models import quieten_xformers
 from trainer.models.clip_vocabulary import END, SIZE, START, vocabulary
-from trainer.models.quiet import quieten_xformers
 
 WIDTHS = (16, 24)
 """Of the two text encoders. All widths differ, so that mixing two of them up shows."""
@@ -58,7 +59,7 @@ SCHEDULER: dict[str, Any] = {
 
 def write_tiny_sdxl(folder: Path, seed: int = 0, unet: dict[str, Any] = UNET) -> None:
     """The same bytes for the same seed and versions of the libraries. unet: settings of a larger one, for benchmarks. Raises UserError where `folder` has content."""
-    if not folders.is_free(folder):
+    if not paths.is_free(folder):
         raise UserError(f"FOLDER {folder}: exists already: choose a new one")
     import torch
 
@@ -76,7 +77,7 @@ def write_tiny_sdxl(folder: Path, seed: int = 0, unet: dict[str, Any] = UNET) ->
         hidden_size=WIDTHS[1], intermediate_size=2 * WIDTHS[1], projection_dim=PROJECTION, num_attention_heads=3,
         hidden_act="gelu", **TEXT,
     )  # fmt: skip
-    with folders.appearing(folder) as partial, torch.random.fork_rng():
+    with paths.appearing(folder) as partial, torch.random.fork_rng():
         torch.manual_seed(seed)
         UNet2DConditionModel(**unet).save_pretrained(partial / "unet")
         AutoencoderKL(**VAE).save_pretrained(partial / "vae")
@@ -109,7 +110,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = errors.Parser(
+    parser = Parser(
         prog="python -m trainer.models.tiny_sdxl",
         description="Writes a tiny pipeline of Stable Diffusion XL's classes with random weights, for tests and benchmarks. It loads with StableDiffusionXLPipeline.from_pretrained(FOLDER).",
         epilog="example: python -m trainer.models.tiny_sdxl models/tiny-sdxl",

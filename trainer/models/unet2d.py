@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from trainer.diffusion.batch import Conditioning
-from trainer.models.quiet import quieten_xformers
+from ambient_core.batch import Conditioning
+from trainer.models import quieten_xformers
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from trainer.config import RunConfig
+from ambient_core.errors import UserError
+from trainer.config.run_config import RunConfig
 from trainer.diffusion.consistency import DEFAULT_PERIOD
 from trainer.diffusion.denoiser import Denoiser
 from trainer.diffusion.interleave import period_within
-from trainer.ema import PowerEMA
-from trainer.errors import UserError
+from trainer.engine.ema import PowerEMA
 from trainer.planning.gpus import GPUS, USABLE
 from trainer.planning.memory import FLOAT, Memory, Saving, Weights, memory
 from trainer.planning.models import conditioning_shapes, weights_of

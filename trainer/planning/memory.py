@@ -11,15 +11,15 @@ P trainable weights are float32, as are Adam's two moments and one average (EMA)
 A frozen base is whole on each rank, at stage 3 a share of it. Moments of 8 bits take 2.03 bytes a weight in the place of 8
 (those that bitsandbytes keeps as float32 are not seen), and no temporary. With offload_optimizer the host has what the
 optimiser has, 6 P / N, one more while it steps, one more to accumulate in; with offload_parameters the share of the weights
-and of the base, but what is gathered is the device's. fp16 takes what bf16 takes. tests/trainer/test_planned_memory.py compares with what runs take.
+and of the base, but what is gathered is the device's. fp16 takes what bf16 takes. tests/trainer/planning/test_planned_memory.py compares with what runs take.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trainer.eight_bit import BLOCK
-from trainer.engine_config import MOST_IN_BUCKET
+from trainer.engine.adam_8bit import BLOCK
+from trainer.engine.config import MOST_IN_BUCKET
 from trainer.planning.trace import Activations
 
 FLOAT = 4

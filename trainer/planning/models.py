@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ambient_core.errors import UserError
 from data_pipeline.latents.parts import ENCODERS, find_parts, read_config
-from trainer import networks
-from trainer.base_pipeline import adapted
-from trainer.config import RunConfig
+from trainer.config.run_config import RunConfig
 from trainer.diffusion.denoiser import Denoiser
-from trainer.errors import UserError
+from trainer.models import create
 from trainer.models.encoded_text import EncodedText
 from trainer.models.sdxl import DTYPES, SDXLConfig
+from trainer.models.sdxl_base import adapted
 from trainer.planning.memory import Weights
 from trainer.planning.trace import Shapes
 
@@ -53,7 +53,7 @@ def configured(config: RunConfig, shape: tuple[int, int, int]) -> Denoiser:
     model = config.model
     with torch.device("meta"):
         if not isinstance(model, SDXLConfig):
-            return networks.denoiser(config, shape)
+            return create.denoiser(config, shape)
         logging.getLogger("xformers").setLevel(
             logging.ERROR
         )  # says at length what it cannot do here, which is not asked

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainer.conditioning import encoders_of
-from trainer.config import RunConfig
+from trainer.config.run_config import RunConfig
 from trainer.diffusion.denoiser import Denoiser
+from trainer.models.conditioning import encoders_of
 from trainer.models.encoded_text import EncodedText
 from trainer.models.sdxl import SDXLConfig
 from trainer.planning.live import LiveTensors

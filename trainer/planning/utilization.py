@@ -7,7 +7,7 @@ import time
 import torch
 
 from trainer.diffusion.denoiser import Denoiser
-from trainer.distributed import Ranks
+from trainer.engine.distributed import Ranks
 from trainer.planning.gpus import peak_of
 from trainer.planning.trace import Flops
 

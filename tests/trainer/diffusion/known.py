@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ambient_core.batch import Conditioning
 from benchmarks.mixtures import Mixture
-from trainer.diffusion.batch import Conditioning, expand
 from trainer.diffusion.process import Process
+from trainer.diffusion.tensors import expand
 
 
 def gaussian(mean: float = 0.7, std: float = 0.6, dimension: int = 1) -> Mixture:

@@ -7,9 +7,9 @@ from typing import get_args
 import pytest
 import torch
 
+from ambient_core.batch import Batch
 from tests.trainer.diffusion.known import Linear, OneLevel, gaussian, noisy, three_gaussians
 from trainer.diffusion.ambient import NEAREST, AmbientConfig, AmbientLoss, e_x0_from_e_xn, further_noised
-from trainer.diffusion.batch import Batch
 from trainer.diffusion.denoiser import Denoiser
 from trainer.diffusion.levels import EDM, LogUniform, Uniform
 from trainer.diffusion.noise import AddressedNoise, StreamNoise

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from ambient_core.batch import Batch, Conditioning
 from tests.trainer.diffusion.known import Mixture, gaussian, noisy, three_gaussians
-from trainer.diffusion.batch import Batch, Conditioning
 from trainer.diffusion.consistency import ConsistencyLoss
 from trainer.diffusion.denoiser import Denoiser
 from trainer.diffusion.levels import Uniform

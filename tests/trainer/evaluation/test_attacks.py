@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from ambient_core.batch import Conditioning
 from data_pipeline.inputs.picture import Picture, Source
-from trainer.diffusion.batch import Conditioning
 from trainer.evaluation.attacks import Attack, Masked, Noised, corrupted, reconstructed
 from trainer.evaluation.features import Extractor
 from trainer.evaluation.images import Images

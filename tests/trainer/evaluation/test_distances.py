@@ -37,7 +37,7 @@ def test_it_is_zero_within_its_error_for_one_distribution_and_its_error_is_hones
 
 
 def test_features_tell_noisy_images_from_clean_ones() -> None:
-    from data_pipeline.sources import open_source, prepare
+    from data_pipeline.inputs.sources import open_source, prepare
 
     source = open_source("packaged:digits/test")
     images = torch.stack([torch.from_numpy(prepare(source.read(i), 28, 1)) for i in range(120)])

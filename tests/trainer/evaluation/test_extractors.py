@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ambient_core.errors import UserError
 from data_pipeline.inputs.picture import Picture, Source
-from trainer.errors import UserError
 from trainer.evaluation.features import Extractor, features_of, open_extractor
 from trainer.evaluation.images import Images
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.corruption import Degraded, Gaussian, Measured, generator_of
+from ambient_core.errors import UserError
+from data_pipeline.corruption.corruption import Degraded, Gaussian, Measured, generator_of
+from data_pipeline.inputs.sources import open_source
 from data_pipeline.shard import shard
-from data_pipeline.sources import open_source
-from trainer.errors import UserError
 from trainer.evaluation.distances import kid
 from trainer.evaluation.features import PACKAGED, open_extractor
 from trainer.evaluation.images import Images

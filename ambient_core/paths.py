@@ -1,0 +1,45 @@
+"""Where what was fetched is kept for the next time, and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ambient_core.errors import UserError
+
+
+def cache() -> Path:
+    """AMBIENT_CACHE, or else ~/.cache/ambient-trainer; it is made if need be. Raises UserError where that cannot be."""
+    path = Path(os.environ.get("AMBIENT_CACHE") or Path.home() / ".cache" / "ambient-trainer")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the cache {path} cannot be made ({error.strerror}): set AMBIENT_CACHE to a folder that can be written") from None  # fmt: skip
+    return path
+
+
+def is_free(folder: Path) -> bool:
+    """Whether a new folder may take this place: nothing is there, or an empty folder."""
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """A folder to be filled, which becomes `folder` at the end, and vanishes if there was an error. folder: a free place.
+    Raises UserError where one cannot write."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
+    with temporary as name:
+        partial = Path(name) / "whole"
+        partial.mkdir()
+        yield partial
+        if folder.exists():
+            folder.rmdir()
+        shutil.move(partial, folder)

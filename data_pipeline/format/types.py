@@ -1,0 +1,17 @@
+"""The error of one image that cannot be used, while the others can."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ambient_core.errors import UserError
+
+
+class BadImage(UserError):
+    """ONE picture cannot be read or used; the message is the reason, in one line that is the same in every run.
+
+    It is a UserError so that it ends as one line where nobody sets the picture aside and goes on."""
+
+
+Array = NDArray[np.float32]

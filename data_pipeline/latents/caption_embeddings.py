@@ -1,0 +1,40 @@
+"""The text cache of a folder of shards: which encoders make it, and what the index says of it."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from ambient_core import storage
+from data_pipeline.latents.parts import ENCODERS, TOKENIZERS, has_part
+
+FOLDER = "text"
+"""In OUTPUT."""
+
+
+def write_captions(output: str, source: str, captions: Sequence[str]) -> dict[str, Any] | None:
+    """Writes OUTPUT/text/, or goes on with it. source: of the VAE, whose pipeline may have text encoders.
+
+    Gives what the index records of it; None where there are no captions, or, with a note, no text encoders.
+    """
+    if not captions:
+        return None
+    if not has_part("--latents", source, ENCODERS[0], [*ENCODERS[1:], *TOKENIZERS]):
+        print(f"{output}: no embeddings of its captions, since {source} has no text encoders; the shards have their words", file=sys.stderr)  # fmt: skip
+        return None
+    from data_pipeline.latents.text import TextEncoders  # here, since torch takes seconds
+    from data_pipeline.latents.text_cache import TextCache, write_text_cache
+    from data_pipeline.latents.text_remote import put, workplace
+
+    place = storage.join(output, FOLDER)
+    local = storage.local_path(place)
+    folder = local or workplace(place)
+    write_text_cache(folder, captions, TextEncoders(source))
+    cache = TextCache(folder)
+    described = {"identity": cache.identity, "captions": len(cache), "cut": cache.cut}
+    if local is None:
+        put(folder, place)
+        shutil.rmtree(folder)
+    return described

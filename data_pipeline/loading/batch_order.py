@@ -1,0 +1,88 @@
+"""Which samples a step's batch has, where a data set has observations of several shapes: all of one shape, each as often as
+its share of the samples. Pure functions of the step, as the order is.
+
+Each shape has an order of its own, endless, over its own shards. Of N samples of a shape, floor((e + 1) N / B) batches of B
+are over at the end of epoch e: so an epoch has every sample once, but for the last fewer than B of each shape, which come
+first in the next. Within an epoch the batches of a shape are spread evenly, each at a random place of its stretch.
+With one shape, position p of the order is row p % B of step p // B.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.loading.order import Int, Order, Places
+
+Schedule = tuple[NDArray[np.int16], Int]
+"""For each batch of an epoch: its shape, and which of the epoch's batches of that shape it is, from 0."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """position: of its first sample, counted from the start of the run. shape: which of the index's. places: in that
+    shape's order."""
+
+    position: int
+    shape: int
+    places: Places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+class BatchOrder:
+    """counts: samples in each shard. shape_of: the shape of each shard, 0, 1, ...; each has at least one. group: shards
+    shuffled together, shared out among the shapes as the shards are, at least one each."""
+
+    def __init__(self, counts: Sequence[int], shape_of: Sequence[int], batch_size: int, seed: int, group: int) -> None:
+        self.counts, self.batch_size, self.seed = np.asarray(counts, np.int64), batch_size, seed
+        shapes = np.asarray(shape_of, np.int64)
+        members = [np.flatnonzero(shapes == shape) for shape in range(int(shapes.max()) + 1)]
+        self.orders = [Order(self.counts[of], seed, math.ceil(group * len(of) / len(shapes)), of) for of in members]
+        self._schedule = lru_cache(2)(self._schedule_of)
+
+    @property
+    def group(self) -> int:
+        """Shards that are in use at a time, over all shapes."""
+        return sum(order.group for order in self.orders)
+
+    def micro_batch(self, step: int, row: int, count: int) -> MicroBatch:
+        """Rows `row` to `row + count` of the global batch of this step."""
+        shape, number = self.shape_at(step)
+        places = self.orders[shape].range(number * self.batch_size + row, count)
+        return MicroBatch(step * self.batch_size + row, shape, places)
+
+    def shape_at(self, step: int) -> tuple[int, int]:
+        """The shape of a step's batch, and how many batches of that shape were before it."""
+        if len(self.orders) == 1:
+            return 0, step
+        # Every shape is behind its share by less than one batch, so the epoch is this one or one of a few after it.
+        total = sum(order.total for order in self.orders)
+        low = step * self.batch_size // total
+        high = low + len(self.orders) * self.batch_size // total + 2
+        epoch = low + bisect_right(range(low, high), step, key=lambda e: sum(self._over(e)))
+        shapes, numbers = self._schedule(epoch)
+        before = self._over(epoch - 1)
+        at = step - sum(before)
+        shape = int(shapes[at])
+        return shape, before[shape] + int(numbers[at])
+
+    def _over(self, epoch: int) -> list[int]:
+        """Of each shape, how many batches are over at the end of an epoch; -1: before the first."""
+        return [(epoch + 1) * order.total // self.batch_size for order in self.orders]
+
+    def _schedule_of(self, epoch: int) -> Schedule:
+        counts = np.array(self._over(epoch), np.int64) - np.array(self._over(epoch - 1), np.int64)
+        shapes = np.repeat(np.arange(len(counts), dtype=np.int16), counts)
+        numbers = np.concatenate([np.arange(count) for count in counts])
+        # [seed, epoch] and [seed, epoch, 1 + number] are the orders'.
+        drawn = np.random.default_rng([self.seed, epoch, 0, 1]).random(len(shapes))
+        when = np.argsort((numbers + drawn) / np.maximum(counts, 1)[shapes], kind="stable")
+        return shapes[when], numbers[when]

@@ -1,0 +1,186 @@
+"""What is to be sharded: the request, and `plan.json`, on which workers, array jobs and later calls agree.
+
+Shard k holds the images k * shard_size .. (k + 1) * shard_size of the source, or, where they have several shapes, of those
+of one shape; without the rejected ones. So its bytes depend on the request alone, and not on who else writes, or on what was
+rejected elsewhere.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ambient_core import storage
+from ambient_core.errors import UserError, differences
+from ambient_core.parsing import from_json
+from data_pipeline.corruption.corruption import Corruption
+from data_pipeline.format.index import Shape
+from data_pipeline.inputs.sources import Source
+from data_pipeline.latents.arguments import LatentRequest, check_channels, check_corruption
+
+NAME = "plan.json"
+FORMAT = 2
+LARGEST = 8192
+"""Pixels a side of an observation: 400 MB in colour."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What decides the shards' bytes. source: as the user gave it. size: in pixels; None: as the images are. channels:
+    None: as the first image. value_range: what becomes -1 and 1; None: the range of the images' type. limit: the first
+    so many images; None: all. captions: whether the source's captions are stored. latents: None stores pixels;
+    else `size` is the latents' size, too."""
+
+    source: str
+    corruption: Corruption
+    seed: int = 0
+    size: int | None = None
+    channels: int | None = None
+    value_range: tuple[float, float] | None = None
+    limit: int | None = None
+    shard_size: int = 1000
+    captions: bool = True
+    latents: LatentRequest | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in {
+            "--size": self.size,
+            "--channels": self.channels,
+            "--limit": self.limit,
+            "--shard-size": self.shard_size,
+        }.items():
+            if value is not None and value < 1:
+                raise UserError(f"{name} {value}: must be at least 1")
+        if self.size is not None and self.size > LARGEST:
+            raise UserError(f"--size {self.size}: must be at most {LARGEST}")
+        if self.latents is not None:
+            check_channels(self.channels)
+            check_corruption(self.corruption)
+            if self.size != self.latents.size:
+                raise UserError(f"--size {self.size}: the latents' size is {self.latents.size}: give the same")
+
+    def recorded(self) -> dict[str, Any]:
+        """As JSON gives it back. A folder is recorded by its full path."""
+        as_given = self.source.startswith("packaged:") or storage.is_url(self.source)
+        source = self.source if as_given else str(Path(self.source).resolve())
+        plain = json.loads(json.dumps({**asdict(self), "source": source}))
+        if plain["latents"]:
+            del plain["latents"]["size"]
+            if plain["latents"]["embeddings"]:  # as requests were recorded before there was a choice
+                del plain["latents"]["embeddings"]
+        return plain
+
+
+DEFAULTS = {field.name: field.default for field in fields(Request)}
+"""What a request had that was recorded before the field was there."""
+
+
+def refuse_another(output: str, recorded: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Raises UserError that names the fields in which the two requests differ."""
+    if found := differences(_flat(recorded), _flat(asked)):
+        raise UserError(f"{output} holds shards made with {found}: choose another OUTPUT")
+
+
+def _flat(request: dict[str, Any]) -> dict[str, Any]:
+    """With the fields of `latents` as its own, but for where the VAE lies: its identity tells what it is."""
+    flat = {**DEFAULTS, **request}
+    latents = flat.pop("latents") or {}
+    flat["latents"] = bool(latents)
+    return flat | {f"latents.{name}": value for name, value in latents.items() if name != "source"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """request: as recorded. count: images of the source that are used. keys: SHA-256 over their keys. channels: 1 is
+    grey, 3 colour. shapes: (C, H, W) of the observations, from the first image that can be used, or the VAE. shape_of: with
+    several, which of them each image gets, as `packed` has it."""
+
+    request: dict[str, Any]
+    count: int
+    keys: str
+    channels: int
+    shapes: tuple[Shape, ...]
+    shape_of: str = ""
+
+    @property
+    def shards(self) -> int:
+        """How many there are when no shard's images are all rejected."""
+        return len(self._shards)
+
+    def images(self, number: int) -> Sequence[int]:
+        """The places in the source that shard `number` takes."""
+        return self._shards[number][1]
+
+    def shape(self, number: int) -> int:
+        """Which of the shapes the observations of shard `number` have."""
+        return self._shards[number][0]
+
+    @cached_property
+    def _shards(self) -> list[tuple[int, Sequence[int]]]:
+        size = self.request["shard_size"]
+        if not self.shape_of:
+            return [(0, range(first, min(self.count, first + size))) for first in range(0, self.count, size)]
+        shapes = np.frombuffer(zlib.decompress(base64.b64decode(self.shape_of)), np.uint8)
+        of_each = [np.flatnonzero(shapes == shape).tolist() for shape in range(len(self.shapes))]
+        return [(s, of[first : first + size]) for s, of in enumerate(of_each) for first in range(0, len(of), size)]
+
+
+def packed(shape_of: Sequence[int]) -> str:
+    """Numbers from 0 to 255 as text, about a bit each: a million pictures of SDXL's sizes take some 500 kB."""
+    return base64.b64encode(zlib.compress(bytes(shape_of), 9)).decode()
+
+
+def name_of(number: int) -> str:
+    return f"shard-{number:06d}.tar"
+
+
+def used(source: Source, limit: int | None) -> int:
+    return min(len(source), limit or len(source))
+
+
+def digest_of_keys(source: Source, count: int) -> str:
+    digest = hashlib.sha256()
+    for start in range(0, count, 10_000):
+        digest.update("".join(f"{source.keys[i]}\n" for i in range(start, min(start + 10_000, count))).encode("utf-8", "surrogateescape"))  # fmt: skip
+    return digest.hexdigest()
+
+
+def check_source(source: Source, request: dict[str, Any], count: int, keys: str) -> None:
+    """Raises UserError when the source no longer has the images that were planned: shards would hold other ones. request,
+    count, keys: of the plan, or of the index."""
+    there = used(source, request["limit"])
+    if there != count or digest_of_keys(source, there) != keys:
+        now = f"{there} images, not {count}" if there != count else "images of other names"
+        raise UserError(
+            f"SOURCE {request['source']}: it has {now}, since OUTPUT was begun: bring them back, or choose another OUTPUT"
+        )
+
+
+def write_plan(output: str, plan: Plan) -> None:
+    data = json.dumps({"format": FORMAT, **asdict(plan)}, indent=1).encode()
+    storage.write_atomically(storage.join(output, NAME), data)
+
+
+def read_plan(output: str) -> Plan | None:
+    """None where nothing was begun. Raises UserError for a file that is no plan."""
+    path = storage.join(output, NAME)
+    if not storage.exists(path):
+        return None
+    try:
+        data = from_json(storage.read_bytes(path))
+        if data.pop("format") != FORMAT:
+            raise UserError(f"{path}: begun by another version: finish it with that one, or choose another OUTPUT")
+        return Plan(**{**data, "shapes": tuple(tuple(shape) for shape in data["shapes"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: not a plan ({type(error).__name__}: {error}): remove OUTPUT, or choose another"
+        ) from None

@@ -1,0 +1,179 @@
+"""Writes planned shards, in this process or in several: each is finished whole, whoever is killed when."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Any
+
+from ambient_core.errors import UserError, WorkFailed
+from data_pipeline.format.index import Shard
+from data_pipeline.format.types import BadImage
+from data_pipeline.format.writer import LONGEST_META, META, OBSERVATION, Members, json_bytes, npy_bytes, write_tar
+from data_pipeline.inputs.sources import Source, open_source
+from data_pipeline.sharding.observe import observed
+from data_pipeline.sharding.plan import Plan, Request, check_source, name_of
+from data_pipeline.sharding.progress_records import Record, Rejected, write_record
+
+POLL = 0.2
+"""Seconds between two looks at what the workers have done."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """All that a process needs to write any shard."""
+
+    request: Request
+    plan: Plan
+    output: str
+
+
+def available_cores() -> int:
+    """The cores that this process may use: in a SLURM job fewer than the machine has; what a container may use of their time is not asked."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def write_shard(work: Work, source: Source, number: int, on_image: Callable[[], object]) -> Record:
+    """on_image: called for each image; what it raises ends the work, and leaves nothing of the shard."""
+    levels: list[float] = []
+    fields: set[str] = set()
+    captions: dict[str, None] = {}
+    rejected: dict[int, Rejected] = {}
+    enlarged = captioned = 0
+
+    def reject(i: int, error: BadImage) -> None:
+        rejected[i] = Rejected.of(source.keys[i], error)
+
+    def samples() -> Iterator[tuple[str, Members]]:
+        nonlocal enlarged, captioned
+        for one in observed(work.request, work.plan, source, number, reject, on_image):
+            observation, key = one.observation, source.keys[one.place]
+            meta = {"sigma_n": float(observation.sigma_n), **observation.about}
+            if one.caption is not None and work.request.captions:
+                meta["caption"] = one.caption
+            try:
+                members = {OBSERVATION: npy_bytes(observation.x_n), META: json_bytes(meta)}
+            except ValueError as error:
+                reject(one.place, BadImage(f"what is recorded of it is no JSON: {error}"))
+                continue
+            if len(members[META]) > LONGEST_META:
+                reject(one.place, BadImage(f"what is recorded of it has {len(members[META])} bytes, more than {LONGEST_META}: its caption is too long"))  # fmt: skip
+                continue
+            levels.append(meta["sigma_n"])
+            fields.update(meta)
+            if work.request.latents and "caption" in meta:
+                captions[meta["caption"]] = None
+            enlarged += one.enlarged
+            captioned += "caption" in meta
+            yield key, members
+
+    name = name_of(number)
+    count, size, digest = write_tar(work.output, name, samples())
+    lowest, highest = (min(levels), max(levels)) if levels else (0.0, 0.0)
+    shard = Shard(name, count, size, digest, work.plan.shape(number)) if count else None
+    in_order = tuple(entry for _, entry in sorted(rejected.items()))
+    record = Record(
+        number, shard, lowest, highest, tuple(sorted(fields)), in_order, tuple(captions), enlarged, captioned
+    )
+    write_record(work.output, record)
+    return record
+
+
+OnImages = Callable[[int], object]
+"""Told how many images were gone through since the last time."""
+OnRecord = Callable[[Record], None]
+"""Told of each finished shard."""
+Write = Callable[[Work, Source, Sequence[int], OnImages, OnRecord], None]
+"""Who writes the shards of these numbers: `write_shards` on this machine, `slurm.shard.by_jobs` on a cluster."""
+
+
+def write_shards(
+    work: Work, source: Source, numbers: Sequence[int], on_images: OnImages, on_record: OnRecord, workers: int
+) -> None:
+    """Writes the shards of these numbers, in so many processes. When `on_record` raises, or Ctrl-C comes, the other workers
+    end within an image.
+
+    Raises UserError for no workers, WorkFailed when a worker dies.
+    """
+    if workers < 1:
+        raise UserError(f"--workers {workers}: must be at least 1")
+    if min(workers, len(numbers)) <= 1:
+        for number in numbers:
+            on_record(write_shard(work, source, number, lambda: on_images(1)))
+        return
+    # Not fork: it would copy a process that has threads. A server that has the imports done starts workers fastest.
+    context = multiprocessing.get_context("forkserver")
+    # Torch with it for latents, but not diffusers, which may start CUDA: that does not survive a fork.
+    with_torch = ["data_pipeline.latents.encoder"] if work.request.latents else list[str]()
+    context.set_forkserver_preload([__name__, *with_torch])
+    counter, stop = context.Value("Q", 0), context.Event()
+    told, waiting = 0, iter(numbers)
+    running: set[Future[Record]] = set()
+    pool = ProcessPoolExecutor(min(workers, len(numbers)), context, _start, (work, counter, stop))
+    try:
+        while True:
+            while len(running) < 2 * workers and (number := next(waiting, None)) is not None:
+                running.add(pool.submit(_write, number))
+            if not running:
+                return
+            done, running = wait(running, POLL, FIRST_COMPLETED)
+            seen = counter.value
+            on_images(seen - told)
+            told = seen
+            for future in done:
+                on_record(future.result())
+    except BrokenProcessPool:
+        raise WorkFailed(
+            f"{work.output}: a worker process died, perhaps for want of memory; finished shards are kept: run again, with fewer --workers"
+        ) from None
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+class _Stopped(Exception):
+    """In a worker: the others have ended."""
+
+
+_state: tuple[Work, Any, Any] | None = None
+_source: Source | None = None
+
+
+def _start(work: Work, counter: Any, stop: Any) -> None:
+    """In a worker. Ctrl-C and SLURM's warning reach all processes; the first one alone answers them."""
+    global _state
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _state = work, counter, stop
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)  # the parent was killed, so nobody waits for this one, which waits for it forever
+
+
+def _write(number: int) -> Record:
+    """In a worker."""
+    global _source
+    assert _state is not None
+    work, counter, stop = _state
+    if _source is None:  # here, not in _start, whose errors would be lost
+        _source = open_source(work.request.source)
+        check_source(_source, work.plan.request, work.plan.count, work.plan.keys)
+
+    def on_image() -> None:
+        if stop.is_set():
+            raise _Stopped
+        with counter.get_lock():
+            counter.value += 1
+
+    return write_shard(work, _source, number, on_image)

@@ -1,0 +1,91 @@
+"""`python -m slurm.evaluate`: runs evaluated by jobs of a cluster, one for each run, as one array; what they find is read back afterwards."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ambient_core import errors
+from ambient_core.errors import WorkFailed
+from ambient_core.progress import progress_bar
+from slurm.cluster import ClusterConfig, Resumable, executor, failure_of, read_cluster, submit, wait
+from trainer.evaluate import check, parser_of_request, report_on, request_of, weights_of
+from trainer.evaluation.request import Request
+from trainer.reports.evaluate_runs import Weights
+
+EXAMPLE = """example:
+  python -m slurm.evaluate runs/* --reference held-out/ --cluster cluster.yaml
+
+The words are those of trainer.evaluate. Figures go into the MLflow run of each, and a report, which is one HTML file, beside it.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = parser_of_request("python -m slurm.evaluate", EXAMPLE)
+    p.add_argument(
+        "--cluster",
+        type=Path,
+        metavar="FILE",
+        required=True,
+        help="a YAML file as in configs/clusters/; a job for each run",
+    )
+    return p
+
+
+@dataclass(frozen=True)
+class EvaluationJob(Resumable):
+    """See `evaluate_runs.evaluate`. Started again, it resumes with the samples that are drawn."""
+
+    run: Path
+    request: Request
+    extractor: str
+    command: str
+    weights: Weights
+
+    def __call__(self) -> None:
+        from trainer.reports.evaluate_runs import evaluate
+
+        evaluate([self.run], self.request, self.extractor, self.command, self.weights)
+
+
+def evaluate_by_jobs(jobs: Sequence[EvaluationJob], cluster: ClusterConfig) -> None:
+    """Waits for them; Ctrl-C cancels them. Raises WorkFailed where one fails, after the others have ended."""
+    folder = Path(cluster.logs).absolute() / f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    handles = submit(executor(cluster.on_one_node(), folder, "evaluate"), list(jobs))
+    print(f"jobs {' '.join(handle.job_id for handle in handles)}; logs in {folder}", file=sys.stderr)
+    with progress_bar(total=len(handles), desc="evaluate", unit="run") as bar:
+
+        def look(ended: int) -> bool:
+            bar.update(ended - bar.n)
+            return True
+
+        wait(handles, cluster, look)
+    failed = [(job.run, *failure_of(handle)) for job, handle in zip(jobs, handles, strict=True) if handle.exception()]
+    if failed:
+        told = "; ".join(f"{run}: {reason} ({log})" for run, reason, log in failed)
+        raise WorkFailed(f"{len(failed)} of {len(jobs)} evaluations failed: {told}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    check(args)
+    from trainer.reports.evaluate_runs import subjects
+
+    request, weights = request_of(args), weights_of(args)
+    command = f"python -m slurm.evaluate {shlex.join(sys.argv[1:] if argv is None else argv)}"
+    cluster = read_cluster(args.cluster)
+    # A mistake is found before a job waits for its turn; the jobs say what is odd.
+    subjects(args.runs, request, weights, lambda text: None)
+    jobs = [EvaluationJob(run.resolve(), request, args.extractor, command, weights) for run in args.runs]
+    evaluate_by_jobs(jobs, cluster)
+    return report_on(args, request, weights, command)
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run(main))

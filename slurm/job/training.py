@@ -1,0 +1,121 @@
+"""A rank of a training in a job: trainer.train's own code, with submitit's environment around it.
+
+submitit handles signals on rank 0 alone, ignores SIGTERM, and takes each short job for timed out (its issues 1656 and
+1732). Its handlers are replaced before anything else: signals set a flag here, the ranks agree on it at a step's border,
+save, and end in order. Whether the job is started again is decided after that, by slurm.job.requeue.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ambient_core import errors
+from ambient_core.errors import UserError, WorkFailed
+from slurm.job import attempts, environment
+from slurm.job.attempts import Ending
+from slurm.job.watchdog import Watchdog
+from trainer.train import listen, train
+
+PATIENCE = 120.0
+"""Seconds that a start waits for an older one of the same run, on a node that SLURM has lost, to see it and to leave."""
+
+LOOK_S = 2.0
+"""Seconds between two looks for a newer start."""
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """config: of the run, as plain data. folder: where it was submitted, for relative paths. tags: for MLflow. hang_s: see
+    Watchdog. most: starts after the first."""
+
+    config: Mapping[str, Any]
+    folder: str
+    tags: Mapping[str, str]
+    hang_s: float
+    most: int
+
+    def __call__(self) -> None:
+        stopped = listen()
+        os.chdir(self.folder)
+        run_dir, at = Path(self.config["run_dir"]), environment.place()
+        attempt = attempts.begin(run_dir, at)
+        with Watchdog(self.hang_s, attempt / f"rank-{at.rank}-stacks.txt") as watchdog:
+            newer = _newer(attempt) if at.rank == 0 else lambda: False
+
+            def stop() -> bool:
+                watchdog.beat()
+                return bool(stopped) or newer()
+
+            code, ending = self._train(at, attempt, stop)
+        attempts.end(attempt, at.rank, ending)
+        if at.restarts is None and at.rank == 0:
+            self._decide_locally(run_dir, attempt, code, by_hand=bool({signal.SIGTERM, signal.SIGINT} & set(stopped)))
+        if code not in (errors.DONE, errors.INTERRUPTED):
+            raise SystemExit(code)
+
+    def _train(self, at: environment.Place, attempt: Path, stop: Callable[[], bool]) -> tuple[int, Ending]:
+        from trainer.config.run_config import parse
+
+        try:
+            number = int(attempt.name.rpartition("-")[2])
+            if number > self.most:
+                raise WorkFailed(f"started again {number} times, more than max_requeues {self.most}: submit it again to go on")  # fmt: skip
+            environment.meet(at)
+            config = parse(dict(self.config), "the submitted configuration")
+            tags = {**self.tags, **_tags(at, number)}
+            code = train(config, stop, tags, PATIENCE)
+            return code, Ending("done" if code == errors.DONE else "interrupted")
+        except UserError as error:
+            code, ending = errors.BAD_REQUEST, Ending("refused", str(error))
+        except WorkFailed as error:
+            code, ending = errors.FAILED, Ending("failed", str(error))
+        except Exception as error:
+            traceback.print_exc()
+            code, ending = errors.FAILED, Ending("crashed", " ".join(f"{type(error).__name__}: {error}".split()))
+        print(f"{ending.outcome}: {ending.message}", file=sys.stderr, flush=True)
+        return code, ending
+
+    def _decide_locally(self, run_dir: Path, attempt: Path, code: int, by_hand: bool) -> None:
+        """On this machine no script outlives the ranks; rank 0 decides at its own end. by_hand: who stops a job here by a
+        signal means it, as nobody preempts it."""
+        job, _, number = attempt.name.rpartition("-")
+        decision = attempts.decide(run_dir, job, int(number), code, self.most)
+        if by_hand and decision.follows == "another start":
+            decision = replace(decision, follows="a person", reason=f"{decision.reason}; by a signal: submit it again to go on")  # fmt: skip
+        attempts.record(attempt, decision)
+        print(decision.reason, file=sys.stderr, flush=True)
+        if decision.follows == "another start":
+            environment.start_again_locally()
+
+
+def _tags(at: environment.Place, number: int) -> dict[str, str]:
+    return {
+        "job.id": at.job, "job.requeues": str(number), "job.nodes": ",".join(at.nodes), "job.ranks": str(at.ranks),
+        "job.folder": str(at.folder),
+    }  # fmt: skip
+
+
+def _newer(attempt: Path) -> Callable[[], bool]:
+    """Tells whether the run was started anew since: SLURM does so with jobs of nodes that it no longer reaches, where the
+    ranks may well go on. The older start leaves."""
+    known, looked = set(os.listdir(attempt.parent)), time.monotonic()
+    found = False
+
+    def look() -> bool:
+        nonlocal looked, found
+        if not found and time.monotonic() - looked > LOOK_S:
+            looked = time.monotonic()
+            found = bool(set(os.listdir(attempt.parent)) - known)
+            if found:
+                print("a newer start of this run was found: this one saves and leaves", file=sys.stderr, flush=True)
+        return found
+
+    return look

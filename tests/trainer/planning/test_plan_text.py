@@ -1,0 +1,78 @@
+"""Text encoders that run in each batch are in the plan: their weights, arithmetic and memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import TINY
+from tests.trainer.planning.measured_memory import measure
+from tests.trainer.planning.test_planned_memory import MEMORY_TOLERANCE
+from tests.trainer.test_plan import by_layer, config_of
+from trainer.config.run_config import RunConfig, load
+from trainer.models import conditioning, sdxl_base
+from trainer.models.sdxl import SDXLConfig
+from trainer.planning import models
+from trainer.planning.estimate import Estimate, Setting
+from trainer.planning.trace import captions, text_flops
+
+LATENT = (4, 4, 4)
+
+
+def sdxl(base: str | Path, *fields: str) -> RunConfig:
+    model = f"model={{kind: sdxl, base: '{base}', text: encoded, {', '.join(fields)}}}"
+    return config_of("process.kind=vp_table", "prediction=eps", model)
+
+
+def test_the_real_ones_have_the_parameters_that_are_known() -> None:
+    network = models.configured(sdxl("somebody/sdxl", "lora: null"), (4, 8, 8))
+    encoders = conditioning.encoders_of(network)
+    assert encoders is not None
+    both = [sum(p.numel() for p in part.parameters()) for part in (encoders.text_encoder, encoders.text_encoder_2)]
+    assert both == [123_060_480, 694_659_840]
+    assert models.weights_of(network).frozen == sum(both)
+
+
+def test_adapters_are_those_that_training_adds(tiny_sdxl: Path) -> None:
+    config = sdxl(tiny_sdxl, "lora: {rank: 4, text_encoders: true}", "base_dtype: bf16")
+    assert isinstance(config.model, SDXLConfig)
+    planned, trained = models.configured(config, LATENT).backbone, sdxl_base.backbone(config, config.model, None)
+    a, b = ({name: (p.shape, p.dtype, p.requires_grad) for name, p in m.named_parameters()} for m in (planned, trained))
+    assert a == b
+    assert any(name.startswith("text.text_encoder_2.") and p[2] for name, p in a.items())
+
+
+def test_a_caption_takes_what_its_layers_do(tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen = models.configured(sdxl(tiny_sdxl, "base_dtype: fp32"), LATENT)
+    trained = models.configured(sdxl(tiny_sdxl, "lora: {rank: 4, text_encoders: true}", "base_dtype: fp32"), LATENT)
+    assert text_flops(frozen).both == text_flops(frozen).forward
+    found = text_flops(trained)
+    assert 1.5 < found.both / found.forward < 3
+    config = sdxl(tiny_sdxl, "lora: {rank: 4, text_encoders: true}", "base_dtype: fp32")
+    assert isinstance(config.model, SDXLConfig)
+    encoders = conditioning.encoders_of(trained.__class__(sdxl_base.backbone(config, config.model, None), trained.process, "eps"))  # fmt: skip
+    assert encoders is not None
+    tokens = torch.zeros(1, 2, 77, dtype=torch.int64)
+    counted = by_layer(encoders, lambda: encoders.encode(tokens), monkeypatch)  # pyright: ignore[reportArgumentType]
+    assert found.forward == pytest.approx(counted, rel=0.02)
+
+
+def test_each_sample_and_each_particle_has_a_caption_and_a_prompt_is_one() -> None:
+    config = sdxl("a/b")
+    assert [captions(config, 8, consistency) for consistency in (False, True)] == [8, 16]
+    prompt = sdxl("a/b", "prompt: x", "lora: {text_encoders: true}")
+    assert [captions(prompt, rows, True) for rows in (1, 8)] == [2, 2]
+    assert captions(config_of(), 8, True) == 0
+
+
+@pytest.mark.parametrize("trained", ["true", "false"])
+def test_a_run_takes_the_memory_that_was_planned(trained: str, tiny_sdxl: Path, latents: Path, tmp_path: Path) -> None:
+    model = f"{{kind: sdxl, base: {tiny_sdxl}, text: encoded, base_dtype: fp32, lora: {{rank: 4, text_encoders: {trained}}}}}"
+    wanted = [f"run_dir={tmp_path / 'run'}", f"data.shards={latents}", f"model={model}", "process={kind: vp_table}",
+              "prediction=eps", "steps=3", "engine.attention=sdpa"]  # fmt: skip
+    measured = measure(TINY, wanted)
+    config = load(TINY, wanted)
+    estimate = Estimate(config, models.configured(config, LATENT), LATENT, Setting("h100", 1, 0, 8))
+    assert measured == pytest.approx(estimate.memory(estimate.setting).peak, rel=MEMORY_TOLERANCE)

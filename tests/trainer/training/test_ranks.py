@@ -1,0 +1,175 @@
+"""Two ranks follow one process, at every ZeRO stage; and runs that go on with other ranks, stages and offloading.
+
+One process's runs come first, as the truth; then all runs on two ranks in one pair of processes, since importing takes
+longer than training."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import TINY
+from tests.trainer.in_turn import in_turn, on_two_ranks
+from tests.trainer.training.test_runs import LOSS_TOLERANCE, WEIGHT_TOLERANCE, curve, final
+from trainer.models.tiny_sdxl import UNET
+
+pytestmark = pytest.mark.distributed
+
+CLIP = 0.045
+"""Between the norms of SDXL's steps, so that some are clipped and some are not."""
+TOLERANCE = 1e-4
+"""Of the adapters, after 20 steps at a rate of 1e-3: sums in another order, and at stage 3
+DeepSpeed's own linear layer. Measured: 3e-5."""
+AVERAGES = "ema.snapshots={every: 2}"
+STEPS = {"loss/ambient", "loss/consistency", "optimizer/gradient_norm"}
+
+
+@pytest.fixture(scope="module")
+def small_sdxl(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny pipeline with fewer layers: ZeRO's time goes by their number."""
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    folder = tmp_path_factory.mktemp("models") / "small-sdxl"
+    shutil.copytree(tiny_sdxl, folder, ignore=shutil.ignore_patterns("diffusion_pytorch_model.safetensors"))
+    shutil.copytree(tiny_sdxl / "vae", folder / "vae", dirs_exist_ok=True)
+    fewer: dict[str, Any] = {"layers_per_block": 1, "transformer_layers_per_block": 1}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        UNet2DConditionModel(**UNET | fewer).save_pretrained(folder / "unet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(shards: Path, latents: Path, small_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run directories by name; see below for what each is."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "short.json").write_text(json.dumps({"zero_optimization": {"stage3_max_reuse_distance": 0}}))
+
+    def pixels(name: str, *more: str) -> list[str]:
+        return [str(TINY), f"run_dir={folder / name}", f"data.shards={shards}", AVERAGES, *more]
+
+    def sdxl(name: str, *more: str) -> list[str]:
+        """As the paper trains: adapters, eps, one step of both losses in two, the particles' target under no_grad."""
+        model = f"model={{kind: sdxl, base: {small_sdxl}, drop_captions: 0.3, lora: {{rank: 4, alpha: 6}}, base_dtype: fp32}}"
+        fixed = [
+            "process={kind: vp_table}",
+            "prediction=eps",
+            "weight={kind: min_snr}",
+            model,
+            f"optimizer.clip={CLIP}",
+            "checkpoint.keep=9",
+        ]
+        return [str(TINY), f"run_dir={folder / name}", f"data.shards={latents}", *fixed, *more]
+
+    assert in_turn([pixels("one", "steps=3")]) == 0
+    for stage in (1, 2, 3):
+        shutil.copytree(folder / "one", folder / f"moved-{stage}")
+        shutil.copytree(folder / "one", folder / f"offloaded-{stage}")
+    assert in_turn([pixels("one", "steps=6"), pixels("one", "steps=9"), sdxl("sdxl", "steps=20"), sdxl("sdxl", "steps=22")]) == 0  # fmt: skip
+
+    offloaded = {stage: [f"engine.zero_stage={stage}", "engine.offload_optimizer=true", f"engine.offload_parameters={stage == 3}"] for stage in (1, 2, 3)}  # fmt: skip
+    eight = ["engine.adam=8bit", "engine.zero_stage=2"]
+    trainings = [pixels("eight", *eight, "steps=4"), pixels("parts", *eight, "steps=2"), pixels("parts", *eight, "steps=4")]  # fmt: skip
+    for stage in range(4):
+        options = [f"engine.zero_stage={stage}", "micro_batch_size=2"]
+        trainings.append(pixels(f"two-{stage}", *options))
+        if stage:
+            trainings.append(pixels(f"moved-{stage}", *options[:1], "steps=6"))
+            trainings += [pixels(f"offloaded-{stage}", *offloaded[stage], f"steps={steps}") for steps in (5, 7)]
+        if stage >= 2:
+            options.append("model.activation_checkpointing=true")
+        if stage == 3:
+            options.append(f"engine.deepspeed={folder / 'short.json'}")
+        trainings += [sdxl(f"sdxl-{stage}", *options, "steps=12"), sdxl(f"sdxl-{stage}", *options, "steps=20")]
+    code, output = on_two_ranks(trainings, folder / "trainings.json")
+    assert code == 0, output
+    assert "going on at step 12 of 20" in output
+
+    # what was sharded goes on in one process, without sharding
+    trainings = [pixels(f"two-{stage}", "steps=9", "engine.zero_stage=0") for stage in range(4)]
+    trainings += [pixels(f"offloaded-{stage}", *offloaded[stage], "steps=9") for stage in offloaded]
+    assert in_turn([*trainings, sdxl("sdxl-3", "steps=22", "engine.zero_stage=0", "model.activation_checkpointing=true")]) == 0  # fmt: skip
+    return folder
+
+
+def assert_weights_near(one: Path, other: Path, step: int, file: str, tolerance: float) -> None:
+    a, b = (load_file(run / "checkpoints" / f"step-{step:08d}" / f"{file}.safetensors") for run in (one, other))
+    assert a.keys() == b.keys()
+    assert max((a[key] - b[key]).abs().max() for key in a) < tolerance, file
+
+
+def assert_curves_near(one: Path, other: Path, tolerance: float) -> None:
+    a, b = curve(one), curve(other)
+    assert b.keys() <= a.keys()
+    for step in b:
+        assert a[step].keys() & STEPS == b[step].keys() & STEPS
+        for name in a[step].keys() & STEPS:
+            assert b[step][name] == pytest.approx(a[step][name], rel=tolerance, abs=1e-6), (step, name)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_follow_one_process_on_pixels(stage: int, runs: Path) -> None:
+    """Ambient and consistency steps, with accumulation, 6 on two ranks and 3 more on one; weights, averages, snapshots."""
+    one, two = runs / "one", runs / f"two-{stage}"
+    assert_curves_near(one, two, LOSS_TOLERANCE)
+    assert curve(two).keys() == {*range(1, 10)}
+    for file in ("weights", "ema", "ema-0.05"):
+        assert_weights_near(one, two, 6, file, WEIGHT_TOLERANCE)
+        assert_weights_near(one, two, 9, file, 2 * WEIGHT_TOLERANCE)
+    kept = sorted(path.name for path in (one / "ema").iterdir())
+    assert kept == sorted(path.name for path in (two / "ema").iterdir())
+    assert len(kept) == 8
+    for name in kept:
+        a, b = load_file(one / "ema" / name), load_file(two / "ema" / name)
+        assert a.keys() == b.keys()
+        assert max((a[key] - b[key]).abs().max() for key in a) < WEIGHT_TOLERANCE, name
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_run_of_one_process_goes_on_sharded_over_two(stage: int, runs: Path) -> None:
+    assert_weights_near(runs / "one", runs / f"moved-{stage}", 6, "weights", WEIGHT_TOLERANCE)
+    a, b = final(runs / "one"), final(runs / "one", "ema")
+    assert max((a[key] - b[key]).abs().max() for key in a) > 0
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_run_that_offloads_goes_on_with_the_same_moments_on_any_number_of_ranks(stage: int, runs: Path) -> None:
+    """One process without offloading for 3 steps, two ranks to 5, two again to 7, one that offloads to 9; at stage 3
+    parameters, too."""
+    assert_weights_near(runs / "one", runs / f"offloaded-{stage}", 9, "weights", 2 * WEIGHT_TOLERANCE)
+    told = json.loads((runs / f"offloaded-{stage}" / "deepspeed.json").read_text())["zero_optimization"]
+    assert told["offload_optimizer"]["device"] == "cpu"
+    assert ("offload_param" in told) == (stage == 3)
+
+
+def test_moments_of_8_bits_come_back_on_two_ranks(runs: Path) -> None:
+    for file in ("weights", "optimizer"):
+        a, b = final(runs / "eight", file), final(runs / "parts", file)
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_follow_one_process_for_20_steps_of_sdxl_with_adapters(stage: int, runs: Path) -> None:
+    """Two micro-batches a step, dropped captions, clipping, passes with and without gradient before one backward,
+    activations computed again at stages 2 and 3, and a stop in the middle."""
+    one, two = runs / "sdxl", runs / f"sdxl-{stage}"
+    assert_curves_near(one, two, LOSS_TOLERANCE)
+    records = curve(two)
+    assert {*range(1, 21)} <= records.keys()
+    assert 8 <= sum("loss/consistency" in record for record in records.values()) <= 12
+    clipped = sum(record["optimizer/gradient_norm"] > CLIP for record in records.values())
+    assert 2 <= clipped <= len(records) - 2
+    for file in ("weights", "ema"):
+        assert_weights_near(one, two, 20, file, TOLERANCE)
+    start, end = (load_file(two / "checkpoints" / f"step-000000{step}/weights.safetensors") for step in (18, 20))
+    assert max((start[key] - end[key]).abs().max() for key in start) > 10 * TOLERANCE, "it moves"
+
+
+def test_adapters_that_were_sharded_go_on_in_one_process(runs: Path) -> None:
+    assert_weights_near(runs / "sdxl", runs / "sdxl-3", 22, "weights", TOLERANCE)

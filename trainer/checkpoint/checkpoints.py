@@ -1,0 +1,247 @@
+"""Checkpoints: safetensors and JSON, whole or absent, for any number of ranks.
+
+RUN_DIR/checkpoints/step-00000600/   weights, ema, ema-WIDTH, optimizer, pool-R-of-W (.safetensors), state.json
+RUN_DIR/checkpoints/latest           the name of the newest whole one
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from ambient_core.errors import UserError, WorkFailed
+from trainer.checkpoint.retention import CheckpointConfig, kept
+from trainer.checkpoint.state import FORMAT, TrainState, read_state, signed
+from trainer.checkpoint.tensors import State, read_tensors, sync, write
+from trainer.engine.distributed import Ranks
+
+
+class _Begun:
+    """A checkpoint that is being written. error: why this rank cannot."""
+
+    def __init__(self, final: Path, partial: Path) -> None:
+        self.final, self.partial = final, partial
+        self.error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self, work: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                work()
+            except BaseException as caught:  # all kinds: what is not known of would pass for written
+                self.error = caught
+
+        self._thread = threading.Thread(target=run, name="checkpoint")
+        self._thread.start()
+
+    @property
+    def running(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def join(self) -> None:
+        if self._thread:
+            self._thread.join()
+
+
+class Checkpoints:
+    """The checkpoints of one run directory. One is written at a time, beside the work of whoever began it."""
+
+    def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
+        self.folder, self.config = run_dir / "checkpoints", config
+        self._begun: _Begun | None = None
+
+    def latest(self) -> Path | None:
+        """The newest whole checkpoint, or None."""
+        pointer = self.folder / "latest"
+        if not pointer.is_file():
+            return None
+        path = self.folder / (named(pointer) or "nothing")
+        if not (path / "state.json").is_file():
+            raise UserError(
+                f"{pointer} names {path.name}, which is not there: write into it the name of a folder beside it that is"
+            )
+        return path
+
+    def find(self, which: str) -> Path | None:
+        """which: latest, best or a step. None where nothing was saved yet; UserError where there are only others."""
+        steps = self.steps()
+        if which == "latest" or not steps:
+            return self.latest()
+        if which == "best":
+            if self.config.keep_best is None:
+                raise UserError("--checkpoint best: this run judges none; train it with checkpoint.keep_best")
+            if (best := _best(self._scores(steps))) is not None:
+                return self.path(best)
+            raise UserError(
+                f"--checkpoint best: none of {self.folder} is judged by {self.config.keep_best.metric} yet; those at multiples of checkpoint.every are"
+            )
+        if which.isdecimal() and int(which) in steps:
+            return self.path(int(which))
+        raise UserError(
+            f"--checkpoint {which}: must be latest, best or a step; {self.folder} has {', '.join(map(str, steps))}"
+        )
+
+    def begin(
+        self,
+        ranks: Ranks,
+        state: TrainState,
+        weights: State,
+        averages: Mapping[str, State],
+        moments: State,
+        pool: State,
+    ) -> None:
+        """Begins to write a checkpoint, which a thread goes on with; it is there after `end`. A collective. Rank 0 writes what is
+        whole, each rank its rows of the pool.
+
+        averages: by the name of their file. The tensors may not be changed until then."""
+        self.end(ranks)
+        final, state = self.path(state.step), replace(state, pools=ranks.world if pool else 0)
+        begun = self._begun = _Begun(final, self.folder / f".{final.name}.partial")
+        if ranks.is_main:
+            try:
+                shutil.rmtree(begun.partial, ignore_errors=True)
+                # Not its parents: where a disk was lost, nothing is to be written in its place.
+                self.folder.mkdir(exist_ok=True)
+                begun.partial.mkdir()
+            except OSError as caught:
+                begun.error = caught
+        ranks.barrier()
+
+        def write_all() -> None:
+            files: dict[str, State] = {}
+            if ranks.is_main:
+                files = {"weights": weights, **averages, "optimizer": moments}
+            if pool:
+                files[f"pool-{ranks.rank:05d}-of-{ranks.world:05d}"] = pool
+            # Each file by itself: of the folder's other files the other ranks are writing some.
+            for name, tensors in files.items():
+                file = begun.partial / f"{name}.safetensors"
+                write(tensors, file)
+                sync(file)
+            if ranks.is_main:
+                file = begun.partial / "state.json"
+                file.write_text(json.dumps(signed({"format": FORMAT, **asdict(state)})))
+                sync(file)
+
+        if begun.error is None:
+            begun.start(write_all)
+
+    @property
+    def written(self) -> bool:
+        """Whether a checkpoint was begun of which this rank has written its part, so that `end` need not wait for it."""
+        return self._begun is not None and not self._begun.running
+
+    def end(self, ranks: Ranks) -> None:
+        """Waits for the checkpoint that was begun, if one was, and puts it in its place; the pointer moves last. A collective.
+        Raises WorkFailed on all ranks where one could not write."""
+        begun, self._begun = self._begun, None
+        if begun is None:
+            return
+        begun.join()
+        self._agree(ranks, begun)
+        if ranks.is_main:
+            try:
+                sync(begun.partial)
+                step = int(begun.final.name.removeprefix("step-"))
+                if begun.final.exists():  # of an earlier start that was killed before it moved the pointer
+                    self._delete(step)
+                begun.partial.replace(begun.final)
+                self.point_at(step)
+                self._clear(step)
+            except OSError as caught:
+                begun.error = caught
+        self._agree(ranks, begun)
+
+    def _agree(self, ranks: Ranks, begun: _Begun) -> None:
+        """Raises WorkFailed on all ranks where one has an error."""
+        if not ranks.any(begun.error is not None):
+            return
+        if ranks.is_main:  # a full disk has its room back
+            shutil.rmtree(begun.partial, ignore_errors=True)
+        raise WorkFailed(
+            f"cannot write the checkpoint {begun.final} ({begun.error or 'another rank failed'}); the last good one is {self._last_good()}: make room or mend the disk, and run it again to go on from there"
+        )
+
+    def _last_good(self) -> str:
+        try:
+            return str(self.latest() or "none")
+        except (OSError, UserError) as error:
+            return f"not to be found ({error})"
+
+    def point_at(self, step: int) -> None:
+        """Makes it the latest."""
+        pointer = self.folder / ".latest.partial"
+        pointer.write_text(self.path(step).name)
+        sync(pointer)
+        pointer.replace(self.folder / "latest")
+
+    def _delete(self, step: int) -> None:
+        """Under another name first, so that no checkpoint is ever there in part."""
+        gone = self.folder / f".{self.path(step).name}.gone"
+        if gone.exists():  # of a process that was killed here
+            shutil.rmtree(gone)
+        self.path(step).replace(gone)
+        shutil.rmtree(gone)
+
+    def _clear(self, newest: int) -> None:
+        """Deletes what need not stay."""
+        for gone in self.folder.glob(".step-*.gone"):  # of a process that was killed here
+            shutil.rmtree(gone)
+        steps = self.steps()
+        scores: dict[int, float] = {}
+        unknown: list[int] = []
+        if self.config.keep_best:
+            for step in steps:
+                try:
+                    scores |= self._scores([step])
+                except UserError as error:
+                    unknown.append(step)
+                    print(f"warning: {error}: whether it was the best is not known, so it stays", file=sys.stderr)
+        stay = kept(steps, newest, self.config, _best(scores)).union(unknown)
+        for step in steps:
+            if step not in stay:
+                self._delete(step)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def steps(self) -> list[int]:
+        """Of the checkpoints that are there, in order."""
+        numbers = [path.name.removeprefix("step-") for path in self.folder.glob("step-*")]
+        return sorted(int(number) for number in numbers if number.isdecimal())
+
+    def _scores(self, steps: Iterable[int]) -> dict[int, float]:
+        """By step, of those that keep_best has judged. It is read from each checkpoint's own state, so there is no other
+        record of which is the best that could be lost or wrong. Raises UserError for a state that cannot be read."""
+        assert self.config.keep_best
+        metric = self.config.keep_best.metric
+        tallies = {step: read_state(self.path(step)).tally for step in steps}
+        scores = {step: tally.score(metric) for step, tally in tallies.items() if tally}
+        return {step: score for step, score in scores.items() if score is not None}
+
+
+def named(pointer: Path) -> str:
+    """The checkpoint that a `latest` names; "" where it holds no name of one."""
+    name = pointer.read_bytes()[:100].decode(errors="replace").strip()
+    return name if name.startswith("step-") and "/" not in name and "\0" not in name else ""
+
+
+def _best(scores: Mapping[int, float]) -> int | None:
+    """The step with the lowest score, the earliest of equals."""
+    return min(scores, key=lambda step: (scores[step], step), default=None)
+
+
+def read_pool(path: Path, first_row: int, rows: int) -> State:
+    """The rows of the global pool that this rank holds now, whatever the number of ranks that wrote them."""
+    parts = [read_tensors(path, file.stem) for file in sorted(path.glob("pool-*.safetensors"))]
+    if not parts:
+        return {}
+    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return {name: value[first_row : first_row + rows] for name, value in whole.items()}

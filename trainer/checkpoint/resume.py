@@ -1,0 +1,90 @@
+"""Which checkpoint a run goes on from: the newest that is whole."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from ambient_core.errors import UserError
+from trainer.checkpoint.checkpoints import Checkpoints, named
+from trainer.checkpoint.state import AnotherFormat, read_state
+from trainer.checkpoint.tensors import read_tensors
+from trainer.engine.distributed import Ranks
+
+
+def newest_whole(checkpoints: Checkpoints, names: Iterable[str], ranks: Ranks) -> tuple[Path | None, str | None]:
+    """That checkpoint, None where there is none yet, and a warning where it is not the newest. A collective.
+
+    names: of its files of tensors. Newer ones that are torn get another name, step-N.torn, and stay. What is newer than the
+    one that `latest` names is left alone, as a person may have gone back. Raises UserError where all are torn."""
+    chosen, warning, failed = -1, None, None
+    if ranks.is_main:
+        try:
+            chosen, warning = _choose(checkpoints, list(names))
+        except (UserError, OSError) as error:  # the others wait
+            failed = error
+    if ranks.any(failed is not None):
+        raise failed or UserError(f"{checkpoints.folder}: rank 0 found no whole checkpoint")
+    chosen = int(ranks.max(torch.tensor(chosen, device=ranks.device)))
+    return (None if chosen < 0 else checkpoints.path(chosen)), warning
+
+
+def _choose(checkpoints: Checkpoints, names: list[str]) -> tuple[int, str | None]:
+    steps, pointer = checkpoints.steps(), checkpoints.folder / "latest"
+    if not steps and not pointer.is_file():
+        return -1, None
+    name = named(pointer) if pointer.is_file() else ""
+    known = [step for step in steps if checkpoints.path(step).name == name]
+    problems = (
+        []
+        if known
+        else [f"{pointer} names {name!r}, which is not there" if name else f"{pointer} is missing or damaged"]
+    )
+    torn: list[int] = []
+    for step in reversed([step for step in steps if not known or step <= known[0]]):
+        if (problem := damage(checkpoints.path(step), names)) is None:
+            return step, _set_aside(checkpoints, torn, problems, step)
+        problems.append(problem)
+        torn.append(step)
+    raise UserError(
+        f"{'; '.join(problems)}; no checkpoint in {checkpoints.folder} is whole: move that folder away to begin anew"
+    )
+
+
+def _set_aside(checkpoints: Checkpoints, torn: list[int], problems: list[str], step: int) -> str | None:
+    for each in torn:
+        path = checkpoints.path(each)
+        kept = path.with_name(f"{path.name}.torn")
+        if kept.exists():  # this step was torn before: the newer one stays
+            shutil.rmtree(kept)
+        path.replace(kept)
+    if not problems:
+        return None
+    checkpoints.point_at(step)
+    warning = f"{'; '.join(problems)}; going on from step {step}"
+    if torn:
+        warning += f", and {', '.join(checkpoints.path(each).name for each in torn)} was renamed to .torn"
+    print(f"warning: {warning}", file=sys.stderr)
+    return warning
+
+
+def damage(path: Path, names: list[str]) -> str | None:
+    """What a checkpoint lacks to be gone on from, if anything. names: of its files of tensors, beside those of the pool.
+
+    A file that was cut anywhere, or in which a bit has flipped, is found: each has its checksum."""
+    try:
+        pools = read_state(path).pools
+    except AnotherFormat:
+        return None  # it is whole, and whoever reads it is told
+    except UserError as error:
+        return str(error)
+    for name in [*names, *(f"pool-{rank:05d}-of-{pools:05d}" for rank in range(pools))]:
+        try:
+            read_tensors(path, name)
+        except UserError as error:
+            return str(error)
+    return None

@@ -1,0 +1,53 @@
+"""One training at a time in a run directory."""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from ambient_core.errors import UserError
+from trainer.engine.distributed import Ranks
+
+
+@contextmanager
+def exclusive(directory: Path, ranks: Ranks, patience: float = 0.0) -> Iterator[None]:
+    """Holds a lock on the directory, on rank 0. Raises UserError where another process on this machine, or on a file
+    system with locks, still holds it after `patience` seconds. The system frees it when the process ends, however it
+    ends."""
+    if not ranks.is_main:
+        yield
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = (directory / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"run_dir {directory}: cannot be written: {error.strerror}") from None
+    key = directory.resolve()
+    with file:
+        deadline = time.monotonic() + patience
+        while key in _held or not _locked(file):
+            if time.monotonic() >= deadline:
+                raise UserError(f"run_dir {directory}: another process trains in it: wait for it, or choose another")
+            time.sleep(0.5)
+        _held.add(key)
+        try:
+            yield
+        finally:
+            _held.discard(key)
+
+
+_held: set[Path] = set()
+"""The directories that this process has: such a lock keeps other processes out, and not its own."""
+
+
+def _locked(file: IO[str]) -> bool:
+    """By a lock that processes forked from this one do not share: a reader of data may outlive a killed training by seconds."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,194 @@
+"""One YAML file and `key.path=value` overrides make a RunConfig, or one clear line says why not.
+
+The parts of the configuration are frozen dataclasses beside the components that they configure. pydantic checks them,
+here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, ValidationError
+
+from ambient_core.errors import UserError
+from ambient_core.parsing import flatten, from_yaml, merge, refuse_password, text_of
+from data_pipeline.loading.config import DataConfig
+from trainer.checkpoint.retention import CheckpointConfig
+from trainer.config.messages import dataclasses_in, explain
+from trainer.diffusion.ambient import AmbientConfig
+from trainer.diffusion.consistency import ConsistencyConfig
+from trainer.diffusion.levels import EDM, Levels, LogNormal, Weight
+from trainer.diffusion.prediction import Prediction
+from trainer.diffusion.process import AnyProcess, VPCosine
+from trainer.engine.config import EngineConfig, OptimizerConfig
+from trainer.engine.ema import AnyEMA, PowerEMA, with_kind
+from trainer.models.dit import DiTConfig
+from trainer.models.sdxl import SDXLConfig
+from trainer.models.unet2d import UNet2DConfig
+from trainer.monitor.spikes import RecoveryConfig
+from trainer.tracking.config import LoggingConfig
+
+
+def _kind_of_model(value: Any) -> str | None:
+    return str(value.get("kind", "unet2d")) if isinstance(value, dict) else getattr(value, "kind", None)
+
+
+T = TypeVar("T")
+
+Model = Annotated[
+    Annotated[UNet2DConfig, Tag("unet2d")] | Annotated[DiTConfig, Tag("dit")] | Annotated[SDXLConfig, Tag("sdxl")],
+    Discriminator(_kind_of_model),
+]
+"""unet2d where no kind is given."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A training run.
+
+    run_dir: where everything of the run is written; starting again on it goes on from its last checkpoint.
+    steps: optimiser steps. batch_size: samples a step, over all ranks and micro-batches.
+    micro_batch_size: samples a pass on one rank; null takes the rank's whole share. seed: of all that is drawn: order of the data, levels,
+    noise, the network's first weights. threads: CPU threads a rank; null leaves it to torch. prediction: what the network's
+    output means: the noise (eps), the clean image (x0), v (Salimans & Ho 2022) or flow (their difference).
+    """
+
+    run_dir: str
+    data: DataConfig
+    steps: int = 1000
+    batch_size: int = 64
+    micro_batch_size: int | None = None
+    seed: int = 0
+    threads: int | None = None
+    model: Model = field(default_factory=UNet2DConfig)
+    process: Annotated[AnyProcess, Field(discriminator="kind")] = field(default_factory=VPCosine)
+    prediction: Prediction = "v"
+    levels: Annotated[Levels, Field(discriminator="kind")] = field(default_factory=LogNormal)
+    weight: Annotated[Weight, Field(discriminator="kind")] = field(default_factory=EDM)
+    ambient: AmbientConfig = field(default_factory=AmbientConfig)
+    consistency: ConsistencyConfig | None = field(default_factory=ConsistencyConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    ema: Annotated[AnyEMA, Field(discriminator="kind"), BeforeValidator(with_kind)] = field(default_factory=PowerEMA)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "micro_batch_size", "threads"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} {value}: must be at least 1")
+        particles = self.consistency.batch_size if self.consistency else None
+        if particles and self.batch_size % particles:
+            raise ValueError(f"consistency.batch_size {particles} must divide batch_size {self.batch_size}")
+        if self.checkpoint.keep_best and self.logging.every > self.checkpoint.every:
+            raise ValueError(
+                f"checkpoint.keep_best judges by reports, so logging.every {self.logging.every} must be at most checkpoint.every {self.checkpoint.every}"
+            )
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed {self.seed} must be from 0 to 2^63 - 1")
+        if self.data.sigma_scale == 0 and self.consistency is not None:
+            raise ValueError(
+                "data.sigma_scale=0 takes every image for clean, so there is no level for consistency: set consistency to null"
+            )
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML file, with one level of `base:` (a path beside it), and applies overrides. Raises UserError."""
+    data = _read(path)
+    if (base := data.pop("base", None)) is not None:
+        base_data = _read(path.parent / str(base))
+        if "base" in base_data:
+            raise UserError(f"{path.parent / str(base)}: base: has a base of its own; one level only")
+        data = merge(base_data, data)
+    for override in overrides:
+        data = merge(data, _parse_override(override))
+    return parse(data, str(path), [override.partition("=")[0] for override in overrides])
+
+
+def parse(data: dict[str, Any], where: str, overridden: Sequence[str] = ()) -> RunConfig:
+    """A RunConfig from plain data. Raises UserError naming `where`, the field and its value. overridden: fields that are from
+    the command line."""
+    for name, value in flatten(data):
+        try:
+            refuse_password(str(value))
+        except ValueError as error:
+            raise UserError(f"{where}: {name}: {error}") from None
+    return parse_as(RunConfig, data, where, overridden)
+
+
+def load_as(kind: type[T], path: Path) -> T:
+    """Another dataclass from a YAML file. Raises UserError."""
+    return parse_as(kind, _read(path), str(path))
+
+
+def parse_as(kind: type[T], data: dict[str, Any], where: str, overridden: Sequence[str] = ()) -> T:
+    """Any dataclass from plain data, as `parse`."""
+    _forbid_unknown_fields(kind)
+    try:
+        made = TypeAdapter(kind).validate_python(data)
+        taken = dict(flatten(TypeAdapter(kind).dump_python(made, mode="json")))
+        for name, value in flatten(data):  # pydantic takes true for 1
+            if isinstance(value, bool) and isinstance(taken.get(name), int | float) and taken[name] is not value:
+                raise UserError(
+                    f"{'the command line' if name in overridden else where}: {name}: {value!r}: must be a number"
+                )
+        return made
+    except ValidationError as error:
+        said = explain(kind, error.errors()[0])
+        name = said.partition(":")[0]
+        from_there = any(
+            f"{path}.".startswith(f"{name}.")
+            or f"{name}.".startswith(f"{path}.")
+            or name.startswith(f"{path} ")  # of the whole, which begins with the field
+            for path in overridden
+        )
+        raise UserError(f"{'the command line' if from_there else where}: {said}") from None
+
+
+def to_data(config: RunConfig) -> dict[str, Any]:
+    """Plain data that `parse` reads back to an equal configuration."""
+    return TypeAdapter(RunConfig).dump_python(config, mode="json")
+
+
+def to_yaml(config: RunConfig) -> str:
+    return yaml.safe_dump(to_data(config), sort_keys=False)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = from_yaml(text_of(path))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:  # also where it is not UTF-8
+        raise UserError(f"{path}: not YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: must be a mapping of fields to values")
+    return data
+
+
+DEEPEST = 8
+"""No field has so many points in its path."""
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    path, separator, value = text.partition("=")
+    if not separator or not path or not all(path.split(".")) or path.count(".") > DEEPEST:
+        raise UserError(f"{text}: an override is key.path=value, such as optimizer.lr=3e-4")
+    try:
+        parsed = from_yaml(value)
+    except ValueError:
+        raise UserError(f"{text}: {value} is not a YAML value; quote it") from None
+    for name in reversed(path.split(".")):
+        parsed = {name: parsed}
+    return parsed
+
+
+def _forbid_unknown_fields(kind: Any) -> None:
+    """pydantic's default silently drops unknown keys of dataclasses: forbid them in the whole tree."""
+    for inner in dataclasses_in(kind):
+        inner.__pydantic_config__ = {"extra": "forbid"}

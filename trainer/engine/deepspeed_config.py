@@ -1,0 +1,170 @@
+"""What DeepSpeed is told: by our fields, and by a JSON file of its own (`engine.deepspeed`), which is merged.
+
+What a field of ours says, the file may say again, or leave to "auto", as Hugging Face's trainer writes it; it may not say
+otherwise. So there is one place for each number, and the file adds what we have no field for.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ambient_core.errors import UserError, in_one_line
+from ambient_core.parsing import flatten, from_json, merge, text_of
+from data_pipeline.loading.config import Layout
+from trainer.engine.config import EngineConfig, OptimizerConfig, Precision
+
+MERGED = (
+    "zero_optimization", "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "comms_logger",
+    "flops_profiler", "wall_clock_breakdown", "memory_breakdown", "steps_per_print", "dump_state", "tensorboard",
+    "csv_monitor", "wandb",
+)  # fmt: skip
+"""Keys that DeepSpeed is given as they are in the file. It reads over a name that it does not know, so others are refused."""
+
+ELSEWHERE = (
+    "ratio", "super_offload", "zenflow", "nvme_path", "zero_hpz_partition_size", "zero_quantized_weights",
+    "zero_quantized_nontrainable_weights", "mics_shard_size",
+)  # fmt: skip
+"""Parts of zero_optimization that keep weights or Adam's moments where checkpoints do not look for them."""
+
+UNUSED = ("fp16.", "bf16.", "torch_autocast.")
+"""Sections whose `enabled` is engine.precision's; the rest of them has no use here, since autocast is what we train by."""
+
+
+@dataclass(frozen=True)
+class Owned:
+    """A key of DeepSpeed's that a field of ours decides. value: what the file may say, too; None for anything.
+    says: of the field, for a person."""
+
+    field: str
+    says: Any
+    value: Any
+
+
+def resolve_precision(wanted: Precision) -> Precision:
+    """What `auto` is on this machine."""
+    if wanted != "auto":
+        return wanted
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        known = getattr(torch.cpu, "get_capabilities", dict[str, bool])()
+        native = known.get("avx512_bf16", False) or known.get("amx_bf16", False)
+    return "bf16" if native else "fp32"
+
+
+def settings(
+    config: EngineConfig, optimizer: OptimizerConfig, layout: Layout, precision: Precision
+) -> tuple[dict[str, Any], list[str]]:
+    """For deepspeed.initialize, and the keys of the file that have no use here. precision: `auto` where the machine that
+    trains is not this one. Raises UserError naming the file and the key."""
+    told = _told(config, optimizer, layout, precision)
+    if config.deepspeed is None:
+        return told, []
+    where = f"engine.deepspeed: {config.deepspeed}"
+    given = _without_auto(_read(Path(config.deepspeed), where))
+    owned = _owned(config, optimizer, layout, precision)
+    unused: list[str] = []
+    for name, value in flatten(given):
+        top, _, inner = name.partition(".")
+        if (owner := owned.get(name)) is not None:
+            if owner.value is not None and not _equal(value, owner.value):
+                raise UserError(
+                    f"{where}: {name} {json.dumps(value)}: the config says {owner.field} {owner.says}; make them the same, or remove it from the file"
+                )
+        elif name.startswith(UNUSED):
+            unused.append(name)
+        elif top in ("optimizer", "scheduler"):
+            raise UserError(f"{where}: {name} {json.dumps(value)}: the config's optimizer.* decides; remove it")
+        elif name == "zero_optimization":
+            raise UserError(f"{where}: {name}: must be a mapping")
+        elif top not in MERGED:
+            raise UserError(f"{where}: {name}: cannot be merged; what can is {', '.join(MERGED)}")
+        elif top == "zero_optimization" and (held := set(inner.split(".")) & {*ELSEWHERE}):
+            raise UserError(f"{where}: {name}: checkpoints cannot hold the state of {held.pop()}; remove it")
+    kept = {name: value for name, value in given.items() if name in MERGED}
+    return merge(told, kept), unused
+
+
+def _told(config: EngineConfig, optimizer: OptimizerConfig, layout: Layout, precision: Precision) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if config.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_batch_size": layout.batch_size,
+        "train_micro_batch_size_per_gpu": layout.micro_batch_size,
+        "gradient_accumulation_steps": layout.accumulation,
+        "gradient_clipping": optimizer.clip if config.zero_stage else 0.0,
+        "zero_optimization": zero,
+        # A plain torch optimiser: DeepSpeed's own would compile for a minute at the first start.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "torch_autocast": {
+            "enabled": precision in ("bf16", "fp16"),
+            "dtype": "float16" if precision == "fp16" else "bfloat16",
+        },
+        "steps_per_print": 2**31,
+    }
+
+
+def _owned(config: EngineConfig, optimizer: OptimizerConfig, layout: Layout, precision: Precision) -> dict[str, Owned]:
+    def half(name: Precision) -> bool | None:
+        return None if precision == "auto" else precision == name
+
+    lr, warmup = optimizer.lr, optimizer.warmup_steps
+    split = "micro_batch_size", f"{layout.micro_batch_size} of batch_size {layout.batch_size}"
+    return {
+        "train_batch_size": Owned("batch_size", layout.batch_size, layout.batch_size),
+        "train_micro_batch_size_per_gpu": Owned(*split, layout.micro_batch_size),
+        "gradient_accumulation_steps": Owned(*split, layout.accumulation),
+        "gradient_clipping": Owned("optimizer.clip", optimizer.clip, optimizer.clip),
+        "zero_optimization.stage": Owned("engine.zero_stage", config.zero_stage, config.zero_stage),
+        "zero_optimization.offload_optimizer.device": Owned(
+            "engine.offload_optimizer", config.offload_optimizer, "cpu" if config.offload_optimizer else "none"
+        ),
+        "zero_optimization.offload_param.device": Owned(
+            "engine.offload_parameters", config.offload_parameters, "cpu" if config.offload_parameters else "none"
+        ),
+        "zero_allow_untested_optimizer": Owned("engine.adam", config.adam, True),
+        "zero_force_ds_cpu_optimizer": Owned("engine.adam", config.adam, False),
+        "fp16.enabled": Owned("engine.precision", precision, half("fp16")),
+        "bf16.enabled": Owned("engine.precision", precision, half("bf16")),
+        "torch_autocast.enabled": Owned("engine.precision", precision, None if precision == "auto" else precision != "fp32"),
+        "optimizer.type": Owned("optimizer.lr and its other fields, for", "AdamW", "AdamW"),
+        "optimizer.params.lr": Owned("optimizer.lr", lr, lr),
+        "optimizer.params.betas": Owned("optimizer.betas", list(optimizer.betas), list(optimizer.betas)),
+        "optimizer.params.eps": Owned("optimizer.eps", optimizer.eps, optimizer.eps),
+        "optimizer.params.weight_decay": Owned("optimizer.weight_decay", optimizer.weight_decay, optimizer.weight_decay),
+        "scheduler.type": Owned("optimizer.warmup_steps, for", "WarmupLR", "WarmupLR"),
+        "scheduler.params.warmup_type": Owned("optimizer.warmup_steps, which is", "linear", "linear"),
+        "scheduler.params.warmup_max_lr": Owned("optimizer.lr", lr, lr),
+        "scheduler.params.warmup_num_steps": Owned("optimizer.warmup_steps", warmup, warmup),
+    }  # fmt: skip
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """True is not 1 here, but 1 is 1.0."""
+    return a == b and isinstance(a, bool) == isinstance(b, bool)
+
+
+def _read(path: Path, where: str) -> dict[str, Any]:
+    try:
+        data = from_json(text_of(path))
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON: {in_one_line(error)}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{where}: must be a mapping of DeepSpeed's settings")
+    return data
+
+
+def _without_auto(data: dict[str, Any]) -> dict[str, Any]:
+    inner = {name: _without_auto(value) if isinstance(value, dict) else value for name, value in data.items()}
+    return {name: value for name, value in inner.items() if value not in ("auto", {})}

@@ -1,0 +1,278 @@
+"""Everything DeepSpeed; the only file that imports it.
+
+The state of training leaves this file as whole float32 tensors by parameter name, and comes back so, at every ZeRO
+stage. So a checkpoint fits any number of ranks and any stage, and holds no pickle.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else a CUDA toolkit without a GPU misleads it
+os.environ.setdefault("DS_LOG_LEVEL", "warning")
+import deepspeed
+import deepspeed.ops
+from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils import safe_get_full_fp32_param
+
+from ambient_core.errors import UserError, in_one_line
+from trainer.engine import adam_8bit
+from trainer.engine.config import MOST_IN_BUCKET, EngineConfig, OptimizerConfig, Precision
+from trainer.engine.loss_scaler import FIRST, LossScale
+
+setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010  # skips probing for compilers: no fused operator of theirs is used
+deepspeed_logger.setLevel(logging.WARNING)
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+State = dict[str, Tensor]
+"""Whole float32 CPU tensors of the trainable parameters, by name."""
+
+
+class Engine:
+    """A module under DeepSpeed. Call it as the module; then `backward`, and `step` once a micro-batch."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: EngineConfig,
+        optimizer: OptimizerConfig,
+        precision: Precision,
+        settings: dict[str, Any],
+    ) -> None:
+        """precision: resolved. settings: of trainer.engine.deepspeed_config. Raises UserError for what DeepSpeed refuses, or where
+        the optimiser that was asked for is not here."""
+        self.module, self.config, self.optimizer_config, self.precision = module, config, optimizer, precision
+        self._named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        trainable = sum(p.numel() for p in self._named.values())
+        # DeepSpeed's buffer is 2 GB of float32 on every rank, however small the model.
+        settings["zero_optimization"].setdefault("reduce_bucket_size", min(MOST_IN_BUCKET, trainable))
+        os.environ.setdefault("LOCAL_RANK", "0")  # it asks for one, also of a process alone
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        client = self._adam(list(self._named.values()))
+        with _refusals_in_one_line(config):
+            made = deepspeed.initialize(model=module, optimizer=client, config=settings)
+        self._engine: Any = made[0]
+        self._zero: Any = made[1]  # ZeRO's optimizer around ours; at stage 0 ours itself
+        if config.zero_stage == 0:  # its own go through all modules of the network, frozen ones too, at each step
+            self._engine.zero_grad = self._forget_gradients
+            self._engine.buffered_allreduce_fallback = self._average_gradients
+        self._device = next(iter(self._named.values())).device
+        self.grad_norm = torch.zeros((), device=self._device)
+        self.left_out = torch.zeros((), dtype=torch.bool, device=self._device)
+        """Whether the last step left the weights where they were, on the device."""
+        self.loss_scale = LossScale(FIRST if precision == "fp16" else 1.0)
+        # Its own scaler of float16 clips before it has unscaled, and never lowers the scale when ZeRO leaves a step out.
+        self._engine.torch_autocast_z0_gradscaler = self._zero.torch_autocast_gradscaler = None
+
+    def _adam(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        o = self.optimizer_config
+        options: dict[str, Any] = {"lr": o.lr, "betas": o.betas, "eps": o.eps, "weight_decay": o.weight_decay}
+        if self.config.adam == "torch":
+            return torch.optim.AdamW(parameters, fused=True, **options)
+        if self.config.adam == "8bit":
+            return adam_8bit.adam(parameters, options)
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        try:
+            return DeepSpeedCPUAdam(parameters, adamw_mode=True, **options)
+        except Exception as error:  # of the compiler, of ninja, of torch: all kinds
+            raise UserError(
+                f"engine.adam cpu: DeepSpeed cannot compile it ({in_one_line(error, 300)}): install a C++ compiler and ninja, or set engine.adam=torch"
+            ) from None
+
+    def __call__(self, *args: Any) -> Any:
+        return self._engine(*args)
+
+    def backward(self, loss: Tensor) -> None:
+        """loss: a scalar, the mean over this micro-batch; means over accumulation and ranks are taken here."""
+        scaled = loss
+        if self.precision == "fp16":
+            if self.config.zero_stage:  # it then unscales and clips
+                self._zero.override_loss_scale(self.loss_scale.scale)
+            else:
+                scaled = loss * self.loss_scale.scale
+        self._engine.backward(scaled)
+        loss.detach_()  # its graph is done with; else it lives until the caller lets go of the loss
+
+    def step(self, number: int) -> None:
+        """To be called once a micro-batch; the last of a step moves the weights, at the rate of step `number`. It leaves them
+        where a gradient is not finite, and says so in `left_out`. At ZeRO's stage 0, but in fp16 and with Adam in 8 bits or on the CPU, it does not wait for the device."""
+        last = self._engine.is_gradient_accumulation_boundary()
+        if last:
+            for group in self._zero.param_groups:
+                group["lr"] = self.optimizer_config.rate(number)
+            if self.config.zero_stage == 0:
+                self._clip()
+        self._engine.step()
+        if last and self.config.zero_stage:
+            if not self._zero.overflow:
+                self.grad_norm = torch.as_tensor(self._engine.get_global_grad_norm())
+            self._decided(self._zero.overflow)
+
+    def _clip(self) -> None:
+        """At stage 0, where DeepSpeed clips without telling the norm."""
+        if self.precision == "fp16":
+            for p in self._named.values():
+                if p.grad is not None:
+                    p.grad.mul_(1 / self.loss_scale.scale)
+        norm = nn.utils.clip_grad_norm_(self._named.values(), self.optimizer_config.clip or float("inf"))
+        finite = norm.isfinite()
+        self.grad_norm = torch.where(finite, norm, self.grad_norm)
+        if self.config.adam == "torch" and self.precision != "fp16":  # it leaves weights and moments by itself
+            self.left_out = ~finite
+            self._zero.found_inf = self.left_out.float()
+            return
+        if not bool(finite):
+            self._forget_gradients()  # the optimiser leaves these weights
+        self._decided(not bool(finite))
+
+    def _forget_gradients(self) -> None:
+        for p in self._named.values():
+            p.grad = None
+
+    def _average_gradients(self, grads: None = None, elements_per_buffer: int = MOST_IN_BUCKET) -> None:
+        """Over the ranks, in the place of DeepSpeed's, which calls it so."""
+        for p in self._named.values():
+            if p.grad is None:  # the ranks add up one and the same buffers
+                p.grad = torch.zeros_like(p)
+        if torch.distributed.get_world_size() > 1:
+            gradients = [p.grad for p in self._named.values()]
+            type(self._engine).buffered_allreduce_fallback(self._engine, gradients, elements_per_buffer)
+
+    def _decided(self, overflow: bool) -> None:
+        """Of a step that the host has waited for."""
+        self.left_out = torch.full((), overflow, device=self._device)
+        if self.precision == "fp16":
+            self.loss_scale = self.loss_scale.after(overflow)
+
+    def count(self, left_out: bool) -> None:
+        """To be told of each step, once it is known on the host, whether it left the weights where they were."""
+        if left_out and self.precision != "fp16":
+            self.loss_scale = replace(self.loss_scale, skipped=self.loss_scale.skipped + 1)
+
+    # State. Every method below is a collective: all ranks must call it.
+
+    @property
+    def masters(self) -> list[Tensor]:
+        """This rank's float32 share of the trainable weights, as flat or shaped tensors; what the optimiser updates."""
+        if self.config.zero_stage == 0:
+            return [p.data for p in self._named.values()]
+        return [t.data for t in self._flat()]
+
+    def weights(self) -> State:
+        if self.config.zero_stage == 0:
+            return {name: p.detach().float().cpu().clone() for name, p in self._named.items()}
+        return {name: _cpu(safe_get_full_fp32_param(p)) for name, p in self._named.items()}
+
+    @contextmanager
+    def replaced(self, masters: list[Tensor]) -> Iterator[None]:
+        """Within it, `weights()` reads these tensors (an average, say) in the place of `masters`."""
+        kept = [t.clone() for t in self.masters]
+        for target, value in zip(self.masters, masters, strict=True):
+            target.copy_(value)
+        try:
+            yield
+        finally:
+            for target, value in zip(self.masters, kept, strict=True):
+                target.copy_(value)
+
+    def moments(self) -> State:
+        """Adam's moments, as `exp_avg.NAME` and `exp_avg_sq.NAME`; empty before the first step."""
+        shares, state = self._shares(), self._base.state
+        if not any(state.get(share) for share in shares):
+            return {}
+        pairs = [_moments(state[s]) if state.get(s) else [torch.zeros_like(s) for _ in MOMENTS] for s in shares]
+        found: State = {}
+        for i, moment in enumerate(MOMENTS):  # gathered as weights are, in their place for a moment
+            with self.replaced([pair[i] for pair in pairs]):
+                found |= {f"{moment}.{name}": value for name, value in self.weights().items()}
+        return found
+
+    def load(self, weights: State, moments: State, steps: int, scale: LossScale) -> None:
+        """Restores what `weights` and `moments` gave after `steps` steps, on any number of ranks and any stage. scale:
+        `loss_scale` then; of it the count alone where either run was not in fp16."""
+        first = scale.scale if scale.scale > 1 else FIRST
+        self.loss_scale = replace(scale, scale=first if self.precision == "fp16" else 1.0)
+        steps -= scale.skipped
+        if missing := self._named.keys() ^ weights.keys():
+            raise UserError(
+                f"the checkpoint's parameters are not this model's: {sorted(missing)[0]} and {len(missing) - 1} more: was the base changed, or another diffusers installed?"
+            )
+        if moments:
+            split: list[list[Tensor]] = []
+            for moment in MOMENTS:  # split as weights are
+                self._set({name: moments[f"{moment}.{name}"] for name in self._named})
+                split.append([t.clone() for t in self.masters])
+            for share, m, v in zip(self._shares(), *split, strict=True):
+                if self.config.adam == "8bit":
+                    self._base.state[share] = adam_8bit.state_of(self._base, (m, v), steps)
+                    continue
+                step = steps if self.config.adam == "cpu" else torch.tensor(float(steps), device=share.device)
+                self._base.state[share] = {"step": step, "exp_avg": m, "exp_avg_sq": v}
+        self._set(weights)
+        if self.config.zero_stage == 3:
+            for low, high in zip(self._zero.fp16_partitioned_groups_flat, self._flat(), strict=True):
+                low.data.copy_(high.data)
+            if kept_whole := self._zero.persistent_parameters:
+                kept_whole[0].partition(kept_whole)
+                kept_whole[0].all_gather(kept_whole)
+
+    def _set(self, weights: State) -> None:
+        """Whole weights, into what the optimiser updates; at stages 0 to 2 also into the module."""
+        for name, p in self._named.items():
+            value = weights[name].to(p.device, torch.float32)
+            if self.config.zero_stage < 3:
+                if self.config.zero_stage:
+                    p.set_full_hp_param(value)  # pyright: ignore[reportAttributeAccessIssue]
+                p.data.copy_(value)
+            else:  # ZeRO-3 has no setter for a whole value whose size its ranks do not divide
+                share: int = p.ds_tensor.numel()  # pyright: ignore[reportAttributeAccessIssue]
+                world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+                padded = nn.functional.pad(value.flatten(), (0, share * world - value.numel()))
+                self._zero.set_local_hp_param(padded[rank * share : (rank + 1) * share], p)
+
+    @property
+    def _base(self) -> torch.optim.Optimizer:
+        return self._zero.optimizer if self.config.zero_stage else self._zero
+
+    def _shares(self) -> list[Tensor]:
+        """What the optimiser has as parameters: the keys of its state, one for each of `masters`."""
+        return self._flat() if self.config.zero_stage else list(self._named.values())
+
+    def _flat(self) -> list[Tensor]:
+        return (
+            self._zero.fp32_partitioned_groups_flat
+            if self.config.zero_stage == 3
+            else self._zero.single_partition_of_fp32_groups
+        )
+
+
+def _moments(state: dict[str, Any]) -> list[Tensor]:
+    return [state[m] for m in MOMENTS] if MOMENTS[0] in state else adam_8bit.moments(state)
+
+
+def _cpu(value: Tensor | None) -> Tensor:
+    assert value is not None, "a trainable parameter is known to ZeRO"
+    return value.detach().float().cpu().clone()
+
+
+@contextmanager
+def _refusals_in_one_line(config: EngineConfig) -> Iterator[None]:
+    """Of a file of DeepSpeed's settings, which may ask for anything; our own settings may not fail."""
+    try:
+        yield
+    except Exception as error:
+        if config.deepspeed is None:
+            raise
+        raise UserError(
+            f"engine.deepspeed: {config.deepspeed}: DeepSpeed refuses it: {in_one_line(error, 300)}; change it there"
+        ) from error

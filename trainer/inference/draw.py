@@ -1,0 +1,142 @@
+"""What is drawn from a run, and where to: a grid in one PNG, or a PNG an image, by any number of processes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ambient_core import storage
+from ambient_core.errors import UserError, differences
+from ambient_core.parsing import from_json, text_of
+from ambient_core.progress import progress_bar
+from trainer.diffusion.sampling import Sampler
+from trainer.engine.distributed import Ranks
+from trainer.inference.generate import generate
+from trainer.inference.grids import to_pixels
+from trainer.inference.load import Restored
+from trainer.models import conditioning, sdxl_base
+from trainer.models.sdxl import SDXLConfig
+
+AT_ONCE = 64
+"""Images of pixels that are drawn together."""
+RECORD = "sampling.json"
+"""Beside the images: what they were drawn with."""
+
+Draw = Callable[[int, int], Tensor]
+"""(first, number) -> images first, first + 1, ...: (number, C, H, W) in [-1, 1], float32 on the CPU. An image depends on
+the seed and on its own number; the company that it is drawn in changes it by rounding at most."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Of every image. stop_at, guidance: see `generate`; prompt: for a run with text."""
+
+    seed: int = 0
+    steps: int = 40
+    sampler: Sampler = "heun"
+    stop_at: float | None = None
+    guidance: float = 1.0
+    prompt: str = ""
+
+
+def drawer(run: Restored, guide: Restored | None, wanted: Wanted) -> tuple[Draw, int]:
+    """Draws from a run; and how many images it draws at once."""
+    model = run.config.model
+    drawn = partial(
+        generate, run.denoiser, shape=run.state.shape, seed=wanted.seed, steps=wanted.steps, sampler=wanted.sampler,
+        stop_at=wanted.stop_at, guidance=wanted.guidance, progress=False,
+    )  # fmt: skip
+    if not isinstance(model, SDXLConfig):
+        return lambda first, number: drawn(number, first=first, guide=guide and guide.denoiser), AT_ONCE
+    told, away_told = conditioning.of_prompt(run.denoiser, model, [wanted.prompt], run.state.shape)
+    if guide:
+        assert isinstance(guide.config.model, SDXLConfig), "a guide is of the same kind"
+        away_told, _ = conditioning.of_prompt(guide.denoiser, guide.config.model, [wanted.prompt], run.state.shape)
+    away_from = guide.denoiser if guide else run.denoiser if wanted.guidance != 1 else None
+    decode = sdxl_base.decoder(model, run.device)
+
+    def draw(first: int, number: int) -> Tensor:
+        each, away = (conditioning.repeated(c, number) for c in (told, away_told))
+        latents = drawn(number, first=first, guide=away_from, conditioning=each, guide_conditioning=away)
+        return decode(latents)
+
+    return draw, sdxl_base.AT_ONCE
+
+
+def into_grid(draw: Draw, at_once: int, number: int) -> Tensor:
+    """(number, C, H, W)."""
+    parts: list[Tensor] = []
+    with progress_bar(total=number, desc="sample", unit="img") as bar:
+        for first in range(0, number, at_once):
+            parts.append(draw(first, min(at_once, number - first)))
+            bar.update(len(parts[-1]))
+    return torch.cat(parts)
+
+
+def into_folder(draw: Draw, at_once: int, number: int, folder: Path, record: dict[str, Any], ranks: Ranks) -> int:
+    """FOLDER/000000.png, 000001.png, ...; those that are there stay. A collective. Returns how many this call drew.
+
+    record: what decides the images; it is written beside them. Raises UserError where they were drawn with another one.
+    """
+    if ranks.is_main:
+        _claim(folder, record)
+    ranks.barrier()
+    _check(folder, record)
+    blocks = range(0, number, at_once)[ranks.rank :: ranks.world]
+    drawn = 0
+    with progress_bar(total=number, desc=f"sample {folder}", unit="img", disable=not ranks.is_main) as bar:
+        for first in blocks:
+            size = min(at_once, number - first)
+            paths = [folder / f"{i:06d}.png" for i in range(first, first + size)]
+            missing = [i for i, path in enumerate(paths) if not (path.is_file() and path.stat().st_size)]
+            if missing:
+                pixels = to_pixels(draw(first, size))
+                for i in missing:
+                    _save(pixels[i], paths[i])
+                drawn += len(missing)
+            bar.update(min(size * ranks.world, number - bar.n))
+    return int(ranks.sum(torch.tensor(float(drawn), device=ranks.device)))
+
+
+def _claim(folder: Path, record: dict[str, Any]) -> None:
+    path = folder / RECORD
+    try:
+        if path.exists():
+            return
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"--out {folder}: holds other files: choose a new folder")
+        storage.write_atomically(str(path), (json.dumps(record, indent=2) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be written: {error.strerror}") from None
+
+
+def _check(folder: Path, record: dict[str, Any]) -> None:
+    path = folder / RECORD
+    try:
+        there = from_json(text_of(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}: remove the folder, or choose another --out") from None
+    if found := differences(there, record):
+        raise UserError(f"--out {folder} holds images with {found}: choose another folder")
+
+
+def _save(pixels: Any, path: Path) -> None:
+    data = BytesIO()
+    Image.fromarray(pixels).save(data, "PNG")
+    storage.write_atomically(str(path), data.getvalue())
+
+
+def add_weights(p: argparse.ArgumentParser) -> None:
+    """Which weights of a run are taken: the arguments of `restore`."""
+    p.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best (by checkpoint.keep_best), or a step (default: latest)")  # fmt: skip
+    p.add_argument("--ema-sigma-rel", type=float, metavar="WIDTH", help="take an average of this width, put together from the run's ema.snapshots (default: the run's own average)")  # fmt: skip

@@ -1,0 +1,88 @@
+"""A finished or running run, read back for use: no engine, no ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ambient_core.errors import UserError, WorkFailed
+from data_pipeline.format.index import ShardIndex, read_index
+from trainer.checkpoint.checkpoints import Checkpoints
+from trainer.checkpoint.posthoc_ema import reconstructed
+from trainer.checkpoint.state import TrainState, read_state
+from trainer.checkpoint.tensors import read_tensors
+from trainer.config.run_config import RunConfig, load
+from trainer.diffusion.denoiser import Denoiser
+from trainer.inference import exported
+from trainer.models import create
+
+
+@dataclass(frozen=True)
+class Restored:
+    """config and state of the run, and its denoiser with the averaged weights, ready to evaluate. average: which one."""
+
+    config: RunConfig
+    state: TrainState
+    denoiser: Denoiser
+    average: str
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+
+def restore(run_dir: Path, checkpoint: str = "latest", sigma_rel: float | None = None) -> Restored:
+    """From a run's checkpoint, or from an export.
+
+    checkpoint: latest, best or a step. sigma_rel: of an average put together from snapshots; None takes the run's own.
+    Raises UserError when there is no such checkpoint, or no such average, as in an export, which has its own alone."""
+    if (run_dir / exported.NAME).is_file():
+        if checkpoint != "latest" or sigma_rel is not None:
+            raise UserError(
+                f"{run_dir}: is an export, which has one checkpoint and one average: give the run instead, or leave --checkpoint and --ema-sigma-rel out"
+            )
+        config, state, denoiser, average = exported.read(run_dir)
+        return Restored(config, state, _ready(denoiser), average)
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(
+            f"{run_dir}: not a run directory, nor an export: neither config.yaml nor {exported.NAME} is in it"
+        )
+    config = load(run_dir / "config.yaml")
+    path = Checkpoints(run_dir, config.checkpoint).find(checkpoint)
+    if path is None:
+        raise UserError(
+            f"{run_dir}: no checkpoint yet; train it with `python -m trainer.train {run_dir / 'config.yaml'}`"
+        )
+    if config.threads:  # what was chosen for this machine's cores holds for drawing, too
+        torch.set_num_threads(config.threads)
+    state = read_state(path)
+    denoiser = create.denoiser(config, state.shape)
+    average, told = read_tensors(path, "ema"), str(config.ema)
+    if sigma_rel is not None:
+        average, told = reconstructed(run_dir, config.ema, path, state.step, sigma_rel)
+    trained = {
+        name for name, p in denoiser.named_parameters() if p.requires_grad
+    }  # a frozen base is not in checkpoints
+    try:
+        if trained != average.keys():
+            raise RuntimeError
+        denoiser.load_state_dict(average, strict=False)
+    except RuntimeError:  # also for another shape
+        raise UserError(
+            f"{path}: these weights are not of the model in {run_dir / 'config.yaml'}; was it edited?"
+        ) from None
+    return Restored(config, state, _ready(denoiser), told)
+
+
+def _ready(denoiser: Denoiser) -> Denoiser:
+    return denoiser.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def shards_of(config: RunConfig) -> ShardIndex | None:
+    """What a run was trained on; None where its shards are not there any more."""
+    try:
+        return read_index(config.data.shards)
+    except (UserError, WorkFailed):
+        return None

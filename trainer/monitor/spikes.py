@@ -1,0 +1,74 @@
+"""Steps that must not count: their loss or gradients are not finite, or their loss is a spike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ambient_core.errors import WorkFailed
+
+WINDOW, WARM_UP = 100, 20
+"""Steps that the usual loss is the mean of, and after how many of them a spike can be told."""
+
+
+@dataclass(frozen=True)
+class RecoveryConfig:
+    """What to do at a step that must not count.
+
+    spike: a loss so many times the usual one must not count; null looks for none. The usual one is the mean of about the last
+    hundred steps, of those with consistency and of the others apart; the first twenty of a run are let pass.
+    leave_out: how many steps in a row may be left out whose loss or gradients are not finite, or whose loss is a spike; they move
+    nothing, and are counted.
+    roll_back: how often in a run, where no more may be left out, to go back to the last checkpoint and on with the samples after
+    those of the step; the next such step stops the run."""
+
+    spike: float | None = None
+    leave_out: int = 0
+    roll_back: int = 0
+
+    def __post_init__(self) -> None:
+        if self.spike is not None and not 1 < self.spike < float("inf"):
+            raise ValueError(f"spike {self.spike:g} must be above 1, such as 5")
+        for name in ("leave_out", "roll_back"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 0")
+
+
+class Diverged(WorkFailed):
+    """A step that stops the run, on all ranks alike. problem: what of it is wrong, without what to do."""
+
+    def __init__(self, problem: str, message: str) -> None:
+        super().__init__(message)
+        self.problem = problem
+
+
+@dataclass(frozen=True)
+class Usual:
+    """The usual loss of steps of one kind. mean: over about the last WINDOW of them. steps: how many there were."""
+
+    mean: float = 0.0
+    steps: int = 0
+
+    def after(self, loss: float) -> Usual:
+        return Usual(self.mean + (loss - self.mean) / min(self.steps + 1, WINDOW), self.steps + 1)
+
+
+class Spikes:
+    """Told the loss of each step, the same on all ranks; says which are spikes."""
+
+    def __init__(self, factor: float, usual: tuple[Usual, Usual]) -> None:
+        """factor: recovery.spike. usual: of the checkpoint that training starts from, without and with consistency."""
+        self._factor, self._usual = factor, list(usual)
+
+    @property
+    def usual(self) -> tuple[Usual, Usual]:
+        return self._usual[0], self._usual[1]
+
+    def observe(self, loss: float, with_consistency: bool) -> str | None:
+        """What is wrong with it, if it is a spike; else it counts among the usual ones. One that is not finite does neither. Where
+        the usual loss is not above 0, as that of pairs may be, it has no multiple to be held against."""
+        usual = self._usual[with_consistency]
+        if usual.steps >= WARM_UP and usual.mean > 0 and loss > self._factor * usual.mean:
+            return f"the loss {loss:.4g} is {loss / usual.mean:.3g} times the usual {usual.mean:.4g}"
+        if abs(loss) < float("inf"):
+            self._usual[with_consistency] = usual.after(loss)
+        return None

@@ -1,0 +1,106 @@
+"""How long each rank takes by itself, so that one that keeps the others waiting is named."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from statistics import median
+
+import torch
+
+from trainer.engine.distributed import Ranks
+
+SLOW, WORTH = 2.0, 0.1
+"""A rank is slow that takes SLOW times as long as the middle one of the others, and WORTH of all time longer than it."""
+
+LEAST_S = 2.0
+"""Seconds that are judged together, at least: a single step may be late by chance."""
+
+KINDS = "waiting for data", "computing"
+LONGEST_NAME = 64
+
+
+class Pace:
+    """Since the last report, of this rank; the report is of all. Steps end for all ranks together, so a rank is compared by what it
+    does before it meets the others: waiting for data, and forward passes."""
+
+    def __init__(self, ranks: Ranks, zero_stage: int) -> None:
+        """zero_stage: at 3 a forward pass waits for all ranks' weights, so those are not compared."""
+        self._ranks, self._compares_passes = ranks, zero_stage < 3
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._waited, self._computed, self._since = 0.0, 0.0, time.perf_counter()
+        self._named: set[int] = set()
+        self._judged: tuple[list[list[float]], float] = [], 0.0  # what is not judged yet: by rank, and of how long
+
+    def waited(self, seconds: float) -> None:
+        """Time spent waiting for data."""
+        self._waited += seconds
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Around forward passes. No synchronisation with the device."""
+        if self._ranks.device.type == "cuda":
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            yield
+            end.record()
+            self._events.append((begin, end))
+        else:
+            begun = time.perf_counter()
+            yield
+            self._computed += time.perf_counter() - begun
+
+    def report(self) -> tuple[dict[str, float], str | None]:
+        """Shares of the time since the last report, and a warning where a rank has become slow. A collective."""
+        if self._events:
+            self._events[-1][1].synchronize()
+            self._computed += sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
+        now = time.perf_counter()
+        whole, own = now - self._since, [self._waited, self._computed if self._compares_passes else 0.0]
+        self._events, self._waited, self._computed, self._since = [], 0.0, 0.0, now
+        told = self._ranks.gather(torch.tensor([*own, whole], dtype=torch.float64, device=self._ranks.device)).tolist()
+        by_rank, whole = (
+            [each[:2] for each in told],
+            max(each[2] for each in told),
+        )  # the same on all ranks, who decide alike
+        shares = {"speed/share_waiting_for_data": sum(waited for waited, _ in by_rank) / len(by_rank) / whole}
+        excess = [mine - others for *_, mine, others in compared(by_rank)]
+        shares["speed/share_waiting_for_slowest_rank"] = max(0.0, *excess) / whole if excess else 0.0
+        before, whole = self._judged[0] or [[0.0] * len(KINDS)] * len(by_rank), self._judged[1] + whole
+        by_rank = [[a + b for a, b in zip(*both, strict=True)] for both in zip(before, by_rank, strict=True)]
+        self._judged = by_rank, whole
+        if whole < LEAST_S:
+            return shares, None
+        self._judged = [], 0.0
+        found = slow(by_rank, whole)
+        new, self._named = found.keys() - self._named, set(found)
+        if not new:
+            return shares, None
+        hosts = self._hosts()
+        said = [f"rank {rank} on {hosts[rank]} is slow: {found[rank]}" for rank in sorted(new)]
+        return shares, "; ".join(said)
+
+    def _hosts(self) -> list[str]:
+        name = socket.gethostname().encode()[:LONGEST_NAME].ljust(LONGEST_NAME, b"\0")
+        names = self._ranks.gather(torch.frombuffer(bytearray(name), dtype=torch.uint8).to(self._ranks.device))
+        return [bytes(each).rstrip(b"\0").decode(errors="replace") for each in names.tolist()]
+
+
+def compared(by_rank: Sequence[Sequence[float]]) -> Iterator[tuple[int, str, float, float]]:
+    """Rank, kind, its seconds, and those of the middle one of the others; nothing of a rank alone. by_rank: seconds of each kind."""
+    if len(by_rank) == 1:
+        return
+    for rank, own in enumerate(by_rank):
+        for kind, (name, seconds) in enumerate(zip(KINDS, own, strict=True)):
+            yield rank, name, seconds, median(other[kind] for i, other in enumerate(by_rank) if i != rank)
+
+
+def slow(by_rank: Sequence[Sequence[float]], whole: float) -> dict[int, str]:
+    """What is to be said of each slow rank. whole: seconds in which they did that."""
+    found: dict[int, str] = {}
+    for rank, name, mine, others in compared(by_rank):
+        if mine > SLOW * others and mine - others > WORTH * whole:
+            found[rank] = f"of the last {whole:.3g} s it spent {mine:.3g} s {name}, and the middle one of the others {others:.3g} s"  # fmt: skip
+    return found

@@ -1,0 +1,211 @@
+"""Evaluates one run: what is measured, in which order, and what is shown of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ambient_core.batch import Conditioning
+from data_pipeline.format.index import ShardIndex
+from data_pipeline.inputs.sources import open_source
+from trainer.diffusion.sampling import Sampler
+from trainer.evaluation import measures
+from trainer.evaluation.attacks import Attack, Masked, Noised
+from trainer.evaluation.features import Extractor, features_of
+from trainer.evaluation.images import Images
+from trainer.evaluation.measures import Model
+from trainer.evaluation.observations import Observations, as_observed
+from trainer.evaluation.request import Request
+from trainer.inference.draw import AT_ONCE, Wanted
+from trainer.inference.load import Restored
+from trainer.models import conditioning, sdxl_base
+from trainer.models.sdxl import SDXLConfig
+from trainer.reports import figures
+from trainer.reports.record import FORMAT, Evaluation, Picture, read, write
+
+SAMPLER: Sampler = "dpmpp_2m"
+CHECKED = 512
+"""Held-out images that the denoiser's error is taken over."""
+SHOWN = 48
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run under evaluation. index: of its shards, None where they are gone. reference, training: clean images as it sees
+    them. observations: noisy ones that samples are held against.
+    prompt: for a run with text. folder: for all that is kept of it."""
+
+    name: str
+    run: Restored
+    index: ShardIndex | None
+    reference: Images | None
+    training: Images | None
+    observations: Observations | None
+    prompt: str
+    folder: Path
+
+    def sampling(self, request: Request) -> tuple[Path, dict[str, Any]]:
+        """The folder of its samples, and what they are drawn with."""
+        record = {"run": f"{self.name}, step {self.run.state.step}, averaged by {self.run.average}", "guide": None,
+                  **asdict(Wanted(request.seed, request.steps, SAMPLER, prompt=self.prompt))}  # fmt: skip
+        return self.folder / f"samples-{_digest(record)}", record
+
+
+def model_of(run: Restored, prompt: str = "") -> Model:
+    """prompt: for a run with text."""
+    config, process, device = run.config.model, run.config.process, run.device
+    if not isinstance(config, SDXLConfig):
+        return Model(
+            run.denoiser, process.sigma_min, process.sigma_max, run.state.shape,
+            encode=lambda images: images.to(device), decode=Tensor.cpu, conditioning=_none, at_once=AT_ONCE,
+        )  # fmt: skip
+    told, _ = conditioning.of_prompt(run.denoiser, config, [prompt], run.state.shape)
+    encode, decode = sdxl_base.coders(config, device)
+    return Model(
+        run.denoiser, process.sigma_min, process.sigma_max, image_shape(run),
+        encode=encode, decode=decode, conditioning=partial(conditioning.repeated, told), at_once=sdxl_base.AT_ONCE,
+    )  # fmt: skip
+
+
+def image_shape(run: Restored) -> tuple[int, int, int]:
+    """(C, H, W) of the images that it draws."""
+    if not isinstance(run.config.model, SDXLConfig):
+        return run.state.shape
+    factor = sdxl_base.pixels_a_side(run.config.model)
+    return 3, run.state.shape[1] * factor, run.state.shape[2] * factor
+
+
+def _none(number: int) -> Conditioning:
+    return {}
+
+
+def judge(subject: Subject, request: Request, extractor: Extractor) -> tuple[Evaluation, Path]:
+    """The evaluation, and its folder. One that is there already, of the same images and settings, is read back."""
+    run, index, reference, training = subject.run, subject.index, subject.reference, subject.training
+    observations = subject.observations
+    attacks = attacks_of(request, run) if training else ()
+    levels = levels_within(request, run)
+    settings: dict[str, Any] = {
+        "format": FORMAT, "step": run.state.step, "average": run.average, "prompt": subject.prompt,
+        "reference": request.reference, "reference_number": reference and reference.count, "reference_hash": reference and reference.identity,
+        "training": request.training, "training_number": training and training.count, "training_hash": training and training.identity, "compared": training and min(request.compared, training.count),
+        "extractor": extractor.name, "extractor_hash": extractor.identity, "number": request.number, "steps": request.steps,
+        "sampler": SAMPLER, "seed": request.seed, "checked": reference and min(CHECKED, reference.count), "levels": levels,
+        "attacked": training and reference and [min(request.attacked, images.count) for images in (training, reference)],
+        "attacks": training and [attack.about for attack in attacks],
+    }  # fmt: skip
+    if observations:
+        settings |= {"measured": request.measured, "measured_number": observations.images.count, "measured_about": observations.about, "measured_hash": observations.index.checksum}  # fmt: skip
+    folder = subject.folder / f"step-{run.state.step:08d}-{_digest(settings)}"
+    if (there := read(folder)) is not None:
+        return there, folder
+    shown = _Shown()
+    metrics: dict[str, float] = {}
+    model = model_of(run, subject.prompt)
+    samples = Images(f"samples of {subject.name}", open_source(str(subject.sampling(request)[0])), model.shape, request.number) if request.number else None  # fmt: skip
+    if samples:
+        shown.sheet("samples.png", samples, range(min(SHOWN, samples.count)), "Samples", "The first ones, not chosen.")
+    if samples and reference:
+        metrics |= _distances("quality", samples, reference, extractor)
+        shown.sheet("reference.png", reference, reference.spread(SHOWN), "Held-out clean images", "For comparison.")
+    if samples and observations:
+        noisy = as_observed(samples, observations, request.seed)
+        metrics |= _distances("measured", noisy, observations.images, extractor)
+        shown.sheet("observed.png", noisy, range(min(SHOWN, samples.count)), "Samples, corrupted as the data are", "The same ones.")  # fmt: skip
+        shown.sheet("measured.png", observations.images, observations.images.spread(SHOWN), "Held-out observations", "For comparison with those.")  # fmt: skip
+    curve = measures.curve(model, reference, CHECKED, levels) if reference else None
+    if curve:
+        by_level = zip(curve.levels, curve.mean, strict=True)
+        metrics |= {f"denoiser_error_by_sigma/{level:g}": value for level, value in by_level}
+    if training and reference:
+        for attack in attacks:
+            metrics |= _attack(model, attack, training, reference, extractor, request, shown)
+        if samples:
+            metrics |= _neighbours(
+                samples, training.part_of(request.compared), reference.part_of(request.compared), extractor, shown
+            )
+    sigma_n = _sigma_n(run, index)
+    evaluation = Evaluation(settings, subject.name, _data(run, index), sigma_n, metrics, curve, shown.pictures)
+    write(folder, evaluation, shown.files)
+    return evaluation, folder
+
+
+class _Shown:
+    """Pictures, collected."""
+
+    def __init__(self) -> None:
+        self.pictures: list[Picture] = []
+        self.files: dict[str, bytes] = {}
+
+    def sheet(self, file: str, images: Images, chosen: Sequence[int], title: str, about: str) -> None:
+        self.add(file, figures.image_sheet(images.rows(chosen), 16), title, about)
+
+    def add(self, file: str, data: bytes, title: str, about: str, *, plot: bool = False) -> None:
+        self.pictures.append(Picture(file, title, about, plot))
+        self.files[file] = data
+
+
+def attacks_of(request: Request, run: Restored) -> tuple[Attack, ...]:
+    """attack_sigma None: a 14th of the side of what the run works on, within what its process has: the noise that hides an
+    image has a level in proportion to its side."""
+    sigma = request.attack_sigma or min(run.state.shape[-1] / 14, run.config.process.sigma_max / 2)
+    return (Noised(sigma), Masked(request.attack_visible))
+
+
+def levels_within(request: Request, run: Restored) -> list[float]:
+    """Those that the run's process has."""
+    return [level for level in request.levels if run.config.process.sigma_min <= level <= run.config.process.sigma_max]
+
+
+def _digest(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _distances(group: str, samples: Images, others: Images, extractor: Extractor) -> dict[str, float]:
+    found = measures.quality(features_of(samples, extractor), features_of(others, extractor))
+    return {f"{group}/{name}": value for name, value in found.items()}
+
+
+def _attack(
+    model: Model, attack: Attack, training: Images, held_out: Images, extractor: Extractor, request: Request, shown: _Shown
+) -> dict[str, float]:  # fmt: skip
+    found = measures.attacked(model, attack, training, held_out, extractor, request.attacked, request.steps, request.seed)  # fmt: skip
+    name = f"memorization/{attack.name}"
+    metrics = {f"{name}_auc": found.auc["both"].value, f"{name}_auc_error": found.auc["both"].error, f"{name}_share": found.share}  # fmt: skip
+    metrics |= {f"{name}_auc_{kind}": found.auc[kind].value for kind in measures.KINDS}
+    shown.add(f"{attack.name}-similarity.png", figures.histograms(found), f"Attack by {attack.about}",
+              "How alike each image is to what the model made of what was left of it. Where nothing is memorized, the two histograms agree.", plot=True)  # fmt: skip
+    for kind, rows in found.shown.items():
+        file = f"{attack.name}-{kind.partition(' ')[0]}.png"
+        shown.add(file, figures.matches(rows), f"Best matches among {kind}, {attack.name}", "From above: the image, what was left of it, what the model made of that.")  # fmt: skip
+    return metrics
+
+
+def _neighbours(
+    samples: Images, training: Images, held_out: Images, extractor: Extractor, shown: _Shown
+) -> dict[str, float]:
+    found = measures.neighbours(samples, training, held_out, extractor)
+    metrics = {f"memorization/nearer_{kind}": estimate.value for kind, estimate in found.nearer.items()}
+    metrics |= {f"memorization/nearer_{kind}_error": estimate.error for kind, estimate in found.nearer.items()}
+    metrics |= {f"memorization/copies_{kind}": share for kind, share in found.copies.items()}
+    shown.add("neighbours.png", figures.matches(found.shown), "Samples most alike to a training image", "Above: fresh samples. Below: the training image next to each, by features.")  # fmt: skip
+    return metrics
+
+
+def _sigma_n(run: Restored, index: ShardIndex | None) -> tuple[float, float] | None:
+    scale = run.config.data.sigma_scale
+    return (index.sigma_min * scale, index.sigma_max * scale) if index else None
+
+
+def _data(run: Restored, index: ShardIndex | None) -> str:
+    if index is None:
+        return f"Its shards, {run.config.data.shards}, are not there any more."
+    taken = "" if run.config.data.sigma_scale == 1 else f", taken for {run.config.data.sigma_scale:g} times that"
+    return f"Trained on {index.samples} observations of {index.request.get('source')}, {index.request.get('corruption', {}).get('kind')}, sigma_n {index.levels}{taken}."

@@ -1,0 +1,152 @@
+"""Evaluates runs: draws their samples, judges them, and leaves figures and a report with each run and in MLflow."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from ambient_core import storage
+from ambient_core.errors import UserError, WorkFailed
+from data_pipeline.format.index import NAME as INDEX
+from data_pipeline.inputs.sources import open_source
+from trainer.engine import distributed
+from trainer.engine.distributed import Ranks
+from trainer.evaluation.features import open_extractor
+from trainer.evaluation.images import Images
+from trainer.evaluation.observations import open_observations
+from trainer.evaluation.request import FEWEST, Request
+from trainer.inference.draw import Wanted, drawer, into_folder
+from trainer.inference.load import restore, shards_of
+from trainer.models.sdxl import SDXLConfig
+from trainer.reports.evaluate_run import SAMPLER, Subject, image_shape, judge, levels_within
+from trainer.reports.html import COLUMNS, report, value
+from trainer.reports.record import FOLDER, REPORT, Evaluation
+from trainer.tracking.client import attach
+from trainer.tracking.config import LoggingConfig
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Which weights of each run are judged, and with which prompt, where it takes one; see `restore`."""
+
+    prompt: str | None = None
+    checkpoint: str = "latest"
+    sigma_rel: float | None = None
+
+
+def evaluate(
+    runs: Sequence[Path], request: Request, extractor: str, command: str, weights: Weights
+) -> list[tuple[Evaluation, Path]]:
+    """Judges each run, writes its report, and adds its figures to its MLflow run. A collective: the samples are shared out, and
+    the rest is done by the first rank; the others return an empty list. command: that does this again."""
+    ranks = distributed.init()
+    judged = subjects(runs, request, weights, _warn if ranks.is_main else lambda text: None)
+    network = open_extractor(extractor, ranks.device)
+    if request.number:
+        for subject in judged:
+            _draw(subject, request, ranks)
+    done: list[tuple[Evaluation, Path]] = []
+    for run_dir, subject in zip(runs, judged, strict=True):
+        if ranks.is_main:
+            evaluation, folder = judge(subject, request, network)
+            done.append((evaluation, folder))
+            storage.write_atomically(str(folder / REPORT), report([(evaluation, folder)], command).encode())
+            print(_line(evaluation), flush=True)
+            _log(run_dir, subject.run.config.logging, evaluation, folder)
+    return done
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def subjects(runs: Sequence[Path], request: Request, weights: Weights, say: Callable[[str], None]) -> list[Subject]:  # fmt: skip
+    """say: told what is odd of them. Raises UserError for what does not fit a run, before anything is drawn."""
+    found: list[Subject] = []
+    opened = cache(_open_images)  # runs that see the same images share them, and what is known of them
+    for run_dir in runs:
+        run = restore(run_dir, weights.checkpoint, weights.sigma_rel)
+        model, process, index = run.config.model, run.config.process, shards_of(run.config)
+        if weights.prompt is not None and not isinstance(model, SDXLConfig):
+            raise UserError(f"--prompt {weights.prompt}: needs a run with text, and the model of {run_dir} is a {model.kind}")  # fmt: skip
+        if request.attack_sigma is not None and not process.sigma_min < request.attack_sigma < process.sigma_max:
+            raise UserError(f"--attack-sigma {request.attack_sigma:g}: must be between {process.sigma_min:g} and {process.sigma_max:g}, of {run_dir}")  # fmt: skip
+        if request.reference and not levels_within(request, run):
+            raise UserError(f"--levels {' '.join(f'{level:g}' for level in request.levels)}: none is from {process.sigma_min:g} to {process.sigma_max:g}, of {run_dir}")  # fmt: skip
+        prompt = (weights.prompt if weights.prompt is not None else model.prompt or "") if isinstance(model, SDXLConfig) else ""  # fmt: skip
+        asked, shape = index.request if index else {}, image_shape(run)
+        value_range = asked.get("value_range") and tuple(asked["value_range"])
+        reference, training = (
+            opened(option, name, shape, asked.get("limit") if asked.get("source") == name else None, value_range)
+            if name
+            else None
+            for option, name in (("--reference", request.reference), ("--training", request.training))
+        )
+        for option, images in (("--reference", reference), ("--training", training)):
+            if images and images.count < FEWEST:
+                raise UserError(f"{option} {images.name}: {images.count} images, at least {FEWEST} are needed")
+        observations = open_observations(request.measured, shape) if request.measured else None
+        if observations and observations.index.samples < FEWEST:
+            raise UserError(f"--measured {request.measured}: {observations.index.samples} observations, at least {FEWEST} are needed")  # fmt: skip
+        if observations and index:
+            theirs, its = observations.index.request, index.request
+            if theirs.get("source") == its.get("source"):
+                say(f"--measured {request.measured}: {run_dir} was trained on these images: nothing here is held out")  # fmt: skip
+            for name, flag in (("value_range", "--range"), ("corruption", "corruption")):
+                if theirs.get(name) != its.get(name):
+                    say(f"--measured {request.measured}: made with {flag} {theirs.get(name)}, {run_dir} was trained with {its.get(name)}")  # fmt: skip
+        if index is None:
+            say(f"{run_dir}: its shards, {run.config.data.shards}, are not there: noise levels are not marked")  # fmt: skip
+        elif (made_of := index.request.get("source")) == request.reference and made_of:
+            say(f"--reference {request.reference}: {run_dir} was trained on these images: nothing here is held out")  # fmt: skip
+        elif request.training and made_of != request.training:
+            say(f"--training {request.training}: {run_dir} was trained on {made_of}")
+        found.append(Subject(run_dir.resolve().name, run, index, reference, training, observations, prompt, run_dir / FOLDER))  # fmt: skip
+    return found
+
+
+def _open_images(
+    option: str, name: str, shape: tuple[int, int, int], limit: int | None, value_range: tuple[float, float] | None
+) -> Images:
+    """option: that names them. limit: where a run's shards were made of the source's first images alone, those."""
+    local = storage.local_path(name)
+    if local is not None and (local / INDEX).is_file():
+        raise UserError(f"{option} {name}: these are shards of observations: give clean images; observations are for --measured {name}")  # fmt: skip
+    source = open_source(name, option)
+    return Images(name, source, shape, min(limit or len(source), len(source)), value_range)
+
+
+def _draw(subject: Subject, request: Request, ranks: Ranks) -> None:
+    """A collective."""
+    folder, record = subject.sampling(request)
+    draw, at_once = drawer(subject.run, None, Wanted(request.seed, request.steps, SAMPLER, prompt=subject.prompt))
+    into_folder(draw, at_once, request.number, folder, record, ranks)
+
+
+def _line(evaluation: Evaluation) -> str:
+    """The figures that one looks at first, as the report has them."""
+    told = [f"{heading} {value(evaluation, name)}" for name, (heading, _) in COLUMNS.items() if name in evaluation.metrics]  # fmt: skip
+    return f"{evaluation.run}, step {evaluation.step}: " + ", ".join(told)
+
+
+def _log(run_dir: Path, config: LoggingConfig, evaluation: Evaluation, folder: Path) -> None:
+    """Into the run's own MLflow run, in the place of another evaluation's."""
+    marker = folder.parent / "mlflow.sent"  # names the evaluation that MLflow's figures are of
+    if marker.exists() and marker.read_text() == folder.name:
+        return
+    settings = evaluation.settings
+    told = ("extractor", "number", "reference", "measured", "training", "attacked", "steps")
+    tags = {f"evaluation.{name}": str(settings[name]) for name in told if settings.get(name)}
+    tags["evaluation.folder"] = folder.name
+    try:
+        sent = attach(config, run_dir, evaluation.step, evaluation.metrics, tags, folder)
+    except WorkFailed as error:
+        print(f"warning: {error}; evaluate again to send the figures", file=sys.stderr)
+        return
+    if sent:
+        storage.write_atomically(str(marker), folder.name.encode())
+    else:
+        print(f"{run_dir}: has no MLflow run, so the figures are in {folder} alone")

@@ -1,0 +1,201 @@
+"""The composition root: from a RunConfig to the objects of a run. Nothing else puts components together."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ambient_core.errors import UserError
+from ambient_core.parsing import flatten
+from data_pipeline.loading.config import Layout
+from data_pipeline.loading.loader import Loader
+from trainer.checkpoint.checkpoints import Checkpoints, read_pool
+from trainer.checkpoint.resume import newest_whole
+from trainer.checkpoint.state import TrainState, read_state
+from trainer.checkpoint.tensors import read_tensors
+from trainer.config.resume_compatibility import refuse_another_run
+from trainer.config.run_config import RunConfig, to_data, to_yaml
+from trainer.diffusion.ambient import NEAREST, AmbientLoss
+from trainer.diffusion.consistency import ConsistencyConfig, ConsistencyLoss
+from trainer.diffusion.interleave import StepSchedule
+from trainer.diffusion.particles import ParticlePool
+from trainer.engine import deepspeed_config
+from trainer.engine.deepspeed_engine import Engine
+from trainer.engine.distributed import Ranks
+from trainer.engine.ema import EMA
+from trainer.models import conditioning, create, sdxl_base
+from trainer.models.attention import set_attention
+from trainer.models.sdxl import SDXLConfig
+from trainer.planning.models import conditioning_shapes
+from trainer.planning.trace import flops
+from trainer.tracking.logger import MLflowLogger
+from trainer.tracking.provenance import tags
+from trainer.training.consistency_budget import Budget, settled
+from trainer.training.data_warnings import _not_gaussian, few_images
+from trainer.training.run import Run
+
+
+def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = None) -> Run:
+    """Builds a run, new or from its last checkpoint. A collective. Raises UserError for what does not fit together.
+
+    extra_tags: for MLflow, in place of or beside its own."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    layout = layout_of(config, ranks.rank, ranks.world)
+    model = config.model
+    tokens = conditioning.tokens_of(config)
+    captions = tokens or "ids" if isinstance(model, SDXLConfig) and model.prompt is None else None
+    loader = Loader(config.data, layout, config.seed, ranks.device, captions)
+    _check_levels(config, loader)
+    few = few_images(config.data.shards, loader.index, config.data.sigma_scale)
+    other = _not_gaussian(config, loader)
+    notices = {f"notice.{name}": text for name, text in (("few_images", few), ("not_gaussian", other)) if text}
+    if ranks.is_main:
+        for text in notices.values():
+            print(f"warning: {text}", file=sys.stderr)
+    precision = deepspeed_config.resolve_precision(config.engine.precision)
+    settings, unused = deepspeed_config.settings(config.engine, config.optimizer, layout, precision)
+    if unused and ranks.is_main:
+        print(f"warning: engine.deepspeed {config.engine.deepspeed}: not used: {', '.join(unused)}", file=sys.stderr)
+    directory = Path(config.run_dir)
+    checkpoints = Checkpoints(directory, config.checkpoint)
+    refuse_another_run(config, directory)
+    ranks.barrier()
+
+    for shape in loader.index.shapes:
+        create.check_shape(config.model, shape)
+    if isinstance(model, SDXLConfig):
+        sdxl_base.check_data(model, loader.index, config.data.shards)
+    rows = conditioning.text_of(config, ranks.device)
+    network = create.denoiser(config, loader.index.shape, rows).to(ranks.device)
+    work = flops(network, loader.index.shape, conditioning_shapes(network))
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    attention = set_attention(network, "sdpa" if config.engine.deterministic else config.engine.attention, dtype, ranks)
+    if config.engine.deterministic:
+        attention = replace(attention, why="engine.deterministic")
+    if config.engine.compile:
+        network.backbone.compile()
+    engine = Engine(network, config.engine, config.optimizer, precision, settings)
+    sigma_min = config.process.sigma_min
+    c = config.consistency
+    stride = _stride(config, layout)
+    born_up_to = config.process.sigma_max if c and c.where == "everywhere" else None
+    pool = ParticlePool(layout.rows // stride, c.pool_depth if c else 1, sigma_min, born_up_to)
+    state, ema = TrainState(0, 0, 0, 0.0, loader.index.shape), EMA(config.ema, engine.masters)
+    path, torn = newest_whole(checkpoints, ["weights", "optimizer", *ema.averages], ranks)
+    if path is not None:
+        state = _load(path, engine, ema, pool, layout.first_row(0) // stride, ranks)
+    if torn:
+        notices["notice.torn_checkpoint"] = torn
+    budget = _budget(c, state)
+    _claim(config, settings, directory, ranks)
+    return Run(
+        config, directory, ranks, layout, loader, tokens or rows, conditioning.conditioner(config, tokens, ranks.device), network, engine, attention, work, ema,
+        ambient=AmbientLoss(config.levels, config.weight, config.process, config.ambient),
+        consistency=ConsistencyLoss(config.weight, sigma_min, c.ratio, c.steps, c.gradient) if c else None,
+        pool=pool,
+        stride=stride,
+        schedule=_schedule(c, budget, state),
+        budget=budget,
+        checkpoints=checkpoints,
+        logger=_logger(config, directory, engine, attention.tags() | notices | dict(extra_tags or {})) if ranks.is_main else None,
+        state=state,
+    )  # fmt: skip
+
+
+def _load(path: Path, engine: Engine, ema: EMA, pool: ParticlePool, first_particle: int, ranks: Ranks) -> TrainState:
+    """Puts the state of a checkpoint into what has one."""
+    state = read_state(path)
+    for name in ema.averages:
+        engine.load(read_tensors(path, name), {}, state.step, state.loss_scale)
+        ema.averages[name] = [t.clone() for t in engine.masters]
+    weights, moments = read_tensors(path, "weights"), read_tensors(path, "optimizer")
+    engine.load(weights, moments, state.step, state.loss_scale)
+    particles = read_pool(path, first_particle, pool.rows)
+    pool.load_state_dict({name: value.to(ranks.device) for name, value in particles.items()})
+    return state
+
+
+def roll_back(run: Run) -> bool:
+    """Sets a run back to its last checkpoint, but for the samples, of which it goes on with those after. A collective.
+    False where it has none, or has gone back as often as it may."""
+    here = run.state
+    if here.rolled_back >= run.config.recovery.roll_back:
+        return False
+    path, _ = newest_whole(run.checkpoints, ["weights", "optimizer", *run.ema.averages], run.ranks)
+    if path is None:
+        return False
+    state = _load(path, run.engine, run.ema, run.pool, run.layout.first_row(0) // run.stride, run.ranks)
+    run.state = replace(
+        state, samples=here.samples, evaluations=here.evaluations, seconds=here.seconds, period=here.period,
+        in_a_row=0, rolled_back=here.rolled_back + 1,
+    )  # fmt: skip
+    run.budget = _budget(run.config.consistency, run.state)
+    run.schedule = _schedule(run.config.consistency, run.budget, run.state)
+    return True
+
+
+def _logger(config: RunConfig, directory: Path, engine: Engine, more: dict[str, str]) -> MLflowLogger:
+    parameters = dict(flatten(to_data(config)))
+    return MLflowLogger(config.logging, directory, parameters, {**tags(), "engine.precision": engine.precision, **more})
+
+
+def layout_of(config: RunConfig, rank: int, world: int) -> Layout:
+    """Raises UserError where the batch cannot be split over so many ranks."""
+    rows, rest = divmod(config.batch_size, world)
+    if rest or rows == 0:
+        raise UserError(f"batch_size {config.batch_size}: must be a multiple of the {world} ranks")
+    micro = min(config.micro_batch_size or rows, rows)
+    if rows % micro:
+        raise UserError(
+            f"micro_batch_size {config.micro_batch_size}: must divide the {rows} samples that each of {world} ranks has of batch_size {config.batch_size}"
+        )
+    return Layout(config.batch_size, micro, rank, world)
+
+
+def _stride(config: RunConfig, layout: Layout) -> int:
+    particles = config.consistency.batch_size if config.consistency else None
+    stride = config.batch_size // (particles or config.batch_size)
+    if layout.micro_batch_size % stride:
+        raise UserError(
+            f"consistency.batch_size {particles}: takes every {stride}th sample, so the {layout.micro_batch_size} samples of a micro-batch must be a multiple of {stride}"
+        )
+    return stride
+
+
+def _budget(config: ConsistencyConfig | None, state: TrainState) -> Budget | None:
+    if config is None or config.overhead_budget is None or state.period is not None:
+        return None
+    return Budget(config.overhead_budget, config.start, config.end)
+
+
+def _schedule(config: ConsistencyConfig | None, budget: Budget | None, state: TrainState) -> StepSchedule:
+    if config is None:
+        return StepSchedule(1, 0)
+    if budget is not None:
+        return budget.schedule
+    return settled(config, state.period) if state.period else config.schedule()
+
+
+def _check_levels(config: RunConfig, loader: Loader) -> None:
+    highest = loader.index.sigma_max * config.data.sigma_scale
+    if highest * NEAREST >= config.process.sigma_max:
+        raise UserError(
+            f"process.sigma_max {config.process.sigma_max:g}: must be above the data's highest sigma_n {highest:g} ({config.data.shards})"
+        )
+
+
+def _claim(config: RunConfig, settings: Mapping[str, object], directory: Path, ranks: Ranks) -> None:
+    """Writes config.yaml, once all that it asks for could be built, and what DeepSpeed was told."""
+    if ranks.is_main:
+        try:
+            (directory / "config.yaml").write_text(to_yaml(config))
+            (directory / "deepspeed.json").write_text(json.dumps(settings, indent=2))
+        except OSError as error:
+            raise UserError(f"run_dir {directory}: cannot be written: {error.strerror}") from None
+    ranks.barrier()

@@ -1,0 +1,187 @@
+"""train(): the whole loop."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
+
+import torch
+from tqdm import tqdm
+
+from ambient_core.errors import WorkFailed
+from ambient_core.progress import progress_bar
+from trainer.checkpoint.posthoc_ema import write_snapshot
+from trainer.checkpoint.retention import Judge
+from trainer.checkpoint.state import TrainState
+from trainer.engine.ema import PowerEMA
+from trainer.monitor.spikes import Diverged, Spikes
+from trainer.training.consistency_budget import settled
+from trainer.training.preview import Preview
+from trainer.training.reports import Reports, warn
+from trainer.training.run import Run
+from trainer.training.step import _passes
+from trainer.training.step_status import Step, Verdict, Verdicts
+
+
+def train(run: Run, stop: Callable[[], bool]) -> bool:
+    """Trains to the last step, or until `stop()` is true on any rank. Returns whether it reached the last step. Raises
+    Diverged, on all ranks, at a step that may not be left out.
+
+    Every step is a pure function of the checkpoint before it: data are addressed by position, noise by (seed, batch of the data,
+    row), where the batch is the step but for a run that has gone back.
+    """
+    config, ranks, engine, layout = run.config, run.ranks, run.engine, run.layout
+    reports, preview = Reports(run), Preview(run)
+    begun, before = time.perf_counter(), run.state
+    judge = Judge(config.checkpoint, before.tally)
+    spikes = Spikes(config.recovery.spike, before.usual_loss) if config.recovery.spike else None
+    evaluations_before, saved_at = run.denoiser.evaluations, before.step
+    passed_over = before.samples // layout.batch_size - before.step
+    verdicts, in_a_row = Verdicts(ranks), before.in_a_row
+    batches = run.loader.stream(before.samples)
+    bar = progress_bar(
+        total=config.steps, initial=before.step, desc=run.directory.name, unit="step", disable=not ranks.is_main
+    )
+
+    with (
+        _last_checkpoint(run),
+        bar,
+        closing(batches),
+    ):  # on errors, too: they stand on a line of their own, and no worker is left
+        for step in range(before.step, config.steps):
+            started, done = time.perf_counter(), step + 1
+            passes = _passes(run, batches, step, step + passed_over, reports, spikes)
+            run.ema.update(engine.masters, done)
+            period = _spend(run, step, started + passes.waited)
+
+            evaluations = (run.denoiser.evaluations - evaluations_before) * ranks.world
+            seconds = before.seconds + time.perf_counter() - begun
+            run.state = TrainState(
+                done, before.samples + (done - before.step) * layout.batch_size, before.evaluations + evaluations, seconds,
+                before.shape, period, loss_scale=engine.loss_scale, usual_loss=spikes.usual if spikes else before.usual_loss,
+                rolled_back=before.rolled_back,
+            )  # fmt: skip
+
+            # What the ranks know together: of this step where something depends on it, else of the one before.
+            asked, saves = stop(), done % config.checkpoint.every == 0 or done == config.steps
+            reports_now = done % config.logging.every == 0 or done == config.steps
+            judged = Step(run.state, passes.keys, passes.spike, engine.loss_scale.scale)
+            verdicts.tell(judged, asked, run.checkpoints.written, passes.finite, engine.left_out)
+            known = verdicts.known(saves or reports_now or (asked and ranks.world == 1))
+            if stopping := any(verdict.stop for verdict in known):
+                known += verdicts.known(of_all=True)
+            for verdict in known:
+                in_a_row = _judge(run, verdict, in_a_row)
+            if any(verdict.written for verdict in known):
+                run.checkpoints.end(ranks)
+            run.state = replace(run.state, loss_scale=engine.loss_scale, in_a_row=in_a_row)
+
+            # What people look at.
+            bar.update()
+            if reports_now or stopping:
+                report, covered = reports.report(evaluations, config.optimizer.rate(step))
+                judge.observe(report, covered)
+                bar.set_postfix(loss=f"{report['loss/ambient']:.3f}", refresh=False)
+                if run.logger:
+                    run.logger.metrics(done, report)
+            if config.logging.sample_every and (done % config.logging.sample_every == 0 or done == config.steps):
+                preview.log(done)
+
+            # What outlasts the process.
+            if isinstance(config.ema, PowerEMA) and config.ema.snapshots and done % config.ema.snapshots.every == 0:
+                for name, width in config.ema.tracked().items():
+                    write_snapshot(run.directory, ranks, done, width, run.averaged_weights(name))
+            if saves or stopping:
+                tally, warning = judge.close(done)
+                warn(run, "keep_best", warning)
+                run.state = replace(run.state, tally=tally)
+                save(run)
+                saved_at = done
+            if stopping:
+                break
+    assert saved_at == run.state.step, "nothing done is left unsaved"
+    return run.state.step >= config.steps
+
+
+def _spend(run: Run, step: int, started: float) -> int | None:
+    """Gives the budget, if it has not chosen yet, this step's time; returns the period that it chose, now or before."""
+    c, ranks = run.config.consistency, run.ranks
+    if run.budget is None or c is None or not run.budget.times(step):
+        return run.state.period
+    if ranks.device.type == "cuda":
+        torch.cuda.synchronize()
+    choice = run.budget.observe(step, time.perf_counter() - started, ranks)
+    if choice is None:
+        return None
+    run.budget, run.schedule = None, settled(c, choice.period)
+    if ranks.is_main:
+        tqdm.write(
+            f"consistency.overhead_budget {c.overhead_budget:g}: consistency at every {choice.period}th step from now on; "
+            f"a step takes {choice.ambient_seconds:.3g} s, one with consistency {choice.consistency_seconds:.3g} s",
+            file=sys.stderr,
+        )
+    return choice.period
+
+
+def _judge(run: Run, verdict: Verdict, in_a_row: int) -> int:
+    """Says what of a step is wrong, if anything; returns how many such steps there are in a row. Raises Diverged, with the run's
+    state that of the step, where it may not be left out."""
+    engine, step = run.engine, verdict.step
+    engine.count(verdict.left_out)
+    done = step.state.step
+    problem = f"{step.spike} at step {done}" if step.spike else _not_finite(verdict, engine.precision)
+    if problem is None:
+        return 0
+    # The weights moved, or never will.
+    if not verdict.left_out or step.scale < 1 or in_a_row >= run.config.recovery.leave_out:
+        run.state = replace(step.state, loss_scale=engine.loss_scale)
+        run.checkpoints.end(run.ranks)
+        raise Diverged(problem, _last_words(run, problem, step.keys))
+    if verdict.here or step.spike:
+        tqdm.write(f"warning: {problem}; samples of rank {run.ranks.rank}: {' '.join(step.keys)}", file=sys.stderr)
+    warn(run, "not_finite", f"{problem}; it was left out, {engine.loss_scale.skipped} such steps so far", done)
+    return in_a_row + 1
+
+
+def _not_finite(verdict: Verdict, precision: str) -> str | None:
+    """What of a step is not finite, if that is not for the loss's scale to mend."""
+    done = verdict.step.state.step
+    if verdict.loss:
+        return f"the loss is not finite at step {done}"
+    if verdict.step.scale < 1:
+        return f"the gradients are not finite at step {done}, however the loss is scaled"
+    if verdict.left_out and precision != "fp16":
+        return f"the gradients are not finite at step {done}, though the loss is"
+    return None
+
+
+def _last_words(run: Run, problem: str, keys: list[str]) -> str:
+    return (
+        f"{problem}; samples of rank {run.ranks.rank}: {' '.join(keys[:8])}...; the last good checkpoint is {run.checkpoints.latest() or 'none'}; "
+        "try a lower optimizer.lr or consistency.weight, or engine.precision=fp32; recovery.leave_out passes over such steps, "
+        "recovery.roll_back, once there is a checkpoint, over all samples since it"
+    )
+
+
+@contextmanager
+def _last_checkpoint(run: Run) -> Iterator[None]:
+    """What was begun is ended; after an error on one of several ranks it cannot be, as the others go on or wait elsewhere."""
+    try:
+        yield
+    except Exception:
+        if run.ranks.world == 1:
+            with suppress(WorkFailed):
+                run.checkpoints.end(run.ranks)
+        raise
+    run.checkpoints.end(run.ranks)
+
+
+def save(run: Run) -> None:
+    """Begins to write a checkpoint of the run as it is now. A collective."""
+    weights, moments = run.engine.weights(), run.engine.moments()
+    averages = {name: run.averaged_weights(name) for name in run.ema.averages}
+    pool = {name: value.to("cpu", copy=True) for name, value in run.pool.state_dict().items()}
+    run.checkpoints.begin(run.ranks, run.state, weights, averages, moments, pool)

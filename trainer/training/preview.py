@@ -1,0 +1,73 @@
+"""Sample grids while training, by the averaged weights."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor
+
+from data_pipeline.inputs.sources import open_source
+from trainer.diffusion.denoiser import Denoiser
+from trainer.evaluation.distances import kid
+from trainer.evaluation.features import PACKAGED, features_of, open_extractor
+from trainer.evaluation.images import Images
+from trainer.inference.generate import generate
+from trainer.inference.grids import save_grid
+from trainer.models import conditioning, create, sdxl_base
+from trainer.models.sdxl import SDXLConfig
+from trainer.training.run import Run
+
+SHOWN = 16
+JUDGED, REFERENCE = 256, 2000
+"""Samples whose distance is taken, and reference images at most. KID has no bias at any number, so few will do to see a trend."""
+
+
+class Preview:
+    """A second network on rank 0 that holds the averaged weights; made when the first picture is. Raises UserError for a
+    reference that is not there."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._network: Denoiser | None = None
+        self._features: Tensor | None = None
+        reference = run.config.logging.reference
+        self._source = open_source(reference, "logging.reference") if reference else None
+
+    def log(self, step: int) -> None:
+        """Samples images with the same seeds each time, and logs 16 of them, and the distance of 256 where there is a
+        reference. A collective: the weights are gathered."""
+        run = self._run
+        average = run.averaged_weights()
+        if run.logger is None:
+            return
+        if self._network is None:
+            rows = run.text if isinstance(run.text, conditioning.TextRows) else None  # else it has encoders of its own
+            self._network = create.denoiser(run.config, run.state.shape, rows).to(run.ranks.device)
+        self._network.load_state_dict(average, strict=False)
+        images = self._draw(self._network, JUDGED if self._source else SHOWN)
+        path = run.directory / "samples" / f"step-{step:08d}.png"
+        save_grid(images[:SHOWN], path, columns=4)
+        run.logger.image(step, "samples", path)
+        if self._source:
+            distance, error = self._distance(images)
+            run.logger.metrics(step, {"samples/kid": distance, "samples/kid_error": error})
+
+    def _draw(self, network: Denoiser, number: int) -> Tensor:
+        run, model = self._run, self._run.config.model
+        shape, device = run.state.shape, run.ranks.device
+        drawn = partial(generate, network, number, shape, seed=0, steps=18, sampler="ddim", progress=False)
+        if not isinstance(model, SDXLConfig):
+            return drawn()
+        assert run.text is not None
+        told = conditioning.of_training(run.config, run.text, number, shape, device)
+        latents = drawn(conditioning=told, batch_size=sdxl_base.AT_ONCE)
+        return sdxl_base.decoder(model, device)(latents)
+
+    def _distance(self, images: Tensor) -> tuple[float, float]:
+        assert self._source is not None
+        extractor = open_extractor(PACKAGED, self._run.ranks.device)
+        if self._features is None:
+            channels, height, width = images.shape[1:]
+            source = Images("logging.reference", self._source, (channels, height, width), len(self._source))
+            self._features = features_of(source.part_of(REFERENCE), extractor)
+        return kid(extractor.features(images), self._features)

@@ -1,0 +1,62 @@
+"""Run: all that the loop needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.latents.tokens import Tokens
+from data_pipeline.loading.config import Layout
+from data_pipeline.loading.loader import Loader
+from trainer.checkpoint.checkpoints import Checkpoints
+from trainer.checkpoint.state import TrainState
+from trainer.config.run_config import RunConfig
+from trainer.diffusion.ambient import AmbientLoss
+from trainer.diffusion.consistency import ConsistencyLoss
+from trainer.diffusion.denoiser import Denoiser
+from trainer.diffusion.interleave import StepSchedule
+from trainer.diffusion.particles import ParticlePool
+from trainer.engine.deepspeed_engine import Engine, State
+from trainer.engine.distributed import Ranks
+from trainer.engine.ema import EMA
+from trainer.models import conditioning
+from trainer.models.attention import Choice
+from trainer.planning.trace import Flops
+from trainer.tracking.logger import MLflowLogger
+from trainer.training.consistency_budget import Budget
+
+
+@dataclass
+class Run:
+    """All that the loop needs. Losses see a Denoise; here it is the engine around the denoiser.
+
+    text: what the batches' captions are: rows of embeddings, or tokens for the network's own text encoders.
+    stride: consistency takes every stride-th row of the batch. budget: present until it has chosen the schedule's period.
+    """
+
+    config: RunConfig
+    directory: Path
+    ranks: Ranks
+    layout: Layout
+    loader: Loader
+    text: conditioning.TextRows | Tokens | None
+    conditioner: conditioning.Conditioner
+    denoiser: Denoiser
+    engine: Engine
+    attention: Choice
+    flops: Flops
+    ema: EMA
+    ambient: AmbientLoss
+    consistency: ConsistencyLoss | None
+    pool: ParticlePool
+    stride: int
+    schedule: StepSchedule
+    budget: Budget | None
+    checkpoints: Checkpoints
+    logger: MLflowLogger | None
+    state: TrainState
+
+    def averaged_weights(self, name: str = "ema") -> State:
+        """The averaged weights, whole; name: of the average. A collective."""
+        with self.engine.replaced(self.ema.averages[name]):
+            return self.engine.weights()

@@ -1,0 +1,87 @@
+"""One step: the losses of its micro-batches, forward and backward."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from ambient_core.batch import Batch
+from trainer.diffusion.noise import AddressedNoise
+from trainer.diffusion.tensors import variance
+from trainer.models import conditioning
+from trainer.monitor import collapse
+from trainer.monitor.metrics import Meter
+from trainer.monitor.spikes import Spikes
+from trainer.training.reports import Reports
+from trainer.training.run import Run
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Of one step, on this rank. keys: of its samples. finite: whether the losses of its micro-batches are, a bool scalar on the
+    device. spike: what is wrong with the mean loss of all ranks, if anything. waited: seconds, for data."""
+
+    keys: list[str]
+    finite: torch.Tensor
+    spike: str | None
+    waited: float
+
+
+def _passes(
+    run: Run, batches: Iterator[Batch], step: int, drawn: int, reports: Reports, spikes: Spikes | None
+) -> Passes:
+    """Forward and backward passes of the step's micro-batches, and the optimiser's step. drawn: as `step_loss` has it."""
+    engine, ranks, last = run.engine, run.ranks, run.layout.accumulation - 1
+    finite, scale = torch.ones((), dtype=torch.bool, device=ranks.device), engine.loss_scale
+    keys, losses, spike, waited = list[str](), list[torch.Tensor](), None, 0.0
+    for micro in range(run.layout.accumulation):
+        asked = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - asked
+        with reports.pace.computing():
+            loss = step_loss(run, batch, step, drawn, micro, reports.meter)
+        finite &= loss.isfinite()
+        keys += batch.keys
+        if spikes:  # whether to step depends on it, so here the device is waited for
+            losses.append(loss.detach())
+            if micro == last:
+                mean = float(ranks.sum(torch.stack(losses).sum())) / len(losses) / ranks.world
+                spike = spikes.observe(mean, run.schedule.has_consistency(step))
+        engine.backward(loss * math.nan if spike else loss)  # steps of such gradients are left out
+        engine.step(step)
+    if spike and engine.precision == "fp16":  # no overflow, so the scale stays
+        engine.loss_scale = replace(scale, skipped=engine.loss_scale.skipped)
+    reports.pace.waited(waited)
+    return Passes(keys, finite, spike, waited)
+
+
+def step_loss(run: Run, batch: Batch, step: int, drawn: int, micro: int, meter: Meter) -> torch.Tensor:
+    """The ambient loss and, at the steps that the schedule says, the consistency loss of the batch's particles. drawn: which batch
+    of the data it is, which addresses its noise."""
+    first_row = run.layout.first_row(micro)
+    noise = AddressedNoise(run.config.seed, drawn, first_row)
+    batch = run.conditioner(batch, noise)
+    taken = None
+    if run.schedule.has_consistency(step):
+        below = AddressedNoise(run.config.seed, drawn, first_row // run.stride)
+        first_particle = micro * run.layout.micro_batch_size // run.stride
+        taken = *run.pool.take(batch.every(run.stride), below, first_particle), below
+    if (encoders := conditioning.encoders_of(run.denoiser)) is not None:
+        told = [batch.conditioning, *([taken[1].conditioning] if taken else [])]
+        encoders.begin(torch.cat([each["caption"] for each in told]))
+    terms = run.ambient(run.engine, batch, noise)
+    meter.add("ambient", terms)
+    loss = terms.loss.mean()
+    if taken and run.consistency and run.config.consistency:
+        slots, particles, below = taken
+        terms, children = run.consistency(run.engine, particles, below)
+        run.pool.put(slots, children)
+        meter.add("consistency", terms)
+        if terms.h_variance is not None:
+            meter.ratio(collapse.SPREAD, terms.h_variance, variance(batch.x_n) - batch.sigma_n.square().mean())
+        loss = loss + run.config.consistency.weight * run.schedule.scale * terms.loss.mean()
+    return loss
