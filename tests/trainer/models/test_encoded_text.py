@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,10 @@ from trainer.models.encoded_text import EncodedText
 Train = Callable[..., Outcome]
 ENCODED = "model.text=encoded"
 ADAPTERS = (ENCODED, "model.lora.text_encoders=true", "model.lora.targets=[attention, feed_forward]")
+
+ONE_TOKEN = re.compile(r"\.(down_blocks\.2|mid_block|up_blocks\.0)\..*\.attn1\.to_[qk]\.")
+"""Queries and keys of self-attention at the UNet's lowest resolution, where latents of 4x4 are one token. A softmax over one
+token is 1, so their gradient is 0; kernels give it as 0 or as rounding noise, by the processor."""
 
 
 @pytest.fixture
@@ -124,9 +129,10 @@ def test_each_distinct_caption_is_encoded_once_a_micro_batch(
 
 
 def losses_of(denoiser: Denoiser, captions: Tensor, gradient: Any) -> Tensor:
-    """Of observations and of particles with other captions, as in a training step."""
+    """Of observations and of particles with other captions, as in a training step; large enough for several tokens at the
+    lowest resolution, so that all adapters have a gradient."""
     noise = AddressedNoise(0, 0, 0)
-    x = noise.normal("x", torch.empty(len(captions), 4, 4, 4))
+    x = noise.normal("x", torch.empty(len(captions), 4, 8, 8))
     sigma, told = torch.full((len(x),), 0.4), {"caption": captions, "time_ids": torch.ones(len(x), 6)}
     particles = Particles(x.flip(0), sigma, told | {"caption": captions.roll(1, 0)}, sigma > 0)
     ambient = AmbientLoss(LogNormal(), EDM(), denoiser.process)(denoiser, Batch(x, sigma, told), noise)
@@ -153,7 +159,7 @@ def test_what_is_shared_has_the_gradient_of_all_passes(gradient: str, again: str
     # 6 layers a block, 2 tensors each; 3 blocks each, of which the first encoder's last has no say
     assert len(text) == 6 * 2 * (2 + 3)
     for name, a, b in zip(trained, apart, shared, strict=True):
-        assert b.any() or name not in text, f"{name} has no part in the loss"
+        assert b.any(), f"{name} has no part in the loss"
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-5 * float(a.abs().max() + 1), msg=name)
 
 
@@ -172,7 +178,11 @@ def test_a_checkpoint_holds_the_adapters_of_both_text_encoders(train_sdxl: Train
     assert {name.split(".")[2] for name in text} == {"text_encoder", "text_encoder_2"}
     assert len(text) == 6 * 2 * (2 + 3)
     assert all(held[name].dtype == torch.float32 for name in held)
-    assert all(held[name].any() for name in held if ".lora_B." in name), "all of them were trained"
+    products = [name for name in held if ".lora_B." in name]
+    with_gradient = [name for name in products if not ONE_TOKEN.search(name)]
+    # q and k of each transformer block there: down, middle and up
+    assert len(products) - len(with_gradient) == 2 * (4 + 2 + 6)
+    assert all(held[name].any() for name in with_gradient), "all of them were trained"
     run = restore(tmp_path / "run")
     restored = dict(run.denoiser.named_parameters())
     assert all(torch.equal(restored[name].cpu(), value) for name, value in held.items())
