@@ -7,7 +7,7 @@ casts and what a frozen weight spares are as in training, for any network and an
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -86,10 +86,20 @@ class Activations:
 
 def flops(network: Denoiser, shape: tuple[int, ...], conditioning: Shapes) -> Flops:
     """By torch's counter, on the meta device. network: with its weights anywhere. shape: of one sample's image.
-    It must have torch's own attention: xformers' is not known there."""
+    It must have torch's own attention: xformers' is not known there. An architecture is counted once a process."""
     backbone = network.backbone
     state = {name: torch.empty_like(t, device="meta").requires_grad_(t.requires_grad) for name, t in _state(backbone)}
+    tensors = tuple((name, t.shape, t.dtype, t.requires_grad) for name, t in state.items())
+    key = repr(backbone), tensors, shape, tuple(sorted(conditioning.items()))
+    if key not in _counted:
+        _counted[key] = _count(backbone, state, shape, conditioning)
+    return _counted[key]
 
+
+_counted: dict[Hashable, Flops] = {}
+
+
+def _count(backbone: nn.Module, state: dict[str, Tensor], shape: tuple[int, ...], conditioning: Shapes) -> Flops:
     def evaluate() -> Tensor:
         given = {name: torch.empty(1, *s, device="meta") for name, s in conditioning.items()}
         x, time = torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta")
