@@ -11,13 +11,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two ranks on two cores, and sums in one order
 
 from data_pipeline.corruption.corruption import Gaussian
 from data_pipeline.shard import shard
+from tests.waiting import HANG_S
 from trainer.models.tiny_sdxl import write_tiny_sdxl
+from trainer.tracking.logger import MLflowLogger
+
+# No example may fail because a machine is slow.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
+
+# At its end a training waits a minute for MLflow to have its records. A busy machine may take longer to make MLflow's database.
+MLflowLogger.close.__defaults__ = (HANG_S,)
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny.yaml"
@@ -67,7 +77,7 @@ def train(shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Ca
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
         result = subprocess.run(
             [*launcher, "-m", "trainer.train", *arguments],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=HANG_S,
         )  # fmt: skip
         return result.returncode, result.stdout
 

@@ -7,9 +7,13 @@ import sys
 import pytest
 
 from ambient_core import progress
+from tests.waiting import HANG_S
 
 
-def test_a_log_gets_the_first_and_the_last_line_of_short_work(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_log_gets_the_first_and_the_last_line_of_short_work(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "IN_A_LOG", HANG_S)
     with progress.progress_bar(total=5000, desc="work", unit="img") as bar:
         for _ in range(5000):
             bar.update()

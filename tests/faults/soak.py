@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import psutil
@@ -34,7 +36,8 @@ from tqdm import tqdm
 from ambient_core import errors
 from data_pipeline import shard
 from tests.faults.campaign import pictures_in
-from tests.faults.tracking import FAULTS, TINY, Server, compare
+from tests.faults.tracking import FAULTS, PATIENT, TINY, Server, compare
+from tests.waiting import HANG_S
 
 READ_EVERY_S, TURN_S, READINGS = 5.0, 30.0, 100
 """A short soak is read more often, so that there are so many readings."""
@@ -140,13 +143,14 @@ def soak(folder: Path, seconds: float, every: Mapping[str, int]) -> tuple[list[R
         server.turn("well")
         if training.poll() is None:
             training.send_signal(signal.SIGTERM)
-        stopped, code = training.wait(600), 0
+        stopped, code = training.wait(HANG_S), 0
         records.follow()
         for more in range(1, STARTS + 1):  # each sends what waits for a minute
             code = subprocess.run([*command, f"steps={records.step + more}"], stdout=log, stderr=log).returncode
             if code or json.loads((run / "mlflow.json").read_text())["sent"] == records.lines():
                 break
-        found = {"stopped_with": stopped, **compare(run, server.behind, code)}
+        with mock.patch.dict(os.environ, PATIENT):
+            found = {"stopped_with": stopped, **compare(run, server.behind, code)}
     finally:
         log.close()
         training.kill()

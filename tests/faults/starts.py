@@ -11,11 +11,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from tests.waiting import free_port
+from tests.waiting import HANG_S, free_port
 
-PATIENCE_S = 600.0
-"""No command of the campaign lasts so long, unless it hangs."""
-GRACE_S = 5.0
+GRACE_S = 30.0
 """After a rank has ended badly, the others have so long before they are told to stop, and again before they are killed, as
 torchrun does with them."""
 
@@ -41,7 +39,7 @@ class Start:
 
     def wait(self, until: Callable[[], bool]) -> bool:
         """Whether `until` came true before all had ended."""
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + HANG_S
         while self.codes() is None:
             if until():
                 return True
@@ -51,7 +49,7 @@ class Start:
 
     def end(self) -> list[int]:
         """Waits for all; once one has ended badly, the others are ended as a launcher ends them. Exit codes."""
-        deadline, failed_at, told = time.monotonic() + PATIENCE_S, 0.0, False
+        deadline, failed_at, told = time.monotonic() + HANG_S, 0.0, False
         while (codes := self.codes()) is None:
             now = time.monotonic()
             if not failed_at and any(self._codes.values()):

@@ -34,8 +34,7 @@ MORE = os.environ.get("AMBIENT_FUZZ")
 EXAMPLES = settings(
     max_examples=int(MORE or 150),
     derandomize=MORE is None,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 NASTY: st.SearchStrategy[Any] = st.sampled_from(

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from tests.conftest import ROOT
+from tests.waiting import HANG_S
 
 MARK = Path("/tmp/was-here")
 """What the commands in those files would make."""
@@ -16,7 +17,7 @@ MARK = Path("/tmp/was-here")
 def test_they_are_told_what_is_wrong_in_little_memory() -> None:
     """In a process of its own, as memory is bounded for good."""
     command = [sys.executable, "-m", "tests.faults.hostile"]
-    result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=600)
+    result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=HANG_S)
     found = json.loads(result.stdout.splitlines()[-1])
     assert found["files"] > 90
     assert (result.returncode, found["failures"]) == (0, 0), result.stdout

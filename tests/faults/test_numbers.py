@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from ambient_core.batch import Batch
 from tests.conftest import ROOT, Outcome
 from tests.trainer.training.test_runs import assert_same_files, curve, edit_state, final
+from tests.waiting import HANG_S
 from trainer.training import step as step_module
 from trainer.training.run import Run
 
@@ -240,7 +241,9 @@ sys.exit(errors.run(main))
         "recovery.roll_back=1",
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([*launcher, *words], cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+    result = subprocess.run(
+        [*launcher, *words], cwd=ROOT, capture_output=True, text=True, timeout=HANG_S, env=environment
+    )
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("back to step 3, past the samples of steps 4 to 5") == 1
     assert sorted(curve(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]

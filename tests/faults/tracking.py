@@ -35,7 +35,7 @@ os.environ.update(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEO
 from ambient_core import errors
 from data_pipeline import shard
 from tests.faults.campaign import pictures_in
-from tests.waiting import free_port, until
+from tests.waiting import HANG_S, free_port, until
 from trainer import train
 from trainer.tracking import logger as logger_module
 from trainer.tracking import pages
@@ -43,6 +43,8 @@ from trainer.tracking.logger import MLflowLogger
 
 TINY = Path(__file__).parent.parent / "tiny.yaml"
 FAULTS = ("well", "error", "lost answer", "hang", "killed")
+PATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": f"{HANG_S:.0f}"}
+"""For requests that nothing is wrong with, however slow the machine is."""
 PACE_S = 0.05
 """A step takes so long at least."""
 
@@ -54,7 +56,7 @@ class Server:
         self.folder, self.fault, self.faults, self._port = folder, "well", Counter[str](), free_port()
         self._over, self._asked = threading.Event(), set[str]()
         self._process = self._start()
-        until(lambda: self._forward("GET", "/health", b"", {})[0] == 200, "answer of MLflow's server", 180)
+        until(lambda: self._forward("GET", "/health", b"", {})[0] == 200, "an answer of MLflow's server")
         self._proxy = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._proxy.daemon_threads = True
         threading.Thread(target=self._proxy.serve_forever, daemon=True).start()
@@ -170,7 +172,8 @@ def campaign(folder: Path, seconds: float, turns: Sequence[str], turn_s: float) 
             mock.patch.object(logger_module, "LONGEST_PAUSE_S", 0.3),
         ):
             code = errors.run(lambda: train.main(words))
-        found = compare(folder / "run", server.behind, code)
+        with mock.patch.dict(os.environ, PATIENT):
+            found = compare(folder / "run", server.behind, code)
     finally:
         server.close()
     longest = max(waits) * 1000
@@ -182,7 +185,8 @@ def _patient(server: Server) -> Any:
 
     def close(logger: MLflowLogger, status: Any, patience: float = 60.0) -> None:
         server.turn("well")
-        honest(logger, status, 300.0)
+        with mock.patch.dict(os.environ, PATIENT):
+            honest(logger, status, HANG_S)
 
     return close
 

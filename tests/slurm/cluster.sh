@@ -18,7 +18,7 @@ end() {
   local pid
   pid=$(cat "$1")
   kill "$pid"
-  for _ in $(seq 100); do
+  for _ in $(seq 1000); do
     alive "$1" || { rm -f "$1"; return 0; }
     sleep 0.1
   done
@@ -53,7 +53,7 @@ SlurmctldHost=$host(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=cred_expire=5
+AuthInfo=cred_expire=20
 CredType=cred/munge
 SlurmctldPort=16817
 StateSaveLocation=$base/state
@@ -73,10 +73,10 @@ SelectTypeParameters=CR_CPU_Memory
 SlurmdParameters=config_overrides
 ReturnToService=1
 JobRequeue=1
-KillWait=10
-SlurmdTimeout=10
+KillWait=60
+SlurmdTimeout=30
 SlurmctldTimeout=15
-BatchStartTimeout=10
+BatchStartTimeout=60
 MinJobAge=3600
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=1
 PropagateResourceLimits=NONE
@@ -86,7 +86,7 @@ CONF
     for i in $(seq "$nodes"); do
       echo "NodeName=node$i NodeHostname=$host NodeAddr=127.0.0.1 Port=$((17000 + i)) CPUs=$cpus RealMemory=8000 State=UNKNOWN"
     done
-    echo "PartitionName=main Nodes=node[1-$nodes] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=20"
+    echo "PartitionName=main Nodes=node[1-$nodes] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=120"
     echo "PartitionName=urgent Nodes=node[1-$nodes] MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF"
   } > "$SLURM_CONF"
   for i in $(seq "$nodes"); do # the ranks meet at the first node's name
@@ -100,7 +100,7 @@ start_munge() {
   install -d -o munge -g munge -m 755 /run/munge
   runuser -u munge -- /usr/sbin/munged
   echo /run/munge/munged.pid > "$base/started-munge"
-  for _ in $(seq 50); do
+  for _ in $(seq 1000); do
     munge -n 2>/dev/null | unmunge >/dev/null 2>&1 && return 0
     sleep 0.1
   done
@@ -114,7 +114,7 @@ up() {
   start_munge
   alive "$base/pid/slurmctld" || slurmctld
   for i in $(seq "$nodes"); do alive "$base/pid/slurmd.node$i" || slurmd -N "node$i"; done
-  for _ in $(seq 300); do
+  for _ in $(seq 3000); do
     if [ "$(sinfo -h -N -p main -o %T 2>/dev/null | grep -cx idle)" = "$nodes" ]; then return 0; fi
     sleep 0.1
   done
@@ -126,7 +126,7 @@ up() {
 down() {
   [ -d "$base" ] || return 0
   scancel --user=root >/dev/null 2>&1 || true
-  for _ in $(seq 100); do
+  for _ in $(seq 1000); do
     [ -z "$(squeue -h -t PENDING,RUNNING,COMPLETING 2>/dev/null)" ] && break
     sleep 0.1
   done

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +20,10 @@ from slurm.job.queue import listed
 from slurm.submit import main
 from tests.conftest import ROOT, TINY
 from tests.trainer.training.test_runs import curve
+from tests.waiting import until
 
 STEPS = 60
 SCRIPT = ROOT / "tests" / "slurm" / "cluster.sh"
-
-
-def until(holds: Callable[[], object], what: str, seconds: float = 300) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
 
 
 def ask(*command: str) -> str:
@@ -72,10 +65,10 @@ class Job:
     def reach(self, step: int) -> None:
         until(lambda: self.step >= step, f"{self.run_dir}: step {step}, {self.logs}")
 
-    def end(self, state: str = "COMPLETED", seconds: float = 300) -> None:
+    def end(self, state: str = "COMPLETED") -> None:
         """Waits until SLURM has done with it. SLURM's own list says what goes on: a job that is told of its preemption
         is SIGNALING for a moment."""
-        until(lambda: not (now := listed(self.id)) or not now.active, f"the end of {self.id}: {self.logs}", seconds)
+        until(lambda: not (now := listed(self.id)) or not now.active, f"the end of {self.id}: {self.logs}")
         assert self.state == state, self.logs
 
     @property

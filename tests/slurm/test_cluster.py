@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from data_pipeline.shard import shard
 from slurm.cluster import ClusterConfig, executor, read_cluster
 from slurm.shard import by_jobs, main
 from tests.conftest import ROOT
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -67,12 +67,11 @@ def test_jobs_are_cancelled_when_too_many_images_are_rejected(
     (source / "disc 02.png").write_bytes(b"")
     with pytest.raises(WorkFailed, match=r"1 of 16 images were rejected, .* the first is disc 02_png: "):
         shard(str(source), tmp_path / "out", Gaussian(0.4), shard_size=1, size=256, write=by_jobs(local, 2))
-    deadline = time.monotonic() + 10
-    while running := [
-        p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])
-    ]:
-        assert time.monotonic() < deadline, running
-        time.sleep(0.1)
+
+    def running() -> list[psutil.Process]:
+        return [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
+
+    until(lambda: not running(), "an end of the jobs' processes")
 
 
 def test_a_cluster_that_is_not_here_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,9 @@ from slurm import status
 from slurm.job.attempts import read, steps_done
 from slurm.submit import main
 from tests.conftest import TINY
-from tests.slurm.conftest import Job, until
+from tests.slurm.conftest import Job
 from tests.trainer.training.test_runs import LOSS_TOLERANCE, curve
+from tests.waiting import until
 
 pytestmark = pytest.mark.slurm
 Submit = Callable[..., Job]
@@ -116,7 +117,7 @@ def test_a_reason_reaches_the_submitter(submit: Submit, shards: Path, tmp_path: 
 
 def test_a_job_that_gets_nowhere_twice_stops_and_says_so(submit: Submit) -> None:
     job = submit("run", nodes=1, srun_args=["--chdir=/", "--no-such-option"])
-    until(lambda: len(job.starts) == 2, job.logs)
+    until(lambda: len(job.starts) == 2, f"a second start: {job.logs}")
     job.end("FAILED")
     assert [start.number for start in job.starts] == [0, 1]
     assert job.reasons[1].endswith("before the ranks began; no step further in two starts: mend the cause, and submit it again")  # fmt: skip

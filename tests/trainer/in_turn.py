@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from tests.conftest import ROOT
+from tests.waiting import HANG_S
 
 
 @contextmanager
@@ -51,7 +52,7 @@ def on_two_ranks(trainings: list[list[str]], file: Path) -> tuple[int, str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(
         [*launcher, "-m", "tests.trainer.in_turn", str(file)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900,
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=HANG_S,
     )  # fmt: skip
     return result.returncode, result.stdout
 

@@ -10,11 +10,15 @@ from types import SimpleNamespace
 import pytest
 
 from ambient_core import errors
+from tests.waiting import HANG_S
 from trainer import doctor
 from trainer.tracking import provenance
 
 
-def test_this_machine_can_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_this_machine_can_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "SECONDS", HANG_S)
     assert errors.run(lambda: doctor.main(["--shared", str(tmp_path)])) == 0
     lines = capsys.readouterr().out.splitlines()
     verdicts = {line[6:22].strip(): line[:4].strip() for line in lines if line[:4].strip() in ("ok", "warn", "fail")}

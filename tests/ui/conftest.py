@@ -16,7 +16,7 @@ from urllib.request import urlopen
 import pytest
 
 from benchmarks.demo_store import QUICK, make
-from tests.waiting import free_port, until
+from tests.waiting import HANG_S, free_port, until
 from trainer.tracking.pages import server
 
 NO_ASSISTANT = """for (const [name, value] of Object.entries({"panelOpen_v1": "false", "fab.autoOpenedOnFirstLoad_v1": "true"}))
@@ -52,17 +52,17 @@ def base(run_dirs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iter
         process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
     address = f"http://127.0.0.1:{port}"
     try:
-        until(lambda: _answers(address, process), "an answer of MLflow's server", 180)
+        until(lambda: _answers(address, process), "an answer of MLflow's server")
         yield address
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(HANG_S)
 
 
 def _answers(address: str, process: subprocess.Popen[bytes]) -> bool:
     assert process.poll() is None, "MLflow's server ended"
     try:
-        return urlopen(f"{address}/health", timeout=5).status == 200
+        return urlopen(f"{address}/health", timeout=60).status == 200
     except (URLError, OSError):
         return False
 

@@ -48,9 +48,9 @@ def test_the_table_sorts_runs_by_what_was_measured(
         if metric != SHOWN[0]:
             browser.find(f"//*[@role='columnheader']//*[text()='{metric}']").click()
         with suppress(AssertionError):
-            until(ordered, "order", 15)
+            until(ordered, "order", 60)
             break
-    until(ordered, f"order by {metric}, smallest first", 1)
+    until(ordered, f"order by {metric}, smallest first", 60)
     browser.shoot(f"runs by {metric.replace('/', ' ')}")
     names = [text.splitlines()[-1] for text in column("Run Name") if text]
     assert [value(run_dirs[0].parent / name, metric) for name in names] == [value(run_dir, metric) for run_dir in best]

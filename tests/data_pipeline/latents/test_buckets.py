@@ -61,7 +61,7 @@ def test_no_other_bucket_is_nearer(width: int, height: int) -> None:
     assert distance(SMALL[bucket_of(width, height, SMALL)]) <= min(map(distance, SMALL)) + 1e-9
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.integers(1, 200),
     st.integers(1, 200),

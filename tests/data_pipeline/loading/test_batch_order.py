@@ -28,7 +28,7 @@ def samples(order: BatchOrder, step: int) -> list[tuple[int, int]]:
     return list(zip(places.shards.tolist(), places.rows.tolist(), strict=True))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shards=SHARDS, batch=st.integers(1, 40), group=st.integers(1, 20), epochs=st.integers(1, 4))
 def test_after_an_epoch_every_sample_was_seen_once_but_for_less_than_a_batch_of_each_shape(
     shards: list[tuple[int, int]], batch: int, group: int, epochs: int
@@ -46,7 +46,7 @@ def test_after_an_epoch_every_sample_was_seen_once_but_for_less_than_a_batch_of_
         assert sum(epochs - t for t in times) == epochs * of_shape[shape] % batch
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shards=SHARDS, batch=st.integers(1, 40), start=st.integers(0, 10**9))
 def test_a_batch_has_one_shape_and_the_next_batch_of_that_shape_goes_on_where_it_ended(
     shards: list[tuple[int, int]], batch: int, start: int
@@ -69,7 +69,7 @@ def test_the_first_steps_count_from_zero() -> None:
         assert [n for s, n in seen if s == shape] == list(range(sum(s == shape for s, _ in seen)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     shards=SHARDS, world=st.integers(1, 16), micro=st.integers(1, 3), accumulation=st.integers(1, 3),
     workers=st.integers(1, 4), step=st.integers(0, 10**6),

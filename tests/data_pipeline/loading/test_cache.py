@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -39,7 +40,7 @@ def url(shards: Path) -> Iterator[str]:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Instead of waiting."""
     seconds: list[float] = []
-    monkeypatch.setattr(cache_module.time, "sleep", seconds.append)
+    monkeypatch.setattr(cache_module, "time", SimpleNamespace(sleep=seconds.append))  # not that of other threads
     return seconds
 
 

@@ -46,7 +46,7 @@ def test_ranks_micro_batches_and_workers_share_one_global_sequence(shards: Path)
         assert tuple(steps) == whole
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(cut=st.integers(0, 40), world=st.sampled_from([1, 2, 4, 8]))
 def test_a_stream_resumed_at_any_step_on_any_world_goes_on(shards: Path, cut: int, world: int) -> None:
     uncut = keys_of(shards, Layout(8, 8, 0, 1), 0, 0, cut + 3)

@@ -23,7 +23,7 @@ def pairs(places: Places) -> list[tuple[int, int]]:
     return list(zip(places.shards.tolist(), places.rows.tolist(), strict=True))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(counts=COUNTS, group=st.integers(1, 25), seed=st.integers(0, 99), epoch=st.integers(0, 10**7))
 def test_every_sample_exactly_once_an_epoch(counts: list[int], group: int, seed: int, epoch: int) -> None:
     order, total = Order(counts, seed, group), sum(counts)
@@ -32,7 +32,7 @@ def test_every_sample_exactly_once_an_epoch(counts: list[int], group: int, seed:
         assert sorted(pairs(order.range(e * total, total))) == everything
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(counts=COUNTS, group=st.integers(1, 25), start=st.integers(0, 10**9), length=st.integers(1, 300))
 def test_a_range_is_its_positions_one_by_one(counts: list[int], group: int, start: int, length: int) -> None:
     order = Order(counts, 7, group)
@@ -41,7 +41,7 @@ def test_a_range_is_its_positions_one_by_one(counts: list[int], group: int, star
     assert [order.group_at(p).epoch for p in range(start, start + length)] == [p // sum(counts) for p in range(start, start + length)]  # fmt: skip
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     counts=COUNTS, group=st.integers(1, 25), world=st.integers(1, 64), micro=st.integers(1, 3),
     accumulation=st.integers(1, 3), workers=st.integers(1, 5), step=st.integers(0, 10**6), data=st.data(),

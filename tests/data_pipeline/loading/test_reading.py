@@ -179,7 +179,7 @@ def test_a_torn_index_is_refused(tmp_path: Path) -> None:
         read_index(folder)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     names=st.lists(st.text("abcé/x", min_size=1, max_size=180).filter(lambda n: n[0] != "/"), min_size=1, unique=True),
     sizes=st.lists(st.sampled_from([0, 1, 511, 512, 513, 3000, 40_000, 300_000]), min_size=10, max_size=10),

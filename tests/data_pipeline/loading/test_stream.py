@@ -20,6 +20,7 @@ import torch
 from ambient_core.errors import UserError, WorkFailed
 from data_pipeline.loading.config import DataConfig, Layout
 from data_pipeline.loading.loader import Loader
+from tests.waiting import HANG_S, until
 
 CPU = torch.device("cpu")
 STEPS = 16
@@ -148,6 +149,7 @@ def test_ctrl_c_ends_the_background_processes(shards: Path) -> None:
 import psutil, signal, sys, time, torch
 from data_pipeline.loading.config import DataConfig, Layout
 from data_pipeline.loading.loader import Loader
+from tests.waiting import HANG_S, until
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
 stream = Loader(DataConfig({str(shards)!r}, workers=2), Layout(8, 8, 0, 1), 0, torch.device("cpu")).stream(0)
 next(stream)
@@ -163,7 +165,7 @@ while True:
     assert process.stdout is not None
     children = [int(pid) for pid in process.stdout.readline().split()]
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=HANG_S)
     assert len(children) == 2
     assert errors.rstrip().endswith("KeyboardInterrupt")
-    assert not any(psutil.pid_exists(child) for child in children)
+    until(lambda: not any(psutil.pid_exists(child) for child in children), "an end of the background processes")

@@ -27,6 +27,7 @@ from data_pipeline.sharding.progress_records import finished
 from data_pipeline.sharding.shard_dataset import preprocess
 from data_pipeline.sharding.workers import Work, write_shards
 from tests.conftest import ROOT
+from tests.waiting import HANG_S, until
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -81,7 +82,7 @@ Started = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def start(pictures: Path) -> Iterator[Started]:
-    """Starts a sharding of its own process group, and waits until some shards are finished, and not all."""
+    """Starts a sharding of its own process group, and stops it when some shards are finished, and not all. SIGCONT lets it go on."""
     running: list[subprocess.Popen[str]] = []
 
     def call(output: Path, workers: int) -> subprocess.Popen[str]:
@@ -90,9 +91,11 @@ def start(pictures: Path) -> Iterator[Started]:
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
         running.append(process)
-        while len(list(output.glob("shard-*.json"))) < 4:
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.005)
+        until(
+            lambda: process.poll() is not None or len(list(output.glob("shard-*.json"))) >= 4, "4 shards", every=0.005
+        )
+        assert process.poll() is None, process.communicate()
+        os.killpg(process.pid, signal.SIGSTOP)
         return process
 
     yield call
@@ -103,7 +106,7 @@ def start(pictures: Path) -> Iterator[Started]:
 
 
 def wait_until_gone(processes: list[psutil.Process]) -> None:
-    _, alive = psutil.wait_procs(processes, timeout=10)
+    _, alive = psutil.wait_procs(processes, timeout=HANG_S)
     assert not alive, "processes are left"
 
 
@@ -113,6 +116,7 @@ def test_a_killed_call_goes_on_where_it_was(workers: int, start: Started, pictur
     process = start(output, workers)
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
+    os.killpg(process.pid, signal.SIGCONT)
     process.wait()
     wait_until_gone(children)
     with pytest.raises(UserError, match="not complete"):
@@ -143,7 +147,8 @@ def test_a_worker_that_dies_is_one_line_and_nothing_runs_on(start: Started, tmp_
     (server,) = [p for p in psutil.Process(process.pid).children() if p.children()]
     children = psutil.Process(process.pid).children(recursive=True)
     server.children()[0].kill()
-    _, err = process.communicate(timeout=20)
+    os.killpg(process.pid, signal.SIGCONT)
+    _, err = process.communicate(timeout=HANG_S)
     assert process.returncode == 1
     assert "failed: " in err.splitlines()[-1]
     assert "a worker process died" in err.splitlines()[-1]
@@ -156,7 +161,8 @@ def test_ctrl_c_ends_all_and_says_how_to_go_on(workers: int, start: Started, tmp
     process = start(tmp_path / "out", workers)
     children = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=20)
+    os.killpg(process.pid, signal.SIGCONT)
+    _, err = process.communicate(timeout=HANG_S)
     assert process.returncode == 130
     assert "finished shards are kept; run again to go on" in err
     assert "Traceback" not in err
@@ -239,7 +245,7 @@ def test_an_unfinished_output_on_a_url_goes_on(pictures: Path, tmp_path: Path) -
     assert json.loads(storage.read_bytes(f"{url}/{NAME}"))["rejected"] == 1
 
 
-def test_an_index_of_100_000_shards_is_written_and_read_in_seconds(tmp_path: Path) -> None:
+def test_an_index_of_100_000_shards_is_written_and_read_in_time_that_grows_with_them(tmp_path: Path) -> None:
     from data_pipeline.format.index import Shard, ShardIndex, parse_index, write_index
 
     many = tuple(Shard(f"shard-{i:06d}.tar", 1000, 10**9 + i, f"{i:064x}") for i in range(100_000))
@@ -247,4 +253,4 @@ def test_an_index_of_100_000_shards_is_written_and_read_in_seconds(tmp_path: Pat
     started = time.process_time()
     write_index(str(tmp_path), index)
     assert parse_index("index", (tmp_path / NAME).read_bytes()) == index
-    assert time.process_time() - started < 5, "about a second"
+    assert time.process_time() - started < 100, "about a second; their square takes hours"

@@ -15,6 +15,7 @@ from slurm.job import attempts
 from slurm.job.attempts import Decision, Ending, Outcome
 from slurm.job.environment import Place
 from tests.conftest import ROOT
+from tests.waiting import HANG_S
 
 
 def checkpoint(run_dir: Path, step: int) -> None:
@@ -101,29 +102,29 @@ import re, sys, time
 from pathlib import Path
 from slurm.job.watchdog import Watchdog
 import slurm.watchdog
-slurm.job.watchdog.GRACE = 0.5
-with Watchdog(1.0, Path(sys.argv[1])) as watchdog:
-    for _ in range(8):
+slurm.job.watchdog.GRACE = 2.0
+with Watchdog(3.0, Path(sys.argv[1])) as watchdog:
+    for _ in range(22):
         time.sleep(0.25)
         watchdog.beat()
-    print("beaten for two seconds", flush=True)
+    print("beaten for longer than it waits", flush=True)
     re.match("(a+)+b", "a" * 60)  # for years, without giving up the interpreter's lock
 """
 
 
 def test_a_rank_that_never_gives_up_the_interpreter_is_ended_with_its_stack_written(tmp_path: Path) -> None:
     stacks, begun = tmp_path / "stacks.txt", time.monotonic()
-    result = subprocess.run([sys.executable, "-c", HUNG, str(stacks)], cwd=ROOT, capture_output=True, text=True, timeout=30)  # fmt: skip
+    result = subprocess.run([sys.executable, "-c", HUNG, str(stacks)], cwd=ROOT, capture_output=True, text=True, timeout=HANG_S)  # fmt: skip
     assert "beaten" in result.stdout
     assert result.returncode == -signal.SIGALRM
-    assert 3 < time.monotonic() - begun < 15
+    assert time.monotonic() - begun > 10, "each beat put it off"
     assert "in match" in stacks.read_text()
 
 
 def test_a_watchdog_leaves_nothing_behind(tmp_path: Path) -> None:
     from slurm.job.watchdog import Watchdog
 
-    with Watchdog(60, tmp_path / "stacks.txt") as watchdog:
+    with Watchdog(600, tmp_path / "stacks.txt") as watchdog:
         watchdog.beat()
         assert signal.getitimer(signal.ITIMER_REAL)[0] > 60
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0

@@ -13,6 +13,7 @@ from ambient_core.batch import Batch
 from ambient_core.errors import WorkFailed
 from tests.conftest import Outcome
 from tests.trainer.training.test_runs import assert_same_files, final
+from tests.waiting import HANG_S, until
 from trainer.checkpoint import checkpoints
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.training import step as step_module
@@ -24,20 +25,22 @@ Train = Callable[..., Outcome]
 class Slow:
     """A disk that takes nothing until it is told to; and which steps were begun meanwhile."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, until: int) -> None:
-        """until: the step at whose beginning it takes what waits."""
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, opens: int) -> None:
+        """opens: the step at whose beginning it takes what waits, which it has before the next one begins."""
         self.open, self.steps, self.latest = threading.Event(), list[int](), dict[int, str]()
         write, step_loss = checkpoints.write, step_module.step_loss
 
         def slowly(*arguments: Any) -> None:
-            assert self.open.wait(120)
+            assert self.open.wait(HANG_S)
             write(*arguments)
 
         def watched(run: Run, batch: Batch, step: int, *rest: Any) -> Any:
             pointer = run.checkpoints.latest()
             self.steps.append(step)
             self.latest[step] = pointer.name if pointer else ""
-            if step == until:
+            if step == opens + 1 and self.open.is_set():
+                until(lambda: run.checkpoints.written or run.checkpoints.latest(), "a written checkpoint", every=0.01)
+            if step == opens:
                 self.open.set()
             return step_loss(run, batch, step, *rest)
 
@@ -50,7 +53,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 ) -> None:
     words = ("steps=40", "checkpoint.every=20", "logging.every=100")
     assert train("whole", *words)[0] == 0
-    slow = Slow(monkeypatch, until=25)
+    slow = Slow(monkeypatch, opens=25)
     code, output = train("run", *words)
     assert code == 0, output
     assert not any(slow.latest[step] for step in range(20, 26)), "its pointer moves last"
@@ -59,7 +62,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 
 
 def test_one_is_written_at_a_time(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow, ended = Slow(monkeypatch, until=-1), list[int]()
+    slow, ended = Slow(monkeypatch, opens=-1), list[int]()
     honest = Checkpoints.begin
 
     def begin(self: Checkpoints, ranks: Any, state: Any, *rest: Any) -> None:
@@ -82,7 +85,7 @@ def test_one_is_written_at_a_time(train: Train, tmp_path: Path, monkeypatch: pyt
 def test_what_was_begun_is_kept_when_training_fails_meanwhile(
     spoilt: str, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Slow(monkeypatch, until=4)
+    Slow(monkeypatch, opens=4)
     watched = step_module.step_loss
 
     def spoil(run: Run, batch: Batch, step: int, *rest: Any) -> Any:

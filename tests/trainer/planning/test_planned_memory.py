@@ -14,6 +14,7 @@ import torch
 from tests.conftest import ROOT, TINY, Outcome
 from tests.trainer.planning.measured_memory import measure
 from tests.trainer.test_plan import SHAPE, WIDE
+from tests.waiting import HANG_S
 from trainer.config.run_config import RunConfig, load
 from trainer.planning import models
 from trainer.planning.estimate import Estimate, Setting, setting_of
@@ -92,7 +93,7 @@ def test_two_ranks_take_the_memory_that_was_planned(shards: Path, tmp_path: Path
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(
         [*launcher, "-m", "tests.trainer.planning.measured_memory", str(TINY), *wanted],
-        cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=200, check=True,
+        cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=HANG_S, check=True,
     )  # fmt: skip
     peak = json.loads(result.stdout.splitlines()[-1])["peak"]
     config = load(TINY, wanted)

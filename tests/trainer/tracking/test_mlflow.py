@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, Outcome
+from tests.waiting import HANG_S
 from trainer.tracking.config import LoggingConfig
 from trainer.tracking.logger import MLflowLogger
 
@@ -70,7 +71,7 @@ def test_runs_that_start_together_make_one_sound_database(tmp_path: Path) -> Non
     program = """import sys; from pathlib import Path; from trainer.tracking.client import LoggingConfig, heading
 heading(LoggingConfig(), Path(sys.argv[1]), {}, "tests")"""
     both = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT) for _ in range(2)]
-    assert [process.wait(300) for process in both] == [0, 0]
+    assert [process.wait(HANG_S) for process in both] == [0, 0]
     tables = sqlite3.connect(tmp_path / "mlflow.db").execute("SELECT name FROM sqlite_master WHERE type = 'table'")
     assert not [name for (name,) in tables if name.startswith("_alembic_tmp")], "a migration was cut off"
     (experiment,) = client_of(tmp_path).search_experiments(filter_string="name = 'ambient'")
