@@ -86,8 +86,6 @@ def _model(point: Point, cluster: ClusterConfig) -> None:
     """The shards' index, and a model for their shapes, without its memory; of an sdxl also that its base made the shards."""
     from ambient_core.storage import local_path
     from data_pipeline.format.index import read_index, wrong_size
-    from trainer.models import sdxl_base
-    from trainer.models.sdxl import SDXLConfig
     from trainer.planning.models import configured
 
     shards = point.config.data.shards
@@ -96,8 +94,7 @@ def _model(point: Point, cluster: ClusterConfig) -> None:
     if (damaged := wrong_size(str(local or shards), index)) is not None:
         shard, size = damaged
         raise UserError(f"data.shards {shards}: {shard.name} has {size} bytes, not {shard.bytes}: shard again")
-    if isinstance(point.config.model, SDXLConfig):
-        sdxl_base.check_data(point.config.model, index, shards)
+    point.config.model.adapter.check_data(index, shards)
     for shape in index.shapes:
         configured(point.config, shape)
 

@@ -128,12 +128,11 @@ def _seconds(data: dict[str, Any], index: ShardIndex) -> float:
 
     from trainer.config.run_config import parse
     from trainer.engine.deepspeed_config import resolve_precision
-    from trainer.models import create
     from trainer.planning.estimate import Estimate, setting_of
     from trainer.planning.trace import passes
 
     config = parse(data, "the proposal")
-    network = create.denoiser(config, index.shape)
+    network = config.model.adapter.denoiser(index.shape, config.process, config.prediction, config.seed)
     estimate = Estimate(config, network, index.shape, setting_of(config, next(iter(GPUS)), 1))
     rows = passes(config, config.batch_size, False).with_gradient
     x, sigma = torch.zeros(rows, *index.shape), torch.ones(rows)

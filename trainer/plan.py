@@ -102,14 +102,14 @@ def _data(config: RunConfig, given: list[int] | None) -> tuple[tuple[int, int, i
     if given:
         return (given[0], given[1], given[2]), 2.0 * math.prod(given)
     from data_pipeline.format.index import read_index
-    from trainer.planning.models import SDXL_LATENT
 
     try:
         index = read_index(config.data.shards)
     except UserError as error:
-        if config.model.kind == "sdxl":
-            print(f"{config.data.shards}: no shards yet, so this is for latents of 1024 x 1024 pixels", file=sys.stderr)
-            return SDXL_LATENT, 2.0 * math.prod(SDXL_LATENT)
+        if usual := config.model.adapter.usual:
+            shape, words = usual
+            print(f"{config.data.shards}: no shards yet, so this is for {words}", file=sys.stderr)
+            return shape, 2.0 * math.prod(shape)
         raise UserError(f"{error}; or give --shape C H W to plan without shards") from None
     return index.shape, index.bytes / index.samples
 

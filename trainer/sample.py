@@ -105,15 +105,13 @@ def _name(run_dir: Path, run: Restored) -> str:
 
 def _prompt(args: argparse.Namespace, run: Restored) -> str:
     """Raises UserError for what does not fit the run, of the prompt, the guidance and the last level."""
-    from trainer.models.sdxl import SDXLConfig
-
     model, process = run.config.model, run.config.process
     if args.stop_at is not None and not process.sigma_min <= args.stop_at < process.sigma_max:
         raise UserError(
             f"--stop-at {args.stop_at:g}: must be from {process.sigma_min:g} to below {process.sigma_max:g}"
         )
-    if isinstance(model, SDXLConfig):
-        prompt = model.prompt if args.prompt is None else args.prompt
+    if model.adapter.takes_prompt:
+        prompt = model.adapter.prompt if args.prompt is None else args.prompt
         if prompt is None:
             raise UserError(f"--prompt: must be given, since {args.run_dir} was trained with captions")
         return prompt

@@ -24,7 +24,6 @@ from ambient_core.errors import UserError
 from data_pipeline.format.index import read_index
 from data_pipeline.latents.caption_embeddings import FOLDER as TEXT
 from data_pipeline.latents.text_remote import open_text
-from data_pipeline.latents.tokens import Tokens
 from data_pipeline.loading.batch_order import BatchOrder, MicroBatch
 from data_pipeline.loading.cache import ShardCache, retrying
 from data_pipeline.loading.config import DataConfig, Layout
@@ -38,7 +37,7 @@ PREFETCH = 2
 class Loader:
     """Batches of one rank. Position p of the global sequence is row p % batch_size of step p // batch_size.
 
-    captions: what batches have of captions: ids in the shards' text cache ("ids"), or what these `Tokens` make of their words.
+    captions: what batches have of captions: ids in the shards' text cache ("ids"), or what these `Words` make of them.
     skipped: samples of this rank that others stood in for since the loader was made; 0 unless data.on_error is skip.
     cut: samples of this rank so far whose captions had too many tokens.
     """
@@ -49,7 +48,7 @@ class Loader:
         layout: Layout,
         seed: int,
         device: torch.device,
-        captions: Literal["ids"] | Tokens | None = None,
+        captions: Literal["ids"] | Words | None = None,
     ) -> None:
         self.config, self.layout, self.device, self._captions = config, layout, device, captions
         local = storage.local_path(config.shards)
@@ -108,7 +107,7 @@ class Loader:
         config = self.config
         reader = ShardReader(self._folder, self.index, 2 * self.order.group, self._cache, config.verify)
         captions = self._captions
-        words = captions if captions is None or isinstance(captions, Tokens) else _ids(storage.join(self._folder, TEXT))
+        words = _ids(storage.join(self._folder, TEXT)) if isinstance(captions, str) else captions
         return Feed(self.order, reader, slots, config.flip, config.on_error == "skip", words)
 
     def _batch(self, piece: Piece, slots: Slots) -> Batch:

@@ -18,10 +18,10 @@ from tests.conftest import ROOT, TINY, Outcome
 from tests.waiting import HANG_S
 from trainer import cli, sample
 from trainer.evaluation.denoiser_error import denoiser_error
-from trainer.inference import draw as draw_module
 from trainer.inference.generate import generate
 from trainer.inference.grids import to_pixels
 from trainer.inference.load import restore
+from trainer.models.adapter import Adapter
 
 Train = Callable[..., Outcome]
 
@@ -54,7 +54,7 @@ def test_a_folder_gets_a_png_an_image_and_keeps_those_that_it_has(
     assert train("run")[0] == 0
     run, folder = restore(tmp_path / "run"), tmp_path / "images"
     expected = to_pixels(generate(run.denoiser, 8, run.state.shape, seed=3, steps=3, progress=False)).astype(int)
-    monkeypatch.setattr(draw_module, "AT_ONCE", 3)
+    monkeypatch.setattr(Adapter, "at_once", 3)
 
     def draw(number: int, *more: str) -> int:
         words = [str(tmp_path / "run"), "--number", str(number), "--seed", "3", "--steps", "3", "--out", str(folder)]

@@ -22,8 +22,6 @@ from trainer.diffusion.process import VE, AnyProcess, Flow, VPCosine, VPTable
 from trainer.inference.generate import generate
 from trainer.inference.load import restore
 from trainer.inference.model_card import scale_code, time_code
-from trainer.models import conditioning, sdxl_base
-from trainer.models.sdxl import SDXLConfig
 
 Train = Callable[..., Outcome]
 STEPS, GUIDANCE = 6, 3.0
@@ -40,14 +38,13 @@ def exported(run_dir: Path) -> Path:
 def ours(run_dir: Path) -> Tensor:
     """Images of "a disc", as `trainer.sample` draws them: with embeddings in float16, as in training."""
     run = restore(run_dir)
-    model = run.config.model
-    assert isinstance(model, SDXLConfig)
-    told, empty = conditioning.of_prompt(run.denoiser, model, ["a disc"] * 2, run.state.shape)
+    adapter = run.config.model.adapter
+    told, empty = adapter.of_prompts(run.denoiser, ["a disc"] * 2, run.state.shape)
     latents = generate(
         run.denoiser, 2, run.state.shape, seed=0, steps=STEPS, sampler="ddim", conditioning=told,
         guide=run.denoiser, guide_conditioning=empty, guidance=GUIDANCE, progress=False,
     )  # fmt: skip
-    return sdxl_base.decoder(model, run.device)(latents)
+    return adapter.coders(run.device)[1](latents)
 
 
 def theirs(pipeline: Any) -> Tensor:

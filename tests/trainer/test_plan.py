@@ -22,7 +22,6 @@ from tests.conftest import ROOT, TINY, Outcome
 from trainer import plan
 from trainer.config.run_config import RunConfig, load
 from trainer.diffusion.denoiser import Denoiser
-from trainer.models import create
 from trainer.planning import gpus, models
 from trainer.planning.estimate import Estimate, Setting
 from trainer.planning.live import LiveTensors
@@ -37,9 +36,13 @@ def config_of(*overrides: str) -> RunConfig:
     return load(TINY, ["data.shards=nowhere", *overrides])
 
 
-def of_sdxl(base: str | Path, *fields: str) -> Denoiser:
+def sdxl(base: str | Path, *fields: str) -> RunConfig:
     model = f"model={{kind: sdxl, base: '{base}', {', '.join(fields)}}}"
-    return models.configured(config_of("process.kind=vp_table", "prediction=eps", model), (4, 8, 8))
+    return config_of("process.kind=vp_table", "prediction=eps", model)
+
+
+def of_sdxl(base: str | Path, *fields: str) -> Denoiser:
+    return models.configured(sdxl(base, *fields), (4, 8, 8))
 
 
 def test_sdxl_has_the_parameters_that_are_known() -> None:
@@ -49,14 +52,9 @@ def test_sdxl_has_the_parameters_that_are_known() -> None:
 
 
 def test_adapters_are_those_that_training_adds(tiny_sdxl: Path) -> None:
-    from trainer.models import sdxl_base
-    from trainer.models.sdxl import SDXLConfig
-
     fields = ["lora: {rank: 4, targets: [attention, convolutions]}", "base_dtype: bf16"]
     planned = of_sdxl(tiny_sdxl, *fields)
-    config = config_of("process.kind=vp_table", "prediction=eps", f"model={{kind: sdxl, base: '{tiny_sdxl}', {', '.join(fields)}}}")  # fmt: skip
-    assert isinstance(config.model, SDXLConfig)
-    trained = sdxl_base.backbone(config, config.model, None)
+    trained = sdxl(tiny_sdxl, *fields).model.adapter.backbone((4, 8, 8))
     described = [[(name, p.shape, p.dtype, p.requires_grad) for name, p in backbone.named_parameters()] for backbone in (planned.backbone, trained)]  # fmt: skip
     assert described[0] == described[1]
 
@@ -96,10 +94,12 @@ def test_the_flops_are_those_of_real_tensors_and_of_the_layers(
     kind: str, tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if kind == "unet2d":
-        network, shape = create.denoiser(config_of(), SHAPE), SHAPE
+        config, shape = config_of(), SHAPE
+        network = config.model.adapter.denoiser(SHAPE, config.process, config.prediction, config.seed)
     else:
-        network, shape = of_sdxl(tiny_sdxl, "lora: {rank: 4}", "base_dtype: fp32"), (4, 8, 8)
-    told = models.conditioning_shapes(network)
+        config, shape = sdxl(tiny_sdxl, "lora: {rank: 4}", "base_dtype: fp32"), (4, 8, 8)
+        network = models.configured(config, shape)
+    told = config.model.adapter.conditioning_shapes(network)
     found = flops(network, shape, told)
     assert network.evaluations == 0, "planning is not training"
     if kind != "unet2d":
@@ -116,7 +116,7 @@ def test_the_flops_are_those_of_real_tensors_and_of_the_layers(
 
 def test_checkpointing_takes_less_memory_and_is_no_work_of_the_model(tiny_sdxl: Path) -> None:
     plain, checkpointed = (of_sdxl(tiny_sdxl, "base_dtype: fp32", *more) for more in ([], ["activation_checkpointing: true"]))  # fmt: skip
-    told = models.conditioning_shapes(plain)
+    told = sdxl(tiny_sdxl).model.adapter.conditioning_shapes(plain)
     assert flops(plain, (4, 8, 8), told) == flops(checkpointed, (4, 8, 8), told)
     rows = passes(config_of("consistency=null"), 4, False)
     kept = [activations(network, (4, 8, 8), told, rows, None).forward for network in (plain, checkpointed)]

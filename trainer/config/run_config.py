@@ -27,7 +27,7 @@ from trainer.diffusion.process import AnyProcess, VPCosine
 from trainer.engine.config import EngineConfig, OptimizerConfig
 from trainer.engine.ema import AnyEMA, PowerEMA, with_kind
 from trainer.models.dit import DiTConfig
-from trainer.models.sdxl import SDXLConfig
+from trainer.models.sdxl.adapter import SDXLConfig
 from trainer.models.unet2d import UNet2DConfig
 from trainer.monitor.spikes import RecoveryConfig
 from trainer.tracking.config import LoggingConfig
@@ -39,11 +39,11 @@ def _kind_of_model(value: Any) -> str | None:
 
 T = TypeVar("T")
 
-Model = Annotated[
+AnyModel = Annotated[
     Annotated[UNet2DConfig, Tag("unet2d")] | Annotated[DiTConfig, Tag("dit")] | Annotated[SDXLConfig, Tag("sdxl")],
     Discriminator(_kind_of_model),
 ]
-"""unet2d where no kind is given."""
+"""Every kind of model (see trainer.models.adapter); unet2d where no kind is given."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class RunConfig:
     micro_batch_size: int | None = None
     seed: int = 0
     threads: int | None = None
-    model: Model = field(default_factory=UNet2DConfig)
+    model: AnyModel = field(default_factory=UNet2DConfig)
     process: Annotated[AnyProcess, Field(discriminator="kind")] = field(default_factory=VPCosine)
     prediction: Prediction = "v"
     levels: Annotated[Levels, Field(discriminator="kind")] = field(default_factory=LogNormal)

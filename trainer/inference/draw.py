@@ -6,7 +6,6 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,8 @@ from trainer.engine.distributed import Ranks
 from trainer.inference.generate import generate
 from trainer.inference.grids import to_pixels
 from trainer.inference.load import Restored
-from trainer.models import conditioning, sdxl_base
-from trainer.models.sdxl import SDXLConfig
+from trainer.models.conditioning import repeated
 
-AT_ONCE = 64
-"""Images of pixels that are drawn together."""
 RECORD = "sampling.json"
 """Beside the images: what they were drawn with."""
 
@@ -51,26 +47,22 @@ class Wanted:
 
 def drawer(run: Restored, guide: Restored | None, wanted: Wanted) -> tuple[Draw, int]:
     """Draws from a run; and how many images it draws at once."""
-    model = run.config.model
-    drawn = partial(
-        generate, run.denoiser, shape=run.state.shape, seed=wanted.seed, steps=wanted.steps, sampler=wanted.sampler,
-        stop_at=wanted.stop_at, guidance=wanted.guidance, progress=False,
-    )  # fmt: skip
-    if not isinstance(model, SDXLConfig):
-        return lambda first, number: drawn(number, first=first, guide=guide and guide.denoiser), AT_ONCE
-    told, away_told = conditioning.of_prompt(run.denoiser, model, [wanted.prompt], run.state.shape)
+    adapter, prompts, shape = run.config.model.adapter, [wanted.prompt], run.state.shape
+    given, away = adapter.of_prompts(run.denoiser, prompts, shape)
+    away_from = run.denoiser if adapter.takes_prompt and wanted.guidance != 1 else None
     if guide:
-        assert isinstance(guide.config.model, SDXLConfig), "a guide is of the same kind"
-        away_told, _ = conditioning.of_prompt(guide.denoiser, guide.config.model, [wanted.prompt], run.state.shape)
-    away_from = guide.denoiser if guide else run.denoiser if wanted.guidance != 1 else None
-    decode = sdxl_base.decoder(model, run.device)
+        away_from = guide.denoiser
+        away, _ = guide.config.model.adapter.of_prompts(guide.denoiser, prompts, shape)
+    _, decode = adapter.coders(run.device)
 
     def draw(first: int, number: int) -> Tensor:
-        each, away = (conditioning.repeated(c, number) for c in (told, away_told))
-        latents = drawn(number, first=first, guide=away_from, conditioning=each, guide_conditioning=away)
-        return decode(latents)
+        return decode(generate(
+            run.denoiser, number, shape, seed=wanted.seed, steps=wanted.steps, sampler=wanted.sampler,
+            stop_at=wanted.stop_at, guide=away_from, guidance=wanted.guidance, conditioning=repeated(given, number),
+            guide_conditioning=repeated(away, number), first=first, progress=False,
+        ))  # fmt: skip
 
-    return draw, sdxl_base.AT_ONCE
+    return draw, adapter.at_once
 
 
 def into_grid(draw: Draw, at_once: int, number: int) -> Tensor:

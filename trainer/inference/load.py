@@ -16,7 +16,6 @@ from trainer.checkpoint.tensors import read_tensors
 from trainer.config.run_config import RunConfig, load
 from trainer.diffusion.denoiser import Denoiser
 from trainer.inference import exported
-from trainer.models import create
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def restore(run_dir: Path, checkpoint: str = "latest", sigma_rel: float | None =
     if config.threads:  # what was chosen for this machine's cores holds for drawing, too
         torch.set_num_threads(config.threads)
     state = read_state(path)
-    denoiser = create.denoiser(config, state.shape)
+    denoiser = config.model.adapter.denoiser(state.shape, config.process, config.prediction, config.seed)
     average, told = read_tensors(path, "ema"), str(config.ema)
     if sigma_rel is not None:
         average, told = reconstructed(run_dir, config.ema, path, state.step, sigma_rel)

@@ -11,34 +11,22 @@ import yaml
 from ambient_core.parsing import json_lines
 from trainer.config.run_config import RunConfig, to_yaml
 from trainer.diffusion.process import AnyProcess
-from trainer.inference.exported import LORA
 from trainer.inference.load import Restored, shards_of
-from trainer.models import sdxl_base
-from trainer.models.dit import DiTConfig
-from trainer.models.sdxl import SDXLConfig
-
-SCHEDULER = """pipeline.scheduler = EulerDiscreteScheduler.from_config(
-    pipeline.scheduler.config, use_karras_sigmas=True, timestep_spacing="linspace"
-)"""
-"""The levels of `trainer.sample`; its sampler ddim is this scheduler."""
+from trainer.models.adapter import Card
 
 
 def card(run: Restored, run_dir: Path) -> str:
     """Markdown, with the head that the hub reads."""
-    config, model = run.config, run.config.model
-    head: dict[str, Any] = {"library_name": "diffusers", "tags": ["ambient-trainer", "arxiv:2404.10177"]}
-    if isinstance(model, SDXLConfig):
-        head["tags"] += ["text-to-image", "stable-diffusion-xl", *(["lora"] if model.lora else [])]
-        if not Path(model.base).expanduser().is_dir():
-            head["base_model"] = model.base
-        if model.prompt:
-            head["instance_prompt"] = model.prompt
+    config = run.config
+    its = config.model.adapter.card(run.state.shape)
+    tags = ["ambient-trainer", "arxiv:2404.10177", *its.tags]
+    head: dict[str, Any] = {"library_name": its.library, "tags": tags, **its.head}
     metrics = _metrics(run_dir, run.state.step)
     return "\n".join([
         "---", yaml.safe_dump(head, sort_keys=False).strip(), "---", "",
         f"# {run_dir.resolve().name}", "",
         "A diffusion model trained from noisy images by ambient-trainer, after \"Consistent Diffusion Meets Tweedie\" (arXiv 2404.10177). These are the averaged weights.", "",
-        "## Use", "", "```python", _code(run), "```", "",
+        "## Use", "", "```python", _code(config, its), "```", "",
         "## Data", "", *_data(config), "",
         "## Training", "", *_training(run), "",
         "## Metrics", "",
@@ -48,38 +36,20 @@ def card(run: Restored, run_dir: Path) -> str:
     ])  # fmt: skip
 
 
-def _code(run: Restored) -> str:
-    config, model = run.config, run.config.model
-    if not isinstance(model, SDXLConfig):
-        a_dit = isinstance(model, DiTConfig)
-        network = "DiTTransformer2DModel" if a_dit else "UNet2DModel"
-        label = ", torch.zeros(len(x), dtype=torch.int64)" if a_dit else ""
-        return f"""import numpy
+def _code(config: RunConfig, its: Card) -> str:
+    if its.output is None:
+        return its.code
+    return f"""import numpy
 import torch
-from diffusers import {network}
-
-model = {network}.from_pretrained("THIS_FOLDER").eval()
+{its.code}
 
 
 def h(x, sigma):
     \"\"\"E[x0 | x], where x = x0 + sigma z and x0 is in [-1, 1]. x: (B, C, H, W); sigma: (B,).\"\"\"
     time = {time_code(config.process)}
     sigma = sigma.reshape(-1, 1, 1, 1)
-    out = model(x * {scale_code(config.process)}, time{label}).sample
+    out = {its.output.format(x=f"x * {scale_code(config.process)}")}
     return {OUTPUTS[config.prediction]}"""
-    load = (
-        f'pipeline = StableDiffusionXLPipeline.from_pretrained({model.base!r})\npipeline.load_lora_weights("THIS_FOLDER", weight_name="{LORA}")\n{SCHEDULER}'
-        if model.lora
-        else 'pipeline = StableDiffusionXLPipeline.from_pretrained("THIS_FOLDER")'
-    )
-    prompt = model.prompt or "a caption like those of the data"
-    height, width = (side * sdxl_base.pixels_a_side(model) for side in run.state.shape[1:])
-    return f"""from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
-
-{load}
-image = pipeline(
-    {prompt!r}, negative_prompt="", height={height}, width={width}, num_inference_steps=40, guidance_scale=1.0
-).images[0]"""
 
 
 OUTPUTS = {

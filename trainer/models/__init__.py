@@ -1,6 +1,6 @@
-"""Backbones from diffusers, one adapter a kind, behind the interface that the denoiser calls.
+"""Backbones, one file a kind: its configuration, its network, and the adapter that the rest of the project asks.
 
-Imports ambient_core, data_pipeline and trainer's diffusion and engine; planning, inference and training import it.
+Imports ambient_core, data_pipeline and trainer's diffusion and engine; config, planning, inference and training import it.
 """
 
 from __future__ import annotations

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ambient_core.batch import Conditioning
+from ambient_core.errors import UserError
 from trainer.models import quieten_xformers
+from trainer.models.adapter import DiffusersAdapter, Shape
+from trainer.models.conditioning import Text
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,13 @@ class DiTConfig:
         if min(self.patch, self.layers, self.heads) < 1 or self.head_dim < 4 or self.head_dim % 4:
             raise ValueError("need patch, layers and heads of at least 1, and a head_dim that is a multiple of 4")
 
+    @property
+    def adapter(self) -> DiTAdapter:
+        return DiTAdapter(self)
+
 
 class DiT(nn.Module):
-    """The adapter: (input, time, conditioning) -> output. Images are squares of `image_size`."""
+    """(input, time, conditioning) -> output. Images are squares of `image_size`."""
 
     def __init__(self, config: DiTConfig, image_channels: int, image_size: int) -> None:
         super().__init__()
@@ -58,3 +65,21 @@ class DiT(nn.Module):
     def forward(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         label = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         return self.model(x, timestep=time, class_labels=label).sample
+
+
+@dataclass(frozen=True)
+class DiTAdapter(DiffusersAdapter):
+    config: DiTConfig
+    class_name: ClassVar[str] = "DiTTransformer2DModel"
+    output: ClassVar[str] = "model({x}, time, torch.zeros(len(x), dtype=torch.int64)).sample"
+
+    def backbone(self, shape: Shape, text: Text | None = None) -> DiT:
+        return DiT(self.config, shape[0], shape[1])
+
+    def check_shape(self, shape: Shape) -> None:
+        patch = self.config.patch
+        if shape[1] != shape[2] or shape[1] % patch:
+            raise UserError(
+                f"model.patch {patch}: a dit takes squares whose side is a multiple of it; "
+                f"the shards have {shape[2]}x{shape[1]}: shard with --size, or change it"
+            )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ambient_core.batch import Conditioning
+from ambient_core.errors import UserError
 from trainer.models import quieten_xformers
+from trainer.models.adapter import DiffusersAdapter, Shape
+from trainer.models.conditioning import Text
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,13 @@ class UNet2DConfig:
         if any(not 0 <= level < len(self.channels) for level in self.attention):
             raise ValueError(f"attention {list(self.attention)} must name resolutions 0 to {len(self.channels) - 1}")
 
+    @property
+    def adapter(self) -> UNet2DAdapter:
+        return UNet2DAdapter(self)
+
 
 class UNet2D(nn.Module):
-    """The adapter: (input, time, conditioning) -> output. UNet2DModel takes no conditioning."""
+    """(input, time, conditioning) -> output. UNet2DModel takes no conditioning."""
 
     def __init__(self, config: UNet2DConfig, image_channels: int, image_size: int) -> None:
         super().__init__()
@@ -59,3 +66,22 @@ class UNet2D(nn.Module):
     def forward(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         # The layout that convolutions on GPUs ask for. On a CPU it makes no difference in fp32 and costs 4 % in bf16 (benchmarks/ideas.py).
         return self.model(x.contiguous(memory_format=torch.channels_last), time).sample
+
+
+@dataclass(frozen=True)
+class UNet2DAdapter(DiffusersAdapter):
+    config: UNet2DConfig
+    class_name: ClassVar[str] = "UNet2DModel"
+    output: ClassVar[str] = "model({x}, time).sample"
+
+    def backbone(self, shape: Shape, text: Text | None = None) -> UNet2D:
+        return UNet2D(self.config, shape[0], shape[1])
+
+    def check_shape(self, shape: Shape) -> None:
+        resolutions = len(self.config.channels)
+        halvings = 2 ** (resolutions - 1)
+        if shape[1] % halvings or shape[2] % halvings:
+            raise UserError(
+                f"model.channels has {resolutions} resolutions, so image sides must be multiples of {halvings}; "
+                f"the shards have {shape[2]}x{shape[1]}: shard with another --size or --buckets, or give fewer channels"
+            )

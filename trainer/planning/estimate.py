@@ -16,7 +16,7 @@ from trainer.diffusion.interleave import period_within
 from trainer.engine.ema import PowerEMA
 from trainer.planning.gpus import GPUS, USABLE
 from trainer.planning.memory import FLOAT, Memory, Saving, Weights, memory
-from trainer.planning.models import conditioning_shapes, weights_of
+from trainer.planning.models import weights_of
 from trainer.planning.trace import Activations, Flops, activations, captions, flops, passes, text_flops
 
 MOST_GPUS = 4096
@@ -63,13 +63,20 @@ class Estimate:
                 f"micro_batch_size {setting.micro}: must divide the {self.rows} samples that each of {setting.gpus} ranks has of batch_size {config.batch_size}, and be a multiple of {self.stride}"
             )
         self.weights: Weights = weights_of(network)
-        conditioning = conditioning_shapes(network)
+        conditioning = config.model.adapter.conditioning_shapes(network)
+        encoders = config.model.adapter.text_encoders(network)
         self.flops: Flops = flops(network, shape, conditioning)
-        self.text: Flops = text_flops(network)
+        self.text: Flops = text_flops(encoders)
         dtype = torch.bfloat16 if self.bf16 else None
         self._traces = {
             micro: activations(
-                network, shape, conditioning, passes(config, micro, True), dtype, captions(config, micro, True)
+                network,
+                shape,
+                conditioning,
+                passes(config, micro, True),
+                dtype,
+                captions(config, micro, True),
+                encoders,
             )
             for micro in sorted({self.stride, self.stride * 2 if setting.micro == self.stride else setting.micro})
         }

@@ -7,9 +7,10 @@ casts and what a frozen weight spares are as in training, for any network and an
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.config.run_config import RunConfig
 from trainer.diffusion.denoiser import Denoiser
-from trainer.models.conditioning import encoders_of
-from trainer.models.encoded_text import EncodedText
-from trainer.models.sdxl import SDXLConfig
+from trainer.models.conditioning import Shapes, TextEncoders
 from trainer.planning.live import LiveTensors
-
-Shapes = Mapping[str, tuple[int, ...]]
-"""Of conditioning: the shape of one sample's tensor, by name."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +51,10 @@ def passes(config: RunConfig, rows: int, consistency: bool) -> Passes:
 
 
 def captions(config: RunConfig, rows: int, consistency: bool) -> int:
-    """That a micro-batch of `rows` samples has encoded, at most: its own and its particles', or a prompt and its absence."""
-    model, c = config.model, config.consistency
-    if not isinstance(model, SDXLConfig) or model.text == "cached":
-        return 0
+    """That a micro-batch of `rows` samples has encoded, at most, its particles' among them."""
+    c = config.consistency
     particles = rows * (c.batch_size or config.batch_size) // config.batch_size if consistency and c else 0
-    return min(rows + particles, 2) if model.prompt is not None else rows + particles
+    return config.model.adapter.encoded_captions(rows + particles)
 
 
 @dataclass(frozen=True)
@@ -114,9 +108,8 @@ def _count(backbone: nn.Module, state: dict[str, Tensor], shape: tuple[int, ...]
     return Flops(forward, counter.get_total_flops())
 
 
-def text_flops(network: Denoiser) -> Flops:
-    """Of one caption through the network's own text encoders, if it has any; both: with what their adapters take."""
-    encoders = encoders_of(network)
+def text_flops(encoders: TextEncoders | None) -> Flops:
+    """Of one caption through a network's own text encoders, if it has any; both: with what their adapters take."""
     if encoders is None:
         return Flops(0.0, 0.0)
     double = copy.deepcopy(encoders).to("meta")
@@ -127,9 +120,9 @@ def text_flops(network: Denoiser) -> Flops:
             FlopCounterMode(display=False) as counter,
             torch.set_grad_enabled(gradient),
         ):
-            prompt_embeds, pooled = double.encode(_no_words(double, 1, "meta"))
+            text = double.encode_empty(1, "meta")
             if gradient:
-                (prompt_embeds.sum() + pooled.sum()).backward()
+                sum((value.sum() for value in text.values()), torch.zeros((), device="meta")).backward()
         return counter.get_total_flops()
 
     return Flops(encoded(False), encoded(encoders.trained))
@@ -142,10 +135,11 @@ def activations(
     passes: Passes,
     autocast: torch.dtype | None,
     captions: int = 0,
+    encoders: TextEncoders | None = None,
 ) -> Activations:
     """Passes and the backward one on a double of the network on the CPU, whose attention keeps no score matrix, as a
-    GPU's. autocast: the dtype of DeepSpeed's autocast, or None. captions: encoded before the passes, by the network's own
-    text encoders."""
+    GPU's. autocast: the dtype of DeepSpeed's autocast, or None. captions: encoded before the passes, by these
+    encoders, which are a part of the network."""
     counted = network.evaluations, network.evaluations_with_gradient
     network.process.time(torch.ones(1))  # what it keeps for later is made here, of numbers, not below, of shapes alone
     with FakeTensorMode(allow_non_fake_inputs=True), LiveTensors() as live:
@@ -167,7 +161,10 @@ def activations(
             if tensor.requires_grad:
                 tensor.register_post_accumulate_grad_hook(gradient_made)
         doubled = {f"network.{name}": tensor for name, tensor in state.items()}
-        torch.func.functional_call(_MicroBatch(network, shape, conditioning, passes, autocast, captions), doubled, ())
+        micro_batch = _MicroBatch(network, shape, conditioning, passes, autocast)
+        if encoders is not None and captions:
+            micro_batch.text = partial(encoders.encode_empty, captions, "cpu"), encoders.trained
+        torch.func.functional_call(micro_batch, doubled, ())
         found = Activations(first[0] - before, live.peak_held - before, live.peak - before)
     network.evaluations, network.evaluations_with_gradient = counted
     return found
@@ -183,19 +180,20 @@ class _MicroBatch(nn.Module):
         conditioning: Shapes,
         passes: Passes,
         autocast: torch.dtype | None,
-        captions: int,
     ) -> None:
         super().__init__()
         self.network = network
-        self._captions = captions
+        self.text: tuple[Callable[[], dict[str, Tensor]], bool] | None = None
+        """Gives the encoded captions; and whether with a gradient."""
         self._shape, self._conditioning, self._passes, self._autocast = shape, conditioning, passes, autocast
 
     def forward(self) -> None:
         outputs: list[Tensor] = []
         text: dict[str, Tensor] = {}
-        if self._captions and (encoders := encoders_of(self.network)) is not None:
-            with torch.set_grad_enabled(encoders.trained), self._low():
-                text["prompt_embeds"], text["pooled"] = encoders.encode(_no_words(encoders, self._captions, "cpu"))
+        if self.text is not None:
+            encode, trained = self.text
+            with torch.set_grad_enabled(trained), self._low():
+                text = encode()
         for rows, gradient in self._passes.rows:
             x, sigma = torch.empty(rows, *self._shape), torch.empty(rows)
             given = {name: torch.empty(rows, *s) for name, s in self._conditioning.items() if name not in text}
@@ -207,11 +205,6 @@ class _MicroBatch(nn.Module):
     def _low(self) -> torch.autocast:
         """As DeepSpeed does: it ends with each call, and forgets the weights that it cast."""
         return torch.autocast("cpu", self._autocast, enabled=self._autocast is not None)
-
-
-def _no_words(encoders: EncodedText, captions: int, device: str) -> Tensor:
-    tokens = encoders.text_encoder.config.max_position_embeddings
-    return torch.zeros(captions, 2, tokens, dtype=torch.int64, device=device)
 
 
 @contextmanager

@@ -10,9 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from ambient_core.batch import Conditioning
 from data_pipeline.format.index import ShardIndex
 from data_pipeline.inputs.sources import open_source
 from trainer.diffusion.sampling import Sampler
@@ -23,10 +20,9 @@ from trainer.evaluation.images import Images
 from trainer.evaluation.measures import Model
 from trainer.evaluation.observations import Observations, as_observed
 from trainer.evaluation.request import Request
-from trainer.inference.draw import AT_ONCE, Wanted
+from trainer.inference.draw import Wanted
 from trainer.inference.load import Restored
-from trainer.models import conditioning, sdxl_base
-from trainer.models.sdxl import SDXLConfig
+from trainer.models.conditioning import repeated
 from trainer.reports import figures
 from trainer.reports.record import FORMAT, Evaluation, Picture, read, write
 
@@ -60,30 +56,13 @@ class Subject:
 
 def model_of(run: Restored, prompt: str = "") -> Model:
     """prompt: for a run with text."""
-    config, process, device = run.config.model, run.config.process, run.device
-    if not isinstance(config, SDXLConfig):
-        return Model(
-            run.denoiser, process.sigma_min, process.sigma_max, run.state.shape,
-            encode=lambda images: images.to(device), decode=Tensor.cpu, conditioning=_none, at_once=AT_ONCE,
-        )  # fmt: skip
-    told, _ = conditioning.of_prompt(run.denoiser, config, [prompt], run.state.shape)
-    encode, decode = sdxl_base.coders(config, device)
+    adapter, process, shape = run.config.model.adapter, run.config.process, run.state.shape
+    given, _ = adapter.of_prompts(run.denoiser, [prompt], shape)
+    encode, decode = adapter.coders(run.device)
     return Model(
-        run.denoiser, process.sigma_min, process.sigma_max, image_shape(run),
-        encode=encode, decode=decode, conditioning=partial(conditioning.repeated, told), at_once=sdxl_base.AT_ONCE,
+        run.denoiser, process.sigma_min, process.sigma_max, adapter.image_shape(shape),
+        encode=encode, decode=decode, conditioning=partial(repeated, given), at_once=adapter.at_once,
     )  # fmt: skip
-
-
-def image_shape(run: Restored) -> tuple[int, int, int]:
-    """(C, H, W) of the images that it draws."""
-    if not isinstance(run.config.model, SDXLConfig):
-        return run.state.shape
-    factor = sdxl_base.pixels_a_side(run.config.model)
-    return 3, run.state.shape[1] * factor, run.state.shape[2] * factor
-
-
-def _none(number: int) -> Conditioning:
-    return {}
 
 
 def judge(subject: Subject, request: Request, extractor: Extractor) -> tuple[Evaluation, Path]:

@@ -20,8 +20,7 @@ from trainer.evaluation.observations import open_observations
 from trainer.evaluation.request import FEWEST, Request
 from trainer.inference.draw import Wanted, drawer, into_folder
 from trainer.inference.load import restore, shards_of
-from trainer.models.sdxl import SDXLConfig
-from trainer.reports.evaluate_run import SAMPLER, Subject, image_shape, judge, levels_within
+from trainer.reports.evaluate_run import SAMPLER, Subject, judge, levels_within
 from trainer.reports.html import COLUMNS, report, value
 from trainer.reports.record import FOLDER, REPORT, Evaluation
 from trainer.tracking.client import attach
@@ -70,14 +69,15 @@ def subjects(runs: Sequence[Path], request: Request, weights: Weights, say: Call
     for run_dir in runs:
         run = restore(run_dir, weights.checkpoint, weights.sigma_rel)
         model, process, index = run.config.model, run.config.process, shards_of(run.config)
-        if weights.prompt is not None and not isinstance(model, SDXLConfig):
+        adapter = model.adapter
+        if weights.prompt is not None and not adapter.takes_prompt:
             raise UserError(f"--prompt {weights.prompt}: needs a run with text, and the model of {run_dir} is a {model.kind}")  # fmt: skip
         if request.attack_sigma is not None and not process.sigma_min < request.attack_sigma < process.sigma_max:
             raise UserError(f"--attack-sigma {request.attack_sigma:g}: must be between {process.sigma_min:g} and {process.sigma_max:g}, of {run_dir}")  # fmt: skip
         if request.reference and not levels_within(request, run):
             raise UserError(f"--levels {' '.join(f'{level:g}' for level in request.levels)}: none is from {process.sigma_min:g} to {process.sigma_max:g}, of {run_dir}")  # fmt: skip
-        prompt = (weights.prompt if weights.prompt is not None else model.prompt or "") if isinstance(model, SDXLConfig) else ""  # fmt: skip
-        asked, shape = index.request if index else {}, image_shape(run)
+        prompt = weights.prompt if weights.prompt is not None else adapter.prompt or ""
+        asked, shape = index.request if index else {}, adapter.image_shape(run.state.shape)
         value_range = asked.get("value_range") and tuple(asked["value_range"])
         reference, training = (
             opened(option, name, shape, asked.get("limit") if asked.get("source") == name else None, value_range)

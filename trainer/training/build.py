@@ -28,10 +28,7 @@ from trainer.engine import deepspeed_config
 from trainer.engine.deepspeed_engine import Engine
 from trainer.engine.distributed import Ranks
 from trainer.engine.ema import EMA
-from trainer.models import conditioning, create, sdxl_base
 from trainer.models.attention import set_attention
-from trainer.models.sdxl import SDXLConfig
-from trainer.planning.models import conditioning_shapes
 from trainer.planning.trace import flops
 from trainer.tracking.logger import MLflowLogger
 from trainer.tracking.provenance import tags
@@ -47,10 +44,9 @@ def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = 
     if config.threads:
         torch.set_num_threads(config.threads)
     layout = layout_of(config, ranks.rank, ranks.world)
-    model = config.model
-    tokens = conditioning.tokens_of(config)
-    captions = tokens or "ids" if isinstance(model, SDXLConfig) and model.prompt is None else None
-    loader = Loader(config.data, layout, config.seed, ranks.device, captions)
+    adapter = config.model.adapter
+    conditioning = adapter.conditioning(config.data, config.seed, ranks.device)
+    loader = Loader(config.data, layout, config.seed, ranks.device, conditioning.captions)
     _check_levels(config, loader)
     few = few_images(config.data.shards, loader.index, config.data.sigma_scale)
     other = _not_gaussian(config, loader)
@@ -67,13 +63,11 @@ def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = 
     refuse_another_run(config, directory)
     ranks.barrier()
 
-    for shape in loader.index.shapes:
-        create.check_shape(config.model, shape)
-    if isinstance(model, SDXLConfig):
-        sdxl_base.check_data(model, loader.index, config.data.shards)
-    rows = conditioning.text_of(config, ranks.device)
-    network = create.denoiser(config, loader.index.shape, rows).to(ranks.device)
-    work = flops(network, loader.index.shape, conditioning_shapes(network))
+    adapter.check_data(loader.index, config.data.shards)
+    shape = loader.index.shape
+    network = adapter.denoiser(shape, config.process, config.prediction, config.seed, conditioning.text)
+    network = network.to(ranks.device)
+    work = flops(network, shape, adapter.conditioning_shapes(network))
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     attention = set_attention(network, "sdpa" if config.engine.deterministic else config.engine.attention, dtype, ranks)
     if config.engine.deterministic:
@@ -86,7 +80,7 @@ def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = 
     stride = _stride(config, layout)
     born_up_to = config.process.sigma_max if c and c.where == "everywhere" else None
     pool = ParticlePool(layout.rows // stride, c.pool_depth if c else 1, sigma_min, born_up_to)
-    state, ema = TrainState(0, 0, 0, 0.0, loader.index.shape), EMA(config.ema, engine.masters)
+    state, ema = TrainState(0, 0, 0, 0.0, shape), EMA(config.ema, engine.masters)
     path, torn = newest_whole(checkpoints, ["weights", "optimizer", *ema.averages], ranks)
     if path is not None:
         state = _load(path, engine, ema, pool, layout.first_row(0) // stride, ranks)
@@ -95,7 +89,7 @@ def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = 
     budget = _budget(c, state)
     _claim(config, settings, directory, ranks)
     return Run(
-        config, directory, ranks, layout, loader, tokens or rows, conditioning.conditioner(config, tokens, ranks.device), network, engine, attention, work, ema,
+        config, directory, ranks, layout, loader, conditioning, conditioning.conditioner(), network, engine, attention, work, ema,
         ambient=AmbientLoss(config.levels, config.weight, config.process, config.ambient),
         consistency=ConsistencyLoss(config.weight, sigma_min, c.ratio, c.steps, c.gradient) if c else None,
         pool=pool,

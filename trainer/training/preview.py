@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from torch import Tensor
 
 from data_pipeline.inputs.sources import open_source
@@ -13,8 +11,6 @@ from trainer.evaluation.features import PACKAGED, features_of, open_extractor
 from trainer.evaluation.images import Images
 from trainer.inference.generate import generate
 from trainer.inference.grids import save_grid
-from trainer.models import conditioning, create, sdxl_base
-from trainer.models.sdxl import SDXLConfig
 from trainer.training.run import Run
 
 SHOWN = 16
@@ -36,13 +32,14 @@ class Preview:
     def log(self, step: int) -> None:
         """Samples images with the same seeds each time, and logs 16 of them, and the distance of 256 where there is a
         reference. A collective: the weights are gathered."""
-        run = self._run
+        run, config = self._run, self._run.config
         average = run.averaged_weights()
         if run.logger is None:
             return
         if self._network is None:
-            rows = run.text if isinstance(run.text, conditioning.TextRows) else None  # else it has encoders of its own
-            self._network = create.denoiser(run.config, run.state.shape, rows).to(run.ranks.device)
+            self._network = config.model.adapter.denoiser(
+                run.state.shape, config.process, config.prediction, config.seed, run.conditioning.text
+            ).to(run.ranks.device)
         self._network.load_state_dict(average, strict=False)
         images = self._draw(self._network, JUDGED if self._source else SHOWN)
         path = run.directory / "samples" / f"step-{step:08d}.png"
@@ -53,15 +50,13 @@ class Preview:
             run.logger.metrics(step, {"samples/kid": distance, "samples/kid_error": error})
 
     def _draw(self, network: Denoiser, number: int) -> Tensor:
-        run, model = self._run, self._run.config.model
-        shape, device = run.state.shape, run.ranks.device
-        drawn = partial(generate, network, number, shape, seed=0, steps=18, sampler="ddim", progress=False)
-        if not isinstance(model, SDXLConfig):
-            return drawn()
-        assert run.text is not None
-        told = conditioning.of_training(run.config, run.text, number, shape, device)
-        latents = drawn(conditioning=told, batch_size=sdxl_base.AT_ONCE)
-        return sdxl_base.decoder(model, device)(latents)
+        run, adapter = self._run, self._run.config.model.adapter
+        drawn = generate(
+            network, number, run.state.shape, seed=0, steps=18, sampler="ddim", progress=False,
+            conditioning=run.conditioning.preview(number, run.state.shape), batch_size=adapter.at_once,
+        )  # fmt: skip
+        _, decode = adapter.coders(run.ranks.device)
+        return decode(drawn)
 
     def _distance(self, images: Tensor) -> tuple[float, float]:
         assert self._source is not None

@@ -8,7 +8,6 @@ import sys
 import torch
 from tqdm import tqdm
 
-from data_pipeline.latents.tokens import Tokens
 from trainer.monitor import collapse
 from trainer.monitor.metrics import Meter
 from trainer.monitor.stragglers import Pace
@@ -50,7 +49,7 @@ class Reports:
             report["optimizer/roll_backs"] = float(state.rolled_back)
         if config.data.on_error == "skip":
             report["data/skipped_samples"] = self._sum(run.loader.skipped)
-        if isinstance(run.text, Tokens):
+        if run.conditioning.may_cut:
             report["data/cut_captions"] = self._sum(run.loader.cut)
         if run.consistency:
             report["consistency/period"] = run.schedule.scale

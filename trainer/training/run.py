@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.latents.tokens import Tokens
 from data_pipeline.loading.config import Layout
 from data_pipeline.loading.loader import Loader
 from trainer.checkpoint.checkpoints import Checkpoints
@@ -19,8 +18,8 @@ from trainer.diffusion.particles import ParticlePool
 from trainer.engine.deepspeed_engine import Engine, State
 from trainer.engine.distributed import Ranks
 from trainer.engine.ema import EMA
-from trainer.models import conditioning
 from trainer.models.attention import Choice
+from trainer.models.conditioning import Conditioner, TrainingConditioning
 from trainer.planning.trace import Flops
 from trainer.tracking.logger import MLflowLogger
 from trainer.training.consistency_budget import Budget
@@ -30,7 +29,7 @@ from trainer.training.consistency_budget import Budget
 class Run:
     """All that the loop needs. Losses see a Denoise; here it is the engine around the denoiser.
 
-    text: what the batches' captions are: rows of embeddings, or tokens for the network's own text encoders.
+    conditioning: what the network is given besides the noisy image. conditioner: what each batch passes through for it.
     stride: consistency takes every stride-th row of the batch. budget: present until it has chosen the schedule's period.
     """
 
@@ -39,8 +38,8 @@ class Run:
     ranks: Ranks
     layout: Layout
     loader: Loader
-    text: conditioning.TextRows | Tokens | None
-    conditioner: conditioning.Conditioner
+    conditioning: TrainingConditioning
+    conditioner: Conditioner
     denoiser: Denoiser
     engine: Engine
     attention: Choice

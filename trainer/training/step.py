@@ -12,7 +12,6 @@ import torch
 from ambient_core.batch import Batch
 from trainer.diffusion.noise import AddressedNoise
 from trainer.diffusion.tensors import variance
-from trainer.models import conditioning
 from trainer.monitor import collapse
 from trainer.monitor.metrics import Meter
 from trainer.monitor.spikes import Spikes
@@ -70,9 +69,8 @@ def step_loss(run: Run, batch: Batch, step: int, drawn: int, micro: int, meter: 
         below = AddressedNoise(run.config.seed, drawn, first_row // run.stride)
         first_particle = micro * run.layout.micro_batch_size // run.stride
         taken = *run.pool.take(batch.every(run.stride), below, first_particle), below
-    if (encoders := conditioning.encoders_of(run.denoiser)) is not None:
-        told = [batch.conditioning, *([taken[1].conditioning] if taken else [])]
-        encoders.begin(torch.cat([each["caption"] for each in told]))
+    given = [batch.conditioning, *([taken[1].conditioning] if taken else [])]
+    run.conditioning.begin(run.denoiser, given)
     terms = run.ambient(run.engine, batch, noise)
     meter.add("ambient", terms)
     loss = terms.loss.mean()

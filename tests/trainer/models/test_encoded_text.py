@@ -31,9 +31,9 @@ from trainer.diffusion.levels import EDM, LogNormal
 from trainer.diffusion.noise import AddressedNoise
 from trainer.diffusion.particles import Particles
 from trainer.inference.load import restore
-from trainer.models import conditioning, create
 from trainer.models.conditioning import Conditioner
-from trainer.models.encoded_text import EncodedText
+from trainer.models.sdxl.encoded_text import EncodedText
+from trainer.models.sdxl.network import encoders_of
 
 Train = Callable[..., Outcome]
 ENCODED = "model.text=encoded"
@@ -61,8 +61,8 @@ def network_of(base: Path, *fields: str) -> tuple[Denoiser, EncodedText]:
         TINY,
         [model, "data.shards=x", "process={kind: vp_table}", "prediction=eps"],
     )
-    denoiser = create.denoiser(config, (4, 4, 4))
-    encoders = conditioning.encoders_of(denoiser)
+    denoiser = config.model.adapter.denoiser((4, 4, 4), config.process, config.prediction, config.seed)
+    encoders = encoders_of(denoiser.backbone)
     assert encoders is not None
     return denoiser, encoders
 
@@ -279,7 +279,7 @@ def test_previews_and_samples_are_drawn_by_the_trained_text_encoders(train_sdxl:
     assert (tmp_path / "run" / "samples" / "step-00000002.png").is_file()
     run = restore(tmp_path / "run")
     model: Any = run.config.model
-    told, empty = conditioning.of_prompt(run.denoiser, model, ["a disc"], run.state.shape)
+    told, empty = model.adapter.of_prompts(run.denoiser, ["a disc"], run.state.shape)
     _, encoders = network_of(Path(model.base), "base_dtype: fp32")
     untrained = encoders(tokens_of(Path(model.base), ["a disc", ""]))[0]
     assert (told["prompt_embeds"] - untrained[0]).abs().max() > 1e-2

@@ -23,7 +23,8 @@ from tests.trainer.training.test_runs import WEIGHT_TOLERANCE, assert_same_files
 from trainer import sample
 from trainer.diffusion.noise import AddressedNoise
 from trainer.inference.load import restore
-from trainer.models.conditioning import FIXED, NO_CAPTION, Conditioner, TextRows
+from trainer.models.conditioning import FIXED, NO_CAPTION, Conditioner
+from trainer.models.sdxl.conditioning import TextRows
 
 Train = Callable[..., Outcome]
 
@@ -130,9 +131,10 @@ def test_a_prompt_of_the_run_is_encoded_as_a_caption_is_and_needs_no_captions(
     from trainer.training import build
 
     run = build.run(load(tmp_path / "run" / "config.yaml"), distributed.init())
-    assert isinstance(run.text, TextRows)
+    text = run.conditioning.text
+    assert text is not None
     cache = TextCache(latents / "text")
-    found, wanted = run.text(torch.tensor([0, 1])), TextRows(cache)(torch.tensor(cache.ids(["", "a square"])))
+    found, wanted = text(torch.tensor([0, 1])), TextRows(cache)(torch.tensor(cache.ids(["", "a square"])))
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=4e-3)  # float16, of other batches
 

@@ -12,8 +12,7 @@ from tests.trainer.planning.measured_memory import measure
 from tests.trainer.planning.test_planned_memory import MEMORY_TOLERANCE
 from tests.trainer.test_plan import by_layer, config_of
 from trainer.config.run_config import RunConfig, load
-from trainer.models import conditioning, sdxl_base
-from trainer.models.sdxl import SDXLConfig
+from trainer.models.sdxl.network import encoders_of
 from trainer.planning import models
 from trainer.planning.estimate import Estimate, Setting
 from trainer.planning.trace import captions, text_flops
@@ -28,7 +27,7 @@ def sdxl(base: str | Path, *fields: str) -> RunConfig:
 
 def test_the_real_ones_have_the_parameters_that_are_known() -> None:
     network = models.configured(sdxl("somebody/sdxl", "lora: null"), (4, 8, 8))
-    encoders = conditioning.encoders_of(network)
+    encoders = encoders_of(network.backbone)
     assert encoders is not None
     both = [sum(p.numel() for p in part.parameters()) for part in (encoders.text_encoder, encoders.text_encoder_2)]
     assert both == [123_060_480, 694_659_840]
@@ -37,8 +36,7 @@ def test_the_real_ones_have_the_parameters_that_are_known() -> None:
 
 def test_adapters_are_those_that_training_adds(tiny_sdxl: Path) -> None:
     config = sdxl(tiny_sdxl, "lora: {rank: 4, text_encoders: true}", "base_dtype: bf16")
-    assert isinstance(config.model, SDXLConfig)
-    planned, trained = models.configured(config, LATENT).backbone, sdxl_base.backbone(config, config.model, None)
+    planned, trained = models.configured(config, LATENT).backbone, config.model.adapter.backbone(LATENT)
     a, b = ({name: (p.shape, p.dtype, p.requires_grad) for name, p in m.named_parameters()} for m in (planned, trained))
     assert a == b
     assert any(name.startswith("text.text_encoder_2.") and p[2] for name, p in a.items())
@@ -47,12 +45,11 @@ def test_adapters_are_those_that_training_adds(tiny_sdxl: Path) -> None:
 def test_a_caption_takes_what_its_layers_do(tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     frozen = models.configured(sdxl(tiny_sdxl, "base_dtype: fp32"), LATENT)
     trained = models.configured(sdxl(tiny_sdxl, "lora: {rank: 4, text_encoders: true}", "base_dtype: fp32"), LATENT)
-    assert text_flops(frozen).both == text_flops(frozen).forward
-    found = text_flops(trained)
+    of_frozen, found = (text_flops(encoders_of(network.backbone)) for network in (frozen, trained))
+    assert of_frozen.both == of_frozen.forward
     assert 1.5 < found.both / found.forward < 3
     config = sdxl(tiny_sdxl, "lora: {rank: 4, text_encoders: true}", "base_dtype: fp32")
-    assert isinstance(config.model, SDXLConfig)
-    encoders = conditioning.encoders_of(trained.__class__(sdxl_base.backbone(config, config.model, None), trained.process, "eps"))  # fmt: skip
+    encoders = encoders_of(config.model.adapter.backbone(LATENT))
     assert encoders is not None
     tokens = torch.zeros(1, 2, 77, dtype=torch.int64)
     counted = by_layer(encoders, lambda: encoders.encode(tokens), monkeypatch)  # pyright: ignore[reportArgumentType]

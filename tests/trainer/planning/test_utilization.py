@@ -10,13 +10,17 @@ import pytest
 import torch
 
 from tests.conftest import TINY, Outcome
-from trainer.config.run_config import load
+from trainer.config.run_config import RunConfig, load
+from trainer.diffusion.denoiser import Denoiser
 from trainer.engine.distributed import Ranks
-from trainer.models import create
 from trainer.planning import gpus, utilization
 from trainer.planning.trace import Flops, flops, passes
 
 SHAPE = (1, 16, 16)
+
+
+def network_of(config: RunConfig) -> Denoiser:
+    return config.model.adapter.denoiser(SHAPE, config.process, config.prediction, config.seed)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +60,7 @@ def test_a_run_logs_the_arithmetic_that_it_does(
     assert code == 0, output
     records = [json.loads(line)["metrics"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     config = load(tmp_path / "run" / "config.yaml")
-    work = flops(create.denoiser(config, SHAPE), SHAPE, {})
+    work = flops(network_of(config), SHAPE, {})
     rates = [record["progress/flops_per_second"] for record in records]
     assert rates == [work.of(passes(config, 8, consistency)) for consistency in (False, False, True)]
     assert "progress/mfu" not in records[0], "a CPU's peak is not known"
@@ -64,7 +68,7 @@ def test_a_run_logs_the_arithmetic_that_it_does(
 
 def test_mfu_is_the_share_of_the_devices_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    network = create.denoiser(load(TINY, ["data.shards=nowhere"]), SHAPE)
+    network = network_of(load(TINY, ["data.shards=nowhere"]))
     meter = utilization.Utilization(network, Flops(1e12, 3e12), Ranks(0, 4, torch.device("cuda")), bf16=True)
     meter._before = (meter._before[0] - 10.0, 0, 0)
     network.evaluations, network.evaluations_with_gradient = 400, 300

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from trainer.models.lora import LoraConfig, add_text_lora
+from trainer.models.conditioning import TextEncoders
+from trainer.models.sdxl.lora import LoraConfig, add_text_lora
 
 
-class EncodedText(nn.Module):
+class EncodedText(TextEncoders):
     """Captions as tokens (B, 2, T) int64, of the two tokenizers -> prompt_embeds (B, T, D) and pooled (B, P), in the encoders'
     type. Each distinct caption is encoded once a call.
 
@@ -23,10 +24,6 @@ class EncodedText(nn.Module):
         self.text_encoder, self.text_encoder_2 = text_encoder, text_encoder_2
         self._begun: Tensor | None = None
         self._encoded: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def trained(self) -> bool:
-        return any(p.requires_grad for p in self.parameters())
 
     def add_lora(self, config: LoraConfig) -> None:
         # The second-last hidden states are taken, so the first encoder's last layer has no say; the second's has, in pooled.
@@ -63,3 +60,8 @@ class EncodedText(nn.Module):
         first = self.text_encoder(captions[:, 0], output_hidden_states=True)
         second = self.text_encoder_2(captions[:, 1], output_hidden_states=True)
         return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
+
+    def encode_empty(self, captions: int, device: str) -> dict[str, Tensor]:
+        tokens = self.text_encoder.config.max_position_embeddings
+        prompt_embeds, pooled = self.encode(torch.zeros(captions, 2, tokens, dtype=torch.int64, device=device))
+        return {"prompt_embeds": prompt_embeds, "pooled": pooled}

@@ -1,0 +1,127 @@
+"""The base pipeline of a run on latents, and what is around its UNet: checked against data and noise process, VAE, prompts.
+
+base: a Stable Diffusion XL pipeline in diffusers' layout, a folder or a hub id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ambient_core.errors import UserError
+from ambient_core.parsing import from_json, text_of
+from data_pipeline.format.index import ShardIndex
+from data_pipeline.latents.identity import require_same, vae_identity
+from data_pipeline.latents.parts import ENCODERS, SCHEDULER, TOKENIZERS, find_parts, read_config
+from trainer.diffusion.prediction import Prediction
+from trainer.diffusion.process import AnyProcess, VPTable
+from trainer.models.adapter import Coder
+
+PARTS = ["unet", SCHEDULER, "vae", *ENCODERS, *TOKENIZERS]
+
+
+def folders_of(base: str) -> dict[str, Path]:
+    """Of its parts. Raises UserError where one is missing."""
+    return find_parts("model.base", base, PARTS)
+
+
+def check_data(base: str, prompt: str | None, encoded: bool, index: ShardIndex, shards: str) -> None:
+    """Raises UserError for shards that were made by another VAE or other text encoders than the base's, or of a shape that
+    its UNet cannot take. prompt, encoded: see `SDXLConditioning`."""
+    latents = index.request.get("latents")
+    if not latents:
+        raise UserError(
+            f"model.kind sdxl: {shards} holds pixels, not latents: shard with --latents {base}, or train a unet2d"
+        )
+    folders = folders_of(base)
+    unet = read_config(folders["unet"])
+    halvings = 2 ** (len(unet["block_out_channels"]) - 1)
+    for channels, height, width in index.shapes:
+        if unet["in_channels"] != channels or height % halvings or width % halvings:
+            raise UserError(
+                f"model.base {base}: its UNet takes latents of {unet['in_channels']} channels, with sides that are multiples of {halvings}; {shards} has {(channels, height, width)}: shard with another --size or --buckets"
+            )
+    require_same(latents["vae"], vae_identity(folders["vae"]), f"the VAE of model.base {base}")
+    if prompt is None and encoded and not index.captioned:
+        raise UserError(
+            f"model.prompt null: {shards} has no captions: give one prompt for all images, such as 'a face', or shard with captions"
+        )
+    if prompt is None and not encoded:
+        if index.text is None:
+            raise UserError(
+                f"model.prompt null: {shards} has no embeddings of captions (text/): give one prompt for all images, such as 'a face', {'or set model.text to encoded' if index.captioned else 'or shard with captions, and --latents a pipeline with text encoders'}"
+            )
+        from data_pipeline.latents.text import encoders_identity
+
+        require_same(index.text["identity"], encoders_identity(base), f"the text encoders of model.base {base}")
+
+
+def check_schedule(base: str, process: AnyProcess, prediction: Prediction) -> None:
+    """Raises UserError for another noise schedule or prediction than the base was trained with, on which fine-tuning builds."""
+    path = folders_of(base)[SCHEDULER] / "scheduler_config.json"
+    try:
+        recorded: dict[str, Any] = from_json(text_of(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.base {base}: {path.name} cannot be read: {error}") from None
+    if not isinstance(recorded, dict) or not all(
+        isinstance(recorded.get(f"beta_{end}"), float) for end in ("start", "end")
+    ):
+        raise UserError(f"model.base {base}: {path.name} does not say beta_start and beta_end")
+    if recorded.get("beta_schedule") != "scaled_linear":
+        raise UserError(
+            f"model.base {base}: its beta_schedule is {recorded.get('beta_schedule')}; only scaled_linear, SDXL's, is supported"
+        )
+    table = VPTable(recorded["beta_start"], recorded["beta_end"], recorded.get("num_train_timesteps", 1000))
+    if process != table:
+        raise UserError(
+            f"process.kind {process.kind}: model.base {base} was trained with kind: vp_table, beta_start: {table.beta_start:g}, beta_end: {table.beta_end:g}, steps: {table.steps}: give these"
+        )
+    its = {"epsilon": "eps", "v_prediction": "v"}.get(recorded.get("prediction_type", "epsilon"))
+    if prediction != its:
+        raise UserError(
+            f"prediction {prediction}: model.base {base} predicts {recorded.get('prediction_type')}: set it to {its}"
+        )
+
+
+def pixels_a_side(base: str) -> int:
+    """Of the image, for one of the latent: 8 for SDXL."""
+    return 2 ** (len(read_config(folders_of(base)["vae"])["block_out_channels"]) - 1)
+
+
+def embed(base: str, prompts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+    """prompt_embeds (N, T, D) and pooled (N, P) of prompts, float16. The encoders are loaded, and let go."""
+    from data_pipeline.latents.text import TextEncoders
+
+    folders_of(base)
+    embeddings, _ = TextEncoders(base, device).embed(prompts)
+    return embeddings.prompt_embeds.to(device), embeddings.pooled.to(device)
+
+
+def coders(base: str, device: torch.device) -> tuple[Coder, Coder]:
+    """The base's VAE, both ways. In float32: SDXL's VAE overflows in float16.
+
+    images (N, 3, H, W) in [-1, 1] -> latents (N, C, H / 8, W / 8) on the device, as stored, but for their draw: the mean of the
+    VAE's distribution is taken, so that a score depends on the image alone. Latents, as stored -> images, float32, on the CPU."""
+    from data_pipeline.latents.vae import Vae, images_a_pass
+
+    folders_of(base)
+    vae = Vae(base, device)
+    module: Any = vae.module
+
+    @torch.no_grad()
+    def encode(images: Tensor) -> Tensor:
+        parts = images.split(images_a_pass(images.shape[3], images.shape[2]))
+        means = [module.encode(part.to(device)).latent_dist.mean for part in parts]
+        return (torch.cat(means) - vae.shift) * vae.scale
+
+    @torch.no_grad()
+    def decode(latents: Tensor) -> Tensor:
+        at_once = images_a_pass(latents.shape[3] * vae.factor, latents.shape[2] * vae.factor)
+        images = [module.decode(z.to(device) / vae.scale + vae.shift).sample for z in latents.split(at_once)]
+        return torch.cat([image.float().cpu() for image in images])
+
+    return encode, decode
