@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import shutil
 import sys
@@ -13,8 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from tqdm import tqdm
+
 from ambient_core.errors import UserError, WorkFailed
-from trainer.config.run_config import load_as
 
 REQUEUES = {"slurm": 20, "local": 5}
 POLL = {"slurm": 2.0, "local": 0.3}
@@ -102,7 +104,14 @@ LEAST = {
 
 def read_cluster(path: Path) -> ClusterConfig:
     """Raises UserError, with the file and the field."""
+    from trainer.config.run_config import load_as  # takes seconds, which --help should not
+
     return load_as(ClusterConfig, path)
+
+
+def new_logs(config: ClusterConfig, name: str) -> Path:
+    """A folder that no other submission has, for the files of its jobs. name: what the jobs do, such as train."""
+    return Path(config.logs).absolute() / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
 
 @dataclass(frozen=True)
@@ -175,6 +184,14 @@ def submit(made: Any, jobs: list[Any]) -> list[Any]:
             handles = [made.submit(job) for job in jobs]
     except FailedJobError as error:
         raise WorkFailed(f"the cluster refuses the job: {_last_line(str(error))}") from None
+    return handles
+
+
+def submit_independent(config: ClusterConfig, name: str, jobs: list[Any]) -> list[Any]:
+    """`submit` of jobs that share nothing, of one node each, whose ids and logs are then named on stderr."""
+    folder = new_logs(config, name)
+    handles = submit(executor(config.on_one_node(), folder, name), jobs)
+    tqdm.write(f"jobs {' '.join(handle.job_id for handle in handles)}; logs in {folder}", file=sys.stderr)
     return handles
 
 

@@ -18,7 +18,7 @@ from ambient_core import errors
 from ambient_core.arguments import Parser
 from ambient_core.errors import UserError
 from ambient_core.parsing import from_json, text_of
-from slurm.cluster import ClusterConfig, Surroundings, executor, read_cluster, script, submit
+from slurm.cluster import ClusterConfig, Surroundings, executor, new_logs, read_cluster, script, submit
 
 EXAMPLE = """examples:
   python -m slurm.submit configs/quickstart.yaml --cluster cluster.yaml run_dir=runs/digits steps=20000
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             return errors.DONE
     found = [replace(point, config=_fixed(point.config, cluster)) for point in found]
     wrong = preflight.problems(found, cluster)
-    submission = Submission(cluster, found, Path(cluster.logs).absolute() / f"train-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")  # fmt: skip
+    submission = Submission(cluster, found, new_logs(cluster, "train"))
     if cluster.kind == "slurm" and not wrong and (refused := preflight.refused_by_slurm(submission.script)):
         wrong = [refused]
     for line in wrong:
