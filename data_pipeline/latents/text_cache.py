@@ -8,7 +8,6 @@ and their shapes, written last, so a folder that has it is complete. A run that 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from ambient_core.errors import UserError
 from ambient_core.parsing import from_json, text_of
+from ambient_core.paths import replacing
 from ambient_core.progress import progress_bar
 from data_pipeline.latents.identity import require_same
 from data_pipeline.latents.text import Embeddings
@@ -108,12 +108,8 @@ def _partial(folder: Path, name: str) -> Path:
 
 
 def _write(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with replacing(path, alone=True) as partial:
+        partial.write_bytes(data)
 
 
 class TextCache:
