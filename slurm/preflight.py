@@ -73,11 +73,9 @@ def _writable(name: str, folder: Path) -> None:
 
 def _ranks(point: Point, cluster: ClusterConfig) -> None:
     """Each number of nodes that the job may get."""
-    from trainer.training.build import layout_of
-
     for nodes in range(cluster.min_nodes or cluster.nodes, cluster.nodes + 1):
         try:
-            layout_of(point.config, 0, nodes * cluster.ranks_per_node)
+            point.config.layout(0, nodes * cluster.ranks_per_node)
         except UserError as error:
             raise UserError(f"{error}, which {nodes} nodes of {cluster.ranks_per_node} ranks have") from None
 

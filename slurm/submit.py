@@ -141,11 +141,10 @@ class Submission:
         lines.append(f"{len(self.points)} job{'s' if len(self.points) > 1 else ''} of {nodes} nodes x {cluster.ranks_per_node} ranks, "
                      f"{cluster.time_minutes} minutes each, started again at most {cluster.requeues} times")  # fmt: skip
         for point in self.points:
-            c = point.config
-            ranks = cluster.nodes * cluster.ranks_per_node
-            micro = min(c.micro_batch_size or c.batch_size, c.batch_size // ranks)
+            c, ranks = point.config, cluster.nodes * cluster.ranks_per_node
+            layout = c.layout(0, ranks)
             lines.append(f"  {point.run_dir}: steps {steps_done(point.run_dir)} to {c.steps}, batch {c.batch_size} = "
-                         f"{micro} x {c.batch_size // ranks // micro} micro-batches x {ranks} ranks")  # fmt: skip
+                         f"{layout.micro_batch_size} x {layout.accumulation} micro-batches x {ranks} ranks")  # fmt: skip
         return "\n".join(lines)
 
     def send(self) -> None:
