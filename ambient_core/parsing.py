@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from ambient_core.errors import in_one_line
+
 LARGEST = 2**63
 LONGEST = 1 << 28
 """Bytes of a text that is read whole."""
@@ -55,7 +57,7 @@ def from_yaml(text: str) -> Any:
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except Exception as error:  # PyYAML has errors of its own, and lets those of its insides through
-        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+        raise ValueError(in_one_line(error)) from None
 
 
 def _whole(digits: str) -> int:

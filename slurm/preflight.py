@@ -15,9 +15,9 @@ from ambient_core.arguments import meant
 from ambient_core.errors import UserError, WorkFailed
 from slurm.cluster import SLURM_ONLY, ClusterConfig
 from slurm.job import queue
-from slurm.job.attempts import steps_done
 from slurm.memory import check_memory
 from slurm.points import Point
+from trainer.checkpoint.progress import steps_done
 
 ANSWER_S = 10
 """Seconds that a tracking server has to answer."""

@@ -134,7 +134,7 @@ class Submission:
 
     @property
     def plan(self) -> str:
-        from slurm.job.attempts import steps_done
+        from trainer.checkpoint.progress import steps_done
 
         cluster, lines = self.cluster, list[str]()
         nodes = f"{cluster.min_nodes}-{cluster.nodes}" if cluster.min_nodes else str(cluster.nodes)

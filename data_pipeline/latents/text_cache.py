@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ambient_core.errors import UserError
+from ambient_core.errors import UserError, in_one_line
 from ambient_core.parsing import from_json, text_of
 from ambient_core.paths import replacing
 from ambient_core.progress import progress_bar
@@ -129,7 +129,7 @@ class TextCache:
         except FileNotFoundError as error:
             raise UserError(f"{folder}: no {Path(error.filename).name} in it, so the embeddings are not complete: encode the captions again") from None  # fmt: skip
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder}: not a text cache ({type(error).__name__}: {error}): encode the captions again") from None  # fmt: skip
+            raise UserError(f"{folder}: not a text cache ({in_one_line(error, with_kind=True)}): encode the captions again") from None  # fmt: skip
         for name, array, shape in zip(ARRAYS, self._arrays, shapes, strict=True):
             if array.shape != shape or array.dtype != np.float16:
                 raise UserError(
