@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ambient_core import storage
-from ambient_core.errors import UserError, differences
+from ambient_core.errors import UserError, differences, in_one_line
 from ambient_core.parsing import from_json
 from data_pipeline.corruption.corruption import Corruption
 from data_pipeline.format.index import Shape
