@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ambient_core.errors import UserError, in_one_line
-from ambient_core.parsing import from_json, text_of
+from ambient_core.parsing import from_json, read_mapping, text_of
 
 STEMS = {
     "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_2": "model",
@@ -63,15 +63,9 @@ def _download(flag: str, source: str, names: Sequence[str]) -> Path:
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a part. Raises UserError."""
     path = folder / "config.json"
-    try:
-        config = from_json(text_of(path))
-    except FileNotFoundError:
-        raise UserError(f"{folder}: no config.json in it; give a folder in diffusers' layout") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return config
+    if not path.is_file():
+        raise UserError(f"{folder}: no config.json in it; give a folder in diffusers' layout")
+    return read_mapping(path, "JSON", str(path))
 
 
 def weight_files(folder: Path, stem: str) -> list[Path]:

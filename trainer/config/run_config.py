@@ -15,7 +15,7 @@ import yaml
 from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, ValidationError
 
 from ambient_core.errors import UserError
-from ambient_core.parsing import flatten, from_yaml, merge, refuse_password, text_of
+from ambient_core.parsing import flatten, from_yaml, merge, read_mapping, refuse_password
 from data_pipeline.loading.config import DataConfig, Layout
 from trainer.checkpoint.retention import CheckpointConfig
 from trainer.config.messages import dataclasses_in, explain
@@ -182,15 +182,7 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = from_yaml(text_of(path))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:  # also where it is not UTF-8
-        raise UserError(f"{path}: not YAML: {error}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: must be a mapping of fields to values")
-    return data
+    return read_mapping(path, "YAML", str(path))
 
 
 DEEPEST = 8
