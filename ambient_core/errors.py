@@ -31,9 +31,10 @@ class WorkFailed(Told):
     """The request was right and the work failed, for a reason that one line explains."""
 
 
-def in_one_line(error: BaseException, most: int | None = None) -> str:
-    """What somebody else's error says, or, where it says nothing, what it is. most: characters."""
-    return " ".join(str(error).split())[:most] or type(error).__name__
+def in_one_line(error: BaseException, most: int | None = None, with_kind: bool = False) -> str:
+    """What somebody else's error says, or, where it says nothing, what it is. most: characters. with_kind: what it is, too."""
+    text, kind = " ".join(str(error).split())[:most], type(error).__name__
+    return f"{kind}: {text}" if with_kind and text else text or kind
 
 
 def differences(old: Mapping[str, object], new: Mapping[str, object]) -> str:

@@ -7,9 +7,11 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
+
+from ambient_core.errors import UserError, in_one_line
 
 LARGEST = 2**63
 LONGEST = 1 << 28
@@ -55,7 +57,20 @@ def from_yaml(text: str) -> Any:
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except Exception as error:  # PyYAML has errors of its own, and lets those of its insides through
-        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+        raise ValueError(in_one_line(error)) from None
+
+
+def read_mapping(path: Path, language: Literal["JSON", "YAML"], where: str) -> dict[str, Any]:
+    """A file of fields and values. where: what errors name, such as the path. Raises UserError."""
+    try:
+        data = (from_json if language == "JSON" else from_yaml)(text_of(path))
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read: {error.strerror}") from None
+    except ValueError as error:  # also where it is not UTF-8
+        raise UserError(f"{where}: not {language}: {in_one_line(error)}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{where}: must be a mapping of fields to values")
+    return data
 
 
 def _whole(digits: str) -> int:

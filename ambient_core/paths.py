@@ -1,4 +1,4 @@
-"""Where what was fetched is kept for the next time, and folders that appear whole or not at all."""
+"""Where what was fetched is kept for the next time, and files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -43,3 +43,29 @@ def appearing(folder: Path) -> Iterator[Path]:
         if folder.exists():
             folder.rmdir()
         shutil.move(partial, folder)
+
+
+@contextmanager
+def replacing(path: Path, alone: bool = False) -> Iterator[Path]:
+    """A file to be written beside `path`, which it replaces at the end, when it is on the disk; where nothing was written, or
+    there was an error, `path` stays as it is. Its folder must be there. Raises OSError.
+
+    alone: no other process writes the same path at the same time. The name is then always the same, so that what a process
+    left that was killed is overwritten, and does not pile up."""
+    partial = path.with_name(f".{path.name}.partial" if alone else f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        if partial.exists():
+            sync(partial)
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Flushes a file to the disk, or which files a folder has."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from ambient_core import paths
 from ambient_core.errors import UserError
 from ambient_core.parsing import refuse_password
 
@@ -119,15 +120,8 @@ def write_atomically(path: str, data: bytes) -> None:
             system.pipe_file(name, data)
         return
     local.parent.mkdir(parents=True, exist_ok=True)
-    partial = local.with_name(f".{local.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(local)
-    finally:
-        partial.unlink(missing_ok=True)
+    with paths.replacing(local) as partial:
+        partial.write_bytes(data)
 
 
 def put(file: Path, url: str) -> None:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import shutil
 import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from ambient_core.arguments import meant
+from tqdm import tqdm
+
 from ambient_core.errors import UserError, WorkFailed
-from ambient_core.parsing import from_yaml, text_of
 
-KINDS = ("slurm", "local")
 REQUEUES = {"slurm": 20, "local": 5}
 POLL = {"slurm": 2.0, "local": 0.3}
 """Seconds between two looks at jobs that are waited for, by the cluster's kind."""
@@ -36,7 +36,7 @@ class ClusterConfig:
     the folder for the jobs' files, which all nodes must see.
     """
 
-    kind: str
+    kind: Literal["slurm", "local"]
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
@@ -58,8 +58,6 @@ class ClusterConfig:
     logs: str = "jobs"
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"kind {self.kind!r}: must be {' or '.join(KINDS)}{meant(self.kind, KINDS)}")
         for name, least in LEAST.items():
             value = getattr(self, name)
             if value is not None and not least <= value < math.inf:
@@ -78,7 +76,7 @@ class ClusterConfig:
             raise ValueError(f"nodes {self.nodes}: kind local has one node")
         for name in SLURM_ONLY:
             if self.kind == "local" and getattr(self, name):
-                raise ValueError(f"{name}: kind local does not use it; remove it, or choose kind: slurm")
+                raise ValueError(f"kind local does not use {name}: remove it, or choose kind: slurm")
 
     def on_one_node(self) -> ClusterConfig:
         """For jobs that share nothing, of which more nodes would stay idle."""
@@ -103,55 +101,17 @@ LEAST = {
     "signal_delay_s": 0, "max_requeues": 0, "hang_minutes": 0,
 }  # fmt: skip
 
-TYPES = {
-    "str": (str,), "str | None": (str,), "int": (int,), "int | None": (int,), "float": (int, float), "float | None": (int, float),
-    "tuple[str, ...]": (list,), "Mapping[str, str]": (dict,),
-}  # fmt: skip
-"""What YAML may give for a field, by the field's annotation."""
-
 
 def read_cluster(path: Path) -> ClusterConfig:
     """Raises UserError, with the file and the field."""
-    try:
-        data = from_yaml(text_of(path))
-    except OSError as error:
-        raise UserError(f"cluster file {path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:  # also where it is not UTF-8
-        raise UserError(f"cluster file {path}: not YAML: {error}") from None
-    if not isinstance(data, dict) or "kind" not in data:
-        raise UserError(f"cluster file {path}: must have the field kind, which is {' or '.join(KINDS)}")
-    known = {entry.name: str(entry.type) for entry in fields(ClusterConfig)}
-    given: dict[str, Any] = {}
-    for name, value in data.items():
-        if name not in known:
-            hint = meant(name, known) or f"; there are {', '.join(known)}"
-            raise UserError(f"cluster file {path}: {name}: no such field{hint}")
-        given[name] = _value(path, name, known[name], value)
-    try:
-        return ClusterConfig(**given)
-    except ValueError as error:
-        raise UserError(f"cluster file {path}: {error}") from None
+    from trainer.config.run_config import load_as  # takes seconds, which --help should not
+
+    return load_as(ClusterConfig, path)
 
 
-def _value(path: Path, name: str, kind: str, value: Any) -> Any:
-    if value is None and kind.endswith("| None"):
-        return None
-    if not isinstance(value, TYPES[kind]) or isinstance(value, bool):
-        raise UserError(f"cluster file {path}: {name}: {value!r} must be {_in_words(kind)}")
-    if isinstance(value, list):
-        if not all(isinstance(entry, str) for entry in value):
-            raise UserError(f"cluster file {path}: {name}: {value!r} must be {_in_words(kind)}")
-        return tuple(value)
-    if isinstance(value, dict):
-        if not all(isinstance(entry, str) for pair in value.items() for entry in pair):
-            raise UserError(f"cluster file {path}: {name}: {value!r} must be {_in_words(kind)}: quote the numbers")
-        return dict(value)
-    return value
-
-
-def _in_words(kind: str) -> str:
-    words = {"str": "text", "int": "a whole number", "float": "a number", "tuple[str, ...]": "a list of texts", "Mapping[str, str]": "names with texts"}  # fmt: skip
-    return words[kind.removesuffix(" | None")]
+def new_logs(config: ClusterConfig, name: str) -> Path:
+    """A folder that no other submission has, for the files of its jobs. name: what the jobs do, such as train."""
+    return Path(config.logs).absolute() / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
 
 @dataclass(frozen=True)
@@ -224,6 +184,14 @@ def submit(made: Any, jobs: list[Any]) -> list[Any]:
             handles = [made.submit(job) for job in jobs]
     except FailedJobError as error:
         raise WorkFailed(f"the cluster refuses the job: {_last_line(str(error))}") from None
+    return handles
+
+
+def submit_independent(config: ClusterConfig, name: str, jobs: list[Any]) -> list[Any]:
+    """`submit` of jobs that share nothing, of one node each, whose ids and logs are then named on stderr."""
+    folder = new_logs(config, name)
+    handles = submit(executor(config.on_one_node(), folder, name), jobs)
+    tqdm.write(f"jobs {' '.join(handle.job_id for handle in handles)}; logs in {folder}", file=sys.stderr)
     return handles
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,7 @@ from pathlib import Path
 from ambient_core import errors
 from ambient_core.errors import WorkFailed
 from ambient_core.progress import progress_bar
-from slurm.cluster import ClusterConfig, Resumable, executor, failure_of, read_cluster, submit, wait
+from slurm.cluster import ClusterConfig, Resumable, failure_of, read_cluster, submit_independent, wait
 from trainer.evaluate import check, parser_of_request, report_on, request_of, weights_of
 from trainer.evaluation.request import Request
 from trainer.reports.evaluate_runs import Weights
@@ -56,9 +54,7 @@ class EvaluationJob(Resumable):
 
 def evaluate_by_jobs(jobs: Sequence[EvaluationJob], cluster: ClusterConfig) -> None:
     """Waits for them; Ctrl-C cancels them. Raises WorkFailed where one fails, after the others have ended."""
-    folder = Path(cluster.logs).absolute() / f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    handles = submit(executor(cluster.on_one_node(), folder, "evaluate"), list(jobs))
-    print(f"jobs {' '.join(handle.job_id for handle in handles)}; logs in {folder}", file=sys.stderr)
+    handles = submit_independent(cluster, "evaluate", list(jobs))
     with progress_bar(total=len(handles), desc="evaluate", unit="run") as bar:
 
         def look(ended: int) -> bool:

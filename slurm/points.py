@@ -13,6 +13,7 @@ from ambient_core.errors import UserError
 from ambient_core.parsing import from_yaml
 from slurm.job import attempts
 from slurm.job.queue import is_alive, listed
+from trainer.checkpoint.progress import steps_done
 from trainer.config.run_config import RunConfig, load
 
 
@@ -29,7 +30,7 @@ class Point:
 
     @property
     def done(self) -> bool:
-        return attempts.steps_done(self.run_dir) >= self.config.steps
+        return steps_done(self.run_dir) >= self.config.steps
 
     @property
     def job(self) -> str | None:

@@ -15,9 +15,9 @@ from ambient_core.arguments import meant
 from ambient_core.errors import UserError, WorkFailed
 from slurm.cluster import SLURM_ONLY, ClusterConfig
 from slurm.job import queue
-from slurm.job.attempts import steps_done
 from slurm.memory import check_memory
 from slurm.points import Point
+from trainer.checkpoint.progress import steps_done
 
 ANSWER_S = 10
 """Seconds that a tracking server has to answer."""
@@ -73,11 +73,9 @@ def _writable(name: str, folder: Path) -> None:
 
 def _ranks(point: Point, cluster: ClusterConfig) -> None:
     """Each number of nodes that the job may get."""
-    from trainer.training.build import layout_of
-
     for nodes in range(cluster.min_nodes or cluster.nodes, cluster.nodes + 1):
         try:
-            layout_of(point.config, 0, nodes * cluster.ranks_per_node)
+            point.config.layout(0, nodes * cluster.ranks_per_node)
         except UserError as error:
             raise UserError(f"{error}, which {nodes} nodes of {cluster.ranks_per_node} ranks have") from None
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +19,7 @@ from data_pipeline.shard import parser_of_request, write_requested
 from data_pipeline.sharding.plan import check_source
 from data_pipeline.sharding.progress_records import Record, finished, names_in, read_record, recorded
 from data_pipeline.sharding.workers import OnImages, OnRecord, Work, Write, write_shards
-from slurm.cluster import ClusterConfig, Resumable, executor, failure_of, read_cluster, submit, wait
+from slurm.cluster import ClusterConfig, Resumable, failure_of, read_cluster, submit_independent, wait
 
 EXAMPLE = """examples:
   python -m slurm.shard my_images/ data/mine --sigma 0.2 --cluster configs/clusters/local.yaml --jobs 4
@@ -90,11 +88,8 @@ def submit_shards(
 
     Raises WorkFailed when a job fails, after the others have ended.
     """
-    folder = Path(cluster.logs).absolute() / f"shard-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     parts = [tuple(numbers[j::jobs]) for j in range(min(jobs, len(numbers)))]
-    made = executor(cluster.on_one_node(), folder, "shard")
-    handles = submit(made, [ShardJob(work, part, cluster.cpus_per_task) for part in parts])
-    tqdm.write(f"jobs {' '.join(handle.job_id for handle in handles)}; logs in {folder}", file=sys.stderr)
+    handles = submit_independent(cluster, "shard", [ShardJob(work, part, cluster.cpus_per_task) for part in parts])
     waiting = set(numbers)
 
     def look(ended: int) -> bool:

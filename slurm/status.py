@@ -17,6 +17,7 @@ from ambient_core.parsing import from_yaml, json_lines, text_of
 from slurm.job import attempts
 from slurm.job.attempts import Attempt
 from slurm.job.queue import is_alive, listed
+from trainer.checkpoint.progress import steps_done
 
 EXAMPLE = """examples:
   python -m slurm.status runs/digits
@@ -109,7 +110,7 @@ def status(run_dir: Path) -> Status | None:
         raise UserError(f"RUN {run_dir}: is a folder of jobs' files: give the folder of a run, or of a sweep")
     starts = attempts.read(run_dir)
     records = [record for record in json_lines(run_dir / "metrics.jsonl") if "metrics" in record]
-    step = max([attempts.steps_done(run_dir), *(record["step"] for record in records[-1:])])
+    step = max([steps_done(run_dir), *(record["step"] for record in records[-1:])])
     steps, state, reason = _wanted(run_dir), *_state(note, starts)
     metric = next((r["metrics"]["loss/ambient"] for r in reversed(records) if "loss/ambient" in r["metrics"]), None)
     since = starts[-1].started if starts else time.time()

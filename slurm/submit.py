@@ -18,7 +18,7 @@ from ambient_core import errors
 from ambient_core.arguments import Parser
 from ambient_core.errors import UserError
 from ambient_core.parsing import from_json, text_of
-from slurm.cluster import ClusterConfig, Surroundings, executor, read_cluster, script, submit
+from slurm.cluster import ClusterConfig, Surroundings, executor, new_logs, read_cluster, script, submit
 
 EXAMPLE = """examples:
   python -m slurm.submit configs/quickstart.yaml --cluster cluster.yaml run_dir=runs/digits steps=20000
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             return errors.DONE
     found = [replace(point, config=_fixed(point.config, cluster)) for point in found]
     wrong = preflight.problems(found, cluster)
-    submission = Submission(cluster, found, Path(cluster.logs).absolute() / f"train-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")  # fmt: skip
+    submission = Submission(cluster, found, new_logs(cluster, "train"))
     if cluster.kind == "slurm" and not wrong and (refused := preflight.refused_by_slurm(submission.script)):
         wrong = [refused]
     for line in wrong:
@@ -134,18 +134,17 @@ class Submission:
 
     @property
     def plan(self) -> str:
-        from slurm.job.attempts import steps_done
+        from trainer.checkpoint.progress import steps_done
 
         cluster, lines = self.cluster, list[str]()
         nodes = f"{cluster.min_nodes}-{cluster.nodes}" if cluster.min_nodes else str(cluster.nodes)
         lines.append(f"{len(self.points)} job{'s' if len(self.points) > 1 else ''} of {nodes} nodes x {cluster.ranks_per_node} ranks, "
                      f"{cluster.time_minutes} minutes each, started again at most {cluster.requeues} times")  # fmt: skip
         for point in self.points:
-            c = point.config
-            ranks = cluster.nodes * cluster.ranks_per_node
-            micro = min(c.micro_batch_size or c.batch_size, c.batch_size // ranks)
+            c, ranks = point.config, cluster.nodes * cluster.ranks_per_node
+            layout = c.layout(0, ranks)
             lines.append(f"  {point.run_dir}: steps {steps_done(point.run_dir)} to {c.steps}, batch {c.batch_size} = "
-                         f"{micro} x {c.batch_size // ranks // micro} micro-batches x {ranks} ranks")  # fmt: skip
+                         f"{layout.micro_batch_size} x {layout.accumulation} micro-batches x {ranks} ranks")  # fmt: skip
         return "\n".join(lines)
 
     def send(self) -> None:

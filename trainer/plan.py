@@ -63,7 +63,10 @@ def main(argv: list[str] | None = None) -> int:
 
     shape, sample_bytes = _data(config, args.shape)
     network = models.configured(config, shape)
-    setting = setting_of(config, args.gpu, args.gpus)
+    try:
+        setting = setting_of(config, args.gpu, args.gpus)
+    except UserError as error:
+        raise UserError(f"{error} (--gpus)") from None
     estimate = Estimate(config, network, shape, setting)
     if args.json:
         print(json.dumps(_plain(estimate, args.mfu, sample_bytes)))

@@ -70,13 +70,10 @@ class Study:
         return [*self.config.overrides, *method.overrides, *fixed]
 
     def is_done(self, point: Point) -> bool:
-        from trainer.checkpoint.checkpoints import Checkpoints
-        from trainer.checkpoint.state import read_state
+        from trainer.checkpoint.progress import steps_done
         from trainer.config.run_config import load
 
-        config = load(Path(self.config.config), self.overrides(point))
-        path = Checkpoints(self.run_dir(point), config.checkpoint).latest()
-        return path is not None and read_state(path).step >= config.steps
+        return steps_done(self.run_dir(point)) >= load(Path(self.config.config), self.overrides(point)).steps
 
 
 def main(argv: list[str] | None = None) -> int:

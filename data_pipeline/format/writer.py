@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tarfile
 from collections.abc import Iterable
 from io import BytesIO
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from ambient_core import storage
+from ambient_core.paths import replacing
 from data_pipeline.format.types import Array
 
 OBSERVATION, META = "x_n.npy", "json"
@@ -48,21 +49,18 @@ def write_tar(folder: str, name: str, samples: Iterable[tuple[str, Members]]) ->
         if outcome[0]:
             storage.write_atomically(storage.join(folder, name), buffer.getvalue())
         return outcome
-    # A name of this process: a worker of a call that was killed may still be writing the same shard.
-    partial = os.path.join(folder, f".{name}.{os.getpid()}.partial")
+    path = Path(folder, name)
     try:
-        with open(partial, "wb", buffering=1 << 20) as file:
-            outcome = _write(file, samples)
-            file.flush()
-            os.fsync(file.fileno())
-        if outcome[0]:
-            os.replace(partial, os.path.join(folder, name))
+        with replacing(
+            path
+        ) as partial:  # not alone: a worker of a call that was killed may still be writing this shard
+            with partial.open("wb", buffering=1 << 20) as file:
+                outcome = _write(file, samples)
+            if not outcome[0]:
+                partial.unlink()
     except OSError as error:  # a full disk does not say of which file it speaks
-        error.filename = error.filename or os.path.join(folder, name)
+        error.filename = error.filename or str(path)
         raise
-    finally:
-        if os.path.exists(partial):
-            os.unlink(partial)
     return outcome
 
 

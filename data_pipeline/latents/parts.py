@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ambient_core.errors import UserError
-from ambient_core.parsing import from_json, text_of
+from ambient_core.errors import UserError, in_one_line
+from ambient_core.parsing import from_json, read_mapping, text_of
 
 STEMS = {
     "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_2": "model",
@@ -63,15 +63,9 @@ def _download(flag: str, source: str, names: Sequence[str]) -> Path:
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a part. Raises UserError."""
     path = folder / "config.json"
-    try:
-        config = from_json(text_of(path))
-    except FileNotFoundError:
-        raise UserError(f"{folder}: no config.json in it; give a folder in diffusers' layout") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return config
+    if not path.is_file():
+        raise UserError(f"{folder}: no config.json in it; give a folder in diffusers' layout")
+    return read_mapping(path, "JSON", str(path))
 
 
 def weight_files(folder: Path, stem: str) -> list[Path]:
@@ -84,7 +78,7 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
     try:
         names = sorted(set(from_json(text_of(index))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: not an index of weights ({type(error).__name__}: {error})") from None
+        raise UserError(f"{index}: not an index of weights ({in_one_line(error, with_kind=True)})") from None
     files = [folder / Path(name).name for name in names]
     missing = next((file for file in files if not file.is_file()), None)
     if missing or not files:

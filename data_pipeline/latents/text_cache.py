@@ -8,7 +8,6 @@ and their shapes, written last, so a folder that has it is complete. A run that 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +18,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ambient_core.errors import UserError
+from ambient_core.errors import UserError, in_one_line
 from ambient_core.parsing import from_json, text_of
+from ambient_core.paths import replacing
 from ambient_core.progress import progress_bar
 from data_pipeline.latents.identity import require_same
 from data_pipeline.latents.text import Embeddings
@@ -108,12 +108,8 @@ def _partial(folder: Path, name: str) -> Path:
 
 
 def _write(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with replacing(path, alone=True) as partial:
+        partial.write_bytes(data)
 
 
 class TextCache:
@@ -133,7 +129,7 @@ class TextCache:
         except FileNotFoundError as error:
             raise UserError(f"{folder}: no {Path(error.filename).name} in it, so the embeddings are not complete: encode the captions again") from None  # fmt: skip
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder}: not a text cache ({type(error).__name__}: {error}): encode the captions again") from None  # fmt: skip
+            raise UserError(f"{folder}: not a text cache ({in_one_line(error, with_kind=True)}): encode the captions again") from None  # fmt: skip
         for name, array, shape in zip(ARRAYS, self._arrays, shapes, strict=True):
             if array.shape != shape or array.dtype != np.float16:
                 raise UserError(

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from ambient_core.parsing import from_json, text_of
 from ambient_core.storage import write_atomically
 from slurm.job.environment import Place
+from trainer.checkpoint.progress import steps_done
 
 SHORT = 200
 """Characters of a crash's message in a decision; the log has it whole."""
@@ -60,15 +61,6 @@ class Attempt:
     endings: dict[int, Ending]
     hung: tuple[int, ...]
     decision: Decision | None
-
-
-def steps_done(run_dir: Path) -> int:
-    """Of the run's last checkpoint; without torch, which takes seconds."""
-    folder = run_dir / "checkpoints"
-    try:
-        return int(from_json(text_of(folder / text_of(folder / "latest").strip() / "state.json"))["step"])
-    except (OSError, ValueError, KeyError):
-        return 0
 
 
 def submission(run_dir: Path) -> dict[str, Any]:

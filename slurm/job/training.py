@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ambient_core import errors
-from ambient_core.errors import UserError, WorkFailed
+from ambient_core.errors import UserError, WorkFailed, in_one_line
 from slurm.job import attempts, environment
 from slurm.job.attempts import Ending
 from slurm.job.watchdog import Watchdog
@@ -79,7 +79,7 @@ class TrainingJob:
             code, ending = errors.FAILED, Ending("failed", str(error))
         except Exception as error:
             traceback.print_exc()
-            code, ending = errors.FAILED, Ending("crashed", " ".join(f"{type(error).__name__}: {error}".split()))
+            code, ending = errors.FAILED, Ending("crashed", in_one_line(error, with_kind=True))
         print(f"{ending.outcome}: {ending.message}", file=sys.stderr, flush=True)
         return code, ending
 

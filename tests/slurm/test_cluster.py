@@ -107,30 +107,40 @@ def test_the_files_that_come_with_the_project_are_read(path: Path) -> None:
     ("text", "message"),
     [
         ("[", "not YAML"),
-        ("- a", "must have the field kind, which is slurm or local"),
-        ("partition: main", "must have the field kind"),
-        ("kind: pbs", "kind 'pbs': must be slurm or local"),
+        ("- a", "must be a mapping of fields to values"),
+        ("partition: main", "kind: must be given: 'slurm' or 'local'"),
+        ("kind: pbs", "kind: 'pbs': must be 'slurm' or 'local'"),
         ("kind: slurm\npartitoin: main", "partitoin: no such field; did you mean partition?"),
-        ("kind: slurm\nzzz: 1", "zzz: no such field; there are kind, partition"),
-        ("kind: slurm\nnodes: two", "nodes: 'two' must be a whole number"),
-        ("kind: slurm\nnodes: true", "nodes: True must be a whole number"),
-        ("kind: slurm\nnodes: null", "nodes: None must be a whole number"),
+        ("kind: slum", "did you mean slurm?"),
+        ("kind: slurm\nzzz: 1", "zzz: no such field; there are account, constraint, cpus_per_task, environment, "),
+        ("kind: slurm\nnodes: two", "nodes: 'two': must be a whole number"),
+        ("kind: slurm\nnodes: true", "nodes: True: must be a number"),
+        ("kind: slurm\nnodes: null", "nodes: None: must be a whole number"),
         ("kind: slurm\nnodes: 0", "nodes 0: must be at least 1"),
+        ("kind: slurm\nnodes: .nan", "nodes: nan: must be a finite number"),
+        ("kind: slurm\nmem_gb: true", "mem_gb: True: must be a number"),
+        ("kind: slurm\nmem_gb: .nan", "mem_gb nan: must be above 0"),
         ("kind: slurm\nmem_gb: 0", "mem_gb 0: must be above 0"),
         ("kind: slurm\nmem_gb: .inf", "mem_gb inf: must be above 0"),
         ("kind: slurm\nhang_minutes: .nan", "hang_minutes nan: must be at least 0"),
-        ("kind: local\npartition: main", "partition: kind local does not use it"),
+        (
+            "kind: local\npartition: main",
+            "partition 'main': kind local does not use partition: remove it, or choose kind: slurm",
+        ),
         ("kind: slurm\ntime_minutes: 1\nsignal_delay_s: 60", "signal_delay_s 60: must be less than time_minutes 1"),
-        ("kind: slurm\nsetup: module load", "setup: 'module load' must be a list of texts"),
-        ("kind: slurm\nsetup: [1]", "must be a list of texts"),
-        ("kind: slurm\nenvironment: {A: 1}", "must be names with texts: quote the numbers"),
+        ("kind: slurm\nsetup: module load", "setup: 'module load': must be a list"),
+        ("kind: slurm\nsetup: {a: b}", "setup: {'a': 'b'}: must be a list"),
+        ("kind: slurm\nsetup: [1]", "setup.0: 1: must be text: put it in quotes"),
+        ("kind: slurm\nenvironment: {A: 1}", "environment.A: 1: must be text: put it in quotes"),
+        ("kind: slurm\nenvironment: {A: yes}", "environment.A: True: must be text: put it in quotes"),
+        ("kind: slurm\nenvironment: [A]", "environment: ['A']: must be a mapping of names to values"),
         ("kind: slurm\nmin_nodes: 3\nnodes: 2", "min_nodes 3: must be at most nodes 2"),
         ("kind: slurm\ntasks_per_node: 0", "tasks_per_node 0: must be at least 1"),
         ("kind: slurm\nhang_minutes: -1", "hang_minutes -1: must be at least 0"),
         ("kind: local\nmax_requeues: 6", "max_requeues 6: kind local starts a job again at most 5 times"),
-        ("kind: local\nmin_nodes: 1", "min_nodes: kind local does not use it"),
+        ("kind: local\nmin_nodes: 1", "min_nodes 1: kind local does not use min_nodes"),
         ("kind: local\nnodes: 2", "nodes 2: kind local has one node"),
-        ("kind: local\nsetup: [module load]", "setup: kind local does not use it"),
+        ("kind: local\nsetup: [module load]", "setup ['module load']: kind local does not use setup"),
     ],
 )
 def test_a_wrong_cluster_file_is_one_line(text: str, message: str, tmp_path: Path) -> None:
@@ -138,7 +148,7 @@ def test_a_wrong_cluster_file_is_one_line(text: str, message: str, tmp_path: Pat
     path.write_text(text)
     with pytest.raises(UserError) as caught:
         read_cluster(path)
-    assert str(caught.value).startswith(f"cluster file {path}: ")
+    assert str(caught.value).startswith(f"{path}: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 

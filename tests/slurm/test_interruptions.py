@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from slurm.job import attempts
 from tests.slurm.conftest import SCRIPT, Job, ask
 from tests.trainer.training.test_runs import LOSS_TOLERANCE, curve, final
 from tests.waiting import until
+from trainer.checkpoint.progress import steps_done
 
 pytestmark = pytest.mark.slurm
 Submit = Callable[..., Job]
@@ -148,7 +148,7 @@ def test_a_node_that_slurm_lost_gives_way_to_the_new_start(submit: Submit) -> No
         began = job.step
         until(lambda: 0 in job.starts[0].endings, "the older start leaves")
         assert job.starts[0].endings[0].outcome == "interrupted"
-        saved = attempts.steps_done(job.run_dir)
+        saved = steps_done(job.run_dir)
         assert saved >= began, "it trained on until it was told"
         job.reach(saved + 5)
         print(f"\nMEASURED `kill -9` of slurmd, one node: 0 steps lost, {time.time() - killed:.0f} s to five new steps")

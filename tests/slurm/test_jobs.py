@@ -11,12 +11,13 @@ import pytest
 
 from ambient_core import errors
 from slurm import status
-from slurm.job.attempts import read, steps_done
+from slurm.job.attempts import read
 from slurm.submit import main
 from tests.conftest import TINY
 from tests.slurm.conftest import Job
 from tests.trainer.training.test_runs import LOSS_TOLERANCE, curve
 from tests.waiting import until
+from trainer.checkpoint.progress import steps_done
 
 pytestmark = pytest.mark.slurm
 Submit = Callable[..., Job]

@@ -116,7 +116,9 @@ def test_the_code_that_runs_is_the_code_at_submission(tmp_path: Path) -> None:
     code = snapshot.copy_code(tmp_path / "code")
     program = "import trainer.train, slurm.job.training, data_pipeline; print(trainer.train.__file__, slurm.job.training.__file__)"
     result = subprocess.run(["python3", "-c", program], cwd=code, capture_output=True, text=True, env={**os.environ, "PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}"})  # fmt: skip
-    assert result.stdout.split() == [str(code / "trainer" / "train.py"), str(code / "slurm" / "training.py")], result
+    assert result.stdout.split() == [str(code / "trainer" / "train.py"), str(code / "slurm" / "job" / "training.py")], (
+        result
+    )
 
 
 def test_the_difference_to_git_has_new_and_changed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

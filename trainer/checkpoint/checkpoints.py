@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 
 from ambient_core.errors import UserError, WorkFailed
+from ambient_core.paths import replacing, sync
 from trainer.checkpoint.retention import CheckpointConfig, kept
 from trainer.checkpoint.state import FORMAT, TrainState, read_state, signed
-from trainer.checkpoint.tensors import State, read_tensors, sync, write
+from trainer.checkpoint.tensors import State, read_tensors, write
 from trainer.engine.distributed import Ranks
 
 
@@ -177,10 +178,8 @@ class Checkpoints:
 
     def point_at(self, step: int) -> None:
         """Makes it the latest."""
-        pointer = self.folder / ".latest.partial"
-        pointer.write_text(self.path(step).name)
-        sync(pointer)
-        pointer.replace(self.folder / "latest")
+        with replacing(self.folder / "latest", alone=True) as pointer:
+            pointer.write_text(self.path(step).name)
 
     def _delete(self, step: int) -> None:
         """Under another name first, so that no checkpoint is ever there in part."""

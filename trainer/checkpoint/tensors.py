@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zlib
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from ambient_core.errors import UserError
+from ambient_core.paths import replacing
 
 State = dict[str, Tensor]
 CHECKSUM = "crc32"
@@ -42,10 +42,8 @@ def write(tensors: State, path: Path, metadata: dict[str, str] | None = None) ->
 
 def write_whole(tensors: State, path: Path, metadata: dict[str, str]) -> None:
     """Writes a file that is there whole or not at all. Raises OSError or SafetensorError."""
-    partial = path.with_name(f".{path.name}.partial")
-    write(tensors, partial, metadata)
-    sync(partial)
-    partial.replace(path)
+    with replacing(path, alone=True) as partial:
+        write(tensors, partial, metadata)
 
 
 def checksum(tensors: State) -> str:
@@ -56,12 +54,3 @@ def checksum(tensors: State) -> str:
         value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
         value = zlib.crc32(memoryview(tensor.flatten().view(torch.uint8).numpy()), value)  # pyright: ignore[reportArgumentType]
     return f"{value:08x}"
-
-
-def sync(path: Path) -> None:
-    """Flushes a file to the disk, or which files a folder has."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

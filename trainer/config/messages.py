@@ -19,7 +19,12 @@ PLAINER = {
     "int_type": "must be a whole number",
     "float_parsing": "must be a number",
     "float_type": "must be a number",
+    "finite_number": "must be a finite number",
     "string_type": "must be text",
+    "tuple_type": "must be a list",
+    "list_type": "must be a list",
+    "dict_type": "must be a mapping of names to values",
+    "mapping_type": "must be a mapping of names to values",
 }
 """pydantic's messages, in our words."""
 
@@ -44,7 +49,7 @@ def explain(kind: Any, error: Any) -> str:
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"{name}: no such field{_where_it_is(kind, list(map(str, error['loc'])), location)}"
     if error["type"] in ("missing", "missing_argument"):
-        return f"{name}: must be given"
+        return f"{name}: must be given{_one_of(kind, location)}"
     value = error["input"]
     if error["type"] in ("dataclass_type", "model_attributes_type", "union_tag_not_found"):
         known = sorted({field.name for inner in _at(kind, location) for field in dataclasses.fields(inner)})
@@ -56,8 +61,12 @@ def explain(kind: Any, error: Any) -> str:
         known = re.findall("'(.*?)'", error["ctx"]["expected"])
         return f"{name}: {value!r}: must be {error['ctx']['expected']}{meant(value, known)}"
     message = PLAINER[error["type"]] if error["type"] in PLAINER else error["msg"].removeprefix("Value error, ")
+    if error["type"] == "string_type" and isinstance(value, int | float):  # which YAML makes of 1 and of yes
+        message += ": put it in quotes"
     shown = f" {value!r}:"
-    if isinstance(value, dict):  # of a group: the fields that the message speaks of, where it has not their values
+    if (
+        isinstance(value, dict) and error["type"] == "value_error"
+    ):  # of a group: the fields that the message speaks of, where it has not their values
         named = [
             field
             for field, its in value.items()
@@ -69,6 +78,13 @@ def explain(kind: Any, error: Any) -> str:
         shown = ""
     said = f"{name}:{shown} {message[0].lower()}{message[1:]}"
     return said if name else said.removeprefix(":").strip()
+
+
+def _one_of(kind: Any, location: Sequence[str]) -> str:
+    """ ": 'slurm' or 'local'" of a field that has a few values with names, else ""."""
+    hints = [typing.get_type_hints(inner).get(location[-1]) for inner in _at(kind, location[:-1])]
+    values = [value for hint in hints if typing.get_origin(hint) is typing.Literal for value in typing.get_args(hint)]
+    return f": {' or '.join(map(repr, values))}" if values else ""
 
 
 def _says(message: str, field: str, value: object) -> bool:

@@ -15,8 +15,8 @@ import yaml
 from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, ValidationError
 
 from ambient_core.errors import UserError
-from ambient_core.parsing import flatten, from_yaml, merge, refuse_password, text_of
-from data_pipeline.loading.config import DataConfig
+from ambient_core.parsing import flatten, from_yaml, merge, read_mapping, refuse_password
+from data_pipeline.loading.config import DataConfig, Layout
 from trainer.checkpoint.retention import CheckpointConfig
 from trainer.config.messages import dataclasses_in, explain
 from trainer.diffusion.ambient import AmbientConfig
@@ -96,6 +96,28 @@ class RunConfig:
                 "data.sigma_scale=0 takes every image for clean, so there is no level for consistency: set consistency to null"
             )
 
+    @property
+    def stride(self) -> int:
+        """Every how many-th sample of a batch consistency has a particle for; 1 without consistency."""
+        particles = self.consistency.batch_size if self.consistency else None
+        return self.batch_size // (particles or self.batch_size)
+
+    def layout(self, rank: int, world: int) -> Layout:
+        """Raises UserError where the batch, or its particles, cannot be split over so many ranks."""
+        rows, rest = divmod(self.batch_size, world)
+        if rest or rows == 0:
+            raise UserError(f"batch_size {self.batch_size}: must be a multiple of the {world} ranks")
+        micro = min(self.micro_batch_size or rows, rows)
+        if rows % micro:
+            raise UserError(
+                f"micro_batch_size {self.micro_batch_size}: must divide the {rows} samples that each of {world} ranks has of batch_size {self.batch_size}"
+            )
+        if self.consistency and micro % self.stride:
+            raise UserError(
+                f"consistency.batch_size {self.consistency.batch_size}: takes every {self.stride}th sample, so the {micro} samples of a micro-batch must be a multiple of {self.stride}"
+            )
+        return Layout(self.batch_size, micro, rank, world)
+
 
 def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML file, with one level of `base:` (a path beside it), and applies overrides. Raises UserError."""
@@ -160,15 +182,7 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = from_yaml(text_of(path))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:  # also where it is not UTF-8
-        raise UserError(f"{path}: not YAML: {error}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: must be a mapping of fields to values")
-    return data
+    return read_mapping(path, "YAML", str(path))
 
 
 DEEPEST = 8

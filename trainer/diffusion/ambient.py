@@ -50,6 +50,10 @@ class AmbientConfig:
         if not 0 <= self.boundary_share <= 1 or not NEAREST < self.boundary_ratio < float("inf"):
             raise ValueError(f"need 0 <= boundary_share <= 1 and boundary_ratio above {NEAREST}")
 
+    def passes(self, samples: int) -> list[tuple[int, bool]]:
+        """Through the network, that `AmbientLoss` makes of so many samples: of how many rows each, and whether with a gradient."""
+        return [(2 * samples if self.pairs else samples, True)]
+
 
 @dataclass(frozen=True)
 class AmbientLoss:

@@ -58,6 +58,12 @@ class ConsistencyConfig:
                 )
         self.schedule()
 
+    def passes(self, particles: int) -> list[tuple[int, bool]]:
+        """Through the network, that `ConsistencyLoss` makes of so many particles, in order: of how many rows each, and whether
+        with a gradient."""
+        above, between = (particles, self.gradient == "both"), (2 * particles, False)
+        return [above, *[between] * (self.steps - 1), (2 * particles, True)]
+
     def schedule(self) -> StepSchedule:
         return StepSchedule(DEFAULT_PERIOD if self.period is None else self.period, self.count, self.start, self.end)
 

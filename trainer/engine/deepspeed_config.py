@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from ambient_core.errors import UserError, in_one_line
-from ambient_core.parsing import flatten, from_json, merge, text_of
+from ambient_core.errors import UserError
+from ambient_core.parsing import flatten, merge, read_mapping
 from data_pipeline.loading.config import Layout
 from trainer.engine.config import EngineConfig, OptimizerConfig, Precision
 
@@ -66,7 +66,7 @@ def settings(
     if config.deepspeed is None:
         return told, []
     where = f"engine.deepspeed: {config.deepspeed}"
-    given = _without_auto(_read(Path(config.deepspeed), where))
+    given = _without_auto(read_mapping(Path(config.deepspeed), "JSON", where))
     owned = _owned(config, optimizer, layout, precision)
     unused: list[str] = []
     for name, value in flatten(given):
@@ -151,18 +151,6 @@ def _owned(config: EngineConfig, optimizer: OptimizerConfig, layout: Layout, pre
 def _equal(a: Any, b: Any) -> bool:
     """True is not 1 here, but 1 is 1.0."""
     return a == b and isinstance(a, bool) == isinstance(b, bool)
-
-
-def _read(path: Path, where: str) -> dict[str, Any]:
-    try:
-        data = from_json(text_of(path))
-    except OSError as error:
-        raise UserError(f"{where}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON: {in_one_line(error)}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{where}: must be a mapping of DeepSpeed's settings")
-    return data
 
 
 def _without_auto(data: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Everything DeepSpeed; the only file that imports it.
+"""The engine, by DeepSpeed. What it uses that DeepSpeed does not document is in deepspeed_private.py.
 
 The state of training leaves this file as whole float32 tensors by parameter name, and comes back so, at every ZeRO
 stage. So a checkpoint fits any number of ranks and any stage, and holds no pickle.
@@ -20,16 +20,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else a CUDA toolkit without a GPU misleads it
 os.environ.setdefault("DS_LOG_LEVEL", "warning")
 import deepspeed
-import deepspeed.ops
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import safe_get_full_fp32_param
 
 from ambient_core.errors import UserError, in_one_line
-from trainer.engine import adam_8bit
+from trainer.engine import adam_8bit, deepspeed_private
 from trainer.engine.config import MOST_IN_BUCKET, EngineConfig, OptimizerConfig, Precision
 from trainer.engine.loss_scaler import FIRST, LossScale
 
-setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010  # skips probing for compilers: no fused operator of theirs is used
+deepspeed_private.skip_probing_for_compilers()
 deepspeed_logger.setLevel(logging.WARNING)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -62,16 +61,14 @@ class Engine:
             made = deepspeed.initialize(model=module, optimizer=client, config=settings)
         self._engine: Any = made[0]
         self._zero: Any = made[1]  # ZeRO's optimizer around ours; at stage 0 ours itself
-        if config.zero_stage == 0:  # its own go through all modules of the network, frozen ones too, at each step
-            self._engine.zero_grad = self._forget_gradients
-            self._engine.buffered_allreduce_fallback = self._average_gradients
+        if config.zero_stage == 0:
+            deepspeed_private.replace_at_stage_0(self._engine, self._forget_gradients, self._average_gradients)
         self._device = next(iter(self._named.values())).device
         self.grad_norm = torch.zeros((), device=self._device)
         self.left_out = torch.zeros((), dtype=torch.bool, device=self._device)
         """Whether the last step left the weights where they were, on the device."""
         self.loss_scale = LossScale(FIRST if precision == "fp16" else 1.0)
-        # Its own scaler of float16 clips before it has unscaled, and never lowers the scale when ZeRO leaves a step out.
-        self._engine.torch_autocast_z0_gradscaler = self._zero.torch_autocast_gradscaler = None
+        deepspeed_private.remove_loss_scalers(self._engine, self._zero)
 
     def _adam(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         o = self.optimizer_config
@@ -96,8 +93,8 @@ class Engine:
         """loss: a scalar, the mean over this micro-batch; means over accumulation and ranks are taken here."""
         scaled = loss
         if self.precision == "fp16":
-            if self.config.zero_stage:  # it then unscales and clips
-                self._zero.override_loss_scale(self.loss_scale.scale)
+            if self.config.zero_stage:
+                deepspeed_private.set_loss_scale(self._zero, self.loss_scale.scale)
             else:
                 scaled = loss * self.loss_scale.scale
         self._engine.backward(scaled)
@@ -114,9 +111,10 @@ class Engine:
                 self._clip()
         self._engine.step()
         if last and self.config.zero_stage:
-            if not self._zero.overflow:
+            overflow = deepspeed_private.overflowed(self._zero)
+            if not overflow:
                 self.grad_norm = torch.as_tensor(self._engine.get_global_grad_norm())
-            self._decided(self._zero.overflow)
+            self._decided(overflow)
 
     def _clip(self) -> None:
         """At stage 0, where DeepSpeed clips without telling the norm."""
@@ -146,7 +144,7 @@ class Engine:
                 p.grad = torch.zeros_like(p)
         if torch.distributed.get_world_size() > 1:
             gradients = [p.grad for p in self._named.values()]
-            type(self._engine).buffered_allreduce_fallback(self._engine, gradients, elements_per_buffer)
+            deepspeed_private.average_gradients(self._engine, gradients, elements_per_buffer)
 
     def _decided(self, overflow: bool) -> None:
         """Of a step that the host has waited for."""
@@ -220,40 +218,27 @@ class Engine:
                 self._base.state[share] = {"step": step, "exp_avg": m, "exp_avg_sq": v}
         self._set(weights)
         if self.config.zero_stage == 3:
-            for low, high in zip(self._zero.fp16_partitioned_groups_flat, self._flat(), strict=True):
-                low.data.copy_(high.data)
-            if kept_whole := self._zero.persistent_parameters:
-                kept_whole[0].partition(kept_whole)
-                kept_whole[0].all_gather(kept_whole)
+            deepspeed_private.renew_weights_of_the_module(self._zero)
 
     def _set(self, weights: State) -> None:
         """Whole weights, into what the optimiser updates; at stages 0 to 2 also into the module."""
         for name, p in self._named.items():
             value = weights[name].to(p.device, torch.float32)
+            if self.config.zero_stage:
+                deepspeed_private.set_weight(self._zero, self.config.zero_stage, p, value)
             if self.config.zero_stage < 3:
-                if self.config.zero_stage:
-                    p.set_full_hp_param(value)  # pyright: ignore[reportAttributeAccessIssue]
                 p.data.copy_(value)
-            else:  # ZeRO-3 has no setter for a whole value whose size its ranks do not divide
-                share: int = p.ds_tensor.numel()  # pyright: ignore[reportAttributeAccessIssue]
-                world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-                padded = nn.functional.pad(value.flatten(), (0, share * world - value.numel()))
-                self._zero.set_local_hp_param(padded[rank * share : (rank + 1) * share], p)
 
     @property
     def _base(self) -> torch.optim.Optimizer:
-        return self._zero.optimizer if self.config.zero_stage else self._zero
+        return deepspeed_private.inner_optimizer(self._zero) if self.config.zero_stage else self._zero
 
     def _shares(self) -> list[Tensor]:
         """What the optimiser has as parameters: the keys of its state, one for each of `masters`."""
         return self._flat() if self.config.zero_stage else list(self._named.values())
 
     def _flat(self) -> list[Tensor]:
-        return (
-            self._zero.fp32_partitioned_groups_flat
-            if self.config.zero_stage == 3
-            else self._zero.single_partition_of_fp32_groups
-        )
+        return deepspeed_private.fp32_shares(self._zero, self.config.zero_stage)
 
 
 def _moments(state: dict[str, Any]) -> list[Tensor]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ambient_core.errors import UserError
+from data_pipeline.loading.config import Layout
 from trainer.config.run_config import RunConfig
 from trainer.diffusion.consistency import DEFAULT_PERIOD
 from trainer.diffusion.denoiser import Denoiser
@@ -40,10 +40,10 @@ class Setting:
 
 
 def setting_of(config: RunConfig, gpu: str, gpus: int) -> Setting:
-    """What a configuration asks for, on so many devices of a kind."""
-    e, rows = config.engine, max(1, config.batch_size // gpus)
+    """What a configuration asks for, on so many devices of a kind. Raises UserError where the batch does not divide."""
+    e = config.engine
     saving = Saving(e.precision != "fp32", e.adam == "8bit", e.offload_optimizer, e.offload_parameters)
-    return Setting(gpu, gpus, e.zero_stage, min(config.micro_batch_size or rows, rows), saving)
+    return Setting(gpu, gpus, e.zero_stage, config.layout(0, gpus).micro_batch_size, saving)
 
 
 class Estimate:
@@ -55,13 +55,8 @@ class Estimate:
     def __init__(self, config: RunConfig, network: Denoiser, shape: tuple[int, int, int], setting: Setting) -> None:
         self.config, self.shape, self.setting = config, shape, setting
         self.bf16 = config.engine.precision != "fp32"
-        self.rows = _rows(config, setting.gpus)
-        c = config.consistency
-        self.stride = config.batch_size // (c.batch_size or config.batch_size) if c else 1
-        if self.rows % setting.micro or setting.micro % self.stride:
-            raise UserError(
-                f"micro_batch_size {setting.micro}: must divide the {self.rows} samples that each of {setting.gpus} ranks has of batch_size {config.batch_size}, and be a multiple of {self.stride}"
-            )
+        self.stride = config.stride
+        self._layout(setting)
         self.weights: Weights = weights_of(network)
         conditioning = config.model.adapter.conditioning_shapes(network)
         encoders = config.model.adapter.text_encoders(network)
@@ -81,21 +76,24 @@ class Estimate:
             for micro in sorted({self.stride, self.stride * 2 if setting.micro == self.stride else setting.micro})
         }
 
+    def _layout(self, setting: Setting) -> Layout:
+        return dataclasses.replace(self.config, micro_batch_size=setting.micro).layout(0, setting.gpus)
+
     # Memory.
 
     def memory(self, setting: Setting) -> Memory:
         """Of one rank. The particle pool and a batch are counted with the activations."""
-        rows = _rows(self.config, setting.gpus)
+        layout = self._layout(setting)
         sample = FLOAT * self.shape[0] * self.shape[1] * self.shape[2]
         depth = self.config.consistency.pool_depth if self.config.consistency else 0
-        beside = sample * (rows // self.stride * depth + setting.micro)
+        beside = sample * (layout.rows // self.stride * depth + setting.micro)
         more = FLOAT * self.weights.trainable * (self._averages() - 1) // (setting.gpus if setting.stage else 1)
         found = memory(
             self.weights,
             self._activations(setting.micro),
             setting.stage,
             setting.gpus,
-            rows // setting.micro,
+            layout.accumulation,
             setting.saving,
         )
         here, there = (0, more) if setting.saving.offload_optimizer else (more, 0)
@@ -115,7 +113,7 @@ class Estimate:
 
     def micros(self, gpus: int) -> list[int]:
         """Micro-batches that a rank's share of the batch can be cut into."""
-        rows = _rows(self.config, gpus)
+        rows = self.config.batch_size // gpus
         return [m for m in range(self.stride, rows + 1, self.stride) if rows % m == 0]
 
     def nearest(self) -> Setting | None:
@@ -184,7 +182,7 @@ class Estimate:
 
     def traffic(self, consistency: bool) -> float:
         """Bytes that each rank sends in a step, and as many that it receives, by rings; at stage 3 at most."""
-        world, micros = self.setting.gpus, self.rows // self.setting.micro
+        world, micros = self.setting.gpus, self._layout(self.setting).accumulation
         weights = FLOAT * self.weights.trainable
         gradients = weights // 2 if self.bf16 and self.setting.stage else weights  # autocast's layers send bfloat16
         once = (world - 1) / world
@@ -221,10 +219,3 @@ def _savings(asked: Saving) -> Iterator[Saving]:
         yield dataclasses.replace(asked, eight_bit=False, offload_optimizer=True)
     if not asked.offload_parameters:
         yield dataclasses.replace(asked, eight_bit=False, offload_optimizer=True, offload_parameters=True)
-
-
-def _rows(config: RunConfig, gpus: int) -> int:
-    rows, rest = divmod(config.batch_size, gpus)
-    if rest or not rows:
-        raise UserError(f"batch_size {config.batch_size}: must be a multiple of the {gpus} ranks (--gpus)")
-    return rows

@@ -41,19 +41,15 @@ class Passes:
 
 def passes(config: RunConfig, rows: int, consistency: bool) -> Passes:
     """Of a micro-batch of `rows` samples: the ambient loss, and the consistency loss where the step has one."""
-    found = [(2 * rows if config.ambient.pairs else rows, True)]
-    c = config.consistency
-    if consistency and c:
-        particles = max(1, rows * (c.batch_size or config.batch_size) // config.batch_size)
-        found.append((particles, c.gradient == "both"))
-        found += [(2 * particles, False)] * (c.steps - 1) + [(2 * particles, True)]
+    found = config.ambient.passes(rows)
+    if consistency and config.consistency:
+        found += config.consistency.passes(max(1, rows // config.stride))
     return Passes(tuple(found))
 
 
 def captions(config: RunConfig, rows: int, consistency: bool) -> int:
     """That a micro-batch of `rows` samples has encoded, at most, its particles' among them."""
-    c = config.consistency
-    particles = rows * (c.batch_size or config.batch_size) // config.batch_size if consistency and c else 0
+    particles = rows // config.stride if consistency and config.consistency else 0
     return config.model.adapter.encoded_captions(rows + particles)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from base64 import b64encode
 from collections.abc import Sequence
-from html import escape
+from dataclasses import dataclass
 from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from trainer.reports.figures import curves, trade
 from trainer.reports.record import Evaluation
@@ -29,24 +31,43 @@ COLUMNS = {
 }  # fmt: skip
 """Metrics of the table: how each is headed, and what it says. NAME_error, where there is one, stands behind it."""
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1240px;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:1em 0}th,td{border:1px solid #ccc;padding:.3em .6em;text-align:right;white-space:nowrap}
-th:first-child,td:first-child{text-align:left}th{background:#f3f3f3}td:last-child{white-space:normal;text-align:left;color:#555}.wide{overflow-x:auto}
-img{max-width:100%;image-rendering:pixelated}figure{margin:1em 0 2em}figcaption{color:#555}code{background:#f3f3f3;padding:0 .2em}
-dt{font-weight:600}dd{margin:0 0 .4em 1.5em;color:#555}.plot{image-rendering:auto}"""
+TEMPLATE = "report.html.jinja"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """data: of a PNG, in base64. plot: drawn smooth where it is shown larger or smaller; pictures show their pixels."""
+
+    title: str
+    about: str
+    data: str
+    plot: bool
 
 
 def report(evaluations: Sequence[tuple[Evaluation, Path]], command: str) -> str:
     """evaluations: each with its folder. command: that makes the report again."""
     of = _named([evaluation for evaluation, _ in evaluations])
-    title = f"Evaluation of {', '.join(of)}"
-    parts = [f"<h1>{escape(title)}</h1>", *_about(of, command), _table(of), *_together(of)]
-    for (name, evaluation), (_, folder) in zip(of.items(), evaluations, strict=True):
-        parts.append(f"<h2>{escape(name)}</h2><p>{escape(evaluation.data)}</p>")
-        for picture in evaluation.pictures:
-            parts.append(_figure((folder / picture.file).read_bytes(), picture.title, picture.about, plot=picture.plot))
-    body = "\n".join(part for part in parts if part)
-    return f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
+    shown = [name for name in COLUMNS if any(name in evaluation.metrics for evaluation in of.values())]
+    runs = [
+        {
+            "name": name,
+            "data": evaluation.data,
+            "figures": [_figure((folder / p.file).read_bytes(), p.title, p.about, p.plot) for p in evaluation.pictures],
+        }
+        for (name, evaluation), (_, folder) in zip(of.items(), evaluations, strict=True)
+    ]
+    pages = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, undefined=StrictUndefined
+    )
+    return pages.get_template(TEMPLATE).render(
+        title=f"Evaluation of {', '.join(of)}",
+        settings=_shared_settings(of),
+        command=command,
+        rows=_rows(of, shown) if shown else [],
+        meanings=[COLUMNS[name] for name in shown] if len(of) > SIDE_BY_SIDE else [],
+        together=_together(of),
+        runs=runs,
+    )
 
 
 def _named(evaluations: Sequence[Evaluation]) -> dict[str, Evaluation]:
@@ -63,11 +84,11 @@ def _named(evaluations: Sequence[Evaluation]) -> dict[str, Evaluation]:
     return named
 
 
-def _about(of: dict[str, Evaluation], command: str) -> list[str]:
-    settings = [evaluation.settings for evaluation in of.values()]
-    shared = {key: settings[0][key] for key in settings[0] if all(s.get(key) == settings[0][key] for s in settings)}
-    told = [f"<li>{escape(label)}: {escape(_said(shared[key]))}</li>" for key, label in LABELS.items() if shared.get(key) not in (None, "")]  # fmt: skip
-    return ["<ul>", *told, "</ul>", f"<p>Made by <code>{escape(command)}</code></p>"]
+def _shared_settings(of: dict[str, Evaluation]) -> list[tuple[str, str]]:
+    """What all runs were evaluated with: labels and values."""
+    first, *others = (evaluation.settings for evaluation in of.values())
+    shared = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+    return [(label, _said(shared[key])) for key, label in LABELS.items() if shared.get(key) not in (None, "")]
 
 
 def _unlike(evaluations: Sequence[Evaluation]) -> list[str]:
@@ -103,33 +124,18 @@ LABELS = {
 }  # fmt: skip
 
 
-def _table(of: dict[str, Evaluation]) -> str:
-    """A line for each metric, which says what it means; a line for each run where there are many."""
-    shown = [name for name in COLUMNS if any(name in evaluation.metrics for evaluation in of.values())]
-    if not shown:
-        return ""
+def _rows(of: dict[str, Evaluation], shown: Sequence[str]) -> list[list[str]]:
+    """The table, with its head: a row for each metric, which says what it means; or for each run, where there are many."""
     if len(of) > SIDE_BY_SIDE:
-        rows = [["run", "step", *(COLUMNS[name][0] for name in shown)]]
-        rows += [[name, str(e.step), *(value(e, m) for m in shown)] for name, e in of.items()]
-        return _rows(rows) + _meanings(shown)
+        head = ["run", "step", *(COLUMNS[name][0] for name in shown)]
+        return [head, *([name, str(e.step), *(value(e, m) for m in shown)] for name, e in of.items())]
     rows = [["", *of, ""], ["step", *(str(e.step) for e in of.values()), ""]]
     rows += [[LABELS[key], *(_said(e.settings.get(key)) for e in of.values()), "a setting in which they differ"] for key in _unlike(list(of.values()))]  # fmt: skip
-    rows += [[COLUMNS[m][0], *(value(e, m) for e in of.values()), COLUMNS[m][1]] for m in shown]
-    return _rows(rows)
+    return rows + [[COLUMNS[m][0], *(value(e, m) for e in of.values()), COLUMNS[m][1]] for m in shown]
 
 
 SIDE_BY_SIDE = 6
 """Runs that find place beside each other."""
-
-
-def _rows(rows: Sequence[Sequence[str]]) -> str:
-    head, *others = ("".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row) for tag, row in zip(["th"] + ["td"] * (len(rows) - 1), rows, strict=True))  # fmt: skip
-    return f'<div class="wide"><table><tr>{head}</tr>{"".join(f"<tr>{row}</tr>" for row in others)}</table></div>'
-
-
-def _meanings(shown: Sequence[str]) -> str:
-    items = "".join(f"<dt>{COLUMNS[name][0]}</dt><dd>{escape(COLUMNS[name][1])}</dd>" for name in shown)
-    return f"<details><summary>What the columns say</summary><dl>{items}</dl></details>"
 
 
 def value(evaluation: Evaluation, name: str) -> str:
@@ -140,20 +146,18 @@ def value(evaluation: Evaluation, name: str) -> str:
     return f"{evaluation.metrics[name]:.4g}" + (f" ± {error:.2g}" if error is not None else "")
 
 
-def _together(of: dict[str, Evaluation]) -> list[str]:
+def _together(of: dict[str, Evaluation]) -> list[Figure]:
     """Pictures of all runs in one."""
-    parts: list[str] = []
+    parts: list[Figure] = []
     if with_curve := {name: e.curve for name, e in of.items() if e.curve}:
         sigma_n = {name: of[name].sigma_n or (0.0, 0.0) for name in with_curve}
-        parts.append(_figure(curves(with_curve, sigma_n), "The denoiser's error", "Against held-out clean images; bands: 95 % over images.", plot=True))  # fmt: skip
+        parts.append(_figure(curves(with_curve, sigma_n), "The denoiser's error", "Against held-out clean images; bands: 95 % over images.", True))  # fmt: skip
     both = ("quality/kid", "memorization/noise_auc")
     if len(points := {name: e.metrics for name, e in of.items() if all(m in e.metrics for m in both)}) > 1:
         columns = [[m[name] for m in points.values()] for metric in both for name in (metric, f"{metric}_error")]
-        parts.append(_figure(trade(list(points), *columns), "Quality and memorization", "Bars: 95 %.", plot=True))
+        parts.append(_figure(trade(list(points), *columns), "Quality and memorization", "Bars: 95 %.", True))
     return parts
 
 
-def _figure(data: bytes, title: str, about: str, *, plot: bool = False) -> str:
-    source = f"data:image/png;base64,{b64encode(data).decode()}"
-    kind = ' class="plot"' if plot else ""
-    return f'<figure><h3>{escape(title)}</h3><img{kind} alt="{escape(title)}" src="{source}"><figcaption>{escape(about)}</figcaption></figure>'
+def _figure(data: bytes, title: str, about: str, plot: bool) -> Figure:
+    return Figure(title, about, b64encode(data).decode(), plot)

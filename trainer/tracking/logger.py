@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from ambient_core.errors import UserError, WorkFailed
 from ambient_core.parsing import from_json, text_of
+from ambient_core.paths import replacing
 from trainer.tracking import client as mlflow_client
 from trainer.tracking.config import LoggingConfig
 
@@ -174,9 +175,8 @@ class MLflowLogger:
         self._save_state()
 
     def _save_state(self) -> None:
-        partial = self._state_file.with_suffix(".partial")
-        partial.write_text(json.dumps(self._state))
-        partial.replace(self._state_file)
+        with replacing(self._state_file, alone=True) as partial:
+            partial.write_text(json.dumps(self._state))
 
 
 def _kind(record: dict[str, Any]) -> str:

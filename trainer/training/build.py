@@ -12,7 +12,6 @@ import torch
 
 from ambient_core.errors import UserError
 from ambient_core.parsing import flatten
-from data_pipeline.loading.config import Layout
 from data_pipeline.loading.loader import Loader
 from trainer.checkpoint.checkpoints import Checkpoints, read_pool
 from trainer.checkpoint.resume import newest_whole
@@ -43,7 +42,7 @@ def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = 
     extra_tags: for MLflow, in place of or beside its own."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    layout = layout_of(config, ranks.rank, ranks.world)
+    layout = config.layout(ranks.rank, ranks.world)
     adapter = config.model.adapter
     conditioning = adapter.conditioning(config.data, config.seed, ranks.device)
     loader = Loader(config.data, layout, config.seed, ranks.device, conditioning.captions)
@@ -77,7 +76,7 @@ def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = 
     engine = Engine(network, config.engine, config.optimizer, precision, settings)
     sigma_min = config.process.sigma_min
     c = config.consistency
-    stride = _stride(config, layout)
+    stride = config.stride
     born_up_to = config.process.sigma_max if c and c.where == "everywhere" else None
     pool = ParticlePool(layout.rows // stride, c.pool_depth if c else 1, sigma_min, born_up_to)
     state, ema = TrainState(0, 0, 0, 0.0, shape), EMA(config.ema, engine.masters)
@@ -137,29 +136,6 @@ def roll_back(run: Run) -> bool:
 def _logger(config: RunConfig, directory: Path, engine: Engine, more: dict[str, str]) -> MLflowLogger:
     parameters = dict(flatten(to_data(config)))
     return MLflowLogger(config.logging, directory, parameters, {**tags(), "engine.precision": engine.precision, **more})
-
-
-def layout_of(config: RunConfig, rank: int, world: int) -> Layout:
-    """Raises UserError where the batch cannot be split over so many ranks."""
-    rows, rest = divmod(config.batch_size, world)
-    if rest or rows == 0:
-        raise UserError(f"batch_size {config.batch_size}: must be a multiple of the {world} ranks")
-    micro = min(config.micro_batch_size or rows, rows)
-    if rows % micro:
-        raise UserError(
-            f"micro_batch_size {config.micro_batch_size}: must divide the {rows} samples that each of {world} ranks has of batch_size {config.batch_size}"
-        )
-    return Layout(config.batch_size, micro, rank, world)
-
-
-def _stride(config: RunConfig, layout: Layout) -> int:
-    particles = config.consistency.batch_size if config.consistency else None
-    stride = config.batch_size // (particles or config.batch_size)
-    if layout.micro_batch_size % stride:
-        raise UserError(
-            f"consistency.batch_size {particles}: takes every {stride}th sample, so the {layout.micro_batch_size} samples of a micro-batch must be a multiple of {stride}"
-        )
-    return stride
 
 
 def _budget(config: ConsistencyConfig | None, state: TrainState) -> Budget | None:

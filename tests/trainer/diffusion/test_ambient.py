@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 import torch
 
-from ambient_core.batch import Batch
+from ambient_core.batch import Batch, Conditioning
 from tests.trainer.diffusion.known import Linear, OneLevel, gaussian, noisy, three_gaussians
 from trainer.diffusion.ambient import NEAREST, AmbientConfig, AmbientLoss, e_x0_from_e_xn, further_noised
 from trainer.diffusion.denoiser import Denoiser
@@ -189,3 +189,17 @@ def test_a_share_of_the_levels_lies_close_above_each_samples_own(pairs: bool) ->
         assert abs((mine <= 1.5 * level).float().mean() - (0.4 + 0.6 * anyway)) < 0.02
     clean = sigma[sigma_n == 0].log()
     assert abs(clean.mean() - (torch.tensor(process.sigma_min).log() + torch.tensor(80.0).log()) / 2) < 0.1
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_the_passes_that_are_planned_are_those_that_are_made(pairs: bool) -> None:
+    made: list[tuple[int, bool]] = []
+
+    def counting(x: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        made.append((len(x), torch.is_grad_enabled()))
+        return x
+
+    config = AmbientConfig(pairs=pairs)
+    loss = AmbientLoss(LogUniform(), EDM(), VPCosine(), config)
+    loss(counting, Batch(torch.zeros(5, 3), torch.full((5,), 0.5)), StreamNoise(torch.Generator()))
+    assert made == config.passes(5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Literal
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ambient_core.batch import Batch, Conditioning
 from tests.trainer.diffusion.known import Mixture, gaussian, noisy, three_gaussians
-from trainer.diffusion.consistency import ConsistencyLoss
+from trainer.diffusion.consistency import ConsistencyConfig, ConsistencyLoss
 from trainer.diffusion.denoiser import Denoiser
 from trainer.diffusion.levels import Uniform
 from trainer.diffusion.noise import AddressedNoise, Noise, StreamNoise
@@ -212,3 +213,17 @@ def test_a_pool_split_over_ranks_is_the_same_pool_and_so_is_a_restored_one() -> 
     torch.testing.assert_close(again.take(batch, noise)[1].x, pool.take(batch, noise)[1].x)
     with pytest.raises(ValueError, match="particle pool"):
         ParticlePool(8, 2, 0.05).load_state_dict(pool.state_dict())
+
+
+@pytest.mark.parametrize("gradient", ["low", "both"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_passes_that_are_planned_are_those_that_are_made(steps: int, gradient: Literal["low", "both"]) -> None:
+    made: list[tuple[int, bool]] = []
+
+    def counting(x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        made.append((len(x), torch.is_grad_enabled()))
+        return x
+
+    loss = ConsistencyLoss(Uniform(), sigma_min=0.01, steps=steps, gradient=gradient)
+    loss(counting, particles_at(torch.zeros(5, 3), 0.8), StreamNoise(torch.Generator()))
+    assert made == ConsistencyConfig(steps=steps, gradient=gradient).passes(5)

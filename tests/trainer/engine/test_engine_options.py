@@ -228,7 +228,7 @@ def test_a_file_of_deepspeeds_settings_is_merged_and_what_it_was_told_is_kept(tr
         ({"zero_optimization": {"overlapcomm": True}}, "DeepSpeed refuses it: "),
         ({"zero_optimization": {"reduce_bucket_size": "many"}}, "DeepSpeed refuses it: "),
         ({"zero_optimization": 2}, "zero_optimization: must be a mapping"),
-        ([1], "must be a mapping of DeepSpeed's settings"),
+        ([1], "must be a mapping of fields to values"),
         ("{", "not JSON: Expecting property name"),
         (None, "cannot be read: No such file"),
     ],
