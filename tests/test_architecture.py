@@ -165,6 +165,61 @@ def test_a_folder_says_what_it_holds_and_is_not_a_heap(folder: Path) -> None:
     assert len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) <= 13
 
 
+MODELS = ("trainer.models", "trainer.config")
+"""Where kinds of models are told apart: in their own files, and where configurations are read."""
+
+
+def classes_of(*modules: str) -> Iterator[ast.ClassDef]:
+    for path in FILES:
+        if any(within(name_of(path), module) for module in modules):
+            yield from (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef))
+
+
+MODEL_CLASSES = {node.name for node in classes_of("trainer.models", "data_pipeline.latents.tokens")}
+"""Among them the configurations, networks and adapters of all kinds, and what captions become."""
+MODEL_KINDS = {
+    node.value.value
+    for class_ in classes_of("trainer.models")
+    for node in class_.body
+    if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Constant) and ast.unparse(node.target) == "kind"
+}
+
+
+def told_apart(tree: ast.AST) -> Iterator[str]:
+    """Kinds of models that code asks for: by isinstance, by a type, in a match, or by the name of the kind."""
+    for node in ast.walk(tree):
+        looked_at: list[ast.AST] = []
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
+            looked_at += node.args[1:]
+        if isinstance(node, ast.MatchClass):
+            looked_at.append(node.cls)
+        if isinstance(node, ast.Compare):
+            looked_at += (node.left, *node.comparators)
+        parts = [part for root in looked_at for part in ast.walk(root)]
+        named = {part.id if isinstance(part, ast.Name) else part.attr for part in parts if isinstance(part, ast.Name | ast.Attribute)}  # fmt: skip
+        kinds = {part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)}
+        if named & MODEL_CLASSES or (isinstance(node, ast.Compare) and kinds & MODEL_KINDS):
+            yield ast.unparse(node)
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if not any(within(name_of(path), m) for m in MODELS)], ids=name_of)  # fmt: skip
+def test_a_model_is_asked_not_told_apart(path: Path) -> None:
+    """What depends on the kind of a model is asked of its adapter, so a new kind is a file in trainer/models/."""
+    tree = ast.parse(path.read_text())
+    assert not list(told_apart(tree)), "ask config.model.adapter"
+
+
+def test_what_tells_models_apart_is_found() -> None:
+    assert {"unet2d", "dit", "sdxl"} == MODEL_KINDS
+    assert {"UNet2DConfig", "DiTConfig", "SDXLConfig", "Tokens", "TextRows", "EncodedText"} <= MODEL_CLASSES
+    for code in (
+        "isinstance(config.model, SDXLConfig) and x", "isinstance(text, str | tokens.Tokens)", "type(model) is DiTConfig",
+        "config.model.kind == 'sdxl'", "data['model']['kind'] in ('dit', 'sdxl')", "match m:\n case UNet2DConfig(): pass",
+    ):  # fmt: skip
+        assert list(told_apart(ast.parse(code))), code
+    assert not list(told_apart(ast.parse("isinstance(x, str) and guide.model.kind != run.model.kind and p.kind == 've'")))  # fmt: skip
+
+
 def test_trainers_root_holds_the_commands_alone() -> None:
     found = {path.stem for path in (ROOT / "trainer").glob("*.py")} - {"__init__"}
     assert found == COMMANDS

@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"CONFIG {args.config}: cannot be written: {error.strerror}") from None
     file = shlex.quote(str(args.config))
     print(f"{args.config}: for {index.samples} images, {said}")
-    if data["model"]["kind"] == "unet2d" and len(data["model"]["channels"]) == 1:
+    if len(data["model"].get("channels", ())) == 1:
         print(f"warning: sides of {' x '.join(map(str, index.shape[1:]))} cannot be halved, so the network has one resolution: shard with --size 32, 64 or another multiple of 8", file=sys.stderr)  # fmt: skip
     if seconds > LONG_S:
         print("  shorter:        fewer steps, a smaller batch_size, fewer channels; or cut the images into tiles (docs/data.md)")  # fmt: skip
