@@ -64,9 +64,8 @@ def explain(kind: Any, error: Any) -> str:
     if error["type"] == "string_type" and isinstance(value, int | float):  # which YAML makes of 1 and of yes
         message += ": put it in quotes"
     shown = f" {value!r}:"
-    if (
-        isinstance(value, dict) and error["type"] == "value_error"
-    ):  # of a group: the fields that the message speaks of, where it has not their values
+    # Of a group: the fields that the message speaks of, where it has not their values.
+    if isinstance(value, dict) and error["type"] == "value_error":
         named = [
             field
             for field, its in value.items()

@@ -56,7 +56,7 @@ class Estimate:
         self.config, self.shape, self.setting = config, shape, setting
         self.bf16 = config.engine.precision != "fp32"
         self.stride = config.stride
-        self._layout(setting)
+        self._layout(setting)  # a batch that does not divide is refused before the traces, which take their time
         self.weights: Weights = weights_of(network)
         conditioning = config.model.adapter.conditioning_shapes(network)
         encoders = config.model.adapter.text_encoders(network)
