@@ -5,9 +5,6 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from queue import SimpleQueue
-from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,8 +17,8 @@ from ambient_core.errors import UserError, WorkFailed
 from ambient_core.seeding import address
 from data_pipeline.format.index import Shape
 from data_pipeline.loading.batch_order import BatchOrder, MicroBatch
-from data_pipeline.loading.order import Group, Int, stand_in
-from data_pipeline.loading.reader import BadShard, ShardReader
+from data_pipeline.loading.reader import ShardReader
+from data_pipeline.loading.stages import Readable, ReadAhead
 
 Words = Callable[[Sequence[str]], tuple[NDArray[np.int64], Sequence[int]]]
 """Captions -> what the network is given of them, (B, ...); and which of them were cut."""
@@ -91,7 +88,7 @@ class Slots:
 
 
 class Feed:
-    """A pipeline's stages from places to pieces. flip: as in DataConfig. skip: goes on without shards that fail.
+    """The last stage: from places to pieces. flip: as in DataConfig. skip: goes on without shards that fail.
     words: what the network is given of captions, if anything."""
 
     def __init__(
@@ -103,53 +100,19 @@ class Feed:
         skip: bool,
         words: Words | None = None,
     ) -> None:
-        self._words = words
-        self._order, self._reader, self._slots, self._flip, self._skip = order, reader, slots, flip, skip
-        self._groups: dict[int, Group] = {}
-        """That each shape is in."""
-        self._bad: dict[tuple[int, int], str] = {}
-        """What was wrong with a shard in an epoch; it is tried again in the next."""
+        self._seed, self._reader, self._slots, self._flip, self._words = order.seed, reader, slots, flip, words
+        self._read_ahead = ReadAhead(order, reader, skip)
 
     def pieces(self, micro_batches: Iterator[MicroBatch]) -> Iterator[Piece | UserError | WorkFailed]:
         """Errors are carried as values, as a background process would wrap them in its traceback; they end the stream."""
-        wanted: SimpleQueue[int | None] = SimpleQueue()
-        Thread(target=self._prefetch, args=(wanted,), daemon=True).start()
         try:
-            for number, micro_batch in enumerate(micro_batches):
-                self._enter(micro_batch, wanted)
-                yield self._piece(number, micro_batch)
+            for number, readable in enumerate(self._read_ahead(micro_batches)):
+                yield self._piece(number, readable)
         except (UserError, WorkFailed) as error:
             yield error
-        finally:
-            while not wanted.empty():
-                wanted.get()
-            wanted.put(None)
-            self._reader.release()
 
-    def _prefetch(self, wanted: SimpleQueue[int | None]) -> None:
-        while (shard := wanted.get()) is not None:
-            self._reader.prefetch(shard)
-
-    def _enter(self, micro_batch: MicroBatch, wanted: SimpleQueue[int | None]) -> None:
-        """In another group than before: closes what is done with, and asks for this group and the next."""
-        order, before = self._order.orders[micro_batch.shape], self._groups.get(micro_batch.shape)
-        group = order.group_at(micro_batch.places.first)
-        if group == before:
-            return
-        following = order.group_at(group.first + group.samples)
-        for shard in following.shards if before else (*group.shards, *following.shards):
-            wanted.put(shard)
-        self._groups[micro_batch.shape] = group
-        used = {shard for group in self._groups.values() for shard in group.shards}
-        self._reader.release(keep=used)
-        self._bad = {shard: why for shard, why in self._bad.items() if shard[1] in used}  # the others are tried again
-
-    def _piece(self, number: int, micro_batch: MicroBatch) -> Piece:
-        failed: list[str] = []
-        skipped = 0
-        shards, rows = micro_batch.places.shards, micro_batch.places.rows
-        if self._skip:
-            shards, rows, skipped = self._replaced(micro_batch, failed)
+    def _piece(self, number: int, readable: Readable) -> Piece:
+        micro_batch, shards, rows, skipped, failed = readable
         worker = get_worker_info()
         shape = self._reader.shapes[micro_batch.shape]
         x_n = self._slots.empty(worker.id if worker else 0, number, shape)
@@ -157,34 +120,8 @@ class Feed:
         if self._flip:
             # The mirror image of Gaussian noise is Gaussian noise, so x_n may be mirrored for x0.
             first = micro_batch.position
-            mirrored = [i for i in range(len(shards)) if address(self._order.seed, "flip", first + i) % 2]
+            mirrored = [i for i in range(len(shards)) if address(self._seed, "flip", first + i) % 2]
             x_n[mirrored] = x_n[mirrored, ..., ::-1]
         sigma_n = np.array([record["sigma_n"] for record in about], np.float32)
         conditioning, cut = conditioning_of(about, self._words)
-        return Piece(worker.id if worker else 0, number, shape, sigma_n, conditioning, tuple(keys), skipped, tuple(failed), tuple(keys[i] for i in cut))  # fmt: skip
-
-    def _replaced(self, micro_batch: MicroBatch, failed: list[str]) -> tuple[Int, Int, int]:
-        """Shards and rows, with samples of other shards in place of those in shards that fail, and how many. A pure
-        function of the places and of which shards fail. Adds to `failed` what has failed for the first time."""
-        places, order = micro_batch.places, self._order.orders[micro_batch.shape]
-
-        def usable(epoch: int, shard: int) -> bool:
-            if (epoch, shard) in self._bad:
-                return False
-            try:
-                self._reader.open(shard)
-            except (BadShard, WorkFailed) as error:
-                self._bad[epoch, shard] = str(error)
-                failed.append(str(error))
-                return False
-            return True
-
-        shards, rows = places.shards.copy(), places.rows.copy()
-        for i, shard in enumerate(places.shards.tolist()):
-            group = order.group_at(places.first + i)
-            if not usable(group.epoch, shard):
-                instead = stand_in(group, shard, partial(usable, group.epoch))
-                if instead is None:
-                    raise WorkFailed(f"{self._bad[group.epoch, shard]}; and no other shard of its group can be read")
-                shards[i], rows[i] = instead, rows[i] % self._order.counts[instead]
-        return shards, rows, int((shards != places.shards).sum())
+        return Piece(worker.id if worker else 0, number, shape, sigma_n, conditioning, tuple(keys), skipped, failed, tuple(keys[i] for i in cut))  # fmt: skip

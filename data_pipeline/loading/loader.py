@@ -6,29 +6,25 @@ import os
 import signal
 import sys
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, replace
-from itertools import count
-from pathlib import Path
+from dataclasses import replace
 from threading import Thread
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from webdataset.pipeline import DataPipeline
 
-from ambient_core import paths, storage
+from ambient_core import storage
 from ambient_core.batch import Batch
 from ambient_core.errors import UserError
-from data_pipeline.format.index import read_index
 from data_pipeline.latents.caption_embeddings import FOLDER as TEXT
 from data_pipeline.latents.text_remote import open_text
-from data_pipeline.loading.batch_order import BatchOrder, MicroBatch
-from data_pipeline.loading.cache import ShardCache, retrying
 from data_pipeline.loading.config import DataConfig, Layout
 from data_pipeline.loading.feed import Feed, Piece, Slots, Words
-from data_pipeline.loading.reader import ShardReader
+from data_pipeline.loading.shard_folder import ShardFolder
+from data_pipeline.loading.stages import MicroBatches
 
 PREFETCH = 2
 """Micro-batches that each background process has ready or in work."""
@@ -51,22 +47,14 @@ class Loader:
         captions: Literal["ids"] | Words | None = None,
     ) -> None:
         self.config, self.layout, self.device, self._captions = config, layout, device, captions
-        local = storage.local_path(config.shards)
-        self._folder = str(local or config.shards)
-        retries = config.retries if local is None else 0
-        self.index = retrying(lambda: read_index(self._folder), retries, self._folder)
+        self._folder = ShardFolder(config, layout.batch_size, seed)
+        self.index, self.order = self._folder.index, self._folder.order
         if config.flip and self.index.request.get("latents"):
             raise UserError(
                 f"data.flip true: {config.shards} holds latents, and a mirrored latent is not the mirrored image's: set it to false (data_pipeline.shard --latents has its own --flip)"
             )
-        counts, shape_of = [shard.samples for shard in self.index.shards], [shard.shape for shard in self.index.shards]
-        self.order = BatchOrder(counts, shape_of, layout.batch_size, seed, config.group)
         self.skipped = self.cut = 0
         self._warned: set[str] = set()
-        self._cache: ShardCache | None = None
-        if local is None:
-            self._check_cache()
-            self._cache = ShardCache(config.shards, _cache_folder(config), int(config.cache_gb * 1e9), config.retries)
 
     def stream(self, samples_consumed: int) -> Generator[Batch, None, None]:
         """Endless micro-batches from a position on: the global count of samples that training has consumed.
@@ -105,10 +93,9 @@ class Loader:
     def _feed(self, slots: Slots) -> Feed:
         """In the background process, where there is one."""
         config = self.config
-        reader = ShardReader(self._folder, self.index, 2 * self.order.group, self._cache, config.verify)
         captions = self._captions
-        words = _ids(storage.join(self._folder, TEXT)) if isinstance(captions, str) else captions
-        return Feed(self.order, reader, slots, config.flip, config.on_error == "skip", words)
+        words = _ids(storage.join(self._folder.path, TEXT)) if isinstance(captions, str) else captions
+        return Feed(self.order, self._folder.reader(), slots, config.flip, config.on_error == "skip", words)
 
     def _batch(self, piece: Piece, slots: Slots) -> Batch:
         self.skipped += piece.skipped
@@ -154,15 +141,6 @@ class Loader:
             yield batch
         return following
 
-    def _check_cache(self) -> None:
-        """Two groups are in use when one follows the other."""
-        largest = max(shard.bytes for shard in self.index.shards)
-        needed = min(2 * self.order.group, len(self.index.shards)) * largest / 1e9
-        if needed > self.config.cache_gb:
-            raise UserError(
-                f"data.cache_gb {self.config.cache_gb:g}: two groups of {self.order.group} shards take {needed:.3g} GB: raise it, or lower data.group"
-            )
-
 
 def _ids(place: str) -> Words:
     """Of the text cache at a folder or URL."""
@@ -189,27 +167,3 @@ def _end_when_the_parent_says(parent: int) -> None:
 def _as_is(piece: Piece | Exception) -> Piece | Exception:
     """Pieces are batches already."""
     return piece
-
-
-def _cache_folder(config: DataConfig) -> Path:
-    return Path(config.cache_dir) if config.cache_dir else paths.cache() / "shards"
-
-
-@dataclass(frozen=True)
-class MicroBatches:
-    """The first stage of the pipeline: where the samples of this rank's micro-batches are."""
-
-    order: BatchOrder
-    layout: Layout
-    first_step: int
-
-    def __call__(self) -> Iterator[MicroBatch]:
-        worker = get_worker_info()
-        return self.of(worker.id, worker.num_workers) if worker else self.of(0, 1)
-
-    def of(self, worker: int, workers: int) -> Iterator[MicroBatch]:
-        """Those that one of the rank's workers has: micro-batches are dealt in turn."""
-        for number in count(worker, workers):
-            step, micro = divmod(number, self.layout.accumulation)
-            row, rows = self.layout.first_row(micro), self.layout.micro_batch_size
-            yield self.order.micro_batch(self.first_step + step, row, rows)

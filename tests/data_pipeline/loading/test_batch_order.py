@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from data_pipeline.loading.batch_order import BatchOrder
 from data_pipeline.loading.config import Layout
-from data_pipeline.loading.loader import MicroBatches
 from data_pipeline.loading.order import Order
+from data_pipeline.loading.stages import MicroBatches
 
 SHARDS = st.lists(st.tuples(st.integers(1, 30), st.integers(0, 3)), min_size=1, max_size=15)
 """Samples and shape of each shard."""

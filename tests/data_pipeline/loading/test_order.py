@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from data_pipeline.loading.batch_order import BatchOrder
 from data_pipeline.loading.config import DataConfig, Layout
-from data_pipeline.loading.loader import Loader, MicroBatches
+from data_pipeline.loading.loader import Loader
 from data_pipeline.loading.order import Order, Places, stand_in
+from data_pipeline.loading.stages import MicroBatches
 
 COUNTS = st.lists(st.integers(1, 30), min_size=1, max_size=20)
 

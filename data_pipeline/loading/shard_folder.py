@@ -1,0 +1,48 @@
+"""A folder of shards that is opened for reading: its index, the order of its samples, and its cache where it is remote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ambient_core import paths, storage
+from ambient_core.errors import UserError
+from data_pipeline.format.index import read_index
+from data_pipeline.loading.batch_order import BatchOrder
+from data_pipeline.loading.cache import ShardCache, retrying
+from data_pipeline.loading.config import DataConfig
+from data_pipeline.loading.reader import ShardReader
+
+
+class ShardFolder:
+    """path: of the folder, or its URL. index: what it holds. order: of its samples.
+
+    Raises UserError for a folder that is no folder of shards, and for a cache that is too small for it; WorkFailed when a remote
+    one cannot be read."""
+
+    def __init__(self, config: DataConfig, batch_size: int, seed: int) -> None:
+        local = storage.local_path(config.shards)
+        self.path, self._verify = str(local or config.shards), config.verify
+        self.index = retrying(lambda: read_index(self.path), config.retries if local is None else 0, self.path)
+        counts, shape_of = [shard.samples for shard in self.index.shards], [shard.shape for shard in self.index.shards]
+        self.order = BatchOrder(counts, shape_of, batch_size, seed, config.group)
+        self._cache: ShardCache | None = None
+        if local is None:
+            self._check_cache(config)
+            self._cache = ShardCache(config.shards, _cache_folder(config), int(config.cache_gb * 1e9), config.retries)
+
+    def reader(self) -> ShardReader:
+        """A new one; each process needs its own. It keeps two groups open, as one follows the other."""
+        return ShardReader(self.path, self.index, 2 * self.order.group, self._cache, self._verify)
+
+    def _check_cache(self, config: DataConfig) -> None:
+        """Two groups are in use when one follows the other."""
+        largest = max(shard.bytes for shard in self.index.shards)
+        needed = min(2 * self.order.group, len(self.index.shards)) * largest / 1e9
+        if needed > config.cache_gb:
+            raise UserError(
+                f"data.cache_gb {config.cache_gb:g}: two groups of {self.order.group} shards take {needed:.3g} GB: raise it, or lower data.group"
+            )
+
+
+def _cache_folder(config: DataConfig) -> Path:
+    return Path(config.cache_dir) if config.cache_dir else paths.cache() / "shards"

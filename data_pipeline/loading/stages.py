@@ -1,0 +1,129 @@
+"""The stages that every pipeline over shards begins with: which samples are next, and from which shards they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from queue import SimpleQueue
+from threading import Thread
+from typing import NamedTuple
+
+from torch.utils.data import get_worker_info
+
+from ambient_core.errors import WorkFailed
+from data_pipeline.loading.batch_order import BatchOrder, MicroBatch
+from data_pipeline.loading.config import Layout
+from data_pipeline.loading.order import Group, Int, stand_in
+from data_pipeline.loading.reader import BadShard, ShardReader
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """The first stage: where the samples of this rank's micro-batches are. end: the position at which they end, the last one
+    perhaps with fewer samples; None: they are endless."""
+
+    order: BatchOrder
+    layout: Layout
+    first_step: int
+    end: int | None = None
+
+    def __call__(self) -> Iterator[MicroBatch]:
+        worker = get_worker_info()
+        return self.of(worker.id, worker.num_workers) if worker else self.of(0, 1)
+
+    def of(self, worker: int, workers: int) -> Iterator[MicroBatch]:
+        """Those that one of the rank's workers has: micro-batches are dealt in turn."""
+        for number in count(worker, workers):
+            step, micro = divmod(number, self.layout.accumulation)
+            row, rows = self.layout.first_row(micro), self.layout.micro_batch_size
+            if self.end is not None:
+                rows = min(rows, self.end - (self.first_step + step) * self.layout.batch_size - row)
+                if rows < 1:
+                    return
+            yield self.order.micro_batch(self.first_step + step, row, rows)
+
+
+class Readable(NamedTuple):
+    """A micro-batch, and where each of its samples is read: shards[i], rows[i]. skipped: how many are substitutes for samples
+    of shards that failed. failed: the shards that failed since the micro-batch before, as messages."""
+
+    micro_batch: MicroBatch
+    shards: Int
+    rows: Int
+    skipped: int = 0
+    failed: tuple[str, ...] = ()
+
+
+class ReadAhead:
+    """The second stage: asks for the shards of the next group while one is read, and closes those of the group before.
+
+    skip: puts samples of other shards of the group in the place of those in a shard that cannot be read."""
+
+    def __init__(self, order: BatchOrder, reader: ShardReader, skip: bool) -> None:
+        self._order, self._reader, self._skip = order, reader, skip
+        self._groups: dict[int, Group] = {}
+        """That each shape is in."""
+        self._bad: dict[tuple[int, int], str] = {}
+        """What was wrong with a shard in an epoch; it is tried again in the next."""
+
+    def __call__(self, micro_batches: Iterator[MicroBatch]) -> Iterator[Readable]:
+        """Raises WorkFailed for a group without a shard that can be read, under `skip`."""
+        wanted: SimpleQueue[int | None] = SimpleQueue()
+        Thread(target=self._prefetch, args=(wanted,), daemon=True).start()
+        try:
+            for micro_batch in micro_batches:
+                self._enter(micro_batch, wanted)
+                places = micro_batch.places
+                yield self._replaced(micro_batch) if self._skip else Readable(micro_batch, places.shards, places.rows)
+        finally:
+            while not wanted.empty():
+                wanted.get()
+            wanted.put(None)
+            self._reader.release()
+
+    def _prefetch(self, wanted: SimpleQueue[int | None]) -> None:
+        while (shard := wanted.get()) is not None:
+            self._reader.prefetch(shard)
+
+    def _enter(self, micro_batch: MicroBatch, wanted: SimpleQueue[int | None]) -> None:
+        """In another group than before: closes what is done with, and asks for this group and the next."""
+        order, before = self._order.orders[micro_batch.shape], self._groups.get(micro_batch.shape)
+        group = order.group_at(micro_batch.places.first)
+        if group == before:
+            return
+        following = order.group_at(group.first + group.samples)
+        for shard in following.shards if before else (*group.shards, *following.shards):
+            wanted.put(shard)
+        self._groups[micro_batch.shape] = group
+        used = {shard for group in self._groups.values() for shard in group.shards}
+        self._reader.release(keep=used)
+        self._bad = {shard: why for shard, why in self._bad.items() if shard[1] in used}  # the others are tried again
+
+    def _replaced(self, micro_batch: MicroBatch) -> Readable:
+        """With samples of other shards in the place of those in shards that fail: a pure function of the places and of which
+        shards fail, but for the messages about those that fail for the first time."""
+        places, order = micro_batch.places, self._order.orders[micro_batch.shape]
+        failed: list[str] = []
+
+        def usable(epoch: int, shard: int) -> bool:
+            if (epoch, shard) in self._bad:
+                return False
+            try:
+                self._reader.open(shard)
+            except (BadShard, WorkFailed) as error:
+                self._bad[epoch, shard] = str(error)
+                failed.append(str(error))
+                return False
+            return True
+
+        shards, rows = places.shards.copy(), places.rows.copy()
+        for i, shard in enumerate(places.shards.tolist()):
+            group = order.group_at(places.first + i)
+            if not usable(group.epoch, shard):
+                instead = stand_in(group, shard, partial(usable, group.epoch))
+                if instead is None:
+                    raise WorkFailed(f"{self._bad[group.epoch, shard]}; and no other shard of its group can be read")
+                shards[i], rows[i] = instead, rows[i] % self._order.counts[instead]
+        return Readable(micro_batch, shards, rows, int((shards != places.shards).sum()), tuple(failed))
