@@ -84,7 +84,12 @@ def test_the_readmes_table_is_what_was_measured() -> None:
 
 
 def test_the_table_of_speed_is_what_was_measured() -> None:
-    page = (ROOT / "docs" / "performance.md").read_text().partition("## Comparison with other libraries")[2].partition("\n## ")[0]
+    page = (
+        (ROOT / "docs" / "performance.md")
+        .read_text()
+        .partition("## Comparison with other libraries")[2]
+        .partition("\n## ")[0]
+    )
     told = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")][2:]  # fmt: skip
     results = json.loads((ROOT / "benchmarks" / "results" / "suite.json").read_text())
     assert [row[:4] for row in told] == [[row[name] for name in ("name", "ours", "peer", "theirs")] for row in results["rows"]]  # fmt: skip
