@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 import math
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any, Literal
 
 import numpy as np
+from numpy.lib import format as numpy_format
 
-MAGIC = b"\x93NUMPY"
+MAGIC = numpy_format.MAGIC_PREFIX
 LONGEST_HEADER = 4096
 """Bytes; those of plain arrays have 118."""
 
@@ -24,26 +25,33 @@ class Header:
     offset: int
 
 
+READERS = {
+    (1, 0): numpy_format.read_array_header_1_0,
+    (2, 0): numpy_format.read_array_header_2_0,
+    (3, 0): numpy_format.read_array_header_2_0,
+}
+"""By version. 3.0 differs from 2.0 in names of fields that are not ASCII, which plain arrays do not have."""
+
+
 def header_of(start: bytes, size: int) -> Header:
-    """start: the first LONGEST_HEADER bytes, or all. size: of the whole file. Raises ValueError for what is not an array
-    of plain numbers or text that fits into the file: nothing is unpickled, and nothing is allocated."""
-    if not start.startswith(MAGIC) or len(start) < 12:
-        raise ValueError("not an .npy file")
-    wide = start[6] >= 2
-    first = 12 if wide else 10
-    length = int.from_bytes(start[8:first], "little")
-    if length > LONGEST_HEADER - first:
-        raise ValueError(f"an .npy header of {length} bytes, not that of a plain array")
+    """start: the first LONGEST_HEADER bytes, or all. size: of the whole file. Raises ValueError for what is not an
+    array of plain numbers or text that fits into the file: nothing is unpickled, and nothing is allocated."""
+    file = BytesIO(start)
     try:
-        fields = ast.literal_eval(start[first : first + length].decode("utf-8" if start[6] >= 3 else "latin1").strip())
-        dtype, shape, fortran = np.dtype(fields["descr"]), tuple(fields["shape"]), bool(fields["fortran_order"])
-    except (SyntaxError, KeyError, TypeError, ValueError, RecursionError):
-        raise ValueError("an .npy header that cannot be read") from None
+        version = numpy_format.read_magic(file)
+    except ValueError:
+        raise ValueError("not an .npy file") from None
+    if version not in READERS:
+        raise ValueError(f"an .npy file of version {version}, not of {', '.join(map(str, READERS))}")
+    try:
+        shape, fortran, dtype = READERS[version](file, max_header_size=LONGEST_HEADER)
+    except Exception:  # of any kind: numpy's parser is Python's, and the header may be a stranger's
+        raise ValueError(f"an .npy header that cannot be read, or of more than {LONGEST_HEADER} bytes") from None
     if dtype.hasobject:
         raise ValueError("holds pickled objects, which are never loaded: save plain numbers")
-    if any(not isinstance(n, int) or n < 0 for n in shape):
+    if any(n < 0 for n in shape):
         raise ValueError(f"an impossible shape {shape}")
-    needed = math.prod(shape) * dtype.itemsize
-    if first + length + needed > size:
-        raise ValueError(f"its header says {shape} {dtype.name}, {needed} bytes, the file has {size - first - length}")
-    return Header(dtype, shape, "F" if fortran else "C", first + length)
+    needed, there = math.prod(shape) * dtype.itemsize, size - file.tell()
+    if needed > there:
+        raise ValueError(f"its header says {shape} {dtype.name}, {needed} bytes, the file has {there}")
+    return Header(dtype, shape, "F" if fortran else "C", file.tell())

@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,12 +42,19 @@ class BatchOrder:
     """counts: samples in each shard. shape_of: the shape of each shard, 0, 1, ...; each has at least one. group: shards
     shuffled together, shared out among the shapes as the shards are, at least one each."""
 
-    def __init__(self, counts: Sequence[int], shape_of: Sequence[int], batch_size: int, seed: int, group: int) -> None:
+    def __init__(
+        self, counts: Sequence[int] | Int, shape_of: Sequence[int] | Int, batch_size: int, seed: int, group: int
+    ) -> None:
         self.counts, self.batch_size, self.seed = np.asarray(counts, np.int64), batch_size, seed
         shapes = np.asarray(shape_of, np.int64)
+        self._arguments = self.counts, shapes, batch_size, seed, group
         members = [np.flatnonzero(shapes == shape) for shape in range(int(shapes.max()) + 1)]
         self.orders = [Order(self.counts[of], seed, math.ceil(group * len(of) / len(shapes)), of) for of in members]
         self._schedule = lru_cache(2)(self._schedule_of)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As Order has one."""
+        return BatchOrder, self._arguments
 
     @property
     def group(self) -> int:

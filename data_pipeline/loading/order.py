@@ -64,6 +64,10 @@ class Order:
         for name, value in kept.items():
             object.__setattr__(self, name, value)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For processes that are not forked: its caches are of functions, which cannot be sent."""
+        return Order, (self.counts, self.seed, self.group, self.numbers)
+
     def range(self, first: int, count: int) -> Places:
         """The samples at positions first .. first + count - 1; they may lie in several groups and epochs."""
         parts: list[tuple[Int, Int]] = []

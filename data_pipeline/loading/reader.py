@@ -42,6 +42,13 @@ class OpenShard:
     observations: list[int]
     metas: list[int]
 
+    def sample(self, row: int) -> tuple[int, int]:
+        """The numbers of its observation and of what is recorded beside it. Raises BadSample where one is missing."""
+        observation, record = self.observations[row], self.metas[row]
+        if observation < 0 or record < 0:
+            raise BadSample(f"has no member {self.keys[row]}.{OBSERVATION if observation < 0 else META}")
+        return observation, record
+
     def content(self, member: int, most: int) -> bytes:
         """Raises BadSample for a member of more bytes than `most`, which could fill the memory."""
         if (size := self.members.sizes[member]) > most:
@@ -84,10 +91,8 @@ class ShardReader:
         flat, header = out.reshape(len(out), -1).view(np.uint8), bytearray(len(usual_header))
         for i, (number, row) in enumerate(zip(shards, rows, strict=True)):
             shard = self._open.get(number) or self.open(number)
-            observation, record = shard.observations[row], shard.metas[row]
             try:
-                if observation < 0 or record < 0:
-                    raise BadSample(f"has no member {shard.keys[row]}.{OBSERVATION if observation < 0 else META}")
+                observation, record = shard.sample(row)
                 # The usual npy file goes where it belongs, without a copy; its header is compared, not parsed.
                 usual = shard.members.sizes[observation] == usual_size
                 if usual:
@@ -106,6 +111,19 @@ class ShardReader:
                 f"{self.open(shards[i]).path}: sample {keys[i]}: the observation has NaN or Inf in it: shard again"
             )
         return keys, about
+
+    def sample(self, number: int, row: int) -> dict[str, Any]:
+        """As webdataset's own reader yields it: the bytes of each member by its extension, `__key__`, `__url__`, and
+        `__local_path__` where the folder is on this machine. Raises UserError, with the shard and the key, for a sample without a member, or with one that is too large."""
+        shard = self.open(number)
+        longest = 2 * math.prod(self.shapes[self._index.shards[number].shape]) + npy.LONGEST_HEADER
+        try:
+            observation, record = shard.sample(row)
+            members = {META: shard.content(record, LONGEST_META), OBSERVATION: shard.content(observation, longest)}
+        except BadSample as error:
+            raise UserError(f"{shard.path}: sample {shard.keys[row]}: {error}") from None
+        local = {} if self._cache else {"__local_path__": shard.path}
+        return {"__key__": shard.keys[row], "__url__": shard.path, **local, **members}
 
     def open(self, number: int) -> OpenShard:
         """Raises BadShard for a file that is not what the index says, WorkFailed for one that cannot be fetched."""

@@ -1,4 +1,4 @@
-"""A folder of shards that is opened for reading: its index, the order of its samples, and its cache where it is remote."""
+"""A folder of shards that is opened for reading: its index, the order of its samples, and a remote one's cache."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from data_pipeline.loading.reader import ShardReader
 class ShardFolder:
     """path: of the folder, or its URL. index: what it holds. order: of its samples.
 
-    Raises UserError for a folder that is no folder of shards, and for a cache that is too small for it; WorkFailed when a remote
-    one cannot be read."""
+    Raises UserError for a folder that is no folder of shards, and for a cache that is too small for it; WorkFailed when
+    a remote one cannot be read."""
 
     def __init__(self, config: DataConfig, batch_size: int, seed: int) -> None:
         local = storage.local_path(config.shards)
@@ -40,7 +40,8 @@ class ShardFolder:
         needed = min(2 * self.order.group, len(self.index.shards)) * largest / 1e9
         if needed > config.cache_gb:
             raise UserError(
-                f"data.cache_gb {config.cache_gb:g}: two groups of {self.order.group} shards take {needed:.3g} GB: raise it, or lower data.group"
+                f"data.cache_gb {config.cache_gb:g}: two groups of {self.order.group} shards take {needed:.3g} GB: "
+                "raise it, or lower data.group"
             )
 
 

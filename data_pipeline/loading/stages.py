@@ -1,4 +1,4 @@
-"""The stages that every pipeline over shards begins with: which samples are next, and from which shards they are read."""
+"""The stages that every pipeline over shards begins with: which samples are next, and which shards are open."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from data_pipeline.loading.reader import BadShard, ShardReader
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """The first stage: where the samples of this rank's micro-batches are. end: the position at which they end, the last one
-    perhaps with fewer samples; None: they are endless."""
+    """The first stage: where the samples of this rank's micro-batches are. end: the position at which they end, the
+    last one perhaps with fewer samples; None: they are endless."""
 
     order: BatchOrder
     layout: Layout
@@ -46,8 +46,8 @@ class MicroBatches:
 
 
 class Readable(NamedTuple):
-    """A micro-batch, and where each of its samples is read: shards[i], rows[i]. skipped: how many are substitutes for samples
-    of shards that failed. failed: the shards that failed since the micro-batch before, as messages."""
+    """A micro-batch, and where each of its samples is read: shards[i], rows[i]. skipped: how many are substitutes for
+    samples of shards that failed. failed: the shards that failed since the micro-batch before, as messages."""
 
     micro_batch: MicroBatch
     shards: Int
@@ -102,8 +102,8 @@ class ReadAhead:
         self._bad = {shard: why for shard, why in self._bad.items() if shard[1] in used}  # the others are tried again
 
     def _replaced(self, micro_batch: MicroBatch) -> Readable:
-        """With samples of other shards in the place of those in shards that fail: a pure function of the places and of which
-        shards fail, but for the messages about those that fail for the first time."""
+        """With samples of other shards in the place of those in shards that fail: a pure function of the places and of
+        which shards fail, but for the messages about those that fail for the first time."""
         places, order = micro_batch.places, self._order.orders[micro_batch.shape]
         failed: list[str] = []
 
