@@ -30,7 +30,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def meant(word: object, known: Iterable[str]) -> str:
-    """ "; did you mean lr?" where one of the known words is like this one, else "". In what case letters are makes no difference."""
+    """ "; did you mean lr?" where one of the known words is like this one, else "". In what case letters are makes no
+    difference."""
     by_lower = {name.lower(): name for name in known}
     close = difflib.get_close_matches(str(word).lower(), by_lower, 1)
     return f"; did you mean {by_lower[close[0]]}?" if close else ""

@@ -32,7 +32,8 @@ class WorkFailed(Told):
 
 
 def in_one_line(error: BaseException, most: int | None = None, with_kind: bool = False) -> str:
-    """What somebody else's error says, or, where it says nothing, what it is. most: characters. with_kind: what it is, too."""
+    """What somebody else's error says, or, where it says nothing, what it is. most: characters. with_kind: what it
+    is, too."""
     text, kind = " ".join(str(error).split())[:most], type(error).__name__
     return f"{kind}: {text}" if with_kind and text else text or kind
 

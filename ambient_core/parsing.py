@@ -37,8 +37,8 @@ def from_json(text: str | bytes) -> Any:
 
 
 def json_lines(path: Path) -> Iterator[Any]:
-    """What stands in the lines of a file, one after the other; a line that a kill has cut is passed over, and a file that is
-    not there has none."""
+    """What stands in the lines of a file, one after the other; a line that a kill has cut is passed over, and a file
+    that is not there has none."""
     if path.is_file():
         with path.open("rb") as file:
             for line in file:
@@ -47,8 +47,8 @@ def json_lines(path: Path) -> Iterator[Any]:
 
 
 def from_yaml(text: str) -> Any:
-    """Plain data: YAML's tags make no objects, and its aliases, by which a short text can be a large or an endless one, are
-    refused. Raises ValueError."""
+    """Plain data: YAML's tags make no objects, and its aliases, by which a short text can be a large or an endless
+    one, are refused. Raises ValueError."""
 
     try:
         if "*" in text and any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=yaml.SafeLoader)):
@@ -90,7 +90,10 @@ def refuse_password(address: str) -> None:
     """Addresses are written to logs, to MLflow and beside data. Raises ValueError, without the password in it."""
     if PASSWORD.search(address):
         masked = PASSWORD.sub(r"\1***@", address)
-        raise ValueError(f"{masked} has a password in it, which would be logged: leave it out, and give it by the environment or the configuration of fsspec or MLflow")  # fmt: skip
+        raise ValueError(
+            f"{masked} has a password in it, which would be logged: leave it out, and give it by the "
+            "environment or the configuration of fsspec or MLflow"
+        )
 
 
 def flatten(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

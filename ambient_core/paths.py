@@ -18,7 +18,9 @@ def cache() -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"the cache {path} cannot be made ({error.strerror}): set AMBIENT_CACHE to a folder that can be written") from None  # fmt: skip
+        raise UserError(
+            f"the cache {path} cannot be made ({error.strerror}): set AMBIENT_CACHE to a folder that can be written"
+        ) from None
     return path
 
 
@@ -29,8 +31,8 @@ def is_free(folder: Path) -> bool:
 
 @contextmanager
 def appearing(folder: Path) -> Iterator[Path]:
-    """A folder to be filled, which becomes `folder` at the end, and vanishes if there was an error. folder: a free place.
-    Raises UserError where one cannot write."""
+    """A folder to be filled, which becomes `folder` at the end, and vanishes if there was an error. folder: a free
+    place. Raises UserError where one cannot write."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.")
@@ -47,11 +49,11 @@ def appearing(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing(path: Path, alone: bool = False) -> Iterator[Path]:
-    """A file to be written beside `path`, which it replaces at the end, when it is on the disk; where nothing was written, or
-    there was an error, `path` stays as it is. Its folder must be there. Raises OSError.
+    """A file to be written beside `path`, which it replaces at the end, when it is on the disk; where nothing was
+    written, or there was an error, `path` stays as it is. Its folder must be there. Raises OSError.
 
-    alone: no other process writes the same path at the same time. The name is then always the same, so that what a process
-    left that was killed is overwritten, and does not pile up."""
+    alone: no other process writes the same path at the same time. The name is then always the same, so that what a
+    process left that was killed is overwritten, and does not pile up."""
     partial = path.with_name(f".{path.name}.partial" if alone else f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial

@@ -41,8 +41,8 @@ LARGEST = 1 << 31
 
 
 def read_bytes(path: str, start: int = 0, end: int | None = None) -> bytes:
-    """The bytes of a file, or those from `start` up to `end` (fewer where the file is shorter). Raises OSError with EFBIG
-    for more than LARGEST bytes of a local file."""
+    """The bytes of a file, or those from `start` up to `end` (fewer where the file is shorter). Raises OSError with
+    EFBIG for more than LARGEST bytes of a local file."""
     local = local_path(path)
     if local is not None:
         with local.open("rb") as file:
@@ -59,7 +59,8 @@ def read_bytes(path: str, start: int = 0, end: int | None = None) -> bytes:
 
 
 def open_binary(path: str) -> BinaryIO:
-    """The file, opened for reading; it can be sought; see `one_error`. It belongs to this process: do not share it across a fork."""
+    """The file, opened for reading; it can be sought; see `one_error`. It belongs to this process: do not share it
+    across a fork."""
     local = local_path(path)
     if local is not None:
         return local.open("rb")

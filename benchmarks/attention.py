@@ -46,8 +46,13 @@ def attention_row(dim: int, dtype: torch.dtype, device: torch.device) -> list[st
     found = probe(xformers_kernel, [dim], dtype, device)
     ran = bool(found.ratio)
     name = str(dtype).removeprefix("torch.")
-    return [f"{dim}", name, f"{found.ratio:.2f}" if ran else "-", f"{found.difference:.1e}" if ran else "-",
-            f"{found.problem[:60]}..." if len(found.problem) > 60 else found.problem or "none"]  # fmt: skip
+    return [
+        f"{dim}",
+        name,
+        f"{found.ratio:.2f}" if ran else "-",
+        f"{found.difference:.1e}" if ran else "-",
+        f"{found.problem[:60]}..." if len(found.problem) > 60 else found.problem or "none",
+    ]
 
 
 COMPILE_COLUMNS = ["network", "ms a pass", "first pass, s", "difference"]

@@ -18,9 +18,15 @@ from data_pipeline.corruption.noise_estimation import estimate
 from data_pipeline.inputs.sources import open_source, prepare
 
 WORDS = (
-    "poisson:30", "salt-and-pepper:0.05", "jpeg:30", "blur:1", "downsample:2", "box-mask:0.1", "random-mask:0.3",
+    "poisson:30",
+    "salt-and-pepper:0.05",
+    "jpeg:30",
+    "blur:1",
+    "downsample:2",
+    "box-mask:0.1",
+    "random-mask:0.3",
     "poisson:30+gaussian:0.3",
-)  # fmt: skip
+)
 ADDED = (0.05, 0.1, 0.2, 0.5)
 
 
@@ -38,7 +44,8 @@ def differences() -> None:
         neighbours = np.corrcoef(e[..., :-1].ravel(), e[..., 1:].ravel())[0, 1]
         rms = np.mean([one.sigma_n for one in found])
         print(
-            f"{words:24} rms {rms:.2f}  slope {slope:+.2f}  neighbours {neighbours:+.2f}  kurtosis {kurtosis(e.ravel()) + 3:.1f}"
+            f"{words:24} rms {rms:.2f}  slope {slope:+.2f}  neighbours {neighbours:+.2f}  kurtosis "
+            f"{kurtosis(e.ravel()) + 3:.1f}"
         )
 
 

@@ -3,23 +3,28 @@
     python benchmarks/data.py --quick      smaller sets, under 8 minutes; ends with one line of JSON
     python benchmarks/data.py              the whole: 100,000 images, 5,000 latents, 2,000 pictures
 
-Every reader gets the same samples on the same disk, one background process, and batches of the same size; each is measured
-in turn, five times, and medians are shown. "images" (3 x 32 x 32) and "latents" (4 x 128 x 128) are float16 arrays for all.
-"jpeg" (3 x 512 x 512) is JPEG for the peers, who decode it as their users do, and float16 observations (16 times the bytes)
-for ours, as a noisy observation must not be clipped; a fourth row reads our files by plain webdataset.
+Every reader gets the same samples on the same disk, one background process, and batches of the same size; each is
+measured in turn, five times, and medians are shown. "images" (3 x 32 x 32) and "latents" (4 x 128 x 128) are float16
+arrays for all. "jpeg" (3 x 512 x 512) is JPEG for the peers, who decode it as their users do, and float16 observations
+(16 times the bytes) for ours, as a noisy observation must not be clipped; a fourth row reads our files by plain
+webdataset.
 
 samples/s      of one background process, after the first batch
 first batch    seconds from nothing to the first batch; resume: the same from the middle of the epoch
 memory         peak of both processes, with what Python and torch take; pages of files that a reader maps count
 over cat       the speed of our reader over `cat *.tar > /dev/null`: from the disk (the files are dropped from the page
-               cache before each), which is what a data set larger than memory does, and from the page cache. Start-up, the
+               cache before each), which is what a data set larger than memory does, and from the page cache. Start-up,
+               the
                time to the first batch from the page cache, is left out of ours
 by shards      how samples/s change with the number of shards, per CPU second too, which a busy machine disturbs less
 flatness       resume at sample 1,000,000,000 over resume at sample 1,000, in 10,000 shards
                (these sets are small: groups of 4 shards for "over cat" and "by shards", so that each is many groups)
-sharding       `python -m data_pipeline.shard --size 512` of a camera's JPEGs (4000 x 3000) on all cores, over cores x one process
-               that only decodes and resizes them with Pillow; start-up is left out on both sides (the difference between
-               many and few). Ours decodes such JPEGs at half their size; over one process that does that, too, the ratio is
+sharding       `python -m data_pipeline.shard --size 512` of a camera's JPEGs (4000 x 3000) on all cores, over cores x
+one process
+               that only decodes and resizes them with Pillow; start-up is left out on both sides (the difference
+               between
+               many and few). Ours decodes such JPEGs at half their size; over one process that does that, too, the
+               ratio is
                printed beside it. Of JPEGs that have 512 pixels already it is less: drawing and storing noise costs more
                than decoding
 """
@@ -88,7 +93,11 @@ def main(argv: list[str] | None = None) -> int:
     print(f"latents over cat: {beside_cat['disk']:.2f} from the disk, {beside_cat['cached']:.2f} from the page cache")
     by_shards = [[f"{n:,}", *(f"{value:,.0f}" for value in values)] for n, values in scaling.items()]
     print(f"\n{table(['shards', 'samples/s', 'samples per CPU second'], by_shards)}\n")
-    print(f"sharding: {sharded['rate']:.0f} images/s on {sharded['cores']} cores; one process that only decodes and resizes: {sharded['one']:.0f} by Pillow, {sharded['ours']:.0f} by our decoding: {sharded['ratio']:.2f} and {sharded['over_ours']:.2f} of that on all cores")  # fmt: skip
+    print(
+        f"sharding: {sharded['rate']:.0f} images/s on {sharded['cores']} cores; one process that only decodes "
+        f"and resizes: {sharded['one']:.0f} by Pillow, {sharded['ours']:.0f} by our decoding: "
+        f"{sharded['ratio']:.2f} and {sharded['over_ours']:.2f} of that on all cores"
+    )
     if not args.quick:
         kept = {"summary": result, "rows": rows, "cat": beside_cat, "scaling": scaling, "sharding": sharded}
         print(save("data", kept))
@@ -132,7 +141,11 @@ def middle(rows: Sequence[Row], name: str) -> float:
 
 
 def cells(rows: Sequence[Row]) -> list[str]:
-    return [f"{middle(rows, 'rate'):,.0f}", *(f"{middle(rows, name):.3f}" for name in ("first", "resume")), f"{middle(rows, 'memory'):,.0f}"]  # fmt: skip
+    return [
+        f"{middle(rows, 'rate'):,.0f}",
+        *(f"{middle(rows, name):.3f}" for name in ("first", "resume")),
+        f"{middle(rows, 'memory'):,.0f}",
+    ]
 
 
 def one(reader: Reader, files: Files) -> Row:
@@ -193,11 +206,15 @@ def cat(files: Files) -> dict[str, float]:
             drop(tars)
         return alone(_whole, files)
 
-    measured = in_rounds({
-        "cat, disk": lambda: by_cat(True), "ours, disk": lambda: by_us(True),
-        "cat, cached": lambda: by_cat(False), "ours, cached": lambda: by_us(False),
-        "start": lambda: alone(_first, ours_in_small_groups, files, 0),
-    })  # fmt: skip
+    measured = in_rounds(
+        {
+            "cat, disk": lambda: by_cat(True),
+            "ours, disk": lambda: by_us(True),
+            "cat, cached": lambda: by_cat(False),
+            "ours, cached": lambda: by_us(False),
+            "start": lambda: alone(_first, ours_in_small_groups, files, 0),
+        }
+    )
     start = middle(measured["start"], "first")
     speed = {name: size / middle(measured[f"cat, {name}"], "seconds") for name in ("disk", "cached")}
     ratio = {
@@ -226,7 +243,8 @@ def drop(paths: Sequence[str]) -> None:
 
 
 def many(folder: Path, samples: int) -> tuple[dict[int, tuple[float, float]], float]:
-    """samples/s, and samples per second of processor time, by number of shards, and resume latency at a late sample over that at an early one."""
+    """samples/s, and samples per second of processor time, by number of shards, and resume latency at a late sample
+    over that at an early one."""
     sets = {count: many_shards(folder / f"{count}-shards", count) for count in (10, 100, 1000, 10_000)}
     work: dict[str, Callable[[], Row]] = {
         str(count): partial(alone, _pass, ours_in_small_groups, files, 0, samples) for count, files in sets.items()

@@ -90,7 +90,8 @@ def many_shards(folder: Path, count: int, real: int = 10, per_shard: int = 500) 
 
 
 def pictures(folder: Path, count: int, distinct: int = 4) -> None:
-    """JPEG files of 4000 x 3000 pixels, as a camera writes them. distinct: so many are files, the others links to them."""
+    """JPEG files of 4000 x 3000 pixels, as a camera writes them. distinct: so many are files, the others links to
+    them."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
     for i in range(count):

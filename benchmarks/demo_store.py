@@ -5,7 +5,8 @@
 
 All are of digits, at sigma_n 0.5 but for the last: the naive model, which takes noisy images for clean; ambient alone;
 ambient with consistency; and one that was overfitted on twenty clean images, which the attacks on memory should find.
-It ends with the command that starts MLflow's server, and with the pages to open. docs/mlflow.md says what is to be seen there.
+It ends with the command that starts MLflow's server, and with the pages to open. docs/mlflow.md says what is to be seen
+there.
 """
 
 from __future__ import annotations
@@ -55,7 +56,11 @@ def main(argv: list[str] | None = None) -> int:
     def add(p: argparse.ArgumentParser) -> None:
         p.add_argument("--quick", action="store_true", help="few steps of small models")
         p.add_argument("--at-once", type=int, default=2, help="trainings at the same time (default: 2)")
-        p.add_argument("--folder", type=Path, help="where the store and its runs are kept (default: runs/demo; runs/demo-quick with --quick)")  # fmt: skip
+        p.add_argument(
+            "--folder",
+            type=Path,
+            help="where the store and its runs are kept (default: runs/demo; runs/demo-quick with --quick)",
+        )
 
     args = arguments(__doc__, argv, add)
     folder: Path = args.folder or Path("runs/demo-quick" if args.quick else "runs/demo")
@@ -72,9 +77,13 @@ def main(argv: list[str] | None = None) -> int:
 def make(folder: Path, size: Size, at_once: int) -> list[Path]:
     """Trains and evaluates what is not yet; returns the run directories."""
     common = (
-        f"steps={size.steps}", f"logging={{enabled: true, experiment: {EXPERIMENT}, every: {max(1, size.steps // 30)}, sample_every: {size.steps // 3}}}",
+        f"steps={size.steps}",
+        (
+            f"logging={{enabled: true, experiment: {EXPERIMENT}, every: {max(1, size.steps // 30)}, sample_every: "
+            f"{size.steps // 3}}}"
+        ),
         *size.overrides,
-    )  # fmt: skip
+    )
     setting = Setting("digits", size.side, folder, 1, common)
     noisy = setting.shards(SIGMA)
     consistency = f"consistency={{weight: 0.3, period: 4, start: {size.steps // 3}}}"
@@ -89,8 +98,23 @@ def make(folder: Path, size: Size, at_once: int) -> list[Path]:
 
 def evaluate(run_dirs: Sequence[Path], size: Size) -> None:
     """By the command that users type; what is evaluated already is read back."""
-    words = [*map(str, run_dirs), "--reference", "packaged:digits/test", "--training", "packaged:digits/train", "--number", str(size.samples), "--attacked", str(size.attacked),
-             "--compared", str(size.compared), "--steps", str(size.sampling_steps), "--levels", *map(str, size.levels)]  # fmt: skip
+    words = [
+        *map(str, run_dirs),
+        "--reference",
+        "packaged:digits/test",
+        "--training",
+        "packaged:digits/train",
+        "--number",
+        str(size.samples),
+        "--attacked",
+        str(size.attacked),
+        "--compared",
+        str(size.compared),
+        "--steps",
+        str(size.sampling_steps),
+        "--levels",
+        *map(str, size.levels),
+    ]
     run_python("trainer.evaluate", words)
 
 

@@ -4,7 +4,8 @@
     python -m benchmarks.exactness --quick    one problem, in minutes; ends with one line of JSON
 
 Mixtures of Gaussians, whose denoiser is known in closed form. All methods of one problem and seed are trained in one
-process, in turns of 50 steps, so that their times can be compared. Errors are of h against E[x0 | x_t], in units of sigma.
+process, in turns of 50 steps, so that their times can be compared. Errors are of h against E[x0 | x_t], in units of
+sigma.
 """
 
 from __future__ import annotations
@@ -90,7 +91,11 @@ def main(argv: list[str] | None = None) -> int:
     problems, methods, seeds = ([QUICK], NEEDED, 2) if args.quick else (PROBLEMS, METHODS, 3)
 
     methods = [of_length(method, args.steps or (1500 if args.quick else 3000)) for method in methods]
-    tasks = [(problem, methods, seed, None if args.quick else args.folder / str(methods[0].steps)) for problem in problems for seed in range(seeds)]  # fmt: skip
+    tasks = [
+        (problem, methods, seed, None if args.quick else args.folder / str(methods[0].steps))
+        for problem in problems
+        for seed in range(seeds)
+    ]
     if args.jobs == 1:
         rows = [row for task in tasks for row in measure(*task)]
     else:
@@ -116,12 +121,19 @@ def measure(problem: Problem, methods: Sequence[Method], seed: int, folder: Path
     rows: list[Row] = []
     for t in trainings:
         h = t.averaged()
-        rows.append({
-            "problem": problem.name, "method": t.method.name, "seed": seed, "seconds": t.seconds, "passes": t.passes,
-            "period": t.schedule.scale, "below": error_below(problem, h),
-            "errors": [error(problem, h, share * problem.sigma_n) for share in SHARES],
-            "distance": distance(problem, h, seed),
-        })  # fmt: skip
+        rows.append(
+            {
+                "problem": problem.name,
+                "method": t.method.name,
+                "seed": seed,
+                "seconds": t.seconds,
+                "passes": t.passes,
+                "period": t.schedule.scale,
+                "below": error_below(problem, h),
+                "errors": [error(problem, h, share * problem.sigma_n) for share in SHARES],
+                "distance": distance(problem, h, seed),
+            }
+        )
     if kept:
         kept.parent.mkdir(parents=True, exist_ok=True)
         partial = kept.with_suffix(".partial")
@@ -144,11 +156,17 @@ def report(rows: Sequence[Row], problem: str) -> str:
         of = [row for row in mine if row["method"] == name]
         levels = [statistics.mean(row["errors"][i] for row in of) for i in range(len(SHARES))]
         period = "/".join(f"{p:g}" for p in sorted({row["period"] for row in of}) if p)
-        lines.append([
-            name, period, f"{statistics.mean(row['passes'] for row in of):.2f}",
-            spread([row["seconds"] / ambient_seconds(mine, row["seed"]) for row in of], 2),
-            spread([row["below"] for row in of]), *(f"{level:.3f}" for level in levels), spread([row["distance"] for row in of], 4),
-        ])  # fmt: skip
+        lines.append(
+            [
+                name,
+                period,
+                f"{statistics.mean(row['passes'] for row in of):.2f}",
+                spread([row["seconds"] / ambient_seconds(mine, row["seed"]) for row in of], 2),
+                spread([row["below"] for row in of]),
+                *(f"{level:.3f}" for level in levels),
+                spread([row["distance"] for row in of], 4),
+            ]
+        )
     columns = ["method", "period", "passes a step", "time / ambient alone", "error below sigma_n"]
     columns += [f"at {share:g} sigma_n" for share in SHARES] + ["sliced W1 of samples"]
     return table(columns, lines)
@@ -159,8 +177,9 @@ def ambient_seconds(rows: Sequence[Row], seed: int) -> float:
 
 
 def summary(rows: Sequence[Row]) -> dict[str, float]:
-    """A budget of 0.2 against: the time of the ambient loss alone and of the published loop (1 sampler step), and the error
-    below sigma_n of the best every-step method and of the clean oracle. Means of ratios over problems and seeds."""
+    """A budget of 0.2 against: the time of the ambient loss alone and of the published loop (1 sampler step), and
+    the error below sigma_n of the best every-step method and of the clean oracle. Means of ratios over problems and
+    seeds."""
     ratios: dict[str, list[float]] = {}
     for key in dict.fromkeys((row["problem"], row["seed"]) for row in rows):
         by = {row["method"]: row for row in rows if (row["problem"], row["seed"]) == key}

@@ -1,11 +1,13 @@
 """How few images are too few: from 30 to 10,000 noisy images, and what mends it.
 
-    python -m benchmarks.few_images                       about five hours of a core; resumable, result and picture are kept
+    python -m benchmarks.few_images                       about five hours of a core; resumable, result and picture are
+    kept
     python -m benchmarks.few_images --sizes 30 300 --steps 400
 
-For each number of images: training on noisy images alone, with a tenth of them clean, and with mirrored images. The error
-is the denoiser's mean squared error at half sigma_n against held-out clean images, at each checkpoint. "stopped early" is
-the checkpoint that a lab without clean images would choose: the one with the lowest loss of pairs on held-out NOISY images.
+For each number of images: training on noisy images alone, with a tenth of them clean, and with mirrored images. The
+error is the denoiser's mean squared error at half sigma_n against held-out clean images, at each checkpoint. "stopped
+early" is the checkpoint that a lab without clean images would choose: the one with the lowest loss of pairs on held-out
+NOISY images.
 """
 
 from __future__ import annotations
@@ -70,7 +72,16 @@ def main(argv: list[str] | None = None) -> int:
     for (size, variant, seed), run_dir in cases.items():
         for step, denoiser in checkpoints(run_dir):
             (clean_error,) = denoiser_error(denoiser, held_out, [SIGMA / 2])
-            rows.append({"images": size, "variant": variant, "seed": seed, "step": step, "error": clean_error, "loss": noisy_loss(denoiser, held_out)})  # fmt: skip
+            rows.append(
+                {
+                    "images": size,
+                    "variant": variant,
+                    "seed": seed,
+                    "step": step,
+                    "error": clean_error,
+                    "loss": noisy_loss(denoiser, held_out),
+                }
+            )
     print(report(rows))
     print(
         f"\n{save(f'few-images-{args.dataset}', {'sigma_n': SIGMA, 'steps': args.steps, 'rows': rows})}, {draw(rows)}"
@@ -85,7 +96,9 @@ def noisy_loss(denoiser: Denoiser, held_out: torch.Tensor) -> float:
     x_n = held_out + SIGMA * AddressedNoise(1, 0).normal("few.observation", held_out)
     batch = Batch(x_n, torch.full((len(x_n),), SIGMA))
     pairs = AmbientConfig(boundary_share=1.0, boundary_ratio=2.0, pairs=True)
-    return float(AmbientLoss(LogUniform(), Uniform(), denoiser.process, pairs)(denoiser, batch, AddressedNoise(2, 0)).loss.mean())  # fmt: skip
+    return float(
+        AmbientLoss(LogUniform(), Uniform(), denoiser.process, pairs)(denoiser, batch, AddressedNoise(2, 0)).loss.mean()
+    )
 
 
 def runs_of(rows: Sequence[dict[str, Any]], size: int, variant: str) -> list[list[dict[str, Any]]]:
@@ -101,9 +114,14 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
         for variant in VARIANTS:
             runs = runs_of(rows, size, variant)
             chosen = [min(run, key=lambda row: row["loss"]) for run in runs]
-            cells += [spread([run[-1]["error"] for run in runs], 4), f"{spread([row['error'] for row in chosen], 4)} (step {'/'.join(str(row['step']) for row in chosen)})"]  # fmt: skip
+            cells += [
+                spread([run[-1]["error"] for run in runs], 4),
+                f"{spread([row['error'] for row in chosen], 4)} (step {'/'.join(str(row['step']) for row in chosen)})",
+            ]
         lines.append(cells)
-    return table(["images", *(f"{variant}, {when}" for variant in VARIANTS for when in ("at the end", "stopped early"))], lines)  # fmt: skip
+    return table(
+        ["images", *(f"{variant}, {when}" for variant in VARIANTS for when in ("at the end", "stopped early"))], lines
+    )
 
 
 def draw(rows: Sequence[dict[str, Any]]) -> Path:

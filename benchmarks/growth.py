@@ -1,11 +1,13 @@
-"""How cost grows: with the image, the batch, the ranks and the length of the run. (With the data set: benchmarks/scale.py.)
+"""How cost grows: with the image, the batch, the ranks and the length of the run. (With the data set:
+benchmarks/scale.py.)
 
     python -m benchmarks.growth            10 minutes; writes benchmarks/results/growth.json
     python -m benchmarks.growth --quick    the smaller half of each row
 
-Times are of the processor. A step is the whole loop's, of the quickstart's U-Net on one thread, consistency every 8th step; memory is the most bytes of tensors
-that were alive at once. A start reads what a run has logged so far, so that it logs nothing twice. Ranks are simulated: what one of
-them does to find its rows, of 8 images each. The exponent is of the power law through a row: 1 doubles with each doubling, 0 stays.
+Times are of the processor. A step is the whole loop's, of the quickstart's U-Net on one thread, consistency every 8th
+step; memory is the most bytes of tensors that were alive at once. A start reads what a run has logged so far, so that
+it logs nothing twice. Ranks are simulated: what one of them does to find its rows, of 8 images each. The exponent is of
+the power law through a row: 1 doubles with each doubling, 0 stays.
 """
 
 from __future__ import annotations
@@ -44,8 +46,15 @@ SIZES, BATCHES, RANKS, RECORDS = (
     (1, 16, 256, 4096),
     (100, 1_000, 10_000, 100_000),
 )
-WORDS = ("data.workers=0", "engine.precision=fp32", "logging.enabled=false", "logging.sample_every=0", "logging.every=8", "checkpoint.every=1000000",
-         "consistency={weight: 0.1, period: 8, start: 0}")  # fmt: skip
+WORDS = (
+    "data.workers=0",
+    "engine.precision=fp32",
+    "logging.enabled=false",
+    "logging.sample_every=0",
+    "logging.every=8",
+    "checkpoint.every=1000000",
+    "consistency={weight: 0.1, period: 8, start: 0}",
+)
 STEPS = 8
 
 
@@ -59,13 +68,36 @@ def main(argv: list[str] | None = None) -> int:
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        sides, batches, ranks, records = (part[: len(part) // 2] if args.quick else part for part in (SIZES, BATCHES, RANKS, RECORDS))  # fmt: skip
+        sides, batches, ranks, records = (
+            part[: len(part) // 2] if args.quick else part for part in (SIZES, BATCHES, RANKS, RECORDS)
+        )
         shards = {side: _shards(folder, side) for side in {*sides, 32}}
-        result["image side, batch 8"] = grown(sides, {"step, ms": lambda side: step(folder, shards[side], 8), "memory, MB": lambda side: memory(folder, shards[side], 8)})  # fmt: skip
-        result["batch, 32 px"] = grown(batches, {"step, ms": lambda n: step(folder, shards[32], n), "memory, MB": lambda n: memory(folder, shards[32], n)})  # fmt: skip
+        result["image side, batch 8"] = grown(
+            sides,
+            {
+                "step, ms": lambda side: step(folder, shards[side], 8),
+                "memory, MB": lambda side: memory(folder, shards[side], 8),
+            },
+        )
+        result["batch, 32 px"] = grown(
+            batches,
+            {"step, ms": lambda n: step(folder, shards[32], n), "memory, MB": lambda n: memory(folder, shards[32], n)},
+        )
         result["ranks, 8 images each"] = grown(ranks, {"a rank's rows, ms": of_a_rank})
-        result["reports of the run so far"] = grown(records, {"start, ms": lambda n: start(folder, n), "file, MB": lambda n: _logged(folder, n).stat().st_size / 1e6})  # fmt: skip
-    rows = [[f"{name}: {', '.join(f'{x:,}' for x in part['x'])}", what, ", ".join(f"{y:.3g}" for y in ys), f"{part['exponent'][what]:.2f}"] for name, part in result.items() for what, ys in part["y"].items()]  # fmt: skip
+        result["reports of the run so far"] = grown(
+            records,
+            {"start, ms": lambda n: start(folder, n), "file, MB": lambda n: _logged(folder, n).stat().st_size / 1e6},
+        )
+    rows = [
+        [
+            f"{name}: {', '.join(f'{x:,}' for x in part['x'])}",
+            what,
+            ", ".join(f"{y:.3g}" for y in ys),
+            f"{part['exponent'][what]:.2f}",
+        ]
+        for name, part in result.items()
+        for what, ys in part["y"].items()
+    ]
     print("\n" + table(["", "", "", "exponent"], rows))
     if not args.quick:
         print(f"\n{save('growth', result)}")
@@ -124,7 +156,12 @@ def _logged(folder: Path, records: int) -> Path:
     if not path.exists():
         path.parent.mkdir()
         values = {f"loss_ambient_by_sigma/{low}-{low + 1}": 0.123456789012345 for low in range(20)}
-        path.write_text("".join(json.dumps({"step": 20 * n, "time": 1_700_000_000_000 + n, "metrics": values}) + "\n" for n in range(1, records + 1)))  # fmt: skip
+        path.write_text(
+            "".join(
+                json.dumps({"step": 20 * n, "time": 1_700_000_000_000 + n, "metrics": values}) + "\n"
+                for n in range(1, records + 1)
+            )
+        )
     return path
 
 

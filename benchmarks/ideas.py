@@ -3,8 +3,8 @@
     python -m benchmarks.ideas              10 minutes of two idle cores; writes benchmarks/results/ideas.json
     python -m benchmarks.ideas --only fused bf16
 
-One thread, but for "overlap"; the network of `make bench`'s pixel rows, fp32. A ratio is the idea's time over that of what is done now: below 1 the
-idea is faster. What became of each: docs/performance.md.
+One thread, but for "overlap"; the network of `make bench`'s pixel rows, fp32. A ratio is the idea's time over that of
+what is done now: below 1 the idea is faster. What became of each: docs/performance.md.
 """
 
 from __future__ import annotations
@@ -70,7 +70,17 @@ def main(argv: list[str] | None = None) -> int:
         distributed.init()
         for name in tqdm(args.only or IDEAS, unit="idea"):
             found += IDEAS[name](Path(folder), args.rounds)
-    rows = [[each.what, each.now, each.predicted, f"{each.found.ratio:.3f} ± {each.found.error:.3f}", f"{1000 * each.found.ours:.4g} ms", f"{1000 * each.found.theirs:.4g} ms"] for each in found]  # fmt: skip
+    rows = [
+        [
+            each.what,
+            each.now,
+            each.predicted,
+            f"{each.found.ratio:.3f} ± {each.found.error:.3f}",
+            f"{1000 * each.found.ours:.4g} ms",
+            f"{1000 * each.found.theirs:.4g} ms",
+        ]
+        for each in found
+    ]
     print("\n" + table(["idea", "now", "predicted", "idea / now", "idea", "now"], rows))
     if not args.only:
         print(save("ideas", {"rows": [asdict(each) for each in found]}))
@@ -94,15 +104,28 @@ def layout(_folder: Path, rounds: int) -> list[Timed]:
 
         now, name = work(plain, torch.channels_last), str(dtype).removeprefix("torch.")
         found += [
-            Timed(f"weights channels-last, too, {name}", "images alone channels-last", "0.95", paired(work(weights, torch.channels_last), now, rounds)),
-            Timed(f"all contiguous, {name}", "images alone channels-last", "1.1" if dtype == torch.float32 else "1.5", paired(work(plain, torch.contiguous_format), now, rounds)),
-        ]  # fmt: skip
+            Timed(
+                f"weights channels-last, too, {name}",
+                "images alone channels-last",
+                "0.95",
+                paired(work(weights, torch.channels_last), now, rounds),
+            ),
+            Timed(
+                f"all contiguous, {name}",
+                "images alone channels-last",
+                "1.1" if dtype == torch.float32 else "1.5",
+                paired(work(plain, torch.contiguous_format), now, rounds),
+            ),
+        ]
     return found
 
 
 def bf16(folder: Path, rounds: int) -> list[Timed]:
     shards = digits(folder)
-    runs = [pixel_run(folder, shards, f"precision {name}", f"engine.precision={name}", "consistency=null") for name in ("bf16", "fp32")]  # fmt: skip
+    runs = [
+        pixel_run(folder, shards, f"precision {name}", f"engine.precision={name}", "consistency=null")
+        for name in ("bf16", "fp32")
+    ]
     return [Timed("bf16 on a CPU with avx512_bf16", "fp32", "0.7", _against(runs, rounds))]
 
 
@@ -118,7 +141,12 @@ class TwoPasses:
             if len(x) == half:
                 return denoiser(x, sigma, conditioning)
             rows = (slice(None, half), slice(half, None))
-            return torch.cat([denoiser(x[each], sigma[each], {name: value[each] for name, value in conditioning.items()}) for each in rows])  # fmt: skip
+            return torch.cat(
+                [
+                    denoiser(x[each], sigma[each], {name: value[each] for name, value in conditioning.items()})
+                    for each in rows
+                ]
+            )
 
         return self.loss(in_two, particles, noise)
 
@@ -129,12 +157,20 @@ def children(folder: Path, rounds: int) -> list[Timed]:
         runs = [pixel_run(folder, shards, f"children {size} {i}", EVERY_STEP, f"batch_size={size}") for i in (0, 1)]
         assert runs[0].consistency
         runs[0].consistency = TwoPasses(runs[0].consistency)  # pyright: ignore[reportAttributeAccessIssue]
-        found.append(Timed(f"a pass for each child, {size} particles", "one pass for both", predicted, _bare(Bare(runs[0]), Bare(runs[1]), rounds)))  # fmt: skip
+        found.append(
+            Timed(
+                f"a pass for each child, {size} particles",
+                "one pass for both",
+                predicted,
+                _bare(Bare(runs[0]), Bare(runs[1]), rounds),
+            )
+        )
     return found
 
 
 class Fused(Bare):
-    """Both losses from one pass with a gradient: ambient points and both children together, after the parents' pass without one."""
+    """Both losses from one pass with a gradient: ambient points and both children together, after the parents' pass
+    without one."""
 
     def _loss(self, batch: Batch) -> Tensor:
         run, c, noise = self.run, self.run.config.consistency, self._noise
@@ -164,7 +200,14 @@ def fused(folder: Path, rounds: int) -> list[Timed]:
     shards, found = digits(folder), list[Timed]()
     for size, predicted in ((2, "0.85"), (16, "0.98")):
         runs = [pixel_run(folder, shards, f"fused {size} {i}", EVERY_STEP, f"batch_size={size}") for i in (0, 1)]
-        found.append(Timed(f"ambient points and children in one pass, {size} samples", "two passes", predicted, _bare(Fused(runs[0]), Bare(runs[1]), rounds)))  # fmt: skip
+        found.append(
+            Timed(
+                f"ambient points and children in one pass, {size} samples",
+                "two passes",
+                predicted,
+                _bare(Fused(runs[0]), Bare(runs[1]), rounds),
+            )
+        )
     return found
 
 
@@ -174,9 +217,14 @@ def adamw(folder: Path, rounds: int) -> list[Timed]:
     weights = list(run.denoiser.parameters())
     for weight in weights:
         weight.grad = torch.randn_like(weight)
-    now, *others = (torch.optim.AdamW(weights, 0.0, fused=fused, foreach=foreach) for fused, foreach in ((True, False), (False, True), (False, False)))  # fmt: skip
-    return [Timed(f"AdamW's update, {how}", "fused", predicted, paired(timed(other.step, 10), timed(now.step, 10), rounds))
-            for other, how, predicted in zip(others, ("foreach", "a loop"), ("1.5", "2"), strict=True)]  # fmt: skip
+    now, *others = (
+        torch.optim.AdamW(weights, 0.0, fused=fused, foreach=foreach)
+        for fused, foreach in ((True, False), (False, True), (False, False))
+    )
+    return [
+        Timed(f"AdamW's update, {how}", "fused", predicted, paired(timed(other.step, 10), timed(now.step, 10), rounds))
+        for other, how, predicted in zip(others, ("foreach", "a loop"), ("1.5", "2"), strict=True)
+    ]
 
 
 def overlap(folder: Path, rounds: int) -> list[Timed]:
@@ -184,7 +232,10 @@ def overlap(folder: Path, rounds: int) -> list[Timed]:
     shards, found = digits(folder), list[Timed]()
     hardly = "model={kind: unet2d, channels: [8], layers: 1, attention: [], norm_groups: 8}"
     for name, words, predicted in (("", (), "1.00"), (", a network of one width 8", (hardly,), "0.95")):
-        runs = [pixel_run(folder, shards, f"workers {n}{name[:2]}", "consistency=null", f"data.workers={n}", *words) for n in (1, 0)]  # fmt: skip
+        runs = [
+            pixel_run(folder, shards, f"workers {n}{name[:2]}", "consistency=null", f"data.workers={n}", *words)
+            for n in (1, 0)
+        ]
         found.append(Timed(f"data.workers=1{name}", "data.workers=0", predicted, _against(runs, rounds)))
     return found
 
@@ -193,17 +244,23 @@ def less_often(folder: Path, rounds: int) -> list[Timed]:
     """As many particles in all."""
     shards = digits(folder)
     names = {"half the particles, every 4th step": "period: 4, batch_size: 8", "all, every 8th": "period: 8"}
-    runs = [pixel_run(folder, shards, name, f"consistency={{weight: 0.1, start: 0, {words}}}") for name, words in names.items()]  # fmt: skip
+    runs = [
+        pixel_run(folder, shards, name, f"consistency={{weight: 0.1, start: 0, {words}}}")
+        for name, words in names.items()
+    ]
     (idea, now) = names
     return [Timed(f"particles: {idea}", now, "1.03", _against(runs, rounds))]
 
 
 def mapped(folder: Path, rounds: int) -> list[Timed]:
-    """Batches of 16 SDXL latents: ours, shuffled, from shards; beside rows of one float16 file that is mapped into memory."""
+    """Batches of 16 SDXL latents: ours, shuffled, from shards; beside rows of one float16 file that is mapped into
+    memory."""
     kind = Kind("latents", (4, 128, 128), 2000, 2000, 250, 16)
     generator = np.random.default_rng(0)
     observed = [npy_bytes(generator.standard_normal(kind.shape).astype(np.float16)) for _ in range(DISTINCT)]
-    write_shards(folder / "latents", kind, kind.samples, ({"x_n.npy": observed[i % DISTINCT]} for i in range(kind.samples)))  # fmt: skip
+    write_shards(
+        folder / "latents", kind, kind.samples, ({"x_n.npy": observed[i % DISTINCT]} for i in range(kind.samples))
+    )
     latents = np.lib.format.open_memmap(folder / "latents.npy", "w+", np.float16, (kind.samples, *kind.shape))
     latents[:] = generator.standard_normal(latents.shape, np.float32)
     latents.flush()

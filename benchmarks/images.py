@@ -86,7 +86,14 @@ def main(argv: list[str] | None = None) -> int:
     reference = extractor.features(held_out) if samples else None
     for (method, sigma, seed), run_dir in runs.items():
         levels = [share * sigma for share in SHARES]
-        rows.append({"method": method, "sigma_n": sigma, "seed": seed, **measure(restore(run_dir), held_out, levels, samples, reference)})  # fmt: skip
+        rows.append(
+            {
+                "method": method,
+                "sigma_n": sigma,
+                "seed": seed,
+                **measure(restore(run_dir), held_out, levels, samples, reference),
+            }
+        )
     for sigma in sigmas:
         print(f"\n{dataset}, sigma_n {sigma:g}, {steps} steps\n\n{report(rows, sigma)}")
     if args.quick:
@@ -106,8 +113,20 @@ def report(rows: Sequence[dict[str, Any]], sigma: float) -> str:
         distance = [spread([1000 * row["kid"] for row in of], 1) if "kid" in of[0] else "-"]
         period = "/".join(str(p) for p in sorted({row["period"] for row in of if row["period"]}))
         seconds = statistics.mean(row["seconds"] for row in of)
-        lines.append([method, period, f"{statistics.mean(row['evaluations'] for row in of):.0f}", f"{seconds:.0f}", *errors, *distance])  # fmt: skip
-    return table(["method", "period", "evaluations", "seconds", *(f"at {share * sigma:.2g}" for share in SHARES), "1000 KID"], lines)  # fmt: skip
+        lines.append(
+            [
+                method,
+                period,
+                f"{statistics.mean(row['evaluations'] for row in of):.0f}",
+                f"{seconds:.0f}",
+                *errors,
+                *distance,
+            ]
+        )
+    return table(
+        ["method", "period", "evaluations", "seconds", *(f"at {share * sigma:.2g}" for share in SHARES), "1000 KID"],
+        lines,
+    )
 
 
 def verdict(rows: Sequence[dict[str, Any]]) -> int:

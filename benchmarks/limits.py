@@ -5,7 +5,8 @@ ratio, averaged targets, capacity.
     python -m benchmarks.limits --problem ring
 
 Every row differs from "ours" (pairs, half of the levels near the boundary, consistency every 8th step) in what its name
-says. Errors are of h against E[x0 | x_t], in units of sigma; `change` is the error below sigma_n against that of "ours".
+says. Errors are of h against E[x0 | x_t], in units of sigma; `change` is the error below sigma_n against that of
+"ours".
 """
 
 from __future__ import annotations
@@ -117,7 +118,9 @@ def report(rows: Sequence[Row], problem: str) -> str:
         below = [row["below"] for row in of(group, method)]
         at = [row["errors"][AT_SIGMA_N] for row in of(group, method)]
         distance = [row["distance"] for row in of(group, method)]
-        lines.append([group, method, spread(below), f"{statistics.mean(below) / ours - 1:+.0%}", spread(at), spread(distance, 4)])  # fmt: skip
+        lines.append(
+            [group, method, spread(below), f"{statistics.mean(below) / ours - 1:+.0%}", spread(at), spread(distance, 4)]
+        )
     return table(["changed", "to", "error below sigma_n", "change", "at sigma_n", "sliced W1 of samples"], lines)
 
 

@@ -1,12 +1,13 @@
-"""The control of the memorization attacks: a model overfitted on purpose must be caught, one that never saw the images must not.
+"""The control of the memorization attacks: a model overfitted on purpose must be caught, one that never saw the images
+must not.
 
     python -m benchmarks.memorization_control             three seeds, a table; half an hour on two cores
     python benchmarks/memorization_control.py --quick     one seed; under eight minutes; ends with one line of JSON
 
-The overfitted model is trained on few clean images for long, the other one on many others; the first is attacked with its
-images, the second with images that it never saw, and in both cases others that were held out are treated alike. All are
-articles of Fashion-MNIST, at 16 px. AUC: by the larger of the similarities in features and in pixels. The line of JSON has,
-of the two attacks, the lower AUC of the first model, and of the second the one that is farther from 0.5.
+The overfitted model is trained on few clean images for long, the other one on many others; the first is attacked with
+its images, the second with images that it never saw, and in both cases others that were held out are treated alike. All
+are articles of Fashion-MNIST, at 16 px. AUC: by the larger of the similarities in features and in pixels. The line of
+JSON has, of the two attacks, the lower AUC of the first model, and of the second the one that is farther from 0.5.
 """
 
 from __future__ import annotations
@@ -41,7 +42,12 @@ def main(argv: list[str] | None = None) -> int:
     def add(p: argparse.ArgumentParser) -> None:
         p.add_argument("--quick", action="store_true", help="one seed")
         p.add_argument("--seeds", type=int, default=3, help="trainings of each (default: 3)")
-        p.add_argument("--steps", type=int, default=1500, help="optimiser steps of the overfitted one; the other has a fifth (default: 1500)")  # fmt: skip
+        p.add_argument(
+            "--steps",
+            type=int,
+            default=1500,
+            help="optimiser steps of the overfitted one; the other has a fifth (default: 1500)",
+        )
         p.add_argument("--number", type=int, default=500, help="images that the other is attacked with (default: 500)")
         p.add_argument("--at-once", type=int, default=2, help="trainings at the same time (default: 2)")
         p.add_argument("--folder", type=Path, default=Path("runs/memorization"), help="where runs are kept")
@@ -57,18 +63,35 @@ def main(argv: list[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     for seed in range(1 if args.quick else args.seeds):
         names = {OVERFITTED: f"overfitted-{args.steps}-{seed}", UNSEEN: f"unseen-{args.steps}-{seed}"}
-        jobs = [Job(names[OVERFITTED], few, (f"steps={args.steps}", f"seed={seed}")),
-                Job(names[UNSEEN], many, (f"steps={args.steps // 5}", f"seed={seed}"))]  # fmt: skip
+        jobs = [
+            Job(names[OVERFITTED], few, (f"steps={args.steps}", f"seed={seed}")),
+            Job(names[UNSEEN], many, (f"steps={args.steps // 5}", f"seed={seed}")),
+        ]
         train_all(setting, jobs, args.at_once)
         for case, training, number in ((OVERFITTED, known, 100), (UNSEEN, unknown, args.number)):
             model = model_of(restore(args.folder / names[case]))
             for attack in ATTACKS:
                 found = attacked(model, attack, training, held_out, open_extractor(PACKAGED), number, 15, seed)
-                rows.append({"model": case, "attack": attack.name, "seed": seed, "share": found.share, **{kind: auc.value for kind, auc in found.auc.items()}})  # fmt: skip
+                rows.append(
+                    {
+                        "model": case,
+                        "attack": attack.name,
+                        "seed": seed,
+                        "share": found.share,
+                        **{kind: auc.value for kind, auc in found.auc.items()},
+                    }
+                )
     print(report(rows))
     if args.quick:
         overfitted, unseen = ([row["both"] for row in rows if row["model"] == case] for case in (OVERFITTED, UNSEEN))
-        print(json.dumps({"overfit_auc": round(min(overfitted), 4), "unseen_auc": round(max(unseen, key=lambda value: abs(value - 0.5)), 4)}))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "overfit_auc": round(min(overfitted), 4),
+                    "unseen_auc": round(max(unseen, key=lambda value: abs(value - 0.5)), 4),
+                }
+            )
+        )
         return 0
     print(
         f"\n{save('memorization-control', {'few': FEW, 'many': MANY, 'steps': args.steps, 'number': args.number, 'rows': rows})}"

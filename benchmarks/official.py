@@ -1,8 +1,8 @@
 """Consistency as the paper's published training script does it at every step, for comparison.
 
 Written anew from the paper and from what that script computes, in its own variance-preserving coordinates. From the
-observation at its own level (or from the ambient loss's point) one or more sampler steps, each with its own network pass
-at the point it starts from, down to a time drawn uniformly; twice; the pass at the first point is computed again.
+observation at its own level (or from the ambient loss's point) one or more sampler steps, each with its own network
+pass at the point it starts from, down to a time drawn uniformly; twice; the pass at the first point is computed again.
 Passes beside the ambient one: 3 with one sampler step, 6 with two.
 """
 
@@ -22,7 +22,8 @@ from trainer.diffusion.tensors import expand
 
 @dataclass(frozen=True)
 class OfficialConsistency:
-    """sampler_steps: as its --num_consistency_steps. The first point and the sampler have a gradient, too, as with its --with_grad. Differences of time are uniform over all that lies below sigma_n, its default."""
+    """sampler_steps: as its --num_consistency_steps. The first point and the sampler have a gradient, too, as with
+    its --with_grad. Differences of time are uniform over all that lies below sigma_n, its default."""
 
     sampler_steps: int = 1
 

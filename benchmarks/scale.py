@@ -1,15 +1,19 @@
-"""What a million shards and 1,024 ranks cost: order and index measured, every sample counted, traffic counted, scaling predicted.
+"""What a million shards and 1,024 ranks cost: order and index measured, every sample counted, traffic counted, scaling
+predicted.
 
     python -m benchmarks.scale            10 minutes; writes benchmarks/results/scale.json
     python -m benchmarks.scale --quick    a hundredth of the shards, no prediction; a minute
 
-order      by shards of 1,000 samples each, in seconds of the processor: index.json, its time to be read and checked, the time to build the order, to the first
+order      by shards of 1,000 samples each, in seconds of the processor: index.json, its time to be read and checked,
+the time to build the order, to the first
            batch at a random place of the run (which permutes an epoch), and to one after another; of one rank of 1,024
 every      all positions of an epoch, drawn as 1,024 ranks draw them: how often each sample came
            (batches of which all ranks' rows were compared with the whole; then the whole with a list of all samples)
 traffic    what ranks tell one another beside gradients: collectives and bytes a step, and a report
-scaling    predicted, from the planner's arithmetic and traffic. Each rank keeps its rows as ranks are added. "apart": passes, then
-           traffic; "overlapped": the longer of both. Links: the device's own within a node of 8, INFINIBAND between nodes.
+scaling    predicted, from the planner's arithmetic and traffic. Each rank keeps its rows as ranks are added. "apart":
+passes, then
+           traffic; "overlapped": the longer of both. Links: the device's own within a node of 8, INFINIBAND between
+           nodes.
 """
 
 from __future__ import annotations
@@ -40,7 +44,8 @@ from trainer.engine.distributed import Ranks
 ROOT = Path(__file__).parent.parent
 RANKS, BATCH, SAMPLES = 1024, 8192, 1000
 NODE, INFINIBAND, HOP_S = 8, 50e9, 5e-6
-"""Ranks in a node; bytes a second each way, 400 Gb/s a device as in NVIDIA's DGX H100; a message's time to a neighbour."""
+"""Ranks in a node; bytes a second each way, 400 Gb/s a device as in NVIDIA's DGX H100; a message's time to a
+neighbour."""
 MFU = 0.4
 
 
@@ -54,18 +59,35 @@ def main(argv: list[str] | None = None) -> int:
     orders = [order(shards) for shards in scales]
     columns = ["shards", "samples", "index", "read", "memory", "order", "first batch", "next batch"]
     print(table(columns, [_order_row(each) for each in orders]))
-    grows = {name: exponent([o["shards"] for o in orders], [o[name] for o in orders]) for name in ("read_s", "memory_mb", "first_ms", "next_ms")}  # fmt: skip
+    grows = {
+        name: exponent([o["shards"] for o in orders], [o[name] for o in orders])
+        for name in ("read_s", "memory_mb", "first_ms", "next_ms")
+    }
     print(
         "\ngrows with the shards to the power of: " + ", ".join(f"{name} {value:.2f}" for name, value in grows.items())
     )
     counted = every(scales[-1], 100)
-    print(f"\n{counted['samples']:,} samples in {counted['shards']:,} shards, {RANKS} ranks: {json.dumps(counted['times'])} (times: samples), {counted['compared']} batches compared")  # fmt: skip
+    print(
+        f"\n{counted['samples']:,} samples in {counted['shards']:,} shards, {RANKS} ranks: "
+        f"{json.dumps(counted['times'])} (times: samples), {counted['compared']} batches compared"
+    )
     told = traffic()
-    print("\n" + table(["", "collectives", "bytes"], [[name, f"{calls:g}", f"{size:g}"] for name, (calls, size) in told.items()]))  # fmt: skip
+    print(
+        "\n"
+        + table(
+            ["", "collectives", "bytes"], [[name, f"{calls:g}", f"{size:g}"] for name, (calls, size) in told.items()]
+        )
+    )
     result: dict[str, Any] = {"order": orders, "grows": grows, "every": counted, "traffic": told}
     if not args.quick:
         result["scaling"] = scaling()
-        print("\n" + table(["SDXL", "ranks", "sent a step", "step, apart", "efficiency", "overlapped", "a checkpoint"], [_scaling_row(r) for r in result["scaling"]]))  # fmt: skip
+        print(
+            "\n"
+            + table(
+                ["SDXL", "ranks", "sent a step", "step, apart", "efficiency", "overlapped", "a checkpoint"],
+                [_scaling_row(r) for r in result["scaling"]],
+            )
+        )
         print(f"\n{save('scale', result)}")
     return 0 if set(counted["times"]) == {"1"} else 1
 
@@ -79,7 +101,9 @@ def order(shards: int) -> dict[str, float]:
         path = Path(folder) / NAME
         size, before = path.stat().st_size, process.memory_info().rss
         index, read_s = _timed(lambda: parse_index(str(path), path.read_bytes()))
-    made, build_s = _timed(lambda: BatchOrder([s.samples for s in index.shards], [s.shape for s in index.shards], BATCH, 0, 16))  # fmt: skip
+    made, build_s = _timed(
+        lambda: BatchOrder([s.samples for s in index.shards], [s.shape for s in index.shards], BATCH, 0, 16)
+    )
     memory = process.memory_info().rss - before
     steps = shards * SAMPLES // BATCH
     rows = BATCH // RANKS
@@ -87,12 +111,20 @@ def order(shards: int) -> dict[str, float]:
     first = [int(step) for step in generator.integers(steps, size=5)]
     firsts = [_timed(partial(made.micro_batch, step + n * steps, 5 * rows, rows))[1] for n, step in enumerate(first)]
     nexts = [_timed(partial(made.micro_batch, 6 * steps + i, 5 * rows, rows))[1] for i in range(200)]
-    return {"shards": shards, "index_mb": size / 1e6, "read_s": read_s, "memory_mb": memory / 1e6, "build_s": build_s,
-            "first_ms": 1000 * float(np.median(firsts)), "next_ms": 1000 * float(np.mean(nexts[1:]))}  # fmt: skip
+    return {
+        "shards": shards,
+        "index_mb": size / 1e6,
+        "read_s": read_s,
+        "memory_mb": memory / 1e6,
+        "build_s": build_s,
+        "first_ms": 1000 * float(np.median(firsts)),
+        "next_ms": 1000 * float(np.mean(nexts[1:])),
+    }
 
 
 def every(shards: int, samples: int) -> dict[str, Any]:
-    """One epoch: how many samples came how often. The whole is read in stretches, ranks' rows in some of its batches."""
+    """One epoch: how many samples came how often. The whole is read in stretches, ranks' rows in some of its
+    batches."""
     made = BatchOrder([samples] * shards, [0] * shards, BATCH, 0, 16)
     total, rows = shards * samples, BATCH // RANKS
     seen = np.zeros(total, np.uint8)
@@ -102,7 +134,10 @@ def every(shards: int, samples: int) -> dict[str, Any]:
         places = made.micro_batch(step, 0, BATCH).places
         if step in compared:
             parts = [made.micro_batch(step, rank * rows, rows).places for rank in range(RANKS)]
-            assert all(np.array_equal(np.concatenate([getattr(p, name) for p in parts]), getattr(places, name)) for name in ("shards", "rows"))  # fmt: skip
+            assert all(
+                np.array_equal(np.concatenate([getattr(p, name) for p in parts]), getattr(places, name))
+                for name in ("shards", "rows")
+            )
         np.add.at(seen, places.shards * samples + places.rows, 1)
     rest = made.micro_batch(
         steps, 0, total - steps * BATCH
@@ -136,7 +171,13 @@ def traffic() -> dict[str, tuple[float, float]]:
     inside = list[int]()
     with tempfile.TemporaryDirectory() as folder:
         shard("packaged:digits/train", Path(folder) / "shards", Gaussian(0.4))
-        words = [f"run_dir={folder}/run", f"data.shards={folder}/shards", f"steps={steps}", "logging.every=6", "checkpoint.every=1000"]  # fmt: skip
+        words = [
+            f"run_dir={folder}/run",
+            f"data.shards={folder}/shards",
+            f"steps={steps}",
+            "logging.every=6",
+            "checkpoint.every=1000",
+        ]
         ranks = distributed.init()
         (Path(folder) / "run").mkdir()
         run = build.run(load(ROOT / "tests" / "tiny.yaml", words), ranks)
@@ -163,7 +204,11 @@ def scaling() -> list[dict[str, Any]]:
     from trainer.planning.gpus import GPUS
 
     rows, found, shape = 4, list[dict[str, Any]](), (4, 128, 128)
-    cases = {"adapters, stage 0": [], "all weights, stage 2": ["model.lora=null", "engine.zero_stage=2"], "all weights, stage 3": ["model.lora=null", "engine.zero_stage=3"]}  # fmt: skip
+    cases = {
+        "adapters, stage 0": [],
+        "all weights, stage 2": ["model.lora=null", "engine.zero_stage=2"],
+        "all weights, stage 3": ["model.lora=null", "engine.zero_stage=3"],
+    }
     for name, words in cases.items():
         traced: Estimate | None = None
         for ranks in (8, 64, 256, 1024):
@@ -186,9 +231,17 @@ def scaling() -> list[dict[str, Any]]:
             computing = made.seconds(work, MFU)
             agreeing = 2 * math.log2(ranks) * HOP_S
             travelling = sent / (gpu.link if ranks <= NODE else INFINIBAND) + agreeing
-            found.append({"case": name, "ranks": ranks, "sent": sent, "apart_s": computing + travelling,
-                          "apart": computing / (computing + travelling), "overlapped": computing / max(computing, travelling),
-                          "checkpoint": made.checkpoint_bytes()})  # fmt: skip
+            found.append(
+                {
+                    "case": name,
+                    "ranks": ranks,
+                    "sent": sent,
+                    "apart_s": computing + travelling,
+                    "apart": computing / (computing + travelling),
+                    "overlapped": computing / max(computing, travelling),
+                    "checkpoint": made.checkpoint_bytes(),
+                }
+            )
     return found
 
 
@@ -203,12 +256,28 @@ def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def _order_row(o: dict[str, float]) -> list[str]:
-    return [f"{o['shards']:,}", f"{o['shards'] * SAMPLES:,}", f"{o['index_mb']:.1f} MB", f"{o['read_s']:.2f} s", f"{o['memory_mb']:.0f} MB",
-            f"{1000 * o['build_s']:.1f} ms", f"{o['first_ms']:.2f} ms", f"{o['next_ms']:.3f} ms"]  # fmt: skip
+    return [
+        f"{o['shards']:,}",
+        f"{o['shards'] * SAMPLES:,}",
+        f"{o['index_mb']:.1f} MB",
+        f"{o['read_s']:.2f} s",
+        f"{o['memory_mb']:.0f} MB",
+        f"{1000 * o['build_s']:.1f} ms",
+        f"{o['first_ms']:.2f} ms",
+        f"{o['next_ms']:.3f} ms",
+    ]
 
 
 def _scaling_row(r: dict[str, Any]) -> list[str]:
-    return [r["case"], f"{r['ranks']:,}", f"{r['sent'] / 1e9:.3g} GB", f"{r['apart_s']:.3g} s", f"{r['apart']:.1%}", f"{r['overlapped']:.1%}", f"{r['checkpoint'] / 1e9:.3g} GB"]  # fmt: skip
+    return [
+        r["case"],
+        f"{r['ranks']:,}",
+        f"{r['sent'] / 1e9:.3g} GB",
+        f"{r['apart_s']:.3g} s",
+        f"{r['apart']:.1%}",
+        f"{r['overlapped']:.1%}",
+        f"{r['checkpoint'] / 1e9:.3g} GB",
+    ]
 
 
 if __name__ == "__main__":

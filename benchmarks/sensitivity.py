@@ -2,8 +2,8 @@
 
     python -m benchmarks.sensitivity          ten minutes on one core; result and picture are kept
 
-On a mixture of Gaussians in 16-D; errors are of h against E[x0 | x_t], in units of sigma, and `spread` is the figure that
-the trainer watches (consistency/spread): the variance of h below sigma_n as a share of the clean data's.
+On a mixture of Gaussians in 16-D; errors are of h against E[x0 | x_t], in units of sigma, and `spread` is the figure
+that the trainer watches (consistency/spread): the variance of h below sigma_n as a share of the clean data's.
 """
 
 from __future__ import annotations
@@ -39,26 +39,54 @@ def main(argv: list[str] | None = None) -> int:
     alone = Method("no consistency", steps=args.steps, batch=256, width=128)
     methods = [alone]
     methods += [
-        replace(alone, name=f"{gradient}, {weight:g}", consistency=ConsistencyConfig(weight, period=8, start=args.steps // 10, gradient=gradient, pool_depth=8))
+        replace(
+            alone,
+            name=f"{gradient}, {weight:g}",
+            consistency=ConsistencyConfig(weight, period=8, start=args.steps // 10, gradient=gradient, pool_depth=8),
+        )
         for gradient in ("low", "both")
         for weight in WEIGHTS
-    ]  # fmt: skip
+    ]
     rows: list[dict[str, Any]] = []
     for seed in range(args.seeds):
         trainings = [Training(PROBLEM, method, seed) for method in methods]
         train_together(trainings, f"seed {seed}")
         for t in trainings:
             h = t.averaged()
-            rows.append({
-                "method": t.method.name, "seed": seed, "below": error_below(PROBLEM, h), "above": error(PROBLEM, h, 1.5 * PROBLEM.sigma_n),
-                "distance": distance(PROBLEM, h, seed), "spread": spread_of(h), "seconds": t.seconds,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "method": t.method.name,
+                    "seed": seed,
+                    "below": error_below(PROBLEM, h),
+                    "above": error(PROBLEM, h, 1.5 * PROBLEM.sigma_n),
+                    "distance": distance(PROBLEM, h, seed),
+                    "spread": spread_of(h),
+                    "seconds": t.seconds,
+                }
+            )
     lines = [
-        [name, *(spread([row[column] for row in rows if row["method"] == name], digits) for column, digits in
-                 (("below", 3), ("above", 3), ("distance", 3), ("spread", 2), ("seconds", 0)))]
+        [
+            name,
+            *(
+                spread([row[column] for row in rows if row["method"] == name], digits)
+                for column, digits in (("below", 3), ("above", 3), ("distance", 3), ("spread", 2), ("seconds", 0))
+            ),
+        ]
         for name in dict.fromkeys(row["method"] for row in rows)
-    ]  # fmt: skip
-    print(table(["gradient, weight", "error below sigma_n", "error at 1.5 sigma_n", "sliced W1 of samples", "spread", "seconds"], lines))  # fmt: skip
+    ]
+    print(
+        table(
+            [
+                "gradient, weight",
+                "error below sigma_n",
+                "error at 1.5 sigma_n",
+                "sliced W1 of samples",
+                "spread",
+                "seconds",
+            ],
+            lines,
+        )
+    )
     print(f"\n{save('sensitivity', {'rows': rows})}, {draw(rows)}")
     return 0
 
@@ -68,7 +96,7 @@ def spread_of(denoiser: Denoiser) -> float:
     x0 = PROBLEM.mixture.sample(20_000, torch.Generator().manual_seed(5))
     sigma = torch.full((len(x0),), PROBLEM.sigma_n / 4).clamp(min=PROCESS.sigma_min)
     with torch.no_grad():
-        h = denoiser(x0 + sigma[:, None] * torch.randn(x0.shape, generator=torch.Generator().manual_seed(6)), sigma, {})  # fmt: skip
+        h = denoiser(x0 + sigma[:, None] * torch.randn(x0.shape, generator=torch.Generator().manual_seed(6)), sigma, {})
     return float(variance(h) / variance(x0))
 
 

@@ -2,13 +2,13 @@
 
     python -m benchmarks.shuffle
 
-The order of `data_pipeline/loading/order.py` over 1,000 shards of 1,000 samples, against a perfect shuffle of all of them; means of
-8 seeds.
+The order of `data_pipeline/loading/order.py` over 1,000 shards of 1,000 samples, against a perfect shuffle of all of
+them; means of 8 seeds.
 
-displacement   how far a sample is, on average, from where it was in the epoch before, as a share of the epoch (perfect: 1/3)
-neighbours     of the 64 samples around a sample, the share that was within the same 1,000 before: batches that meet again
-same shard     of the 64 samples around a sample, the share that is of its own shard: how mixed a batch is
-open           files that a process has open; bytes that a remote cache must hold, for shards of 100 MB
+displacement how far a sample is, on average, from where it was in the epoch before, as a share of the epoch (perfect:
+1/3) neighbours of the 64 samples around a sample, the share that was within the same 1,000 before: batches that meet
+again same shard of the 64 samples around a sample, the share that is of its own shard: how mixed a batch is open files
+that a process has open; bytes that a remote cache must hold, for shards of 100 MB
 """
 
 from __future__ import annotations

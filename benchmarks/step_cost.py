@@ -3,17 +3,19 @@
     python -m benchmarks.step_cost            tiny, and a U-Net of about 100 M parameters
     python -m benchmarks.step_cost --quick    tiny alone, in minutes; ends with one line of JSON
 
-Adapters on a frozen U-Net, fp32, shards of latents with captions. All kinds of step are timed in turns in one
-process: a slow minute of the machine is a slow minute of all. "published": a bare PyTorch loop (AdamW, clipping, no average of
-the weights) with both text encoders at every step, and consistency at every step, whose passes all have a gradient (4 passes
-with one sampler step, 7 with two). "ours": the engine (ZeRO stage 0), the average, cached embeddings; within
-a budget of 0.2 consistency is in some steps, and the time is the mean over the period. Ratios: published over ours.
+Adapters on a frozen U-Net, fp32, shards of latents with captions. All kinds of step are timed in turns in one process:
+a slow minute of the machine is a slow minute of all. "published": a bare PyTorch loop (AdamW, clipping, no average of
+the weights) with both text encoders at every step, and consistency at every step, whose passes all have a gradient (4
+passes with one sampler step, 7 with two). "ours": the engine (ZeRO stage 0), the average, cached embeddings; within a
+budget of 0.2 consistency is in some steps, and the time is the mean over the period. Ratios: published over ours.
 
 network      a step that is nothing but its passes: what no ambient step of equal arithmetic can be faster than
 passes       network passes a step, in batches
-text         the share of the published step that the text encoders take; of real SDXL at 1024 px it is a few percent, of
+text         the share of the published step that the text encoders take; of real SDXL at 1024 px it is a few percent,
+of
              a tiny U-Net on 8 x 8 latents much more, so the ratio of "ambient alone" depends on it
-overhead     of whole runs by the loop itself: time outside the network, the backward pass and the optimiser, as a share;
+overhead     of whole runs by the loop itself: time outside the network, the backward pass and the optimiser, as a
+share;
              reading, noise, the pool, the average and logging
 """
 
@@ -59,7 +61,13 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 ROOT = Path(__file__).parent.parent
 CAPTIONS = [f"a photo of {n} {what} on a table" for n in ("one", "two", "three") for what in ("apples", "cups", "cats")]
 PICTURES = {f"p{i:03d}": CAPTIONS[i % len(CAPTIONS)] for i in range(128)}
-MID: dict[str, Any] = {**UNET, "block_out_channels": (128, 256, 512), "norm_num_groups": 32, "attention_head_dim": (2, 4, 8), "transformer_layers_per_block": (1, 2, 6)}  # fmt: skip
+MID: dict[str, Any] = {
+    **UNET,
+    "block_out_channels": (128, 256, 512),
+    "norm_num_groups": 32,
+    "attention_head_dim": (2, 4, 8),
+    "transformer_layers_per_block": (1, 2, 6),
+}
 """SDXL's own ratio of widths, and depths between its and the tiny one's."""
 
 
@@ -200,7 +208,10 @@ def main(argv: list[str] | None = None) -> int:
     distributed.init()
     results = {size.name: measure(size) for size in (SIZES[:1] if args.quick else SIZES)}
     for name, (rows, ratios) in results.items():
-        print(f"\n{name}\n\n{table(['step', 'ms', 'passes a step', 'published over ours'], rows)}\n\noverhead {ratios['overhead']:.3f}, text {ratios['text']:.3f}")  # fmt: skip
+        print(
+            f"\n{name}\n\n{table(['step', 'ms', 'passes a step', 'published over ours'], rows)}\n\noverhead "
+            f"{ratios['overhead']:.3f}, text {ratios['text']:.3f}"
+        )
     if not args.quick:
         print(save("step_cost", {name: {"rows": rows, **ratios} for name, (rows, ratios) in results.items()}))
     ratios = results[SIZES[0].name][1]
@@ -215,13 +226,22 @@ def measure(size: Size) -> tuple[list[list[str]], dict[str, float]]:
 
         def made(name: str, *overrides: str) -> Run:
             model = f"{{kind: sdxl, base: '{base}', lora: {{rank: 8}}, base_dtype: fp32, drop_captions: 0}}"
-            fixed = [f"run_dir={folder / name}", f"data.shards={shards}", f"model={model}", f"batch_size={size.batch}",
-                     "ambient={pairs: false}", "logging.enabled=false", "logging.sample_every=0"]  # fmt: skip
+            fixed = [
+                f"run_dir={folder / name}",
+                f"data.shards={shards}",
+                f"model={model}",
+                f"batch_size={size.batch}",
+                "ambient={pairs: false}",
+                "logging.enabled=false",
+                "logging.sample_every=0",
+            ]
             (folder / name).mkdir()
             return build.run(load(ROOT / "configs" / "sdxl-tiny.yaml", [*fixed, *overrides]), ALONE)
 
         def consistent(name: str, steps: int) -> Run:
-            return made(name, f"consistency={{weight: 0.01, start: 0, steps: {steps}, pool_depth: 2, period: {period(steps)}}}")  # fmt: skip
+            return made(
+                name, f"consistency={{weight: 0.01, start: 0, steps: {steps}, pool_depth: 2, period: {period(steps)}}}"
+            )
 
         encoders = TextEncoders(str(base), torch.device("cpu"))
         steppers: dict[str, Stepper] = {
@@ -262,8 +282,8 @@ def measure(size: Size) -> tuple[list[list[str]], dict[str, float]]:
 
 
 def period(steps: int) -> int:
-    """That a budget of 0.2 comes to by passes: of 1 + 2 a reverse step, the last two of which have a gradient; a backward pass
-    takes as long as two forward ones."""
+    """That a budget of 0.2 comes to by passes: of 1 + 2 a reverse step, the last two of which have a gradient; a
+    backward pass takes as long as two forward ones."""
     ambient, consistency = 3, 1 + 2 * (steps - 1) + 2 * 3
     return -(-consistency * 5 // ambient)
 
@@ -294,7 +314,9 @@ def data(folder: Path, size: Size) -> tuple[Path, Path]:
     for name, caption in PICTURES.items():
         Image.fromarray(generator.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(pictures / f"{name}.png")
         (pictures / f"{name}.txt").write_text(caption)
-    code = shard([str(pictures), str(shards), "--latents", str(base), "--size", str(side), "--sigma", "0.3", "--workers", "1"])  # fmt: skip
+    code = shard(
+        [str(pictures), str(shards), "--latents", str(base), "--size", str(side), "--sigma", "0.3", "--workers", "1"]
+    )
     assert code == 0
     return base, shards
 

@@ -1,4 +1,5 @@
-"""Runs that the image studies have in common: shards, trainings by the command that users type, what is measured of them."""
+"""Runs that the image studies have in common: shards, trainings by the command that users type, what is measured of
+them."""
 
 from __future__ import annotations
 
@@ -73,9 +74,13 @@ def measure(
     """The denoiser's error at each level against held-out clean images and, where features of
     clean images are given as a reference, the distance of this many samples to them."""
     result: dict[str, Any] = {
-        "steps": run.state.step, "evaluations": run.state.evaluations, "seconds": run.state.seconds,
-        "period": run.state.period, "levels": list(levels), "errors": denoiser_error(run.denoiser, held_out[:512], levels),
-    }  # fmt: skip
+        "steps": run.state.step,
+        "evaluations": run.state.evaluations,
+        "seconds": run.state.seconds,
+        "period": run.state.period,
+        "levels": list(levels),
+        "errors": denoiser_error(run.denoiser, held_out[:512], levels),
+    }
     if reference is not None:
         images = generate(run.denoiser, samples, run.state.shape, seed=0, steps=25, sampler="dpmpp_2m", progress=False)
         result["kid"], result["kid_error"] = kid(open_extractor(PACKAGED).features(images), reference)

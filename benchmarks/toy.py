@@ -38,7 +38,9 @@ class MLP(nn.Module):
 
     def __init__(self, dimension: int, width: int) -> None:
         super().__init__()
-        self.embed = nn.Sequential(Timesteps(32, flip_sin_to_cos=True, downscale_freq_shift=0), nn.Linear(32, width), nn.SiLU())  # fmt: skip
+        self.embed = nn.Sequential(
+            Timesteps(32, flip_sin_to_cos=True, downscale_freq_shift=0), nn.Linear(32, width), nn.SiLU()
+        )
         layers: list[nn.Module] = [nn.Linear(dimension + width, width)]
         for _ in range(2):
             layers += [nn.SiLU(), nn.Linear(width, width)]
@@ -158,7 +160,8 @@ class Training:
         return Batch(x, torch.full((count,), 0.0 if m.data in ("clean", "naive") else sigma_n))
 
     def _grown(self, batch: Batch) -> Batch:
-        """As many rows as the pool has; with pairs a batch has half of them, and each observation gives two particles."""
+        """As many rows as the pool has; with pairs a batch has half of them, and each observation gives two
+        particles."""
         times = self._pool.rows // len(batch)
         return Batch(batch.x_n.repeat(times, 1), batch.sigma_n.repeat(times))
 

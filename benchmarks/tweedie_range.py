@@ -37,12 +37,15 @@ def recovered(ratio: float) -> list[str]:
     exact = data(x_t, sigma_t)
     b = 1 / ratio**2
     e_xn = (1 - b) * exact + b * x_t
-    return [relative(e_x0_from_e_xn(e_xn.to(t), x_t.to(t), sigma_n[:, None].to(t), sigma_t[:, None].to(t)), exact) for t in TYPES.values()]  # fmt: skip
+    return [
+        relative(e_x0_from_e_xn(e_xn.to(t), x_t.to(t), sigma_n[:, None].to(t), sigma_t[:, None].to(t)), exact)
+        for t in TYPES.values()
+    ]
 
 
 def gradients(ratio: float) -> list[str]:
-    """The error of the loss's gradient with respect to h, computed in each type, against float64: the form of the paper,
-    (a h + b x_t - x_n)^2 / a, and ours, (sqrt(a) (h - x_n) + b sigma_t z)^2."""
+    """The error of the loss's gradient with respect to h, computed in each type, against float64: the form of the
+    paper, (a h + b x_t - x_n)^2 / a, and ours, (sqrt(a) (h - x_n) + b sigma_t z)^2."""
     data, x_t, sigma_n, sigma_t, x_n, z = points(ratio)
     h = data(x_t, sigma_t) * 0.9
 

@@ -2,11 +2,11 @@
 
     python -m benchmarks.weak       8 minutes of two idle cores; writes benchmarks/results/weak.json
 
-alone      milliseconds a step of a rank with nobody to tell, while another one like it trains on the other core: two ranks share the machine's memory, too
-two        the same with both ranks in one run, so twice the global batch
-sent       a rank's bytes a step, by `trainer.plan`'s arithmetic (benchmarks/scale.py predicts 1,024 H100s from the same)
-predicted  alone / (alone + sent / speed); speed: of an all-reduce of 64 MB between the two ranks, measured at the start
-measured   alone / two, the median of the rounds
+alone milliseconds a step of a rank with nobody to tell, while another one like it trains on the other core: two ranks
+share the machine's memory, too two the same with both ranks in one run, so twice the global batch sent a rank's bytes a
+step, by `trainer.plan`'s arithmetic (benchmarks/scale.py predicts 1,024 H100s from the same) predicted alone / (alone +
+sent / speed); speed: of an all-reduce of 64 MB between the two ranks, measured at the start measured alone / two, the
+median of the rounds
 """
 
 from __future__ import annotations
@@ -55,11 +55,30 @@ def main(argv: list[str] | None = None) -> int:
             sent = _sent(stage, shards)
             measured = [a / b for a, b in zip(alone, two, strict=True)]
             a, b = statistics.median(alone), statistics.median(two)
-            found.append({"stage": stage, "alone_s": a, "two_s": b, "sent": sent, "predicted": a / (a + sent / speed),
-                          "measured": statistics.median(measured), "lowest": min(measured), "highest": max(measured)})  # fmt: skip
+            found.append(
+                {
+                    "stage": stage,
+                    "alone_s": a,
+                    "two_s": b,
+                    "sent": sent,
+                    "predicted": a / (a + sent / speed),
+                    "measured": statistics.median(measured),
+                    "lowest": min(measured),
+                    "highest": max(measured),
+                }
+            )
     print(f"\nan all-reduce: {speed / 1e9:.2f} GB/s from each rank\n")
-    rows = [[f"ZeRO {r['stage']}", f"{1000 * r['alone_s']:.1f} ms", f"{1000 * r['two_s']:.1f} ms", f"{r['sent'] / 1e6:.1f} MB", f"{r['predicted']:.1%}",
-             f"{r['measured']:.1%} ({r['lowest']:.1%} to {r['highest']:.1%})"] for r in found]  # fmt: skip
+    rows = [
+        [
+            f"ZeRO {r['stage']}",
+            f"{1000 * r['alone_s']:.1f} ms",
+            f"{1000 * r['two_s']:.1f} ms",
+            f"{r['sent'] / 1e6:.1f} MB",
+            f"{r['predicted']:.1%}",
+            f"{r['measured']:.1%} ({r['lowest']:.1%} to {r['highest']:.1%})",
+        ]
+        for r in found
+    ]
     print(table(["", "alone", "two", "sent", "predicted", "measured"], rows))
     print(save("weak", {"speed": speed, "rows": found}))
     return 0

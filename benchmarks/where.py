@@ -2,9 +2,11 @@
 
     python -m benchmarks.where       2 minutes; writes benchmarks/results/where.json
 
-Two runs: the pixel network of `make bench` with consistency every 8th step, and adapters on SDXL's classes (tiny) from latents. One thread. "ms a step" is the time in
-operators themselves, without those that they call; "calls" a step. "outside operators" is Python and what calls cost: the step's time without the profiler, less all
-operators' under it, so it may be too low, as a profiler slows what it watches. For the Python of the loop by line, with the step running as it does:
+Two runs: the pixel network of `make bench` with consistency every 8th step, and adapters on SDXL's classes (tiny) from
+latents. One thread. "ms a step" is the time in operators themselves, without those that they call; "calls" a step.
+"outside operators" is Python and what calls cost: the step's time without the profiler, less all operators' under it,
+so it may be too low, as a profiler slows what it watches. For the Python of the loop by line, with the step running as
+it does:
 
     py-spy record --format raw --output stacks.txt --duration 30 -- python -m trainer.train ...
 """
@@ -53,7 +55,10 @@ def main(argv: list[str] | None = None) -> int:
         pixel = pixel_run(folder, digits(folder), "pixel", CONSISTENCY)
         for what, run in {"pixel": pixel, "adapters": lora_run(folder)}.items():
             found[what] = profiled(run)
-            print(f"\n{what}: {found[what]['step_ms']:.1f} ms a step\n\n" + table(["", "ms a step", "share", "calls"], _rows(found[what])))  # fmt: skip
+            print(
+                f"\n{what}: {found[what]['step_ms']:.1f} ms a step\n\n"
+                + table(["", "ms a step", "share", "calls"], _rows(found[what]))
+            )
     print(save("where", found))
     return 0
 
@@ -95,13 +100,22 @@ def profiled(run: Run) -> dict[str, Any]:
     step = 1000 * watch.plain / STEPS
     inside = sum(took for took, _ in kinds.values())
     most = dict(sorted(operators.items(), key=lambda each: -each[1][0])[:25])
-    return {"step_ms": step, "watched_ms": 1000 * watch.watched / STEPS, "kinds": kinds, "outside_ms": step - inside, "operators": most}  # fmt: skip
+    return {
+        "step_ms": step,
+        "watched_ms": 1000 * watch.watched / STEPS,
+        "kinds": kinds,
+        "outside_ms": step - inside,
+        "operators": most,
+    }
 
 
 def _rows(found: dict[str, Any]) -> list[list[str]]:
     step = found["step_ms"]
     rows = sorted(found["kinds"].items(), key=lambda each: -each[1][0])
-    return [[name, f"{took:.2f}", f"{took / step:.1%}", f"{calls:.0f}"] for name, (took, calls) in [*rows, ("outside operators", (found["outside_ms"], 0))]]  # fmt: skip
+    return [
+        [name, f"{took:.2f}", f"{took / step:.1%}", f"{calls:.0f}"]
+        for name, (took, calls) in [*rows, ("outside operators", (found["outside_ms"], 0))]
+    ]
 
 
 if __name__ == "__main__":

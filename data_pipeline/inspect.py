@@ -51,12 +51,22 @@ class Contents:
 def parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="python -m data_pipeline.inspect",
-        description="Verifies checksums and counts of a folder of shards, prints a summary, and writes contact-sheet.png and sigma-n.png.",
+        description=(
+            "Verifies checksums and counts of a folder of shards, prints a summary, and writes contact-sheet.png "
+            "and sigma-n.png."
+        ),
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("output", metavar="OUTPUT", help="the folder or URL that data_pipeline.shard wrote")
-    p.add_argument("--no-verify", action="store_true", help="leave checksums out, so that only the observations that are shown are read; sizes and counts are compared still")  # fmt: skip
+    p.add_argument(
+        "--no-verify",
+        action="store_true",
+        help=(
+            "leave checksums out, so that only the observations that are shown are read; sizes and counts are "
+            "compared still"
+        ),
+    )
     p.add_argument("--out", metavar="FOLDER", help="where to write the pictures (default: OUTPUT/inspect)")
     return p
 
@@ -163,7 +173,9 @@ def _add(key: str, members: dict[str, bytes], shape: tuple[int, int, int], conte
 def summary(index: ShardIndex, contents: Contents) -> str:
     levels = np.asarray(contents.levels)
     quantiles = np.quantile(levels, [0, 0.05, 0.5, 0.95, 1])
-    spread = ", ".join(f"{name} {q:.4g}" for name, q in zip(("least", "5 %", "median", "95 %", "most"), quantiles, strict=True))  # fmt: skip
+    spread = ", ".join(
+        f"{name} {q:.4g}" for name, q in zip(("least", "5 %", "median", "95 %", "most"), quantiles, strict=True)
+    )
     origins = ", ".join(f"{name} {count}" for name, count in contents.origins.most_common())
     corruption = index.request.get("corruption") or {}
     rows = {
@@ -189,12 +201,16 @@ def _values(index: ShardIndex, contents: Contents) -> dict[str, str]:
     pixels = np.concatenate([x_n.astype(np.float32).ravel() for _, x_n in contents.shown])
     low, middle, high = np.quantile(pixels, [0.01, 0.5, 0.99])
     rows = {
-        "values": f"1 % {low:.3g}, median {middle:.3g}, 99 % {high:.3g} of {len(contents.shown)} observations; black is -1, white 1"
+        "values": (
+            f"1 % {low:.3g}, median {middle:.3g}, 99 % {high:.3g} of {len(contents.shown)} observations; black is "
+            "-1, white 1"
+        )
     }
     if asked := index.request.get("value_range"):
         half = (asked[1] - asked[0]) / 2
         rows["range"] = (
-            f"{asked[0]:g} is -1, {asked[1]:g} is 1: sigma_n of {np.median(contents.levels) * half:.4g} in the files' own units"
+            f"{asked[0]:g} is -1, {asked[1]:g} is 1: sigma_n of {np.median(contents.levels) * half:.4g} in the "
+            "files' own units"
         )
     return rows
 
@@ -204,14 +220,17 @@ def _shape(index: ShardIndex) -> str:
     if latents:
         counted = zip(index.shapes, index.samples_of, strict=True)
         shapes = ", ".join(f"{shape}: {count}" for shape, count in counted) if len(index.shapes) > 1 else index.shape
-        return f"latents {shapes} by VAE {latents['vae'][:16]}, {latents['source']}; (channels, height, width), float16"  # fmt: skip
+        return f"latents {shapes} by VAE {latents['vae'][:16]}, {latents['source']}; (channels, height, width), float16"
     return f"{' x '.join(map(str, index.shape))} (channels, height, width), float16"
 
 
 def _captions(index: ShardIndex, contents: Contents) -> str:
     if not index.text:
         return f"{contents.captions} of {len(contents.levels)}"
-    return f"{contents.captions} of {len(contents.levels)}; {index.text['captions']} distinct ones, with the empty one, by text encoders {index.text['identity'][:16]}"
+    return (
+        f"{contents.captions} of {len(contents.levels)}; {index.text['captions']} distinct ones, with the empty "
+        f"one, by text encoders {index.text['identity'][:16]}"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -221,7 +240,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"damaged: {line}", file=sys.stderr)
     if wrong:
         raise WorkFailed(
-            f"{args.output}: {len(wrong)} things are wrong, named above; bring the files back from a copy, or shard again into a new OUTPUT"
+            f"{args.output}: {len(wrong)} things are wrong, named above; bring the files back from a copy, or "
+            "shard again into a new OUTPUT"
         )
     print(f"{args.output}: complete, {'sizes and counts' if args.no_verify else 'checksums and counts'} are right")
     print(summary(index, contents))
@@ -229,7 +249,11 @@ def main(argv: list[str] | None = None) -> int:
 
     folder = args.out or storage.join(args.output, "inspect")
     shown = len(contents.shown)
-    some = f"{shown} of {index.samples} observations, evenly spread" if shown < index.samples else f"all {shown} observations"  # fmt: skip
+    some = (
+        f"{shown} of {index.samples} observations, evenly spread"
+        if shown < index.samples
+        else f"all {shown} observations"
+    )
     title, unit = f"{some}; below each its sigma_n", "images in [-1, 1]"
     if index.request.get("latents"):
         title, unit = f"{title}; latents, not pixels", "scaled latents"

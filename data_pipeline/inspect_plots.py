@@ -16,8 +16,9 @@ GAP, LABEL, TITLE = 8, 18, 32
 
 
 def contact_sheet(shown: Sequence[tuple[float, NDArray[np.float16]]], title: str) -> bytes:
-    """shown: (sigma_n, x_n (C, H, W)), in reading order, each with its sigma_n below, all at one scale. -1 is black and 1 white; what noise puts beyond is clipped here
-    alone. With 2 or more than 3 channels the first one or three are shown, from their 1 % to their 99 % quantile."""
+    """shown: (sigma_n, x_n (C, H, W)), in reading order, each with its sigma_n below, all at one scale. -1 is black
+    and 1 white; what noise puts beyond is clipped here alone. With 2 or more than 3 channels the first one or three
+    are shown, from their 1 % to their 99 % quantile."""
     channels = shown[0][1].shape[0]
     height, width = (max(x.shape[side] for _, x in shown) for side in (1, 2))
     kept = 3 if channels >= 3 else 1
@@ -52,7 +53,8 @@ def contact_sheet(shown: Sequence[tuple[float, NDArray[np.float16]]], title: str
 
 
 def histogram(levels: Sequence[float], unit: str) -> bytes:
-    """levels: the sigma_n of each sample, in this unit. Clean ones (0) are counted in the title, and not drawn beside the others."""
+    """levels: the sigma_n of each sample, in this unit. Clean ones (0) are counted in the title, and not drawn
+    beside the others."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -46,7 +46,10 @@ def parser_of_request(prog: str, examples: str) -> argparse.ArgumentParser:
     """The options that say what is written, without those that say who writes it."""
     p = Parser(
         prog=prog,
-        description="Corrupts each image once, and writes the observations (never the clean images, unless --clean-share asks for some) as WebDataset shards. The bytes are the same for any number of workers and jobs.",
+        description=(
+            "Corrupts each image once, and writes the observations (never the clean images, unless --clean-share "
+            "asks for some) as WebDataset shards. The bytes are the same for any number of workers and jobs."
+        ),
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -61,24 +64,49 @@ def parser_of_request(prog: str, examples: str) -> argparse.ArgumentParser:
         "--size", type=int, help="crop to a square and resize to this many pixels (default: as the images are)"
     )
     p.add_argument("--channels", type=int, help="1 is grey, 3 is colour (default: as the first image)")
-    p.add_argument("--range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="the values that become -1 and 1 (default: the range of 8 or 16 bits; images of floats need it)")  # fmt: skip
+    p.add_argument(
+        "--range",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="the values that become -1 and 1 (default: the range of 8 or 16 bits; images of floats need it)",
+    )
     p.add_argument("--no-captions", action="store_true", help="leave the source's captions out")
     p.add_argument("--limit", type=int, help="use the first LIMIT images only")
     p.add_argument("--shard-size", type=int, default=1000, help="images a shard (default: 1000)")
-    p.add_argument("--max-rejected", type=float, default=0.01, metavar="N", help="give up when more images than this cannot be used: a share below 1, or a whole number (default: 0.01)")  # fmt: skip
+    p.add_argument(
+        "--max-rejected",
+        type=float,
+        default=0.01,
+        metavar="N",
+        help="give up when more images than this cannot be used: a share below 1, or a whole number (default: 0.01)",
+    )
     return p
 
 
-def shard(source: str, output: Path | str, corruption: Corruption, *, seed: int = 0, size: int | None = None,
-          channels: int | None = None, value_range: tuple[float, float] | None = None, limit: int | None = None,
-          shard_size: int = 1000, captions: bool = True, latents: LatentRequest | None = None, max_rejected: float = 0.01,
-          workers: int = 1, write: Write | None = None) -> ShardIndex:  # fmt: skip
+def shard(
+    source: str,
+    output: Path | str,
+    corruption: Corruption,
+    *,
+    seed: int = 0,
+    size: int | None = None,
+    channels: int | None = None,
+    value_range: tuple[float, float] | None = None,
+    limit: int | None = None,
+    shard_size: int = 1000,
+    captions: bool = True,
+    latents: LatentRequest | None = None,
+    max_rejected: float = 0.01,
+    workers: int = 1,
+    write: Write | None = None,
+) -> ShardIndex:
     """Writes OUTPUT, goes on with it, or returns its index where it already holds what is asked for.
 
     write: who writes the shards, such as `slurm.shard.by_jobs`, in the place of `workers` processes on this machine.
-    With several workers it must be called from a module that a new process can import: a script guards its start by
-    `if __name__ == "__main__"`. Raises UserError for a wrong request, or when OUTPUT holds something else; WorkFailed when too many images cannot be
-    used, or a worker or job dies.
+    With several workers it must be called from a module that a new process can import: a script guards its start by `if
+    __name__ == "__main__"`. Raises UserError for a wrong request, or when OUTPUT holds something else; WorkFailed when
+    too many images cannot be used, or a worker or job dies.
     """
     request = Request(source, corruption, seed, size, channels, value_range, limit, shard_size, captions, latents)
     return preprocess(request, str(output), max_rejected, write or partial(write_shards, workers=workers))
@@ -108,13 +136,28 @@ def write_requested(args: argparse.Namespace, workers: int | None = None, write:
     latents = latent_arguments.from_arguments(args, corruption)
     if workers is None and write is None:
         workers = _default_workers(latents)
-    index = shard(args.source, args.output, corruption, seed=args.seed, size=args.size,
-                  channels=args.channels, value_range=args.range and tuple(args.range), limit=args.limit,
-                  shard_size=args.shard_size, captions=not args.no_captions, latents=latents, max_rejected=args.max_rejected,
-                  workers=workers or 1, write=write)  # fmt: skip
+    index = shard(
+        args.source,
+        args.output,
+        corruption,
+        seed=args.seed,
+        size=args.size,
+        channels=args.channels,
+        value_range=args.range and tuple(args.range),
+        limit=args.limit,
+        shard_size=args.shard_size,
+        captions=not args.no_captions,
+        latents=latents,
+        max_rejected=args.max_rejected,
+        workers=workers or 1,
+        write=write,
+    )
     rejected = f", {index.rejected} rejected: {storage.join(args.output, 'rejected.jsonl')}" if index.rejected else ""
     print(
-        f"{args.output}: {index.samples} observations {index.shape if len(index.shapes) == 1 else f'of {len(index.shapes)} shapes'}, {len(index.shards)} shard{'' if len(index.shards) == 1 else 's'}, {index.bytes / 1e6:.1f} MB, sigma_n {index.levels}{rejected}"
+        f"{args.output}: {index.samples} observations "
+        f"{index.shape if len(index.shapes) == 1 else f'of {len(index.shapes)} shapes'}, {len(index.shards)} "
+        f"shard{'' if len(index.shards) == 1 else 's'}, {index.bytes / 1e6:.1f} MB, sigma_n "
+        f"{index.levels}{rejected}"
     )
     return errors.DONE
 

@@ -27,13 +27,15 @@ POLL = {"slurm": 2.0, "local": 0.3}
 class ClusterConfig:
     """What a job asks for. kind: `slurm`, or `local`, which starts the jobs on this machine through the same code.
 
-    partition, account, qos, constraint: as sbatch takes them. nodes, gpus_per_node, cpus_per_task: of each job. min_nodes:
-    a training may start, and come back, with as few (slurm only). tasks_per_node: ranks of a training on a node; None: one
-    for each GPU, or one. gpu: which GPUs they are, as `trainer.plan --gpu` names them; None: memory is not planned for. mem_gb: memory of a node in GB; None: the partition's default. time_minutes: the job's limit.
-    signal_delay_s: the warning before it, in seconds. max_requeues: how often a training may be started again; None: 20 times, 5 for kind local, which can no more. hang_minutes:
-    a training whose ranks take no step for so long is ended and started again; 0: never. setup: shell commands that run
-    before the job (slurm only). environment: variables of the job. srun_args: given to srun as they are (slurm only). logs:
-    the folder for the jobs' files, which all nodes must see.
+    partition, account, qos, constraint: as sbatch takes them. nodes, gpus_per_node, cpus_per_task: of each job.
+    min_nodes: a training may start, and come back, with as few (slurm only). tasks_per_node: ranks of a training on a
+    node; None: one for each GPU, or one. gpu: which GPUs they are, as `trainer.plan --gpu` names them; None: memory is
+    not planned for. mem_gb: memory of a node in GB; None: the partition's default. time_minutes: the job's limit.
+    signal_delay_s: the warning before it, in seconds. max_requeues: how often a training may be started again; None: 20
+    times, 5 for kind local, which can no more. hang_minutes: a training whose ranks take no step for so long is ended
+    and started again; 0: never. setup: shell commands that run before the job (slurm only). environment: variables of
+    the job. srun_args: given to srun as they are (slurm only). logs: the folder for the jobs' files, which all nodes
+    must see.
     """
 
     kind: Literal["slurm", "local"]
@@ -97,9 +99,16 @@ SLURM_ONLY = ("partition", "account", "qos", "constraint", "min_nodes", "setup",
 """Fields that say nothing to kind local."""
 
 LEAST = {
-    "nodes": 1, "min_nodes": 1, "tasks_per_node": 1, "gpus_per_node": 0, "cpus_per_task": 1, "time_minutes": 1,
-    "signal_delay_s": 0, "max_requeues": 0, "hang_minutes": 0,
-}  # fmt: skip
+    "nodes": 1,
+    "min_nodes": 1,
+    "tasks_per_node": 1,
+    "gpus_per_node": 0,
+    "cpus_per_task": 1,
+    "time_minutes": 1,
+    "signal_delay_s": 0,
+    "max_requeues": 0,
+    "hang_minutes": 0,
+}
 
 
 def read_cluster(path: Path) -> ClusterConfig:
@@ -116,8 +125,9 @@ def new_logs(config: ClusterConfig, name: str) -> Path:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a job has around it, beside what its cluster's file asks for. tasks: processes on each node. code: the folder
-    whose code it runs; None: where it is submitted. before, after: shell commands around its processes (slurm)."""
+    """What a job has around it, beside what its cluster's file asks for. tasks: processes on each node. code: the
+    folder whose code it runs; None: where it is submitted. before, after: shell commands around its processes
+    (slurm)."""
 
     tasks: int = 1
     code: Path | None = None
@@ -127,8 +137,8 @@ class Surroundings:
 
 
 def executor(config: ClusterConfig, folder: Path, name: str, around: Surroundings | None = None) -> Any:
-    """submitit's executor that writes its files to `folder`, a new one: submitit takes the result of an older job of the
-    same id for this one's. name: the jobs' name. Raises UserError where there is no such cluster."""
+    """submitit's executor that writes its files to `folder`, a new one: submitit takes the result of an older job of
+    the same id for this one's. name: the jobs' name. Raises UserError where there is no such cluster."""
     import submitit
 
     around = around or Surroundings()
@@ -138,19 +148,25 @@ def executor(config: ClusterConfig, folder: Path, name: str, around: Surrounding
         python = shlex.join([*(at or ["env"]), *words, sys.executable])
         local = submitit.LocalExecutor(folder, python=python)
         local.update_parameters(
-            timeout_min=config.time_minutes, signal_delay_s=config.signal_delay_s, gpus_per_node=config.gpus_per_node,
+            timeout_min=config.time_minutes,
+            signal_delay_s=config.signal_delay_s,
+            gpus_per_node=config.gpus_per_node,
             tasks_per_node=around.tasks,
-        )  # fmt: skip
+        )
         return local
     if shutil.which("srun") is None or shutil.which("sbatch") is None:
         raise UserError("kind slurm: no srun and sbatch on this machine: submit from a login node, or take kind: local")
     exports = [f"export {key}={shlex.quote(value)}" for key, value in config.environment.items()]
     optional = {
-        "partition": config.partition, "account": config.account, "qos": config.qos, "constraint": config.constraint,
-        "gpus_per_node": config.gpus_per_node or None, "mem": config.mem_gb and f"{round(config.mem_gb * 1024)}MB",
+        "partition": config.partition,
+        "account": config.account,
+        "qos": config.qos,
+        "constraint": config.constraint,
+        "gpus_per_node": config.gpus_per_node or None,
+        "mem": config.mem_gb and f"{round(config.mem_gb * 1024)}MB",
         "teardown": list(around.after) or None,
         "ntasks_per_node": around.tasks,
-    }  # fmt: skip
+    }
     cpus, srun_args = config.cpus_per_task, [*config.srun_args, *around.srun_args]
     if config.min_nodes:  # with a number of tasks, SLURM would take them all into as few nodes as possible
         optional |= {"ntasks_per_node": None, "additional_parameters": {"nodes": f"{config.min_nodes}-{config.nodes}"}}
@@ -158,10 +174,15 @@ def executor(config: ClusterConfig, folder: Path, name: str, around: Surrounding
         cpus *= around.tasks
     slurm = submitit.SlurmExecutor(folder, python=shlex.join([*at, sys.executable]))
     slurm.update_parameters(
-        job_name=name, nodes=config.nodes, cpus_per_task=cpus, time=config.time_minutes,
-        signal_delay_s=config.signal_delay_s, setup=[*config.setup, *exports, *around.before], srun_args=srun_args,
+        job_name=name,
+        nodes=config.nodes,
+        cpus_per_task=cpus,
+        time=config.time_minutes,
+        signal_delay_s=config.signal_delay_s,
+        setup=[*config.setup, *exports, *around.before],
+        srun_args=srun_args,
         **{key: value for key, value in optional.items() if value is not None},
-    )  # fmt: skip
+    )
     return slurm
 
 
@@ -196,8 +217,8 @@ def submit_independent(config: ClusterConfig, name: str, jobs: list[Any]) -> lis
 
 
 def wait(handles: Sequence[Any], cluster: ClusterConfig, look: Callable[[int], bool]) -> None:
-    """Until all jobs have ended, or `look` gives False: it is called now and then with how many have ended, and once more
-    after the last. Cancels the jobs where it raises, or Ctrl-C comes."""
+    """Until all jobs have ended, or `look` gives False: it is called now and then with how many have ended, and once
+    more after the last. Cancels the jobs where it raises, or Ctrl-C comes."""
     try:
         while True:
             ended = sum(handle.done() for handle in handles)  # asked first: what they wrote is then seen by look

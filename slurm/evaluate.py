@@ -1,4 +1,5 @@
-"""`python -m slurm.evaluate`: runs evaluated by jobs of a cluster, one for each run, as one array; what they find is read back afterwards."""
+"""`python -m slurm.evaluate`: runs evaluated by jobs of a cluster, one for each run, as one array; what they find is
+read back afterwards."""
 
 from __future__ import annotations
 

@@ -12,8 +12,9 @@ PROCESS_GB = 0.7
 
 
 def check_memory(point: Point, cluster: ClusterConfig) -> None:
-    """On the fewest nodes that the job may get. Raises UserError where the plan exceeds mem_gb, of ranks on CPUs, or the
-    memory of the devices, where the cluster's file names them (`gpu`). Takes the time of a plan: seconds, for SDXL half a minute."""
+    """On the fewest nodes that the job may get. Raises UserError where the plan exceeds mem_gb, of ranks on CPUs, or
+    the memory of the devices, where the cluster's file names them (`gpu`). Takes the time of a plan: seconds, for
+    SDXL half a minute."""
     from trainer.planning.gpus import GPUS, USABLE
 
     on_gpus = cluster.gpus_per_node > 0
@@ -37,11 +38,15 @@ def check_memory(point: Point, cluster: ClusterConfig) -> None:
         if peak > usable:
             nearest = estimate.nearest()
             advice = f"the nearest that fits is {nearest}" if nearest else "nothing near it fits"
-            raise UserError(f"{point.run_dir}: a rank takes {peak:.1f} GB on {nodes} nodes, a {cluster.gpu} has {usable:.0f} for it: {advice}")  # fmt: skip
+            raise UserError(
+                f"{point.run_dir}: a rank takes {peak:.1f} GB on {nodes} nodes, a {cluster.gpu} has "
+                f"{usable:.0f} for it: {advice}"
+            )
         return
     peak = (memory.peak + memory.host) / 1e9
     needed = cluster.ranks_per_node * (peak + PROCESS_GB)
     if cluster.mem_gb is not None and needed > cluster.mem_gb:
         raise UserError(
-            f"mem_gb {cluster.mem_gb:g}: {cluster.ranks_per_node} ranks on a node take about {needed:.1f} GB, {peak:.1f} each of tensors ({point.run_dir}): ask for more, or give a smaller micro_batch_size"
+            f"mem_gb {cluster.mem_gb:g}: {cluster.ranks_per_node} ranks on a node take about {needed:.1f} GB, "
+            f"{peak:.1f} each of tensors ({point.run_dir}): ask for more, or give a smaller micro_batch_size"
         )

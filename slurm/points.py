@@ -44,8 +44,8 @@ class Point:
 
 
 def points(path: Path, overrides: Sequence[str], sweeps: Sequence[str]) -> list[Point]:
-    """path: of the configuration. sweeps: key.path=a,b,c each; their product is taken. The run of a point is in a folder of
-    the configuration's run_dir, named by its values. Raises UserError."""
+    """path: of the configuration. sweeps: key.path=a,b,c each; their product is taken. The run of a point is in a
+    folder of the configuration's run_dir, named by its values. Raises UserError."""
     config = load(path, overrides)
     base = Path(config.run_dir).absolute()
     if not sweeps:
@@ -55,7 +55,8 @@ def points(path: Path, overrides: Sequence[str], sweeps: Sequence[str]) -> list[
         raise UserError(f"--sweep {twice}: is given twice: give all its values in one")
     if "run_dir" in keys:
         raise UserError(
-            "--sweep run_dir: each point has a folder of its own, named by its values: sweep another field, such as seed"
+            "--sweep run_dir: each point has a folder of its own, named by its values: sweep another field, "
+            "such as seed"
         )
     if (base / "config.yaml").is_file():
         raise UserError(f"run_dir {base}: holds a run, and the sweep's would lie within it: choose another")
@@ -63,7 +64,9 @@ def points(path: Path, overrides: Sequence[str], sweeps: Sequence[str]) -> list[
     found: dict[str, Point] = {}
     for values in product(*axes):
         name = re.sub(r"[^\w.=,+-]+", "-", ",".join(map(_short, values)))
-        point = load(path, [*overrides, *values, f"run_dir={json.dumps(str(base / name))}", f"logging.name={json.dumps(name)}"])  # fmt: skip
+        point = load(
+            path, [*overrides, *values, f"run_dir={json.dumps(str(base / name))}", f"logging.name={json.dumps(name)}"]
+        )
         if name in found:
             raise UserError(f"--sweep: two points are named {name}: give each key and each value once")
         found[name] = Point(point, values)

@@ -27,7 +27,11 @@ def problems(points: Sequence[Point], cluster: ClusterConfig) -> list[str]:
     """One line each; empty where all is well. What several points share is said once."""
     found: dict[str, None] = {}
     for point in points:
-        wrong = [line for check in (_free, _run_dir, _ranks, _tracking, _model) for line in _said(lambda check=check, point=point: check(point, cluster))]  # fmt: skip
+        wrong = [
+            line
+            for check in (_free, _run_dir, _ranks, _tracking, _model)
+            for line in _said(lambda check=check, point=point: check(point, cluster))
+        ]
         wrong += [] if wrong else _said(lambda point=point: check_memory(point, cluster))  # it needs a sound run
         found.update(dict.fromkeys(wrong))
     for line in (*_said(lambda: _logs(cluster)), *_said(lambda: _machine(cluster))):
@@ -81,7 +85,8 @@ def _ranks(point: Point, cluster: ClusterConfig) -> None:
 
 
 def _model(point: Point, cluster: ClusterConfig) -> None:
-    """The shards' index, and a model for their shapes, without its memory; of an sdxl also that its base made the shards."""
+    """The shards' index, and a model for their shapes, without its memory; of an sdxl also that its base made the
+    shards."""
     from ambient_core.storage import local_path
     from data_pipeline.format.index import read_index, wrong_size
     from trainer.planning.models import configured
@@ -121,7 +126,8 @@ def _machine(cluster: ClusterConfig) -> None:
         known = queue.partitions()
         if cluster.partition and known and cluster.partition not in known:
             raise UserError(
-                f"partition {cluster.partition}: no such partition; there are {', '.join(known)}{meant(cluster.partition, known)}"
+                f"partition {cluster.partition}: no such partition; there are "
+                f"{', '.join(known)}{meant(cluster.partition, known)}"
             )
     elif cluster.gpus_per_node:
         import torch
@@ -144,12 +150,15 @@ def refused_by_slurm(text: str) -> str | None:
     told = (
         [line for line in lines if not line.startswith("allocation failure")] or lines or ["sbatch --test-only failed"]
     )
-    return f"the cluster refuses the job: {'; '.join(told)}; hold nodes, gpus_per_node, cpus_per_task, mem_gb and constraint of the cluster's file against `sinfo -lNe`"
+    return (
+        f"the cluster refuses the job: {'; '.join(told)}; hold nodes, gpus_per_node, cpus_per_task, mem_gb and "
+        "constraint of the cluster's file against `sinfo -lNe`"
+    )
 
 
 def without_slurm_fields(cluster: ClusterConfig) -> tuple[ClusterConfig, list[str]]:
     """The cluster's file for this machine, and the fields that have no meaning here."""
     plain = ClusterConfig("local")
-    unused = [name for name in (*SLURM_ONLY, "nodes") if getattr(cluster, name) != getattr(plain, name)]  # fmt: skip
+    unused = [name for name in (*SLURM_ONLY, "nodes") if getattr(cluster, name) != getattr(plain, name)]
     most = min(cluster.requeues, plain.requeues)
     return replace(cluster, kind="local", max_requeues=most, **{name: getattr(plain, name) for name in unused}), unused

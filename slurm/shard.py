@@ -1,4 +1,5 @@
-"""`python -m slurm.shard`: shards written by jobs of a cluster, which say how far they are through the shards' records alone."""
+"""`python -m slurm.shard`: shards written by jobs of a cluster, which say how far they are through the shards'
+records alone."""
 
 from __future__ import annotations
 
@@ -83,8 +84,8 @@ def submit_shards(
     cluster: ClusterConfig,
     jobs: int,
 ) -> None:
-    """As `write_shards`, by at most `jobs` jobs, of which job j writes every jobs-th shard from the j-th on; each opens the
-    source by itself. Waits for them; when it cannot, because `on_record` raises or Ctrl-C comes, it cancels them.
+    """As `write_shards`, by at most `jobs` jobs, of which job j writes every jobs-th shard from the j-th on; each opens
+    the source by itself. Waits for them; when it cannot, because `on_record` raises or Ctrl-C comes, it cancels them.
 
     Raises WorkFailed when a job fails, after the others have ended.
     """
@@ -113,7 +114,8 @@ def _report(handles: list[Any], parts: list[tuple[int, ...]], missing: set[int])
     if failed:
         reason, log = failure_of(failed[0])
         raise WorkFailed(
-            f"{len(failed)} of {len(handles)} jobs left {len(missing)} shards out; the first, job {failed[0].job_id}: {reason} ({log}): run again, it submits what is missing"
+            f"{len(failed)} of {len(handles)} jobs left {len(missing)} shards out; the first, job "
+            f"{failed[0].job_id}: {reason} ({log}): run again, it submits what is missing"
         )
 
 

@@ -29,8 +29,12 @@ RECENT = 50
 
 
 def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="python -m slurm.status", description="Shows the job of a run, how far it is, and what became of each of its starts.",
-                                epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    p = Parser(
+        prog="python -m slurm.status",
+        description="Shows the job of a run, how far it is, and what became of each of its starts.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     p.add_argument("run", metavar="RUN", type=Path, help="a run's folder, or that of a sweep")
     p.add_argument("--json", action="store_true", help="a line of JSON for each run")
     return p
@@ -60,11 +64,32 @@ class Status:
     @property
     def data(self) -> dict[str, Any]:
         """For scripts."""
-        of_starts = [{"job": s.job, "number": s.number, "step": s.step, "started": s.started, "ranks": s.ranks, "nodes": list(s.nodes),
-                      "follows": s.decision and s.decision.follows, "reason": s.decision and s.decision.reason} for s in self.starts]  # fmt: skip
-        return {"run_dir": str(self.run_dir), "job": self.job, "state": self.state, "reason": self.reason, "step": self.step,
-                "steps": self.steps, "loss_ambient": self.metric, "steps_per_second": self.speed, "seconds_left": self.seconds_left,
-                "starts": of_starts, "logs": self.folder}  # fmt: skip
+        of_starts = [
+            {
+                "job": s.job,
+                "number": s.number,
+                "step": s.step,
+                "started": s.started,
+                "ranks": s.ranks,
+                "nodes": list(s.nodes),
+                "follows": s.decision and s.decision.follows,
+                "reason": s.decision and s.decision.reason,
+            }
+            for s in self.starts
+        ]
+        return {
+            "run_dir": str(self.run_dir),
+            "job": self.job,
+            "state": self.state,
+            "reason": self.reason,
+            "step": self.step,
+            "steps": self.steps,
+            "loss_ambient": self.metric,
+            "steps_per_second": self.speed,
+            "seconds_left": self.seconds_left,
+            "starts": of_starts,
+            "logs": self.folder,
+        }
 
     @property
     def line(self) -> str:
@@ -118,7 +143,9 @@ def status(run_dir: Path) -> Status | None:
     speed = None
     if state == "RUNNING" and len(recent) > 1 and recent[-1]["time"] > recent[0]["time"]:
         speed = (recent[-1]["step"] - recent[0]["step"]) / ((recent[-1]["time"] - recent[0]["time"]) / 1000)
-    return Status(run_dir, note["job"], state, reason, step, steps, metric, speed, starts, note["folder"], note["max_requeues"])  # fmt: skip
+    return Status(
+        run_dir, note["job"], state, reason, step, steps, metric, speed, starts, note["folder"], note["max_requeues"]
+    )
 
 
 def _state(note: dict[str, Any], starts: list[Attempt]) -> tuple[str, str]:

@@ -31,13 +31,29 @@ Submitted again with the same run_dir, a run goes on from its last checkpoint, o
 
 
 def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="python -m slurm.submit", description="Submits a training, which goes on by itself when the cluster ends it for time or for another job.",
-                                epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    p = Parser(
+        prog="python -m slurm.submit",
+        description="Submits a training, which goes on by itself when the cluster ends it for time or for another job.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     p.add_argument("config", metavar="CONFIG", type=Path, help="of the training, a YAML file; see configs/")
-    p.add_argument("overrides", metavar="key.path=value", nargs="*", default=[], help="replaces a field of CONFIG, such as steps=100")  # fmt: skip
+    p.add_argument(
+        "overrides",
+        metavar="key.path=value",
+        nargs="*",
+        default=[],
+        help="replaces a field of CONFIG, such as steps=100",
+    )
     p.add_argument("--cluster", type=Path, metavar="FILE", required=True, help="a YAML file as in configs/clusters/")
     p.add_argument("--nodes", type=int, metavar="N", help="in place of the file's nodes")
-    p.add_argument("--sweep", action="append", default=[], metavar="key.path=A,B,C", help="a run for each value; several: for each combination")  # fmt: skip
+    p.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="key.path=A,B,C",
+        help="a run for each value; several: for each combination",
+    )
     p.add_argument("--resume", action="store_true", help="submit only the runs that are neither done nor in a job")
     p.add_argument("--dry-run", action="store_true", help="check, and print what would be submitted")
     p.add_argument("--local", action="store_true", help="on this machine, in place of the file's cluster")
@@ -92,8 +108,8 @@ def _cluster(args: argparse.Namespace) -> ClusterConfig:
 
 
 def _fixed(config: Any, cluster: ClusterConfig) -> Any:
-    """Where a job may come back with fewer nodes, a micro-batch stays as large as it is on all of them: fewer nodes then
-    take more of them a step, not more memory."""
+    """Where a job may come back with fewer nodes, a micro-batch stays as large as it is on all of them: fewer nodes
+    then take more of them a step, not more memory."""
     if cluster.min_nodes in (None, cluster.nodes) or config.micro_batch_size:
         return config
     most = cluster.nodes * cluster.ranks_per_node
@@ -138,13 +154,18 @@ class Submission:
 
         cluster, lines = self.cluster, list[str]()
         nodes = f"{cluster.min_nodes}-{cluster.nodes}" if cluster.min_nodes else str(cluster.nodes)
-        lines.append(f"{len(self.points)} job{'s' if len(self.points) > 1 else ''} of {nodes} nodes x {cluster.ranks_per_node} ranks, "
-                     f"{cluster.time_minutes} minutes each, started again at most {cluster.requeues} times")  # fmt: skip
+        lines.append(
+            f"{len(self.points)} job{'s' if len(self.points) > 1 else ''} of {nodes} nodes x "
+            f"{cluster.ranks_per_node} ranks, "
+            f"{cluster.time_minutes} minutes each, started again at most {cluster.requeues} times"
+        )
         for point in self.points:
             c, ranks = point.config, cluster.nodes * cluster.ranks_per_node
             layout = c.layout(0, ranks)
-            lines.append(f"  {point.run_dir}: steps {steps_done(point.run_dir)} to {c.steps}, batch {c.batch_size} = "
-                         f"{layout.micro_batch_size} x {layout.accumulation} micro-batches x {ranks} ranks")  # fmt: skip
+            lines.append(
+                f"  {point.run_dir}: steps {steps_done(point.run_dir)} to {c.steps}, batch {c.batch_size} = "
+                f"{layout.micro_batch_size} x {layout.accumulation} micro-batches x {ranks} ranks"
+            )
         return "\n".join(lines)
 
     def send(self) -> None:
@@ -163,8 +184,13 @@ class Submission:
         with _detached(self.folder / "controller.log") if self.cluster.kind == "local" else nullcontext():
             handles = submit(made, jobs)
         for point, handle in zip(self.points, handles, strict=True):
-            note = {"job": handle.job_id, "kind": self.cluster.kind, "folder": str(self.folder), "submitted": time.time(),
-                    "max_requeues": self.cluster.requeues}  # fmt: skip
+            note = {
+                "job": handle.job_id,
+                "kind": self.cluster.kind,
+                "folder": str(self.folder),
+                "submitted": time.time(),
+                "max_requeues": self.cluster.requeues,
+            }
             (point.run_dir / "job.json").write_text(json.dumps(note))
             print(f"job {handle.job_id}: {point.run_dir}")
         ids = list(dict.fromkeys(h.job_id.partition("_")[0] for h in handles))

@@ -26,7 +26,8 @@ from trainer.tracking.logger import MLflowLogger
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
-# At its end a training waits a minute for MLflow to have its records. A busy machine may take longer to make MLflow's database.
+# At its end a training waits a minute for MLflow to have its records. A busy machine may take longer to make MLflow's
+# database.
 MLflowLogger.close.__defaults__ = (HANG_S,)
 
 ROOT = Path(__file__).parent.parent
@@ -77,8 +78,12 @@ def train(shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Ca
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
         result = subprocess.run(
             [*launcher, "-m", "trainer.train", *arguments],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=HANG_S,
-        )  # fmt: skip
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=HANG_S,
+        )
         return result.returncode, result.stdout
 
     def in_process(arguments: list[str]) -> Outcome:

@@ -1,4 +1,5 @@
-"""What stands in README and the docs, and how a test calls it: the commands of a page, made shorter, in this process."""
+"""What stands in README and the docs, and how a test calls it: the commands of a page, made shorter, in this
+process."""
 
 from __future__ import annotations
 

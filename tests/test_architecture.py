@@ -1,5 +1,5 @@
-"""Who may import whom: packages, folders and files point one way. Imports within functions count, and so do names of modules
-in strings, which import_module and `python -m` take."""
+"""Who may import whom: packages, folders and files point one way. Imports within functions count, and so do names of
+modules in strings, which import_module and `python -m` take."""
 
 from __future__ import annotations
 
@@ -196,13 +196,19 @@ def told_apart(tree: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.Compare):
             looked_at += (node.left, *node.comparators)
         parts = [part for root in looked_at for part in ast.walk(root)]
-        named = {part.id if isinstance(part, ast.Name) else part.attr for part in parts if isinstance(part, ast.Name | ast.Attribute)}  # fmt: skip
+        named = {
+            part.id if isinstance(part, ast.Name) else part.attr
+            for part in parts
+            if isinstance(part, ast.Name | ast.Attribute)
+        }
         kinds = {part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)}
         if named & MODEL_CLASSES or (isinstance(node, ast.Compare) and kinds & MODEL_KINDS):
             yield ast.unparse(node)
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if not any(within(name_of(path), m) for m in MODELS)], ids=name_of)  # fmt: skip
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if not any(within(name_of(path), m) for m in MODELS)], ids=name_of
+)
 def test_a_model_is_asked_not_told_apart(path: Path) -> None:
     """What depends on the kind of a model is asked of its adapter, so a new kind is a file in trainer/models/."""
     tree = ast.parse(path.read_text())
@@ -213,11 +219,17 @@ def test_what_tells_models_apart_is_found() -> None:
     assert {"unet2d", "dit", "sdxl"} == MODEL_KINDS
     assert {"UNet2DConfig", "DiTConfig", "SDXLConfig", "Tokens", "TextRows", "EncodedText"} <= MODEL_CLASSES
     for code in (
-        "isinstance(config.model, SDXLConfig) and x", "isinstance(text, str | tokens.Tokens)", "type(model) is DiTConfig",
-        "config.model.kind == 'sdxl'", "data['model']['kind'] in ('dit', 'sdxl')", "match m:\n case UNet2DConfig(): pass",
-    ):  # fmt: skip
+        "isinstance(config.model, SDXLConfig) and x",
+        "isinstance(text, str | tokens.Tokens)",
+        "type(model) is DiTConfig",
+        "config.model.kind == 'sdxl'",
+        "data['model']['kind'] in ('dit', 'sdxl')",
+        "match m:\n case UNet2DConfig(): pass",
+    ):
         assert list(told_apart(ast.parse(code))), code
-    assert not list(told_apart(ast.parse("isinstance(x, str) and guide.model.kind != run.model.kind and p.kind == 've'")))  # fmt: skip
+    assert not list(
+        told_apart(ast.parse("isinstance(x, str) and guide.model.kind != run.model.kind and p.kind == 've'"))
+    )
 
 
 def test_trainers_root_holds_the_commands_alone() -> None:

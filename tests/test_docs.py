@@ -1,4 +1,5 @@
-"""Every command in the README and the docs is one that the commands take: names, options, fields, files, make's targets."""
+"""Every command in the README and the docs is one that the commands take: names, options, fields, files, make's
+targets."""
 
 from __future__ import annotations
 
@@ -18,8 +19,10 @@ FIELDS = {f"{group.path}.{field.name}".removeprefix(".") for group in groups() f
 GROUPS = {group.path for group in groups()}
 
 ALL = [(page, command) for page in PAGES for command in (*commands(page), *inline(page))]
-OURS = sorted({(page.name, command) for page, command in ALL if re.search(OUR_PROGRAMS, command)})  # fmt: skip
-SCRIPTS = sorted({(page.name, command) for page, command in ALL if re.search(r"python (-m )?(benchmarks|tests)[./]", command)})  # fmt: skip
+OURS = sorted({(page.name, command) for page, command in ALL if re.search(OUR_PROGRAMS, command)})
+SCRIPTS = sorted(
+    {(page.name, command) for page, command in ALL if re.search(r"python (-m )?(benchmarks|tests)[./]", command)}
+)
 MADE = sorted({(page.name, command) for page, command in ALL if command.startswith("make ")})
 
 
@@ -35,7 +38,11 @@ def test_a_command_is_taken(page: str, command: str, capsys: pytest.CaptureFixtu
     if words[0] == "ambient":
         module, words = cli.COMMANDS[words[1]][0], words[2:]
     else:
-        at = next(i for i, word in enumerate(words) if word == "-m" and re.match(r"(trainer|data_pipeline|slurm)\b", words[i + 1]))  # fmt: skip
+        at = next(
+            i
+            for i, word in enumerate(words)
+            if word == "-m" and re.match(r"(trainer|data_pipeline|slurm)\b", words[i + 1])
+        )
         module, words = words[at + 1], words[at + 2 :]
     words = [word for word in words if word != "..."]
     for word in words:
@@ -65,8 +72,11 @@ def test_a_script_is_there(page: str, command: str) -> None:
         assert f'"{option}"' in path.read_text() or option == "--quick", f"{page}: {name} has no {option}"
 
 
-RATIOS = {"data": ("summary.images", "summary.latents", "summary.jpeg", "summary.sharding"), "step_cost": ("tiny.k1", "tiny.k2"),
-          "exactness": ("summary.time_over_every_step", "summary.error_over_every_step")}  # fmt: skip
+RATIOS = {
+    "data": ("summary.images", "summary.latents", "summary.jpeg", "summary.sharding"),
+    "step_cost": ("tiny.k1", "tiny.k2"),
+    "exactness": ("summary.time_over_every_step", "summary.error_over_every_step"),
+}
 """What README's table has of each file in benchmarks/results, in this order."""
 
 
@@ -90,9 +100,13 @@ def test_the_table_of_speed_is_what_was_measured() -> None:
         .partition("## Comparison with other libraries")[2]
         .partition("\n## ")[0]
     )
-    told = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")][2:]  # fmt: skip
+    told = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")
+    ][2:]
     results = json.loads((ROOT / "benchmarks" / "results" / "suite.json").read_text())
-    assert [row[:4] for row in told] == [[row[name] for name in ("name", "ours", "peer", "theirs")] for row in results["rows"]]  # fmt: skip
+    assert [row[:4] for row in told] == [
+        [row[name] for name in ("name", "ours", "peer", "theirs")] for row in results["rows"]
+    ]
     assert [row[4].split()[0] for row in told] == [f"{row['ratio']:.3f}" for row in results["rows"]]
 
 

@@ -1,5 +1,5 @@
-"""Every command of ours in README and the docs is run, as it stands there but for fewer images, steps and ranks, or has a reason
-here not to be. docs/tutorial.md, and the way of docs/sdxl.md, are run whole by tests/test_tutorial.py."""
+"""Every command of ours in README and the docs is run, as it stands there but for fewer images, steps and ranks, or
+has a reason here not to be. docs/tutorial.md, and the way of docs/sdxl.md, are run whole by tests/test_tutorial.py."""
 
 from __future__ import annotations
 
@@ -91,7 +91,8 @@ def place(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "python -m data_pipeline.shard pictures/ data/mine --sigma 0.2",
             "python -m data_pipeline.shard held_out/ data/held-out --sigma 0.2",
             "python -m trainer.init data/mine mine.yaml",
-            "python -m trainer.train mine.yaml steps=4 batch_size=8 ema.snapshots.every=4 checkpoint.keep_every=4 checkpoint.every=4 "
+            "python -m trainer.train mine.yaml steps=4 batch_size=8 ema.snapshots.every=4 "
+            "checkpoint.keep_every=4 checkpoint.every=4 "
             "checkpoint.keep_best.metric=loss/ambient logging.every=4",
             "python -m trainer.export runs/mine exports/mine",
         ):
@@ -104,7 +105,9 @@ def place(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("page", "command"), RUN)
-def test_a_command_does_its_work(page: str, command: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_a_command_does_its_work(
+    page: str, command: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(place, tmp_path, symlinks=True, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     command = less(command)
@@ -162,7 +165,11 @@ def test_what_is_not_run_is_there() -> None:
 
 def test_the_first_change_works_as_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """CONTRIBUTING's corruption, put where it says."""
-    block = re.search(r"( {4}def posterize.*?)\n {4}KINDS = \{.*?(Kind\(posterize.*?\)),\n", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)  # fmt: skip
+    block = re.search(
+        r"( {4}def posterize.*?)\n {4}KINDS = \{.*?(Kind\(posterize.*?\)),\n",
+        (ROOT / "CONTRIBUTING.md").read_text(),
+        re.DOTALL,
+    )
     assert block
     names = dict(vars(degradations))
     exec(textwrap.dedent(block[1]), names)

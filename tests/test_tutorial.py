@@ -1,4 +1,5 @@
-"""The ways that a new user goes, docs/tutorial.md and docs/sdxl.md, as they stand there, but for fewer images, steps and samples."""
+"""The ways that a new user goes, docs/tutorial.md and docs/sdxl.md, as they stand there, but for fewer images, steps
+and samples."""
 
 from __future__ import annotations
 
@@ -34,7 +35,10 @@ def test_the_tutorial_works_as_it_is_written(tmp_path: Path, monkeypatch: pytest
         elif words[:1] == ["python"]:
             runpy.run_path(words[1])
             done.append(words[1])
-    expected = "camera.py data_pipeline.shard data_pipeline.inspect data_pipeline.shard data_pipeline.shard trainer.init trainer.train trainer.train trainer.sample trainer.sample denoise.py trainer.evaluate"
+    expected = (
+        "camera.py data_pipeline.shard data_pipeline.inspect data_pipeline.shard data_pipeline.shard trainer.init "
+        "trainer.train trainer.train trainer.sample trainer.sample denoise.py trainer.evaluate"
+    )
     assert done == expected.split()
     assert len(list(Path("raw").iterdir())) == 80
     assert tifffile.imread("denoised.tif").shape == tifffile.imread("raw-held-out/00000.tif").shape
@@ -42,7 +46,9 @@ def test_the_tutorial_works_as_it_is_written(tmp_path: Path, monkeypatch: pytest
     assert np.asarray(Image.open("runs/mine/samples.png")).std() > 0
 
 
-def test_the_way_of_sdxl_works_as_it_is_written(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_the_way_of_sdxl_works_as_it_is_written(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Up to an image that diffusers draws with the adapters that were exported."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 HANG_S = 1800.0
-"""Seconds after which a test says that something hangs. No test may fail because a machine is slow or busy, so this is about ten times
-what the longest command of the tests takes on a slow machine, and the one time-out of all tests. Where a test is about a limit of time,
-what it asks of the clock is a lower bound."""
+"""Seconds after which a test says that something hangs. No test may fail because a machine is slow or busy, so this
+is about ten times what the longest command of the tests takes on a slow machine, and the one time-out of all tests.
+Where a test is about a limit of time, what it asks of the clock is a lower bound."""
 
 
 def free_port() -> int:

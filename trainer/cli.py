@@ -36,7 +36,8 @@ def usage() -> str:
     return (
         f"usage: ambient COMMAND ...\n\nTrains diffusion models from corrupted images alone.\n\n{lines}\n\n"
         "example:\n  ambient shard packaged:digits data/digits --sigma 0.5\n\n"
-        "`ambient COMMAND --help` says more; `ambient --version` prints the version; `source <(ambient completion)` lets bash complete, and `ambient completion` begins with how zsh does."
+        "`ambient COMMAND --help` says more; `ambient --version` prints the version; `source <(ambient "
+        "completion)` lets bash complete, and `ambient completion` begins with how zsh does."
     )
 
 

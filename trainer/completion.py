@@ -1,4 +1,5 @@
-"""What a shell completes after `ambient`: commands, their options, fields of a configuration, and values that have names."""
+"""What a shell completes after `ambient`: commands, their options, fields of a configuration, and values that have
+names."""
 
 from __future__ import annotations
 

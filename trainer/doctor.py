@@ -51,8 +51,17 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--shared", type=Path, metavar="FOLDER", help="a folder that all machines of a run see: written, locked, renamed")  # fmt: skip
-    p.add_argument("--json", action="store_true", help="a line of JSON for each finding: name, verdict (ok, warn, fail), detail, advice")  # fmt: skip
+    p.add_argument(
+        "--shared",
+        type=Path,
+        metavar="FOLDER",
+        help="a folder that all machines of a run see: written, locked, renamed",
+    )
+    p.add_argument(
+        "--json",
+        action="store_true",
+        help="a line of JSON for each finding: name, verdict (ok, warn, fail), detail, advice",
+    )
     p.add_argument("--tracking", metavar="URI", help="of MLflow: asked for its experiments")
     return p
 
@@ -104,8 +113,16 @@ def devices() -> Iterator[Finding]:
 
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
-        why = f"torch {torch.__version__} is built for {built}, but finds no device" if built else f"torch {torch.__version__} is built for CPUs"  # fmt: skip
-        advice = "nvidia-smi must list it; is the driver as new as that?" if built else "with a GPU: install torch for CUDA (pytorch.org)"  # fmt: skip
+        why = (
+            f"torch {torch.__version__} is built for {built}, but finds no device"
+            if built
+            else f"torch {torch.__version__} is built for CPUs"
+        )
+        advice = (
+            "nvidia-smi must list it; is the driver as new as that?"
+            if built
+            else "with a GPU: install torch for CUDA (pytorch.org)"
+        )
         yield Finding("devices", "warn", f"no GPU: {why}; {os.cpu_count()} CPU cores", advice)
         return
     for index in range(torch.cuda.device_count()):
@@ -157,7 +174,9 @@ def attention() -> Iterator[Finding]:
             yield Finding(name, "ok", f"{choice.backend}: {choice.why}; differs by {choice.probe.difference:.1e}")
         else:
             why = choice.why if len(choice.why) < 160 else f"{choice.why[:70]} ... {choice.why[-90:]}"
-            advice = "torch's own attention is used" + (", which is right on a CPU" if device.type == "cpu" else "; python -m xformers.info says more")  # fmt: skip
+            advice = "torch's own attention is used" + (
+                ", which is right on a CPU" if device.type == "cpu" else "; python -m xformers.info says more"
+            )
             yield Finding(name, "warn", f"sdpa: {why}", advice)
 
 
@@ -171,7 +190,8 @@ def communication() -> Iterator[Finding]:
         port = free.getsockname()[1]
     script = (
         "import os, time, torch, torch.distributed as dist\n"
-        f"rank = int(os.environ['RANK']); device = torch.device('cuda', rank) if '{backend}' == 'nccl' else torch.device('cpu')\n"
+        f"rank = int(os.environ['RANK']); device = torch.device('cuda', rank) if '{backend}' == 'nccl' else "
+        "torch.device('cpu')\n"
         f"dist.init_process_group('{backend}')\n"
         "x = torch.full((2**22,), float(rank + 1), device=device)\n"
         "dist.all_reduce(x); assert float(x[0]) == 3 and float(x[-1]) == 3, x\n"
@@ -179,23 +199,44 @@ def communication() -> Iterator[Finding]:
         "for _ in range(5): dist.all_reduce(x)\n"
         "float(x[0]); print(5 * x.nbytes / (time.perf_counter() - started) / 1e9); dist.destroy_process_group()\n"
     )
-    setting = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    setting = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+    }
     started = [
-        subprocess.Popen([sys.executable, "-c", script], env={**setting, "RANK": str(rank)}, text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            env={**setting, "RANK": str(rank)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     try:
         answers = [process.communicate(timeout=SECONDS) for process in started]
     except subprocess.TimeoutExpired:
-        yield Finding("communication", "fail", f"{backend}: two processes did not meet in {SECONDS} s", "is the loopback interface up? NCCL_DEBUG=INFO and TORCH_DISTRIBUTED_DEBUG=DETAIL say more")  # fmt: skip
+        yield Finding(
+            "communication",
+            "fail",
+            f"{backend}: two processes did not meet in {SECONDS} s",
+            "is the loopback interface up? NCCL_DEBUG=INFO and TORCH_DISTRIBUTED_DEBUG=DETAIL say more",
+        )
         return
     finally:
         for process in started:
             process.kill()
     if any(process.returncode for process in started):
         error = next(text for (_, text), p in zip(answers, started, strict=True) if p.returncode).strip().splitlines()
-        yield Finding("communication", "fail", f"{backend}: {error[-1] if error else 'killed'}", "NCCL_DEBUG=INFO says more; gloo needs a host name that resolves")  # fmt: skip
+        yield Finding(
+            "communication",
+            "fail",
+            f"{backend}: {error[-1] if error else 'killed'}",
+            "NCCL_DEBUG=INFO says more; gloo needs a host name that resolves",
+        )
     else:
         yield Finding("communication", "ok", f"{backend}, 2 processes here sum {float(answers[0][0]):.3g} GB/s")
 
@@ -217,10 +258,19 @@ def shared_folder(folder: Path) -> Iterator[Finding]:
             yield Finding("shared folder", "fail", f"{folder}: renaming does not replace", "choose another file system")
             return
         if not _lock_excludes(second):
-            yield Finding("shared folder", "warn", f"{folder}: two processes can lock one file", "start each run once: nothing stops a second start; on Lustre mount with flock")  # fmt: skip
+            yield Finding(
+                "shared folder",
+                "warn",
+                f"{folder}: two processes can lock one file",
+                "start each run once: nothing stops a second start; on Lustre mount with flock",
+            )
             return
         free = shutil.disk_usage(folder).free
-        yield Finding("shared folder", "ok", f"{folder}: written at {4.2e-3 / seconds:.2g} GB/s, renamed, locked; {free / 1e9:.0f} GB free")  # fmt: skip
+        yield Finding(
+            "shared folder",
+            "ok",
+            f"{folder}: written at {4.2e-3 / seconds:.2g} GB/s, renamed, locked; {free / 1e9:.0f} GB free",
+        )
     except OSError as error:
         yield Finding("shared folder", "fail", f"{folder}: {error.strerror}", "it must exist, and be writable by you")
     finally:
@@ -239,13 +289,27 @@ def tracking(uri: str) -> Iterator[Finding]:
             [sys.executable, "-c", QUESTION, uri], capture_output=True, text=True, timeout=SECONDS / 4
         )
     except subprocess.TimeoutExpired:
-        yield Finding("MLflow", "fail", f"{uri}: no answer in {SECONDS // 4} s", "is the server up? runs train on, and send their records later")  # fmt: skip
+        yield Finding(
+            "MLflow",
+            "fail",
+            f"{uri}: no answer in {SECONDS // 4} s",
+            "is the server up? runs train on, and send their records later",
+        )
         return
     if answer.returncode:
         lines = answer.stderr.strip().splitlines()
-        yield Finding("MLflow", "fail", f"{uri}: {lines[-1][:300] if lines else 'no answer'}", "is the address right? runs train on, and send their records later")  # fmt: skip
+        yield Finding(
+            "MLflow",
+            "fail",
+            f"{uri}: {lines[-1][:300] if lines else 'no answer'}",
+            "is the address right? runs train on, and send their records later",
+        )
     else:
-        yield Finding("MLflow", "ok", f"{uri}: answers in {time.perf_counter() - started:.1f} s, {answer.stdout.strip()} experiments")  # fmt: skip
+        yield Finding(
+            "MLflow",
+            "ok",
+            f"{uri}: answers in {time.perf_counter() - started:.1f} s, {answer.stdout.strip()} experiments",
+        )
 
 
 def _lock_excludes(path: Path) -> bool:

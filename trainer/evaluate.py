@@ -37,28 +37,94 @@ def parser_of_request(prog: str, examples: str) -> argparse.ArgumentParser:
     """The options that say what is evaluated, and by what."""
     p = Parser(
         prog=prog,
-        description="Judges runs by clean images that they never saw: distances of samples to them, and the denoiser's error at each noise level. "
-        "With --measured, where there are none, by noisy ones: samples get the data's corruption, and are held against shards of observations. "
-        "With --training also whether the run knows its images by heart: what it makes of them after severe corruption, and how near its samples are to them.",
+        description="Judges runs by clean images that they never saw: distances of samples to them, and the denoiser's "
+        "error at each noise level. "
+        "With --measured, where there are none, by noisy ones: samples get the data's corruption, and are held "
+        "against shards of observations. "
+        "With --training also whether the run knows its images by heart: what it makes of them after severe "
+        "corruption, and how near its samples are to them.",
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     p.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folders of runs, or of exports")
     p.add_argument("--reference", metavar="DATA", help="clean images that training never saw")
-    p.add_argument("--measured", metavar="SHARDS", help="observations that training never saw, as data_pipeline.shard writes them: samples are corrupted as they are, and compared with them. Needs no clean images")  # fmt: skip
-    p.add_argument("--training", metavar="DATA", help="the clean images whose corrupted versions were trained on, for the attacks on memory (default: none, and no attacks)")  # fmt: skip
+    p.add_argument(
+        "--measured",
+        metavar="SHARDS",
+        help=(
+            "observations that training never saw, as data_pipeline.shard writes them: samples are corrupted as "
+            "they are, and compared with them. Needs no clean images"
+        ),
+    )
+    p.add_argument(
+        "--training",
+        metavar="DATA",
+        help=(
+            "the clean images whose corrupted versions were trained on, for the attacks on memory (default: none, "
+            "and no attacks)"
+        ),
+    )
     p.add_argument("--number", type=int, default=Request.number, help="samples to draw; 0 for none (default: 1000)")
-    p.add_argument("--attacked", type=int, default=Request.attacked, help="training images to attack, and as many held-out ones (default: 200)")  # fmt: skip
-    p.add_argument("--compared", type=int, default=Request.compared, help="training images, evenly chosen, among which each sample's nearest is looked for (default: 10000)")  # fmt: skip
-    p.add_argument("--attack-sigma", type=float, metavar="SIGMA", help="level of the noise that hides them (default: a 14th of the side of what the model works on: 2 for 28 px, 9 for SDXL's latents)")  # fmt: skip
-    p.add_argument("--attack-visible", type=float, default=Request.attack_visible, metavar="SHARE", help="share of columns that the mask leaves (default: 0.25)")  # fmt: skip
-    p.add_argument("--levels", type=float, nargs="+", default=Request.levels, metavar="SIGMA", help="noise levels of the denoiser's error; those that a run's process lacks are left out (default: 0.05 to 4)")  # fmt: skip
-    p.add_argument("--extractor", default="efficientnet-lite0", metavar="WHICH", help="network of the features: efficientnet-lite0 (the default, packaged), a TorchScript file, such as FID's Inception, or the folder of a transformers vision model, such as DINOv2")  # fmt: skip
+    p.add_argument(
+        "--attacked",
+        type=int,
+        default=Request.attacked,
+        help="training images to attack, and as many held-out ones (default: 200)",
+    )
+    p.add_argument(
+        "--compared",
+        type=int,
+        default=Request.compared,
+        help="training images, evenly chosen, among which each sample's nearest is looked for (default: 10000)",
+    )
+    p.add_argument(
+        "--attack-sigma",
+        type=float,
+        metavar="SIGMA",
+        help=(
+            "level of the noise that hides them (default: a 14th of the side of what the model works on: 2 for 28 "
+            "px, 9 for SDXL's latents)"
+        ),
+    )
+    p.add_argument(
+        "--attack-visible",
+        type=float,
+        default=Request.attack_visible,
+        metavar="SHARE",
+        help="share of columns that the mask leaves (default: 0.25)",
+    )
+    p.add_argument(
+        "--levels",
+        type=float,
+        nargs="+",
+        default=Request.levels,
+        metavar="SIGMA",
+        help="noise levels of the denoiser's error; those that a run's process lacks are left out (default: 0.05 to 4)",
+    )
+    p.add_argument(
+        "--extractor",
+        default="efficientnet-lite0",
+        metavar="WHICH",
+        help=(
+            "network of the features: efficientnet-lite0 (the default, packaged), a TorchScript file, such as FID's "
+            "Inception, or the folder of a transformers vision model, such as DINOv2"
+        ),
+    )
     p.add_argument("--steps", type=int, default=Request.steps, help="noise levels on the way down (default: 25)")
     p.add_argument("--seed", type=int, default=Request.seed, help="of samples and attacks (default: 0)")
-    p.add_argument("--prompt", metavar="TEXT", help="what to draw, for runs with text (default: each one's model.prompt)")  # fmt: skip
+    p.add_argument(
+        "--prompt", metavar="TEXT", help="what to draw, for runs with text (default: each one's model.prompt)"
+    )
     add_weights(p)
-    p.add_argument("--out", type=Path, metavar="FILE", help="the report (default: report.html in the run's evaluation/ for one run, comparison.html beside the first of several)")  # fmt: skip
+    p.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help=(
+            "the report (default: report.html in the run's evaluation/ for one run, comparison.html beside the "
+            "first of several)"
+        ),
+    )
     return p
 
 
@@ -73,9 +139,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def request_of(args: argparse.Namespace) -> Request:
     return Request(
-        args.reference, args.training, args.number, args.attacked, args.compared, tuple(sorted(set(args.levels))), args.attack_sigma,
-        args.attack_visible, args.steps, args.seed, args.measured,
-    )  # fmt: skip
+        args.reference,
+        args.training,
+        args.number,
+        args.attacked,
+        args.compared,
+        tuple(sorted(set(args.levels))),
+        args.attack_sigma,
+        args.attack_visible,
+        args.steps,
+        args.seed,
+        args.measured,
+    )
 
 
 def weights_of(args: argparse.Namespace) -> Weights:
@@ -104,9 +179,15 @@ def report_on(args: argparse.Namespace, request: Request, weights: Weights, comm
 
 def check(args: argparse.Namespace) -> None:
     if not args.reference and not args.measured:
-        raise UserError("--reference is missing: clean images that training never saw; who has none gives --measured, shards of noisy ones")  # fmt: skip
+        raise UserError(
+            "--reference is missing: clean images that training never saw; who has none gives --measured, "
+            "shards of noisy ones"
+        )
     if args.training and not args.reference:
-        raise UserError(f"--training {args.training}: needs --reference, clean images that training never saw, which the attacks are held against")  # fmt: skip
+        raise UserError(
+            f"--training {args.training}: needs --reference, clean images that training never saw, which the "
+            "attacks are held against"
+        )
     if args.measured and not args.number:
         raise UserError("--number 0: --measured compares samples with observations: leave one of them out")
     try:

@@ -21,7 +21,11 @@ EXAMPLE = """examples:
 def parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="python -m trainer.export",
-        description="Writes the averaged weights of a run, of its last checkpoint by default, as diffusers loads them, with a model card. Adapters are for StableDiffusionXLPipeline.load_lora_weights, an SDXL that was trained whole is a pipeline's folder, and what was trained from scratch a model's folder.",
+        description=(
+            "Writes the averaged weights of a run, of its last checkpoint by default, as diffusers loads them, with "
+            "a model card. Adapters are for StableDiffusionXLPipeline.load_lora_weights, an SDXL that was trained "
+            "whole is a pipeline's folder, and what was trained from scratch a model's folder."
+        ),
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -45,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
         (partial / exported.NAME).write_text(exported.describe(run.config, run.state, run.average))
         (partial / "README.md").write_text(card(run, args.run_dir))
     print(
-        f"{args.out}: the weights of step {run.state.step}, averaged by {run.average}; {args.out / 'README.md'} says how to load them"
+        f"{args.out}: the weights of step {run.state.step}, averaged by {run.average}; {args.out / 'README.md'} "
+        "says how to load them"
     )
     return errors.DONE
 

@@ -1,4 +1,5 @@
-"""`python -m trainer.init SHARDS CONFIG`: a configuration for these shards and these GPUs, with a comment at each line."""
+"""`python -m trainer.init SHARDS CONFIG`: a configuration for these shards and these GPUs, with a comment at each
+line."""
 
 from __future__ import annotations
 
@@ -47,7 +48,11 @@ def parser() -> argparse.ArgumentParser:
         "--gpus", type=int, metavar="N", help="how many GPUs; 0 is a CPU (default: 0, or 1 where --gpu is given)"
     )
     p.add_argument("--gpu", choices=sorted(GPUS), help="of which kind (default: h100)")
-    p.add_argument("--base", metavar="PIPELINE", help="for latents: the Stable Diffusion XL to adapt, a folder or a hub id (default: that whose VAE made them)")  # fmt: skip
+    p.add_argument(
+        "--base",
+        metavar="PIPELINE",
+        help="for latents: the Stable Diffusion XL to adapt, a folder or a hub id (default: that whose VAE made them)",
+    )
     p.add_argument("--prompt", help="for latents: one prompt for all images, in place of their captions")
     return p
 
@@ -72,8 +77,17 @@ def main(argv: list[str] | None = None) -> int:
     if not gpus and index.request.get("latents") is None:
         print("timing a few passes of the network...", file=sys.stderr)
         seconds = _seconds(data, index)
-        said += f": about {seconds / data['steps']:.2g} s a step as this one was timed just now, {_duration(seconds)} in all"  # fmt: skip
-    text = render(data, f"{index.samples} images of {' x '.join(map(str, index.shape))} in {args.shards}, sigma_n {index.levels}; {said}")  # fmt: skip
+        said += (
+            f": about {seconds / data['steps']:.2g} s a step as this one was timed just now, {_duration(seconds)} "
+            "in all"
+        )
+    text = render(
+        data,
+        (
+            f"{index.samples} images of {' x '.join(map(str, index.shape))} in {args.shards}, sigma_n "
+            f"{index.levels}; {said}"
+        ),
+    )
     try:
         args.config.write_text(text)
     except OSError as error:
@@ -81,20 +95,31 @@ def main(argv: list[str] | None = None) -> int:
     file = shlex.quote(str(args.config))
     print(f"{args.config}: for {index.samples} images, {said}")
     if len(data["model"].get("channels", ())) == 1:
-        print(f"warning: sides of {' x '.join(map(str, index.shape[1:]))} cannot be halved, so the network has one resolution: shard with --size 32, 64 or another multiple of 8", file=sys.stderr)  # fmt: skip
+        print(
+            (
+                f"warning: sides of {' x '.join(map(str, index.shape[1:]))} cannot be halved, so the network has "
+                "one resolution: shard with --size 32, 64 or another multiple of 8"
+            ),
+            file=sys.stderr,
+        )
     if seconds > LONG_S:
-        print("  shorter:        fewer steps, a smaller batch_size, fewer channels; or cut the images into tiles (docs/data.md)")  # fmt: skip
+        print(
+            "  shorter:        fewer steps, a smaller batch_size, fewer channels; or cut the images into tiles "
+            "(docs/data.md)"
+        )
     if warning := few_images(args.shards, index):
         print(f"warning: {warning}", file=sys.stderr)
     if gpus:
         print(f"  what it takes:  python -m trainer.plan {file} --gpus {gpus} --gpu {gpu}")
     if gpus > 8:
         print(
-            f"  train:          python -m slurm.submit {file} --cluster cluster.yaml      # of nodes that have {gpus} GPUs together"
+            f"  train:          python -m slurm.submit {file} --cluster cluster.yaml      # of nodes that have "
+            f"{gpus} GPUs together"
         )
     else:
         print(
-            f"  train:          {f'torchrun --nproc_per_node {gpus} -m' if gpus > 1 else 'python -m'} trainer.train {file}"
+            f"  train:          {f'torchrun --nproc_per_node {gpus} -m' if gpus > 1 else 'python -m'} "
+            f"trainer.train {file}"
         )
     print("  every field:    docs/configuration.md")
     return errors.DONE
@@ -111,7 +136,10 @@ def _fitted(data: dict[str, Any], index: ShardIndex, gpus: int, gpu: str) -> str
     estimate = Estimate(config, models.configured(config, index.shape), index.shape, setting)
     chosen = setting if estimate.fits(setting) else estimate.nearest()
     if chosen is None or (chosen.gpus, chosen.gpu) != (gpus, gpu):
-        raise WorkFailed(f"{gpus} x {gpu} cannot hold this model with any micro-batch, stage or offloading" + (f"; {chosen} could" if chosen else ""))  # fmt: skip
+        raise WorkFailed(
+            f"{gpus} x {gpu} cannot hold this model with any micro-batch, stage or offloading"
+            + (f"; {chosen} could" if chosen else "")
+        )
     data["micro_batch_size"] = chosen.micro
     data["engine"]["zero_stage"] = chosen.stage
     if chosen.saving.eight_bit:
@@ -123,7 +151,8 @@ def _fitted(data: dict[str, Any], index: ShardIndex, gpus: int, gpu: str) -> str
 
 
 def _seconds(data: dict[str, Any], index: ShardIndex) -> float:
-    """Of the training on this machine's CPU: a few passes are timed, and the run's arithmetic is a multiple of theirs."""
+    """Of the training on this machine's CPU: a few passes are timed, and the run's arithmetic is a multiple of
+    theirs."""
     import torch
 
     from trainer.config.run_config import parse
@@ -159,7 +188,11 @@ def render(data: dict[str, Any], what: str) -> str:
     from trainer.config.run_config import parse
 
     parse(data, "the proposal")  # what it refuses is a bug of ours, to be known before a file is there
-    meanings = {(group.kind, f"{group.path}.{field.name}".removeprefix(".")): field.about for group in groups() for field in group.fields}  # fmt: skip
+    meanings = {
+        (group.kind, f"{group.path}.{field.name}".removeprefix(".")): field.about
+        for group in groups()
+        for field in group.fields
+    }
     lines = [
         f"# {' '.join(what.split())}.",
         "# Made by trainer.init; what is not here has its default: docs/configuration.md.",

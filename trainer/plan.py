@@ -1,4 +1,5 @@
-"""`python -m trainer.plan CONFIG --gpus N`: what a run takes, before it is started; no weights, no data, no GPU needed."""
+"""`python -m trainer.plan CONFIG --gpus N`: what a run takes, before it is started; no weights, no data, no GPU
+needed."""
 
 from __future__ import annotations
 
@@ -41,9 +42,20 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--gpus", type=int, required=True, metavar="N", help="how many devices: ranks")
     p.add_argument("--gpu", choices=sorted(GPUS), default="h100", help="of which kind (default: h100)")
-    p.add_argument("--mfu", type=float, default=0.4, help="the share of the device's peak that is reached (default: 0.4); a run logs its own as progress/mfu")  # fmt: skip
+    p.add_argument(
+        "--mfu",
+        type=float,
+        default=0.4,
+        help="the share of the device's peak that is reached (default: 0.4); a run logs its own as progress/mfu",
+    )
     p.add_argument("--json", action="store_true", help="one line of JSON in place of the tables; bytes, seconds, FLOP")
-    p.add_argument("--shape", type=int, nargs=3, metavar=("C", "H", "W"), help="of an image or latent (default: that of data.shards; for an sdxl without shards, 4 128 128, of 1024 px)")  # fmt: skip
+    p.add_argument(
+        "--shape",
+        type=int,
+        nargs=3,
+        metavar=("C", "H", "W"),
+        help="of an image or latent (default: that of data.shards; for an sdxl without shards, 4 128 128, of 1024 px)",
+    )
     return p
 
 
@@ -71,17 +83,27 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         print(json.dumps(_plain(estimate, args.mfu, sample_bytes)))
         return errors.DONE if estimate.fits(setting) else errors.FAILED
-    print(f"{config.model.kind} on {'x'.join(map(str, shape))}, batch {config.batch_size}: {setting}, {config.engine.precision if config.engine.precision != 'auto' else 'bf16'}")  # fmt: skip
+    print(
+        f"{config.model.kind} on {'x'.join(map(str, shape))}, batch {config.batch_size}: {setting}, "
+        f"{config.engine.precision if config.engine.precision != 'auto' else 'bf16'}"
+    )
     _print_costs(estimate, args.mfu, sample_bytes)
     _print_memory(estimate)
     if estimate.fits(setting):
         print(f"\nIt fits: the peak is below {USABLE:.0%} of the device's {GPUS[args.gpu].memory / 1e9:g} GB.")
         return errors.DONE
     nearest = estimate.nearest()
-    print(f"\nIt does not fit into {USABLE:.0%} of the device's {GPUS[args.gpu].memory / 1e9:g} GB. " + (
-        f"The nearest that does: {nearest}, with {estimate.memory(nearest).peak / 1e9:.1f} GB{_on_host(estimate, nearest)}." if nearest else
-        "Nothing near it does: plan for smaller images, or for adapters."
-    ))  # fmt: skip
+    print(
+        f"\nIt does not fit into {USABLE:.0%} of the device's {GPUS[args.gpu].memory / 1e9:g} GB. "
+        + (
+            (
+                f"The nearest that does: {nearest}, with {estimate.memory(nearest).peak / 1e9:.1f} "
+                f"GB{_on_host(estimate, nearest)}."
+            )
+            if nearest
+            else "Nothing near it does: plan for smaller images, or for adapters."
+        )
+    )
     return errors.FAILED
 
 
@@ -91,13 +113,23 @@ def _plain(e: Estimate, mfu: float, sample_bytes: float) -> dict[str, Any]:
     seconds = e.seconds(total, mfu)
     nearest = None if fits else e.nearest()
     return {
-        "setting": str(e.setting), "fits": fits, "nearest_that_fits": nearest and str(nearest),
-        "parameters": e.weights.trainable + e.weights.frozen, "trained_parameters": e.weights.trainable,
-        "flop": total, "seconds": seconds, "gpu_hours": seconds / 3600 * e.setting.gpus, "mfu": mfu,
-        "consistency_steps": e.consistency_steps(), "sent_bytes_a_step": {"ambient": e.traffic(False), "consistency": e.traffic(True)},
-        "samples_a_second": e.config.steps * e.config.batch_size / seconds, "sample_bytes": sample_bytes,
-        "checkpoint_bytes": e.checkpoint_bytes(), "snapshots_bytes": e.snapshots_bytes(), "memory_of_a_rank": dataclasses.asdict(memory),
-    }  # fmt: skip
+        "setting": str(e.setting),
+        "fits": fits,
+        "nearest_that_fits": nearest and str(nearest),
+        "parameters": e.weights.trainable + e.weights.frozen,
+        "trained_parameters": e.weights.trainable,
+        "flop": total,
+        "seconds": seconds,
+        "gpu_hours": seconds / 3600 * e.setting.gpus,
+        "mfu": mfu,
+        "consistency_steps": e.consistency_steps(),
+        "sent_bytes_a_step": {"ambient": e.traffic(False), "consistency": e.traffic(True)},
+        "samples_a_second": e.config.steps * e.config.batch_size / seconds,
+        "sample_bytes": sample_bytes,
+        "checkpoint_bytes": e.checkpoint_bytes(),
+        "snapshots_bytes": e.snapshots_bytes(),
+        "memory_of_a_rank": dataclasses.asdict(memory),
+    }
 
 
 def _data(config: RunConfig, given: list[int] | None) -> tuple[tuple[int, int, int], float]:
@@ -141,10 +173,16 @@ def _print_costs(e: Estimate, mfu: float, sample_bytes: float) -> None:
     per_second = config.steps * config.batch_size / seconds
     lines += [
         ("the run", f"{config.steps} steps, {consistent} of them with consistency: {_si(total)}FLOP"),
-        ("time", f"{_duration(seconds)} at an MFU of {mfu:g} of {_si(gpu.peak(e.bf16))}FLOP/s; {seconds / 3600 * setting.gpus:.4g} GPU-hours"),
+        (
+            "time",
+            (
+                f"{_duration(seconds)} at an MFU of {mfu:g} of {_si(gpu.peak(e.bf16))}FLOP/s; "
+                f"{seconds / 3600 * setting.gpus:.4g} GPU-hours"
+            ),
+        ),
         ("reading", f"{per_second:.4g} samples/s over all ranks, {_si(per_second * sample_bytes)}B/s from the shards"),
         ("a checkpoint", f"{_si(e.checkpoint_bytes())}B; {_kept(config)}"),
-    ]  # fmt: skip
+    ]
     if snapshots := e.snapshots_bytes():
         lines.append(("snapshots of averages", f"{_si(snapshots)}B in the whole run; all are kept"))
     for label, text in lines:
@@ -162,12 +200,18 @@ def _kept(config: RunConfig) -> str:
 def _print_memory(e: Estimate) -> None:
     m = e.memory(e.setting)
     print(f"\nMemory of a rank, GB (zero_stage {e.setting.stage}, micro-batch {e.setting.micro}):")
-    for label, value in [("weights", m.weights), ("optimizer, average", m.optimizer), ("gradients, buffers", m.gradients),
-                         ("activations", m.activations), ("peak", m.peak)]:  # fmt: skip
+    for label, value in [
+        ("weights", m.weights),
+        ("optimizer, average", m.optimizer),
+        ("gradients, buffers", m.gradients),
+        ("activations", m.activations),
+        ("peak", m.peak),
+    ]:
         print(f"  {label:<22} {value / 1e9:8.2f}")
     if m.host:
         print(
-            f"  {'on the host':<22} {m.host / 1e9:8.2f}  (what is offloaded; {m.host * e.setting.gpus / 1e9:.1f} over all ranks)"
+            f"  {'on the host':<22} {m.host / 1e9:8.2f}  (what is offloaded; "
+            f"{m.host * e.setting.gpus / 1e9:.1f} over all ranks)"
         )
     print("  (gradients are made while activations are freed, so the peak is less than the sum)")
     print("\nPeak by ZeRO stage and micro-batch, GB; * does not fit:")

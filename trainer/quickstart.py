@@ -30,11 +30,13 @@ EXAMPLE = """examples:
 def parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="python -m trainer.quickstart",
-        description="Corrupts a packaged set of images, trains on the noisy images alone with the ambient and consistency losses, "
-        "trains a naive model that takes them for clean with the same number of network evaluations, and draws one picture of both.",
+        description="Corrupts a packaged set of images, trains on the noisy images alone with the ambient and consistency "
+        "losses, "
+        "trains a naive model that takes them for clean with the same number of network evaluations, and draws "
+        "one picture of both.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     p.add_argument(
         "--dataset", choices=sorted(SIZES), default="digits", help="a packaged set of images (default: digits)"
     )
@@ -106,10 +108,15 @@ def main(argv: list[str] | None = None) -> int:
     error_ours, error_naive = compare(ours, restore(places.naive), f"packaged:{args.dataset}/test", LEVELS, args.out)
     half = LEVELS.index(SIGMA / 2)
     print(_summary(args.out, places))
-    print(json.dumps({
-        "picture": str(args.out), "minutes": round((time.time() - started) / 60, 2),
-        "mse_at_half_sigma": {"ours": round(error_ours[half], 5), "naive": round(error_naive[half], 5)},
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "picture": str(args.out),
+                "minutes": round((time.time() - started) / 60, 2),
+                "mse_at_half_sigma": {"ours": round(error_ours[half], 5), "naive": round(error_naive[half], 5)},
+            }
+        )
+    )
     return errors.DONE
 
 

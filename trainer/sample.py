@@ -34,7 +34,10 @@ OTHER_IMAGES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".npy
 def parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="python -m trainer.sample",
-        description="Draws images from the averaged weights of a run, of its last checkpoint by default: a grid in one PNG, or into a folder.",
+        description=(
+            "Draws images from the averaged weights of a run, of its last checkpoint by default: a grid in one PNG, "
+            "or into a folder."
+        ),
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -49,15 +52,39 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="image i depends on the seed and i alone (default: 0)")
     p.add_argument("--steps", type=int, default=40, help="noise levels on the way down (default: 40)")
     p.add_argument("--sampler", choices=get_args(Sampler), default="heun", help="default: heun")
-    p.add_argument("--stop-at", type=float, metavar="SIGMA", help="end at this noise level with E[x0 | x], such as sigma_n for a model without consistency")  # fmt: skip
-    p.add_argument("--guide", type=Path, metavar="RUN_DIR", help="a worse run of the same images, such as a shorter one, to be led away from (autoguidance); its last checkpoint")  # fmt: skip
+    p.add_argument(
+        "--stop-at",
+        type=float,
+        metavar="SIGMA",
+        help="end at this noise level with E[x0 | x], such as sigma_n for a model without consistency",
+    )
+    p.add_argument(
+        "--guide",
+        type=Path,
+        metavar="RUN_DIR",
+        help=(
+            "a worse run of the same images, such as a shorter one, to be led away from (autoguidance); its last "
+            "checkpoint"
+        ),
+    )
     p.add_argument("--prompt", metavar="TEXT", help="what to draw, for a run with text (default: its model.prompt)")
-    p.add_argument("--guidance", type=float, metavar="SCALE", help="how far to be led away from --guide, or, for a run with text and without --guide, from no caption: 1 is none (default: 1.5 with --guide, else 1)")  # fmt: skip
+    p.add_argument(
+        "--guidance",
+        type=float,
+        metavar="SCALE",
+        help=(
+            "how far to be led away from --guide, or, for a run with text and without --guide, from no caption: 1 "
+            "is none (default: 1.5 with --guide, else 1)"
+        ),
+    )
     p.add_argument(
         "--out",
         type=Path,
         metavar="PATH",
-        help="a PNG for a grid, or a folder for a PNG an image, where those that are there stay (default: RUN_DIR/samples.png)",
+        help=(
+            "a PNG for a grid, or a folder for a PNG an image, where those that are there stay (default: "
+            "RUN_DIR/samples.png)"
+        ),
     )
     return p
 
@@ -95,7 +122,10 @@ def main(argv: list[str] | None = None) -> int:
     record = {"run": _name(args.run_dir, run), "guide": guide and _name(args.guide, guide), **asdict(wanted)}
     drawn = into_folder(draw, at_once, args.number, out, record, ranks)
     if ranks.is_main:
-        print(f"{out}: {args.number} images of step {run.state.step}, by weights averaged by {run.average}; {args.number - drawn} of them were there")  # fmt: skip
+        print(
+            f"{out}: {args.number} images of step {run.state.step}, by weights averaged by {run.average}; "
+            f"{args.number - drawn} of them were there"
+        )
     return errors.DONE
 
 
@@ -120,7 +150,10 @@ def _prompt(args: argparse.Namespace, run: Restored) -> str:
             f"--prompt {args.prompt}: needs a run with text, and the model of {args.run_dir} is a {model.kind}"
         )
     if args.guidance is not None and args.guide is None:
-        raise UserError(f"--guidance {args.guidance:g}: needs --guide, or a run with text; the model of {args.run_dir} is a {model.kind}")  # fmt: skip
+        raise UserError(
+            f"--guidance {args.guidance:g}: needs --guide, or a run with text; the model of {args.run_dir} is a "
+            f"{model.kind}"
+        )
     return ""
 
 
@@ -131,7 +164,8 @@ def _check_guide(args: argparse.Namespace, run: Restored, guide: Restored) -> No
         )
     if guide.config.model.kind != run.config.model.kind:
         raise UserError(
-            f"--guide {args.guide}: its model is a {guide.config.model.kind}, that of {args.run_dir} a {run.config.model.kind}"
+            f"--guide {args.guide}: its model is a {guide.config.model.kind}, that of {args.run_dir} a "
+            f"{run.config.model.kind}"
         )
 
 

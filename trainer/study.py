@@ -34,7 +34,10 @@ What is there is not made again: stop it at any time, and call it again. FOLDER 
 def parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="python -m trainer.study",
-        description="Makes the data, trains each method on each data set with each seed, evaluates all runs alike, and writes one table.",
+        description=(
+            "Makes the data, trains each method on each data set with each seed, evaluates all runs alike, and "
+            "writes one table."
+        ),
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -66,7 +69,11 @@ class Study:
 
     def overrides(self, point: Point) -> list[str]:
         method = self.config.methods[point.method]
-        fixed = [f"run_dir={json.dumps(str(self.run_dir(point)))}", f"data.shards={json.dumps(str(self.shards(point.data)))}", f"seed={point.seed}"]  # fmt: skip
+        fixed = [
+            f"run_dir={json.dumps(str(self.run_dir(point)))}",
+            f"data.shards={json.dumps(str(self.shards(point.data)))}",
+            f"seed={point.seed}",
+        ]
         return [*self.config.overrides, *method.overrides, *fixed]
 
     def is_done(self, point: Point) -> bool:
@@ -93,7 +100,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         for point in points:
             print(
-                f"{'done   ' if done[point] else 'to do  '} {study.run_dir(point)}: {shlex.join(study.overrides(point))}"
+                f"{'done   ' if done[point] else 'to do  '} {study.run_dir(point)}: "
+                f"{shlex.join(study.overrides(point))}"
             )
         print(f"{sum(done.values())} of {len(points)} runs are done")
         return errors.DONE
@@ -136,7 +144,10 @@ def _train(study: Study, points: Sequence[Point], at_once: int) -> list[str]:
         return None
 
     study.folder.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(at_once) as pool, progress_bar(total=len(points), desc=f"train, {at_once} at once", unit="run") as bar:  # fmt: skip
+    with (
+        ThreadPoolExecutor(at_once) as pool,
+        progress_bar(total=len(points), desc=f"train, {at_once} at once", unit="run") as bar,
+    ):
         failed: list[str] = []
         for result in pool.map(train, points):
             failed += [result] if result else []
@@ -161,15 +172,24 @@ def _judge(study: Study, points: Sequence[Point], command: str) -> None:
 
     asked, config = study.config.evaluate, study.config
     request = Request(
-        config.reference, config.training if asked.memorization else None, asked.number, asked.attacked, asked.compared,
-        tuple(sorted(asked.levels)), steps=asked.steps,
-    )  # fmt: skip
+        config.reference,
+        config.training if asked.memorization else None,
+        asked.number,
+        asked.attacked,
+        asked.compared,
+        tuple(sorted(asked.levels)),
+        steps=asked.steps,
+    )
     runs = [study.run_dir(point) for point in points]
     evaluations = evaluate(runs, request, PACKAGED, command, Weights())
     found: dict[Point, Evaluation] = {p: e for p, (e, _) in zip(points, evaluations, strict=True)}
     text = table(config, found)
-    files = {"table.md": text.encode(), "table.json": json.dumps(table_data(found, command), indent=1).encode(),
-             "comparison.html": report(evaluations, command).encode(), **draw(config, found)}  # fmt: skip
+    files = {
+        "table.md": text.encode(),
+        "table.json": json.dumps(table_data(found, command), indent=1).encode(),
+        "comparison.html": report(evaluations, command).encode(),
+        **draw(config, found),
+    }
     for name, data in files.items():
         storage.write_atomically(str(study.folder / name), data)
     print(f"\n{text}\n{study.folder}: {', '.join(files)}")

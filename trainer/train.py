@@ -27,8 +27,12 @@ Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 75 interrupted w
 
 
 def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="python -m trainer.train", description="Trains a diffusion model from corrupted images alone.",
-                                epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    p = Parser(
+        prog="python -m trainer.train",
+        description="Trains a diffusion model from corrupted images alone.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     p.add_argument("config", metavar="CONFIG", type=Path, help="a YAML file; see configs/")
     p.add_argument(
         "overrides",
@@ -77,7 +81,10 @@ def _train(run: Run, stop: Callable[[], bool]) -> int:
     config = run.config
     if run.ranks.is_main and run.state.step:
         print(
-            f"{run.directory}: {'already done' if run.state.step >= config.steps else 'going on'} at step {run.state.step} of {config.steps}",
+            (
+                f"{run.directory}: {'already done' if run.state.step >= config.steps else 'going on'} at step "
+                f"{run.state.step} of {config.steps}"
+            ),
             file=sys.stderr,
         )
     if run.ranks.is_main and config.engine.precision != run.engine.precision:
@@ -94,7 +101,10 @@ def _train(run: Run, stop: Callable[[], bool]) -> int:
             run.logger.close(status)
     if run.ranks.is_main:
         print(
-            f"{run.directory}: {run.state.step} steps, {run.state.evaluations} network evaluations, {run.state.seconds:.0f} s of training"
+            (
+                f"{run.directory}: {run.state.step} steps, {run.state.evaluations} network evaluations, "
+                f"{run.state.seconds:.0f} s of training"
+            )
             + ("" if finished else "; interrupted, run it again to go on")
         )
     return errors.DONE if finished else errors.INTERRUPTED
@@ -112,7 +122,10 @@ def _with_roll_backs(run: Run, stop: Callable[[], bool]) -> bool:
             reached = run.state.step
             if not build.roll_back(run):
                 raise
-            again = f"back to step {run.state.step}, past the samples of steps {run.state.step + 1} to {reached}; {run.state.rolled_back} of at most {run.config.recovery.roll_back} times"
+            again = (
+                f"back to step {run.state.step}, past the samples of steps {run.state.step + 1} to {reached}; "
+                f"{run.state.rolled_back} of at most {run.config.recovery.roll_back} times"
+            )
             warn(run, "rolled_back", f"{problem.problem}; {again}", reached)
 
 

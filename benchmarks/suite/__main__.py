@@ -2,10 +2,11 @@
 
     python -m benchmarks.suite                       20 minutes of two idle cores; writes benchmarks/results/suite.json
     python -m benchmarks.suite --only steps runs     some of it; suite.json keeps the other parts' rows
-    python -m benchmarks.suite --compare FILE        no measurement: what of suite.json moved against FILE, outside the noise
+    python -m benchmarks.suite --compare FILE        no measurement: what of suite.json moved against FILE, outside the
+    noise
 
-Ours and the peer are measured in turns in one process, or in processes started in turns; a ratio is the median of the rounds' ratios, and
-± its standard error. What each row means: benchmarks/README.md.
+Ours and the peer are measured in turns in one process, or in processes started in turns; a ratio is the median of the
+rounds' ratios, and ± its standard error. What each row means: benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from benchmarks.suite.rows import Row, silent
 from trainer.engine import distributed
 
 NOISE = 3.0
-"""Standard errors of a difference, beyond which a row has moved; and at least SMALLEST of its ratio, for rows without an error."""
+"""Standard errors of a difference, beyond which a row has moved; and at least SMALLEST of its ratio, for rows
+without an error."""
 SMALLEST = 0.05
 PARTS: dict[str, Callable[[Path, int], list[Row]]] = {
     "steps": steps.rows,
@@ -90,7 +92,14 @@ def compare(before: Path, now: Path) -> int:
     worse = 0
     for name in [*old, *(name for name in new if name not in old)]:
         if name not in old or name not in new:
-            rows.append([*name, "not there" if name not in old else f"{old[name].ratio:.3f}", "not there" if name not in new else f"{new[name].ratio:.3f}", ""])  # fmt: skip
+            rows.append(
+                [
+                    *name,
+                    "not there" if name not in old else f"{old[name].ratio:.3f}",
+                    "not there" if name not in new else f"{new[name].ratio:.3f}",
+                    "",
+                ]
+            )
             continue
         a, b = old[name], new[name]
         noise = max(NOISE * (a.error**2 + b.error**2) ** 0.5, SMALLEST * a.ratio)
@@ -98,7 +107,9 @@ def compare(before: Path, now: Path) -> int:
             continue
         better = (b.ratio > a.ratio) == b.higher
         worse += not better
-        rows.append([*name, f"{a.ratio:.3f} ± {a.error:.3f}", f"{b.ratio:.3f} ± {b.error:.3f}", "better" if better else "worse"])  # fmt: skip
+        rows.append(
+            [*name, f"{a.ratio:.3f} ± {a.error:.3f}", f"{b.ratio:.3f} ± {b.error:.3f}", "better" if better else "worse"]
+        )
     print(
         table(["", "peer", str(before), str(now), ""], rows)
         if rows

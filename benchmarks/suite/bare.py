@@ -13,8 +13,8 @@ from trainer.training.run import Run
 
 
 class Bare:
-    """The arithmetic of a run in a plain PyTorch loop: its losses on its network, fused AdamW, clipping, an average of the weights.
-    Batches are in memory, noise comes from one generator; nothing is logged, checked or saved."""
+    """The arithmetic of a run in a plain PyTorch loop: its losses on its network, fused AdamW, clipping, an average
+    of the weights. Batches are in memory, noise comes from one generator; nothing is logged, checked or saved."""
 
     def __init__(self, run: Run, module: nn.Module | None = None) -> None:
         """module: in the place of the run's denoiser, such as one wrapped in DistributedDataParallel."""
@@ -54,7 +54,8 @@ class Bare:
 
 
 class Unconditional:
-    """diffusers' examples/unconditional_image_generation loop, written anew: accelerate, a DataLoader, DDPM's loss, an EMAModel."""
+    """diffusers' examples/unconditional_image_generation loop, written anew: accelerate, a DataLoader, DDPM's loss,
+    an EMAModel."""
 
     def __init__(self, network: Any, images: Tensor, batch_size: int, rate: float) -> None:
         """network: a UNet2DModel. images: (N, C, H, W)."""
@@ -69,7 +70,9 @@ class Unconditional:
             torch.utils.data.TensorDataset(images), batch_size, shuffle=True, drop_last=True
         )
         schedule = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=10_000)
-        self._model, self._optimizer, self._data, self._schedule = self._accelerator.prepare(network, optimizer, data, schedule)  # fmt: skip
+        self._model, self._optimizer, self._data, self._schedule = self._accelerator.prepare(
+            network, optimizer, data, schedule
+        )
         self._noises: Any = DDPMScheduler(num_train_timesteps=1000)
         self._average = EMAModel(self._model.parameters(), decay=0.9999, use_ema_warmup=True)
         self._batches = iter(self._data)
@@ -101,10 +104,12 @@ class Unconditional:
 
 
 class TextToImage:
-    """diffusers' examples/text_to_image LoRA loop for SDXL, written anew: pixels through the VAE and captions through both text encoders at
-    each step, adapters on the attention's projections."""
+    """diffusers' examples/text_to_image LoRA loop for SDXL, written anew: pixels through the VAE and captions
+    through both text encoders at each step, adapters on the attention's projections."""
 
-    def __init__(self, base: str, network: nn.Module, pictures: Tensor, captions: list[str], batch_size: int, rate: float) -> None:  # fmt: skip
+    def __init__(
+        self, base: str, network: nn.Module, pictures: Tensor, captions: list[str], batch_size: int, rate: float
+    ) -> None:
         """network: the UNet with its adapters. pictures: (N, 3, H, W) in [-1, 1]."""
         from accelerate import Accelerator
         from diffusers import AutoencoderKL, DDPMScheduler  # pyright: ignore[reportPrivateImportUsage]

@@ -24,13 +24,44 @@ def rows(folder: Path, shards: Path, rounds: int) -> list[Row]:
     bare = _ranks("memory", -1, folder / "bare-memory", shards)
     for stage in range(4):
         times = pair([(a, b) for a, b in _ranks("time", stage, folder / f"time-{stage}", shards, rounds)])
-        found.append(Row(f"two ranks, ZeRO {stage}, a step", f"{125 * times.ours:.1f} ms", "DistributedDataParallel", f"{125 * times.theirs:.1f} ms", times.ratio, times.error))  # fmt: skip
+        found.append(
+            Row(
+                f"two ranks, ZeRO {stage}, a step",
+                f"{125 * times.ours:.1f} ms",
+                "DistributedDataParallel",
+                f"{125 * times.theirs:.1f} ms",
+                times.ratio,
+                times.error,
+            )
+        )
         most = _ranks("memory", stage, folder / f"memory-{stage}", shards)
-        config = load(ROOT / "configs" / "quickstart.yaml", ["run_dir=unset", f"data.shards={shards}", *PIXEL, CONSISTENCY, f"engine.zero_stage={stage}"])  # fmt: skip
+        config = load(
+            ROOT / "configs" / "quickstart.yaml",
+            ["run_dir=unset", f"data.shards={shards}", *PIXEL, CONSISTENCY, f"engine.zero_stage={stage}"],
+        )
         setting = setting_of(config, "h100", 2)
         planned = Estimate(config, models.configured(config, SHAPE), SHAPE, setting).memory(setting).peak
-        found.append(Row(f"two ranks, ZeRO {stage}, memory", f"{most / 1e6:.1f} MB", "DistributedDataParallel", f"{bare / 1e6:.1f} MB", most / bare, 0.0))  # fmt: skip
-        found.append(Row(f"two ranks, ZeRO {stage}, memory", f"{most / 1e6:.1f} MB", "trainer.plan", f"{planned / 1e6:.1f} MB", most / planned, 0.0, AS_PLANNED))  # fmt: skip
+        found.append(
+            Row(
+                f"two ranks, ZeRO {stage}, memory",
+                f"{most / 1e6:.1f} MB",
+                "DistributedDataParallel",
+                f"{bare / 1e6:.1f} MB",
+                most / bare,
+                0.0,
+            )
+        )
+        found.append(
+            Row(
+                f"two ranks, ZeRO {stage}, memory",
+                f"{most / 1e6:.1f} MB",
+                "trainer.plan",
+                f"{planned / 1e6:.1f} MB",
+                most / planned,
+                0.0,
+                AS_PLANNED,
+            )
+        )
     return found
 
 

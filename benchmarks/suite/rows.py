@@ -1,4 +1,5 @@
-"""A row of the table; and how two pieces of work are compared: in turns, so that a slow minute is a slow minute of both."""
+"""A row of the table; and how two pieces of work are compared: in turns, so that a slow minute is a slow minute of
+both."""
 
 from __future__ import annotations
 
@@ -19,8 +20,9 @@ from trainer.training.run import Run
 
 @dataclass(frozen=True)
 class Row:
-    """ours, theirs: what was measured, as text with its unit. ratio: of ours over theirs, as paired; error: its standard error.
-    limit: what the ratio may not be beyond, if there is a limit. higher: whether more is better. part: of the suite, and when it was measured."""
+    """ours, theirs: what was measured, as text with its unit. ratio: of ours over theirs, as paired; error: its
+    standard error. limit: what the ratio may not be beyond, if there is a limit. higher: whether more is better.
+    part: of the suite, and when it was measured."""
 
     name: str
     ours: str
@@ -67,9 +69,15 @@ def pair(measured: Sequence[tuple[float, float]]) -> Pair:
     """measured: seconds of ours and of theirs, round by round."""
     ratios = [a / b for a, b in measured]
     ratio = statistics.median(ratios)
-    # Of a median, by the median distance from it: 1.4826 makes it a standard deviation, 1.2533 is the median's for a normal one.
+    # Of a median, by the median distance from it: 1.4826 makes it a standard deviation, 1.2533 is the median's for a
+    # normal one.
     spread = 1.4826 * statistics.median(abs(each - ratio) for each in ratios)
-    return Pair(statistics.median(a for a, _ in measured), statistics.median(b for _, b in measured), ratio, 1.2533 * spread / len(ratios) ** 0.5)  # fmt: skip
+    return Pair(
+        statistics.median(a for a, _ in measured),
+        statistics.median(b for _, b in measured),
+        ratio,
+        1.2533 * spread / len(ratios) ** 0.5,
+    )
 
 
 def timed(work: Callable[[], object], times: int = 1) -> Callable[[], float]:
@@ -90,7 +98,8 @@ def silent() -> AbstractContextManager[object]:
 
 
 class InTurns:
-    """The whole training loop in a thread, a number of steps at a time; meanwhile it stands still where it asks whether to stop."""
+    """The whole training loop in a thread, a number of steps at a time; meanwhile it stands still where it asks
+    whether to stop."""
 
     def __init__(self, run: Run) -> None:
         self.run = run

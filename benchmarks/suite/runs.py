@@ -23,12 +23,16 @@ TURN = 20
 
 
 def rows(folder: Path, shards: Path, rounds: int) -> list[Row]:
-    return [*checkpoints(folder, shards, rounds), logging(folder, shards, rounds), *start_up(folder, shards, max(3, rounds // 3))]  # fmt: skip
+    return [
+        *checkpoints(folder, shards, rounds),
+        logging(folder, shards, rounds),
+        *start_up(folder, shards, max(3, rounds // 3)),
+    ]
 
 
 def checkpoints(folder: Path, shards: Path, rounds: int) -> list[Row]:
-    """What a checkpoint adds to the steps around it, beside torch.save of the same tensors, flushed; as a share of the default
-    interval; and what is read back."""
+    """What a checkpoint adds to the steps around it, beside torch.save of the same tensors, flushed; as a share of
+    the default interval; and what is read back."""
     with_some = InTurns(pixel_run(folder, shards, "with checkpoints", f"checkpoint.every={TURN}"))
     without = InTurns(pixel_run(folder, shards, "without checkpoints"))
     measured = [(seconds(with_some, TURN), seconds(without, TURN)) for _ in range(rounds + 1)][1:]
@@ -42,7 +46,12 @@ def checkpoints(folder: Path, shards: Path, rounds: int) -> list[Row]:
     saved = run.checkpoints.latest()
     assert saved is not None
     size = sum(file.stat().st_size for file in saved.iterdir())
-    tensors = {"weights": run.engine.weights(), "moments": run.engine.moments(), "average": run.averaged_weights(), "pool": run.pool.state_dict()}  # fmt: skip
+    tensors = {
+        "weights": run.engine.weights(),
+        "moments": run.engine.moments(),
+        "average": run.averaged_weights(),
+        "pool": run.pool.state_dict(),
+    }
     file = folder / "theirs.pt"
 
     def torch_save() -> float:
@@ -67,22 +76,54 @@ def checkpoints(folder: Path, shards: Path, rounds: int) -> list[Row]:
     restored = paired(ours_load, torch_load, rounds)
     stalled = f"{1000 * stall.ours:.0f} ms, {share:.2%} of {every} steps"
     return [
-        Row("checkpoint, stall", stalled, "torch.save, flushed", f"{1000 * stall.theirs:.0f} ms", stall.ratio, stall.error),
+        Row(
+            "checkpoint, stall",
+            stalled,
+            "torch.save, flushed",
+            f"{1000 * stall.theirs:.0f} ms",
+            stall.ratio,
+            stall.error,
+        ),
         Row("checkpoint, stall of a default interval", f"{share:.3%}", "no checkpoint", "0", 1 + share, 0.0, 1 + STALL),
-        Row("checkpoint, size", f"{size / 1e6:.2f} MB", "torch.save", f"{file.stat().st_size / 1e6:.2f} MB", size / file.stat().st_size, 0.0),
-        Row("checkpoint, restored and checked", f"{1000 * restored.ours:.0f} ms", "torch.load", f"{1000 * restored.theirs:.0f} ms", restored.ratio, restored.error),
-    ]  # fmt: skip
+        Row(
+            "checkpoint, size",
+            f"{size / 1e6:.2f} MB",
+            "torch.save",
+            f"{file.stat().st_size / 1e6:.2f} MB",
+            size / file.stat().st_size,
+            0.0,
+        ),
+        Row(
+            "checkpoint, restored and checked",
+            f"{1000 * restored.ours:.0f} ms",
+            "torch.load",
+            f"{1000 * restored.theirs:.0f} ms",
+            restored.ratio,
+            restored.error,
+        ),
+    ]
 
 
 def logging(folder: Path, shards: Path, rounds: int) -> Row:
     """Reports at the default interval, to an SQLite file."""
-    runs = [InTurns(pixel_run(folder, shards, f"logging {on}", f"logging.enabled={on}", "logging.every=20")) for on in ("true", "false")]  # fmt: skip
+    runs = [
+        InTurns(pixel_run(folder, shards, f"logging {on}", f"logging.enabled={on}", "logging.every=20"))
+        for on in ("true", "false")
+    ]
     found = paired(lambda: seconds(runs[0], TURN), lambda: seconds(runs[1], TURN), rounds)
     for each in runs:
         each.end()
         if each.run.logger:
             each.run.logger.close("FINISHED")
-    return Row("step, MLflow on", f"{1000 * found.ours / TURN:.1f} ms", "MLflow off", f"{1000 * found.theirs / TURN:.1f} ms", found.ratio, found.error, LOGGING)  # fmt: skip
+    return Row(
+        "step, MLflow on",
+        f"{1000 * found.ours / TURN:.1f} ms",
+        "MLflow off",
+        f"{1000 * found.theirs / TURN:.1f} ms",
+        found.ratio,
+        found.error,
+        LOGGING,
+    )
 
 
 def start_up(folder: Path, shards: Path, rounds: int) -> list[Row]:
@@ -106,6 +147,21 @@ def start_up(folder: Path, shards: Path, rounds: int) -> list[Row]:
         one_step, process("-c", "import torch, diffusers.models.unets.unet_2d, deepspeed, webdataset"), rounds
     )
     return [
-        Row("--help", f"{usage.ours:.2f} s", "an empty Python", f"{usage.theirs:.2f} s", usage.ratio, usage.error, HELP_S / usage.theirs),
-        Row("start, one step, a checkpoint", f"{first.ours:.2f} s", "importing its packages", f"{first.theirs:.2f} s", first.ratio, first.error),
-    ]  # fmt: skip
+        Row(
+            "--help",
+            f"{usage.ours:.2f} s",
+            "an empty Python",
+            f"{usage.theirs:.2f} s",
+            usage.ratio,
+            usage.error,
+            HELP_S / usage.theirs,
+        ),
+        Row(
+            "start, one step, a checkpoint",
+            f"{first.ours:.2f} s",
+            "importing its packages",
+            f"{first.theirs:.2f} s",
+            first.ratio,
+            first.error,
+        ),
+    ]

@@ -1,4 +1,5 @@
-"""(a) A step: ours by the whole loop, with reading, reports and agreement, beside loops that do the same arithmetic and no more."""
+"""(a) A step: ours by the whole loop, with reading, reports and agreement, beside loops that do the same arithmetic
+and no more."""
 
 from __future__ import annotations
 
@@ -22,17 +23,29 @@ from trainer.training.run import Run
 
 ROOT = Path(__file__).parent.parent.parent
 ALONE = Ranks(0, 1, torch.device("cpu"))
-PIXEL = ("model={kind: unet2d, channels: [32, 64, 128], layers: 1, attention: [2], head_dim: 32, norm_groups: 8}", "batch_size=16", "data.workers=0",
-         "engine.precision=fp32", "steps=100000", "logging.enabled=false", "logging.sample_every=0", "checkpoint.every=1000000")  # fmt: skip
-"""Of the quickstart's run; a step of a quarter of a second on one core, so that what a step costs beside its arithmetic does not hide."""
+PIXEL = (
+    "model={kind: unet2d, channels: [32, 64, 128], layers: 1, attention: [2], head_dim: 32, norm_groups: 8}",
+    "batch_size=16",
+    "data.workers=0",
+    "engine.precision=fp32",
+    "steps=100000",
+    "logging.enabled=false",
+    "logging.sample_every=0",
+    "checkpoint.every=1000000",
+)
+"""Of the quickstart's run; a step of a quarter of a second on one core, so that what a step costs beside its
+arithmetic does not hide."""
 OVERHEAD = 1.03
 PERIOD, TURN = 8, 8
 
 
 def rows(folder: Path, rounds: int) -> list[Row]:
     shards = digits(folder)
-    kinds = {"ambient": "consistency=null", "consistency every step": "consistency={weight: 0.1, period: 1, start: 0}",
-             f"consistency every {PERIOD}th step": f"consistency={{weight: 0.1, period: {PERIOD}, start: 0}}"}  # fmt: skip
+    kinds = {
+        "ambient": "consistency=null",
+        "consistency every step": "consistency={weight: 0.1, period: 1, start: 0}",
+        f"consistency every {PERIOD}th step": f"consistency={{weight: 0.1, period: {PERIOD}, start: 0}}",
+    }
     found = [against_bare(folder, shards, name, words, rounds) for name, words in kinds.items()]
     return [*found, against_unconditional(folder, shards, rounds), against_text_to_image(folder, rounds)]
 
@@ -47,7 +60,10 @@ def digits(folder: Path) -> Path:
 def pixel_run(folder: Path, shards: Path, name: str, *words: str, ranks: Ranks = ALONE) -> Run:
     directory = folder / name.replace(" ", "-")
     directory.mkdir(parents=True, exist_ok=True)
-    return build.run(load(ROOT / "configs" / "quickstart.yaml", [f"run_dir={directory}", f"data.shards={shards}", *PIXEL, *words]), ranks)  # fmt: skip
+    return build.run(
+        load(ROOT / "configs" / "quickstart.yaml", [f"run_dir={directory}", f"data.shards={shards}", *PIXEL, *words]),
+        ranks,
+    )
 
 
 def against_bare(folder: Path, shards: Path, name: str, words: str, rounds: int) -> Row:
@@ -71,9 +87,18 @@ def lora_run(folder: Path, who: str = "ours") -> Run:
     base, shards = folder / "text" / "base", folder / "text" / "shards"
     if not shards.exists():
         base, shards = step_cost.data(folder / "text", size)
-    words = [f"data.shards={shards}", f"model={{kind: sdxl, base: '{base}', lora: {{rank: 8}}, base_dtype: fp32, drop_captions: 0}}",
-             f"batch_size={size.batch}", "ambient={pairs: false}", "consistency=null", "steps=100000", "checkpoint.every=1000000",
-             "logging.enabled=false", "logging.sample_every=0", "data.workers=0"]  # fmt: skip
+    words = [
+        f"data.shards={shards}",
+        f"model={{kind: sdxl, base: '{base}', lora: {{rank: 8}}, base_dtype: fp32, drop_captions: 0}}",
+        f"batch_size={size.batch}",
+        "ambient={pairs: false}",
+        "consistency=null",
+        "steps=100000",
+        "checkpoint.every=1000000",
+        "logging.enabled=false",
+        "logging.sample_every=0",
+        "data.workers=0",
+    ]
     (folder / "text" / who).mkdir()
     return build.run(load(ROOT / "configs" / "sdxl-tiny.yaml", [f"run_dir={folder / 'text' / who}", *words]), ALONE)
 
@@ -93,7 +118,9 @@ def _row(name: str, run: Run, peer: str, theirs: Callable[[int], None], rounds: 
     found = paired(lambda: seconds(ours), lambda: seconds(theirs), rounds)
     ours.end()
     each = 1000 / TURN
-    return Row(name, f"{found.ours * each:.1f} ms", peer, f"{found.theirs * each:.1f} ms", found.ratio, found.error, limit)  # fmt: skip
+    return Row(
+        name, f"{found.ours * each:.1f} ms", peer, f"{found.theirs * each:.1f} ms", found.ratio, found.error, limit
+    )
 
 
 def seconds(work: Callable[[int], None], steps: int = TURN) -> float:

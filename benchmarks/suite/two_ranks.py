@@ -1,7 +1,8 @@
 """One of two ranks: `torchrun --nproc_per_node 2 -m benchmarks.suite.two_ranks time|memory STAGE FOLDER SHARDS ROUNDS`.
 
-time: our loop at a ZeRO stage and a bare one around DistributedDataParallel, in turns; rank 0 prints what both took, round by
-round. memory: the most bytes of tensors that were alive on rank 0, of ours at a stage, or with -1 of the bare loop.
+time: our loop at a ZeRO stage and a bare one around DistributedDataParallel, in turns; rank 0 prints what both took,
+round by round. memory: the most bytes of tensors that were alive on rank 0, of ours at a stage, or with -1 of the bare
+loop.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ def most(stage: int, folder: Path, shards: Path, ranks: Ranks) -> int:
             live.peak = live.live
             theirs(8)
         else:
-            run = pixel_run(folder, shards, f"memory {stage}", CONSISTENCY, f"engine.zero_stage={stage}", "steps=8", ranks=ranks)  # fmt: skip
+            run = pixel_run(
+                folder, shards, f"memory {stage}", CONSISTENCY, f"engine.zero_stage={stage}", "steps=8", ranks=ranks
+            )
             live.peak = live.live
             loop.train(run, lambda: False)
     return live.peak
@@ -72,7 +75,8 @@ def main(argv: list[str]) -> None:
 
 
 def leave(ranks: Ranks, found: object) -> NoReturn:
-    """Rank 0 prints what was found. The interpreter then takes nothing down: gloo's threads, some in the middle of a step's, abort now and then."""
+    """Rank 0 prints what was found. The interpreter then takes nothing down: gloo's threads, some in the middle of a
+    step's, abort now and then."""
     if ranks.is_main:
         print(json.dumps(found), flush=True)
     ranks.barrier()

@@ -77,9 +77,9 @@ class Gaussian:
 class Degraded:
     """One or several steps of `degradations`, such as blur:2+poisson:30+gaussian:0.1, done in this order.
 
-    x_n - x0 is not Gaussian noise, so sigma_n is only an effective level: `effective_sigma` where it is given, or else the
-    root mean square of x_n - x0 over all pixels and channels of the image (origin "rms").
-    Draws what the steps draw, in their order, then whether the image stays clean.
+    x_n - x0 is not Gaussian noise, so sigma_n is only an effective level: `effective_sigma` where it is given, or else
+    the root mean square of x_n - x0 over all pixels and channels of the image (origin "rms"). Draws what the steps
+    draw, in their order, then whether the image stays clean.
     """
 
     steps: str
@@ -149,7 +149,9 @@ def _check_share(share: float) -> None:
 
 def _check_level(flag: str, sigma: float) -> None:
     if not (math.isfinite(sigma) and 0 < sigma <= HIGHEST):
-        raise UserError(f"{flag} {sigma:g}: must be above 0, up to {HIGHEST:g} (clean images are --corruption gaussian --sigma 0)")  # fmt: skip
+        raise UserError(
+            f"{flag} {sigma:g}: must be above 0, up to {HIGHEST:g} (clean images are --corruption gaussian --sigma 0)"
+        )
 
 
 def parse_corruption(
@@ -159,7 +161,10 @@ def parse_corruption(
     mean the same give equal corruptions. Raises UserError."""
     gaussian = words.partition(":")[0] == "gaussian" and "+" not in words
     if effective_sigma is not None and (gaussian or words == "measured"):
-        raise UserError(f"--effective-sigma {effective_sigma:g}: the level of --corruption {words} is known by its --sigma: leave it out")  # fmt: skip
+        raise UserError(
+            f"--effective-sigma {effective_sigma:g}: the level of --corruption {words} is known by its --sigma: "
+            "leave it out"
+        )
     if words == "measured":
         if clean_share != 0:
             raise UserError(f"--clean-share {clean_share:g}: --corruption measured has no clean images: leave it out")
@@ -170,12 +175,17 @@ def parse_corruption(
         try:
             return Measured(level(sigma))
         except ValueError:
-            raise UserError(f"--sigma {sigma}: --corruption measured takes a number above 0, up to {HIGHEST:g}, or estimate") from None  # fmt: skip
+            raise UserError(
+                f"--sigma {sigma}: --corruption measured takes a number above 0, up to {HIGHEST:g}, or estimate"
+            ) from None
     if sigma == "estimate":
         raise UserError("--sigma estimate: only with --corruption measured, for images that are noisy already")
     if sigma is not None and words != "gaussian":
         steps = "+".join(step.word for step in parse_steps(words))
-        raise UserError(f"--sigma {sigma}: not used by --corruption {words}; noise is a step: {steps if gaussian else steps + '+gaussian:' + sigma}")  # fmt: skip
+        raise UserError(
+            f"--sigma {sigma}: not used by --corruption {words}; noise is a step: "
+            f"{steps if gaussian else steps + '+gaussian:' + sigma}"
+        )
     if words == "gaussian":
         if sigma is None:
             raise UserError(f"--sigma is missing: --corruption gaussian takes {FORMS}")

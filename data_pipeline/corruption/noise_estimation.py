@@ -24,7 +24,8 @@ def require() -> None:
     """Raises UserError where the packages are missing, before any image is read."""
     if find_spec("skimage") is None or find_spec("pywt") is None:
         raise UserError(
-            "--sigma estimate: needs scikit-image and PyWavelets: pip install 'ambient-trainer[measured]', or give --sigma VALUE"
+            "--sigma estimate: needs scikit-image and PyWavelets: pip install 'ambient-trainer[measured]', or "
+            "give --sigma VALUE"
         )
 
 
@@ -38,8 +39,10 @@ def estimate(x_n: NDArray[np.float32]) -> tuple[float, float]:
         chance and a level that differs over the image;
       * how much the estimate changes when the coefficients at the border are left out. The transform mirrors the image
         there, which lowers their variance: 4 % of sigma at 28 pixels, 2 % at 64, 0.5 % at 256.
-    Over flat, smooth and finely textured images of 16 to 256 pixels with white noise (`benchmarks/corruptions.py`), the truth
-    lies within one standard error for 61 to 81 % of the images, within two for 93 to 98 %. It does not see what is the same in all
+    Over flat, smooth and finely textured images of 16 to 256 pixels with white noise (`benchmarks/corruptions.py`), the
+    truth
+    lies within one standard error for 61 to 81 % of the images, within two for 93 to 98 %. It does not see what is the
+    same in all
     tiles: detail as fine as a pixel (too high), noise that was smoothed, resized, demosaiced or compressed (too low).
 
     Raises BadImage for an image that is too small, or has a channel without noise.

@@ -38,11 +38,12 @@ class Shard:
 class ShardIndex:
     """The contents of a folder of shards.
 
-    shapes: (C, H, W) of the observations; several for latents in aspect-ratio buckets. sigma_min, sigma_max: the range of sigma_n. request: what was asked of
-    `data_pipeline.shard` (source, corruption, seed, size...), to tell whether a later call asks for the same. schema: the
-    members of a sample, with dtype and shape or fields. rejected: images of the source that could not be used. text: with latents of
-    captioned images, what OUTPUT/text/ has: its encoders' identity and how many captions. keys: SHA-256 of the names of the source's images,
-    to tell whether it is still the same.
+    shapes: (C, H, W) of the observations; several for latents in aspect-ratio buckets. sigma_min, sigma_max: the range
+    of sigma_n. request: what was asked of `data_pipeline.shard` (source, corruption, seed, size...), to tell whether a
+    later call asks for the same. schema: the members of a sample, with dtype and shape or fields. rejected: images of
+    the source that could not be used. text: with latents of captioned images, what OUTPUT/text/ has: its encoders'
+    identity and how many captions. keys: SHA-256 of the names of the source's images, to tell whether it is still the
+    same.
     """
 
     shards: tuple[Shard, ...]
@@ -110,11 +111,21 @@ def _plain(shard: Shard) -> dict[str, str | int]:
 def write_index(folder: str, index: ShardIndex) -> None:
     """Atomically: either the whole file appears or none. One line a shard: 100,000 of them take a second."""
     head = {
-        "format": FORMAT, "samples": index.samples, "bytes": index.bytes,
-        "checksum": index.checksum, "shapes": index.shapes, "sigma_min": index.sigma_min, "sigma_max": index.sigma_max,
-        "seed": index.request.get("seed"), "corruption": index.request.get("corruption"), "schema": index.schema,
-        "rejected": index.rejected, "request": index.request, "keys": index.keys, **({"text": index.text} if index.text else {}),
-    }  # fmt: skip
+        "format": FORMAT,
+        "samples": index.samples,
+        "bytes": index.bytes,
+        "checksum": index.checksum,
+        "shapes": index.shapes,
+        "sigma_min": index.sigma_min,
+        "sigma_max": index.sigma_max,
+        "seed": index.request.get("seed"),
+        "corruption": index.request.get("corruption"),
+        "schema": index.schema,
+        "rejected": index.rejected,
+        "request": index.request,
+        "keys": index.keys,
+        **({"text": index.text} if index.text else {}),
+    }
     shards = ",\n  ".join(json.dumps(_plain(shard)) for shard in index.shards)
     text = json.dumps(head, indent=1).removesuffix("\n}") + f',\n "shards": [\n  {shards}\n ]\n}}\n'
     storage.write_atomically(storage.join(folder, NAME), text.encode())
@@ -135,7 +146,10 @@ def read_index(folder: str | Path) -> ShardIndex:
         index = parse_index(path, storage.read_bytes(path))
     except FileNotFoundError:
         if local is not None and not any(name.endswith((".tar", ".partial")) for name in os.listdir(local)):
-            raise UserError(f"{folder}: holds no shards; if it holds images, make shards of them: `python -m data_pipeline.shard {folder} OUTPUT ...`") from None  # fmt: skip
+            raise UserError(
+                f"{folder}: holds no shards; if it holds images, make shards of them: `python -m "
+                f"data_pipeline.shard {folder} OUTPUT ...`"
+            ) from None
         rejected = storage.join(str(folder), REJECTED)
         why = f" ({rejected} says which images were refused)" if storage.exists(rejected) else ""
         raise UserError(
@@ -148,14 +162,15 @@ def read_index(folder: str | Path) -> ShardIndex:
         missing = [shard.name for shard in index.shards if shard.name not in there]
         if missing:
             raise UserError(
-                f"{folder}: {len(missing)} of {len(index.shards)} shards are missing, first {missing[0]}: remove the folder, or choose another, and shard again"
+                f"{folder}: {len(missing)} of {len(index.shards)} shards are missing, first {missing[0]}: "
+                "remove the folder, or choose another, and shard again"
             )
     return index
 
 
 def wrong_size(folder: str, index: ShardIndex) -> tuple[Shard, int] | None:
-    """The first shard of a local folder that has not the size that the index says, and its size; None where all have, or
-    the folder is remote."""
+    """The first shard of a local folder that has not the size that the index says, and its size; None where all
+    have, or the folder is remote."""
     if storage.local_path(folder) is None:
         return None
     sizes = ((shard, storage.size_of(storage.join(folder, shard.name))) for shard in index.shards)
@@ -168,7 +183,8 @@ def parse_index(path: str, content: bytes) -> ShardIndex:
         data = from_json(content)
         if data["format"] != FORMAT:
             raise UserError(
-                f"{path}: format {data['format']}, this version reads {FORMAT}: remove the folder, or choose another, and shard again"
+                f"{path}: format {data['format']}, this version reads {FORMAT}: remove the folder, or choose "
+                "another, and shard again"
             )
         index = ShardIndex(
             shards=tuple(Shard(**shard) for shard in data["shards"]),
@@ -183,19 +199,22 @@ def parse_index(path: str, content: bytes) -> ShardIndex:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path}: not a shard index ({type(error).__name__}: {error}): remove the folder, or choose another, and shard again"
+            f"{path}: not a shard index ({type(error).__name__}: {error}): remove the folder, or choose "
+            "another, and shard again"
         ) from None
     numbers = [number for shard in index.shards for number in (shard.samples, shard.bytes)]
     numbers += [side for shape in index.shapes for side in shape]
     if any(len(shape) != 3 for shape in index.shapes) or any(type(n) is not int or n < 1 for n in numbers):
         raise UserError(
-            f"{path}: shapes, samples and bytes must be whole numbers, at least 1: remove the folder, or choose another, and shard again"
+            f"{path}: shapes, samples and bytes must be whole numbers, at least 1: remove the folder, or choose "
+            "another, and shard again"
         )
     if any(type(shard.shape) is not int for shard in index.shards) or (
         index.shards and {shard.shape for shard in index.shards} != set(range(len(index.shapes)))
     ):
         raise UserError(
-            f"{path}: its shards are not of its {len(index.shapes)} shapes: remove the folder, or choose another, and shard again"
+            f"{path}: its shards are not of its {len(index.shapes)} shapes: remove the folder, or choose "
+            "another, and shard again"
         )
     if not all(type(text) is str for shard in index.shards for text in (shard.name, shard.sha256)):
         raise UserError(
@@ -208,7 +227,8 @@ def parse_index(path: str, content: bytes) -> ShardIndex:
         raise UserError(f"{path}: a shard's name has a folder in it, which no index that we write has")
     if any(not re.fullmatch("[0-9a-f]{64}", shard.sha256) for shard in index.shards):
         raise UserError(
-            f"{path}: a checksum that is not 64 hexadecimal digits: remove the folder, or choose another, and shard again"
+            f"{path}: a checksum that is not 64 hexadecimal digits: remove the folder, or choose another, and "
+            "shard again"
         )
     if not names or len(names) != len(index.shards):
         raise UserError(

@@ -63,8 +63,8 @@ def members(file: BinaryIO) -> Members:
 def _plain(file: BinaryIO, end: int) -> Members | None:
     """The members where all headers are plain files with short names, as in the shards that we write; otherwise None.
 
-    About 1 microsecond a member, where tarfile takes 20: headers are collected, and then parsed together. By pread, as a
-    memory map would cost a page fault a header, and the process if the file became shorter.
+    About 1 microsecond a member, where tarfile takes 20: headers are collected, and then parsed together. By pread, as
+    a memory map would cost a page fault a header, and the process if the file became shorter.
     """
     headers: list[bytes] = []
     offsets: list[int] = []

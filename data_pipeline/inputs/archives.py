@@ -67,9 +67,9 @@ def _read_zip(path: str, archive: PerProcess[zipfile.ZipFile], name: str) -> byt
 
 
 def open_tars(source: str, paths: Sequence[str], names: Sequence[str]) -> Source:
-    """WebDataset tars: a sample is the members whose names are alike up to the first dot; it has one image, and may have
-    a caption in `.txt`, or in `.json` as `caption` or `text`. Keys begin with the tar's name where there are several.
-    names: of the tars."""
+    """WebDataset tars: a sample is the members whose names are alike up to the first dot; it has one image, and may
+    have a caption in `.txt`, or in `.json` as `caption` or `text`. Keys begin with the tar's name where there are
+    several. names: of the tars."""
     places: dict[str, tuple[str, int, int]] = {}
     for path, tar in zip(paths, names, strict=True):
         for member, start, size in _members(path):

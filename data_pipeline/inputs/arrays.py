@@ -86,7 +86,8 @@ def _load_npz(path: str) -> tuple[NDArray[Any], NDArray[Any] | None]:
     _check(images.shape, images.dtype, path)
     if captions is not None and (captions.shape != images.shape[:1] or captions.dtype.kind not in "US"):
         raise UserError(
-            f"SOURCE {path}: captions are {captions.dtype} {captions.shape}; give one text for each of {len(images)} images"
+            f"SOURCE {path}: captions are {captions.dtype} {captions.shape}; give one text for each of "
+            f"{len(images)} images"
         )
     return images, captions
 
@@ -121,7 +122,8 @@ def _check(shape: tuple[int, ...], dtype: np.dtype[Any], path: str) -> None:
         raise UserError(f"SOURCE {path}: its shape is {shape}; give (N, H, W), (N, H, W, C) or (N, C, H, W)")
     if len(shape) == 3 and (shape[0] <= 4 or shape[2] <= 4):
         raise UserError(
-            f"SOURCE {path}: its shape {shape} may be (N, H, W) or one picture with channels; save it as (N, H, W, 1) or (1, H, W, C)"
+            f"SOURCE {path}: its shape {shape} may be (N, H, W) or one picture with channels; save it as (N, H, "
+            "W, 1) or (1, H, W, C)"
         )
     if len(shape) == 4 and shape[3] != 1 and channels_last((shape[1], shape[2], shape[3])) is None:
         raise UserError(

@@ -28,7 +28,8 @@ def caption_in(record: Mapping[str, Any], name: str) -> str | None:
 
 
 def agreed(captions: Iterable[str | None], name: str) -> str | None:
-    """The caption that all those which are not None say, without space around it. Raises UserError for two different."""
+    """The caption that all those which are not None say, without space around it. Raises UserError for two
+    different."""
     said = list(dict.fromkeys(caption.strip() for caption in captions if caption is not None))
     if len(said) > 1:
         raise UserError(f"{name}: two captions that differ, {said[0][:40]!r} and {said[1][:40]!r}: keep one")

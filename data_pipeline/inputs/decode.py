@@ -31,9 +31,9 @@ def decode(data: bytes, name: str, size: int | None = None) -> NDArray[Any]:
     """(H, W) or (H, W, C). What has at most 8 bits a channel becomes grey or RGB uint8, as Pillow's `convert` does it
     (alpha is dropped); 16 bits stay uint16; floats and other numbers of channels come from TIFF and `.npy`.
 
-    name: for messages. size: a square of so many pixels will be made of it. Then a JPEG is decoded at half, a quarter or
-    an eighth (by libjpeg, from fewer of its frequencies), where its shorter side keeps at least MARGIN times as many;
-    that takes half the time, and a hundredth of [-1, 1] is the root mean square of what it changes.
+    name: for messages. size: a square of so many pixels will be made of it. Then a JPEG is decoded at half, a quarter
+    or an eighth (by libjpeg, from fewer of its frequencies), where its shorter side keeps at least MARGIN times as
+    many; that takes half the time, and a hundredth of [-1, 1] is the root mean square of what it changes.
 
     Raises BadImage, with one line that is the same in every run."""
     try:
@@ -61,7 +61,8 @@ def decode(data: bytes, name: str, size: int | None = None) -> NDArray[Any]:
 
 
 def size_in(data: bytes) -> tuple[int, int] | None:
-    """Width and height of the picture as `decode` gives it, from the header alone; None where that does not tell them."""
+    """Width and height of the picture as `decode` gives it, from the header alone; None where that does not tell
+    them."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `decode` refuses it

@@ -67,8 +67,8 @@ def open_folder(source: str, names: Sequence[str], suffixes: frozenset[str] = SU
 
 
 def named(source: str, names: Sequence[str], read: Callable[[str], bytes], suffixes: frozenset[str]) -> Source:
-    """A source of the files of these suffixes; a caption is in metadata.jsonl, metadata.csv, or the `.txt` file that has
-    the image's name up to the suffix."""
+    """A source of the files of these suffixes; a caption is in metadata.jsonl, metadata.csv, or the `.txt` file that
+    has the image's name up to the suffix."""
     images = [name for name in names if suffix_of(name) in suffixes]
     if not images:
         raise UserError(f"SOURCE {source}: no image in it; looked for {' '.join(sorted(suffixes))}")

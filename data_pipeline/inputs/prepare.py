@@ -62,7 +62,8 @@ def _range(dtype: str, value_range: tuple[float, float] | None, least: float, mo
     if value_range is None:
         if dtype not in RANGES:
             raise UserError(
-                f"pictures of {dtype} need --range LOW HIGH, the values that become -1 and 1; this one has {least:g} to {most:g}"
+                f"pictures of {dtype} need --range LOW HIGH, the values that become -1 and 1; this one has "
+                f"{least:g} to {most:g}"
             )
         return RANGES[dtype]
     low, high = (float(value) for value in value_range)

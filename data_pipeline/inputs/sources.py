@@ -22,7 +22,8 @@ from data_pipeline.inputs.tiff import open_stack
 __all__ = ["UNDERSTOOD", "BadImage", "Picture", "Source", "open_source", "prepare"]
 
 UNDERSTOOD = (
-    "a folder of images, of .npy pictures, of .tar or .parquet files, or that datasets saved; a .tar (or data-{000..009}.tar),"
+    "a folder of images, of .npy pictures, of .tar or .parquet files, or that datasets saved; a .tar (or "
+    "data-{000..009}.tar),"
     f" .zip, .parquet, .arrow, .npy, .npz or .tif file; or packaged:{{{','.join(packaged.SETS)}}}"
 )
 OPENERS = {".zip": open_zip, ".npy": open_npy, ".npz": open_npz, ".tif": open_stack, ".tiff": open_stack}
@@ -32,8 +33,8 @@ def open_source(name: str, asked: str = "SOURCE") -> Source:
     """The pictures of SOURCE: a path or any URL of fsspec, or `packaged:NAME[/train|/test]`; see UNDERSTOOD.
 
     Folders are searched recursively, in the order of their paths; hidden files are passed over, linked folders not
-    entered. Listing opens no image. Raises UserError where nothing fits, or more than one thing does; asked: the option or
-    field that it names then."""
+    entered. Listing opens no image. Raises UserError where nothing fits, or more than one thing does; asked: the
+    option or field that it names then."""
     try:
         return _open(name)
     except UserError as error:

@@ -74,7 +74,8 @@ def _layout(file: TiffFile, name: str) -> _Layout:
         raise UserError(f"{name}: a TIFF in {getattr(first, 'photometric', None)!r}: convert it to grey or RGB")
     if getattr(first, "compression", 1) not in COMPRESSIONS:
         raise UserError(
-            f"{name}: compressed by {getattr(first, 'compression', None)!r}, which is read of single pictures in grey and in"
+            f"{name}: compressed by {getattr(first, 'compression', None)!r}, which is read of single pictures "
+            "in grey and in"
             " 8 bits only: save it uncompressed, or with deflate"
         )
     page = tuple(n for axis, n in zip(axes, shape, strict=True) if axis in "YXS")
@@ -151,7 +152,8 @@ def one(data: bytes, name: str) -> NDArray[Any]:
                 series = file.series[0]
                 raise BadImage(
                     f"{name}: a stack of {len(layout.planes)} pictures (axes {series.axes} {series.shape}):"
-                    " give this file alone as SOURCE, split stacks beforehand (docs/data.md), or say in its metadata that its pages are channels (axes CYX)"
+                    " give this file alone as SOURCE, split stacks beforehand (docs/data.md), or say in its "
+                    "metadata that its pages are channels (axes CYX)"
                 )
             return usual(_picture(file, layout, 0), BadImage, name)
     except UserError as error:

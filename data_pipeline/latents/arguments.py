@@ -19,8 +19,8 @@ class LatentRequest:
     """Everything that latents depend on, besides the pictures, the seed and the corruption. `asdict` gives plain JSON.
 
     source: a pipeline folder, a VAE's folder, or a hub id. vae: the VAE's identity. size: the side of the square that
-    pictures are cropped to, in pixels. buckets: if given, sizes of as many pixels with other ratios, too, in multiples of
-    so many pixels. flip: mirrors half of the pictures, by key. embeddings: whether OUTPUT/text/ is made of captions.
+    pictures are cropped to, in pixels. buckets: if given, sizes of as many pixels with other ratios, too, in multiples
+    of so many pixels. flip: mirrors half of the pictures, by key. embeddings: whether OUTPUT/text/ is made of captions.
     """
 
     source: str
@@ -40,7 +40,8 @@ class LatentRequest:
             raise UserError(f"--buckets {self.buckets}: must be a multiple of 8, at least 8")
         if len(self.sizes) < 2 and self.buckets:
             raise UserError(
-                f"--buckets {self.buckets}: too large for --size {self.size}, it leaves {len(self.sizes)} size of about {self.size}x{self.size} pixels: give at most {max(8, self.size // 16 * 8)}"
+                f"--buckets {self.buckets}: too large for --size {self.size}, it leaves {len(self.sizes)} size "
+                f"of about {self.size}x{self.size} pixels: give at most {max(8, self.size // 16 * 8)}"
             )
 
     @property
@@ -55,27 +56,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "latents", "Store latents of a Stable Diffusion XL VAE, with noise added to the latent, instead of pixels."
     )
     group.add_argument(
-        "--latents", metavar="PATH_OR_ID",
+        "--latents",
+        metavar="PATH_OR_ID",
         help="a pipeline in diffusers' layout, its vae folder, or a hub id; levels are then in units of scaled latents",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--buckets", type=int, nargs="?", const=64, metavar="STEP",
-        help="several aspect ratios: each picture is brought to the nearest of the sizes in multiples of STEP pixels (default: 64, as SDXL was trained) that have about --size x --size pixels",
-    )  # fmt: skip
+        "--buckets",
+        type=int,
+        nargs="?",
+        const=64,
+        metavar="STEP",
+        help=(
+            "several aspect ratios: each picture is brought to the nearest of the sizes in multiples of STEP pixels "
+            "(default: 64, as SDXL was trained) that have about --size x --size pixels"
+        ),
+    )
     group.add_argument(
-        "--crop", choices=["centre", "random"], help="which part of a picture stays; random: drawn by key (default: centre)"
-    )  # fmt: skip
+        "--crop",
+        choices=["centre", "random"],
+        help="which part of a picture stays; random: drawn by key (default: centre)",
+    )
     group.add_argument("--flip", action="store_true", help="mirror half of the pictures, drawn by key")
     group.add_argument(
-        "--no-embeddings", action="store_true",
-        help="store captions as words alone, without OUTPUT/text/ (0.3 MB a distinct caption): to train with model.text=encoded",
-    )  # fmt: skip
+        "--no-embeddings",
+        action="store_true",
+        help=(
+            "store captions as words alone, without OUTPUT/text/ (0.3 MB a distinct caption): to train with "
+            "model.text=encoded"
+        ),
+    )
 
 
 def from_arguments(args: argparse.Namespace, corruption: Corruption) -> LatentRequest | None:
     """None without --latents. Finds the VAE, or downloads it, and hashes it. Raises UserError."""
     if args.latents is None:
-        given = {"--crop": args.crop, "--flip": args.flip, "--buckets": args.buckets is not None, "--no-embeddings": args.no_embeddings}  # fmt: skip
+        given = {
+            "--crop": args.crop,
+            "--flip": args.flip,
+            "--buckets": args.buckets is not None,
+            "--no-embeddings": args.no_embeddings,
+        }
         for flag, value in given.items():
             if value:
                 raise UserError(f"{flag}: only with --latents")
@@ -101,6 +121,12 @@ def check_channels(channels: int | None) -> None:
 def check_corruption(corruption: Corruption) -> None:
     """Raises UserError for one that is not exact on latents: only Gaussian noise that is added to the latent is."""
     if isinstance(corruption, Measured):
-        raise UserError("--corruption measured with --latents: a photograph's noise is not Gaussian after a VAE; train on pixels (without --latents), or drown it in latent noise: --corruption gaussian --sigma LEVEL")  # fmt: skip
+        raise UserError(
+            "--corruption measured with --latents: a photograph's noise is not Gaussian after a VAE; train on "
+            "pixels (without --latents), or drown it in latent noise: --corruption gaussian --sigma LEVEL"
+        )
     if isinstance(corruption, Degraded):
-        raise UserError(f"--corruption {corruption.steps} with --latents: is made for pixels, and would mean nothing on a latent; take --corruption gaussian --sigma LEVEL")  # fmt: skip
+        raise UserError(
+            f"--corruption {corruption.steps} with --latents: is made for pixels, and would mean nothing on a "
+            "latent; take --corruption gaussian --sigma LEVEL"
+        )

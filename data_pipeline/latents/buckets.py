@@ -1,7 +1,7 @@
 """Sizes that pictures are brought to: one square, or aspect-ratio buckets; and what of a picture is cut off.
 
-As Stable Diffusion XL was trained: a picture is resized to cover its bucket, mirrored or not, and cropped. The network is
-told its original size, the crop and the bucket (`time_ids`), so that it does not learn to draw crops.
+As Stable Diffusion XL was trained: a picture is resized to cover its bucket, mirrored or not, and cropped. The network
+is told its original size, the crop and the bucket (`time_ids`), so that it does not learn to draw crops.
 """
 
 from __future__ import annotations
@@ -74,9 +74,15 @@ class Placement:
         left = self.width - self.left - self.bucket.width if self.flip else self.left
         right, bottom = left + self.bucket.width, self.top + self.bucket.height
         image = Image.fromarray(pixels).resize(
-            (self.bucket.width, self.bucket.height), Image.Resampling.LANCZOS,
-            box=(left * across, self.top * down, min(right * across, self.original_width), min(bottom * down, self.original_height)),
-        )  # fmt: skip
+            (self.bucket.width, self.bucket.height),
+            Image.Resampling.LANCZOS,
+            box=(
+                left * across,
+                self.top * down,
+                min(right * across, self.original_width),
+                min(bottom * down, self.original_height),
+            ),
+        )
         return np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flip else image)
 
 

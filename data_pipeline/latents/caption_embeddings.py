@@ -22,7 +22,13 @@ def write_captions(output: str, source: str, captions: Sequence[str]) -> dict[st
     if not captions:
         return None
     if not has_part("--latents", source, ENCODERS[0], [*ENCODERS[1:], *TOKENIZERS]):
-        print(f"{output}: no embeddings of its captions, since {source} has no text encoders; the shards have their words", file=sys.stderr)  # fmt: skip
+        print(
+            (
+                f"{output}: no embeddings of its captions, since {source} has no text encoders; the shards have "
+                "their words"
+            ),
+            file=sys.stderr,
+        )
         return None
     from data_pipeline.latents.text import TextEncoders  # here, since torch takes seconds
     from data_pipeline.latents.text_cache import TextCache, write_text_cache

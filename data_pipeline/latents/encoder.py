@@ -1,8 +1,8 @@
 """From pictures to noisy latents: what a worker of the shard writer does with --latents.
 
-Each sample has one generator, of the data set's seed and its key. It draws, in this order: three uniforms (crop top, crop
-left, mirror; always all three), the encoding's z, and then what the corruption draws. So every sample is the same in any
-order and with any number of workers, and another --crop or --flip leaves z and the noise as they are.
+Each sample has one generator, of the data set's seed and its key. It draws, in this order: three uniforms (crop top,
+crop left, mirror; always all three), the encoding's z, and then what the corruption draws. So every sample is the same
+in any order and with any number of workers, and another --crop or --flip leaves z and the noise as they are.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class LatentEncoder:
         request's sizes they are brought to.
 
         The bytes depend on the whole sequence, by rounding: give each call the pictures of one shard. A picture that
-        cannot be used goes to `reject` with its reason, or raises BadImage where there is none. value_range: as `prepare` has.
+        cannot be used goes to `reject` with its reason, or raises BadImage where there is none. value_range: as
+        `prepare` has.
         """
         check_corruption(corruption)
         waiting: list[Placed] = []
@@ -96,9 +97,13 @@ class LatentEncoder:
             )
         generator = generator_of(seed, key)
         placement = place(
-            width, height, bucket,
-            crop=self.request.crop, flip=self.request.flip, draws=generator.random(3),
-        )  # fmt: skip
+            width,
+            height,
+            bucket,
+            crop=self.request.crop,
+            flip=self.request.flip,
+            draws=generator.random(3),
+        )
         x0 = prepare(Picture(placement.apply(picture.pixels)), None, 3, value_range)
         about: dict[str, object] = {TIME_IDS: placement.time_ids}
         if self.request.flip:
@@ -109,6 +114,4 @@ class LatentEncoder:
         latents = self.vae.encode_batch(np.stack([p.x0 for p in batch]), [p.generator for p in batch])
         for placed, latent in zip(batch, latents, strict=True):
             observation = corruption(latent, placed.generator)
-            yield placed.key, Observation(
-                observation.x_n, observation.sigma_n, {**observation.about, **placed.about}
-            )  # fmt: skip
+            yield placed.key, Observation(observation.x_n, observation.sigma_n, {**observation.about, **placed.about})

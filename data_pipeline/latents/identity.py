@@ -1,7 +1,7 @@
 """What a VAE or a pair of text encoders is, as one hash: of its settings and weights, not of its path or file layout.
 
-Latents and embeddings mean something to the same VAE and the same encoders only, so shards record the hash, and training
-refuses others. The weights are streamed from the safetensors files, in the order of the tensors' names.
+Latents and embeddings mean something to the same VAE and the same encoders only, so shards record the hash, and
+training refuses others. The weights are streamed from the safetensors files, in the order of the tensors' names.
 """
 
 from __future__ import annotations
@@ -17,16 +17,33 @@ from ambient_core.parsing import from_json
 from data_pipeline.latents.parts import STEMS, read_config, weight_files
 
 VAE_FIELDS: dict[str, Any] = {
-    "scaling_factor": 0.18215, "shift_factor": None, "latents_mean": None, "latents_std": None, "in_channels": 3,
-    "latent_channels": 4, "block_out_channels": [64], "layers_per_block": 1, "norm_num_groups": 32, "act_fn": "silu",
-    "down_block_types": ["DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D"],
-    "mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True,
-}  # fmt: skip
+    "scaling_factor": 0.18215,
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "block_out_channels": [64],
+    "layers_per_block": 1,
+    "norm_num_groups": 32,
+    "act_fn": "silu",
+    "down_block_types": ["DownEncoderBlock2D"],
+    "up_block_types": ["UpDecoderBlock2D"],
+    "mid_block_add_attention": True,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+}
 TEXT_FIELDS: dict[str, Any] = {
-    "hidden_act": "quick_gelu", "hidden_size": 512, "intermediate_size": 2048, "layer_norm_eps": 1e-5,
-    "max_position_embeddings": 77, "num_attention_heads": 8, "num_hidden_layers": 12, "eos_token_id": 49407,
+    "hidden_act": "quick_gelu",
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "layer_norm_eps": 1e-5,
+    "max_position_embeddings": 77,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 12,
+    "eos_token_id": 49407,
     "vocab_size": 49408,
-}  # fmt: skip
+}
 """The settings that change what a part computes, with the libraries' defaults: a config that leaves one out means the
 same as one that was saved again and has it."""
 
@@ -47,7 +64,9 @@ def text_identity(encoders: Mapping[str, Path], tokens: Mapping[str, Mapping[str
 def require_same(recorded: str, found: str, what: str) -> None:
     """Raises UserError where the two hashes differ. what: such as "the VAE of models/sdxl"."""
     if recorded != found:
-        raise UserError(f"{what}: {found[:16]}, but the data were made with {recorded[:16]}: give the same, or make the data again")  # fmt: skip
+        raise UserError(
+            f"{what}: {found[:16]}, but the data were made with {recorded[:16]}: give the same, or make the data again"
+        )
 
 
 def _canonical(value: Any) -> bytes:

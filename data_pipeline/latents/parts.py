@@ -10,8 +10,11 @@ from ambient_core.errors import UserError, in_one_line
 from ambient_core.parsing import from_json, read_mapping, text_of
 
 STEMS = {
-    "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_2": "model",
-}  # fmt: skip
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+}
 """The name of each part's weights, without suffix."""
 SCHEDULER = "scheduler"
 ENCODERS, TOKENIZERS = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")
@@ -20,8 +23,8 @@ ENCODERS, TOKENIZERS = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokeni
 def find_parts(flag: str, source: str, names: Sequence[str]) -> dict[str, Path]:
     """The folder of each part. source: a pipeline folder, the folder of the one part asked for, or a hub id.
 
-    A hub id is downloaded (these parts alone, safetensors, never pickles) into the hub's cache. Raises UserError, with the
-    flag, where there is no such folder or id, or a part is missing.
+    A hub id is downloaded (these parts alone, safetensors, never pickles) into the hub's cache. Raises UserError, with
+    the flag, where there is no such folder or id, or a part is missing.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -57,7 +60,10 @@ def _download(flag: str, source: str, names: Sequence[str]) -> Path:
         return Path(snapshot_download(source, allow_patterns=wanted))
     except (OSError, ValueError) as error:  # the hub's own errors are of these kinds
         reason = str(error).strip().splitlines() or [""]
-        raise UserError(f"{flag} {source}: no such folder here, and no such model came from the hub ({type(error).__name__}: {reason[0]})") from None  # fmt: skip
+        raise UserError(
+            f"{flag} {source}: no such folder here, and no such model came from the hub "
+            f"({type(error).__name__}: {reason[0]})"
+        ) from None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -74,7 +80,9 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
     if whole.is_file():
         return [whole]
     if not index.is_file():
-        raise UserError(f"{folder}: no {stem}.safetensors in it (weights in .bin files are pickles, which are never read)")  # fmt: skip
+        raise UserError(
+            f"{folder}: no {stem}.safetensors in it (weights in .bin files are pickles, which are never read)"
+        )
     try:
         names = sorted(set(from_json(text_of(index))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -29,7 +29,8 @@ class Embeddings:
 
 
 class TextEncoders:
-    """source: a pipeline folder or hub id. They compute in float32. Raises UserError where a part is missing or wrong."""
+    """source: a pipeline folder or hub id. They compute in float32. Raises UserError where a part is missing or
+    wrong."""
 
     def __init__(self, source: str, device: torch.device | None = None) -> None:
         self.source, self.device = source, device or default_device()
@@ -65,7 +66,9 @@ class TextEncoders:
             hidden.append(output.hidden_states[-2])
         prompt_embeds, pooled = torch.cat(hidden, dim=-1).half().cpu(), output.text_embeds.half().cpu()
         if not (prompt_embeds.isfinite().all() and pooled.isfinite().all()):
-            raise WorkFailed(f"--latents {self.source}: its text encoders give NaN, or more than float16 holds: check their weights")  # fmt: skip
+            raise WorkFailed(
+                f"--latents {self.source}: its text encoders give NaN, or more than float16 holds: check their weights"
+            )
         return Embeddings(prompt_embeds, pooled), len(cut)
 
 

@@ -1,8 +1,9 @@
 """Text embeddings, once per distinct caption, in a folder beside the shards (OUTPUT/text).
 
-captions.jsonl: one caption a line, as a JSON string; its line number, from 0, is its id, and line 0 is the empty caption,
-for training that drops captions. prompt_embeds.npy, pooled.npy: a row for each id, float16. text.json: what encoded them
-and their shapes, written last, so a folder that has it is complete. A run that was killed goes on after the last whole chunk.
+captions.jsonl: one caption a line, as a JSON string; its line number, from 0, is its id, and line 0 is the empty
+caption, for training that drops captions. prompt_embeds.npy, pooled.npy: a row for each id, float16. text.json: what
+encoded them and their shapes, written last, so a folder that has it is complete. A run that was killed goes on after
+the last whole chunk.
 """
 
 from __future__ import annotations
@@ -57,9 +58,12 @@ def write_text_cache(folder: Path, captions: Iterable[str], encoder: Encoder) ->
             f"caption {error.object[error.start - 40 : error.end]!r}: not valid Unicode: correct it"
         ) from None
     described: dict[str, Any] = {
-        "format": FORMAT, "captions": len(distinct), "identity": encoder.identity,
-        "prompt_embeds": [len(distinct), encoder.tokens, encoder.width], "pooled": [len(distinct), encoder.pooled_width],
-    }  # fmt: skip
+        "format": FORMAT,
+        "captions": len(distinct),
+        "identity": encoder.identity,
+        "prompt_embeds": [len(distinct), encoder.tokens, encoder.width],
+        "pooled": [len(distinct), encoder.pooled_width],
+    }
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / CAPTIONS).is_file() and (folder / CAPTIONS).read_bytes() != lines:
         raise UserError(f"{folder}: holds the embeddings of other captions: delete it, or choose another OUTPUT")
@@ -113,7 +117,8 @@ def _write(path: Path, data: bytes) -> None:
 
 
 class TextCache:
-    """Reads what `write_text_cache` wrote; the embeddings stay on disk, mapped. Raises UserError for an incomplete folder."""
+    """Reads what `write_text_cache` wrote; the embeddings stay on disk, mapped. Raises UserError for an incomplete
+    folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -127,9 +132,14 @@ class TextCache:
             self._arrays = [np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in ARRAYS]
             shapes = [tuple(described[Path(name).stem]) for name in ARRAYS]
         except FileNotFoundError as error:
-            raise UserError(f"{folder}: no {Path(error.filename).name} in it, so the embeddings are not complete: encode the captions again") from None  # fmt: skip
+            raise UserError(
+                f"{folder}: no {Path(error.filename).name} in it, so the embeddings are not complete: encode "
+                "the captions again"
+            ) from None
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder}: not a text cache ({in_one_line(error, with_kind=True)}): encode the captions again") from None  # fmt: skip
+            raise UserError(
+                f"{folder}: not a text cache ({in_one_line(error, with_kind=True)}): encode the captions again"
+            ) from None
         for name, array, shape in zip(ARRAYS, self._arrays, shapes, strict=True):
             if array.shape != shape or array.dtype != np.float16:
                 raise UserError(
@@ -145,7 +155,8 @@ class TextCache:
         require_same(self.identity, identity, f"{self.folder}: the text encoders")
 
     def rows(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """prompt_embeds (N, T, D) and pooled (N, P), float16, of caption ids. Raises UserError for one that is not there."""
+        """prompt_embeds (N, T, D) and pooled (N, P), float16, of caption ids. Raises UserError for one that is not
+        there."""
         wrong = next((i for i in ids if not 0 <= i < len(self)), None)
         if wrong is not None:
             raise UserError(f"{self.folder}: caption id {wrong}: it has 0 to {len(self) - 1}")
@@ -157,7 +168,9 @@ class TextCache:
         try:
             return [self._ids[caption] for caption in captions]
         except KeyError as error:
-            raise UserError(f"{self.folder}: the caption {error.args[0]!r} was not encoded: encode the captions again") from None  # fmt: skip
+            raise UserError(
+                f"{self.folder}: the caption {error.args[0]!r} was not encoded: encode the captions again"
+            ) from None
 
     @cached_property
     def _ids(self) -> dict[str, int]:

@@ -27,8 +27,8 @@ def put(folder: Path, url: str) -> None:
 
 
 def open_text(place: str) -> TextCache:
-    """The text cache of a folder or URL; see `TextCache`. A remote one is fetched once for all processes of a machine, into
-    AMBIENT_CACHE. Raises UserError where it is not complete, WorkFailed where it cannot be fetched."""
+    """The text cache of a folder or URL; see `TextCache`. A remote one is fetched once for all processes of a
+    machine, into AMBIENT_CACHE. Raises UserError where it is not complete, WorkFailed where it cannot be fetched."""
     local = storage.local_path(place)
     if local is not None:
         return TextCache(local)
@@ -47,7 +47,9 @@ def open_text(place: str) -> TextCache:
                 shutil.rmtree(partial)
     except FileNotFoundError as error:
         name = os.path.basename(error.filename)
-        raise UserError(f"{place}: no {name} in it, so the embeddings are not complete: encode the captions again") from None  # fmt: skip
+        raise UserError(
+            f"{place}: no {name} in it, so the embeddings are not complete: encode the captions again"
+        ) from None
     except OSError as error:
         raise WorkFailed(f"{place}: cannot be fetched: {error.strerror or error}") from None
     return TextCache(folder)

@@ -15,7 +15,8 @@ from data_pipeline.latents.parts import ENCODERS, TOKENIZERS, find_parts, read_c
 
 
 class Tokens:
-    """source: a pipeline folder or hub id, which `flag` gave. count: T, tokens a caption, padded or cut to it (SDXL: 77).
+    """source: a pipeline folder or hub id, which `flag` gave. count: T, tokens a caption, padded or cut to it (SDXL:
+    77).
 
     Raises UserError where a part is missing or wrong."""
 

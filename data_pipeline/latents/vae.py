@@ -46,9 +46,14 @@ def load_part(class_: Any, folder: Path, stem: str, **options: Any) -> Any:
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:  # what the libraries raise for files that do not fit
         reason = str(error).strip().splitlines() or [""]
-        raise UserError(f"{folder}: cannot be loaded as {class_.__name__}: {type(error).__name__}: {reason[0]}") from None  # fmt: skip
+        raise UserError(
+            f"{folder}: cannot be loaded as {class_.__name__}: {type(error).__name__}: {reason[0]}"
+        ) from None
     if report["missing_keys"]:
-        raise UserError(f"{folder}: not the weights of its config.json: {len(report['missing_keys'])} are missing, such as {sorted(report['missing_keys'])[0]}")  # fmt: skip
+        raise UserError(
+            f"{folder}: not the weights of its config.json: {len(report['missing_keys'])} are missing, such as "
+            f"{sorted(report['missing_keys'])[0]}"
+        )
     return part.requires_grad_(False).eval()
 
 
@@ -76,7 +81,9 @@ class Vae:
         self.module: AutoencoderKL = module.to(self.device)
         config = module.config
         if config.latents_mean is not None or config.latents_std is not None:
-            raise UserError(f"--latents {source}: a VAE with latents_mean and latents_std is not supported; SDXL's has none")  # fmt: skip
+            raise UserError(
+                f"--latents {source}: a VAE with latents_mean and latents_std is not supported; SDXL's has none"
+            )
         self.scale, self.shift = float(config.scaling_factor), float(config.shift_factor or 0)
         self.in_channels, self.channels = int(config.in_channels), int(config.latent_channels)
         self.factor = 2 ** (len(config.block_out_channels) - 1)
@@ -84,30 +91,40 @@ class Vae:
     def shape(self, width: int, height: int) -> tuple[int, int, int]:
         """(C, H, W) of the latent of an image of this size in pixels. Raises UserError where the VAE cannot take it."""
         if width % self.factor or height % self.factor:
-            raise UserError(f"--latents {self.source}: {width}x{height} pixels: its VAE takes multiples of {self.factor}: change --size")  # fmt: skip
+            raise UserError(
+                f"--latents {self.source}: {width}x{height} pixels: its VAE takes multiples of {self.factor}: "
+                "change --size"
+            )
         return self.channels, height // self.factor, width // self.factor
 
     def encode(self, x0: Array, generator: np.random.Generator) -> Array:
-        """x0: (3, H, W) float32 in [-1, 1] -> (C, H/8, W/8) float32. Draws z, of the latent's shape, from `generator`."""
+        """x0: (3, H, W) float32 in [-1, 1] -> (C, H/8, W/8) float32. Draws z, of the latent's shape, from
+        `generator`."""
         return self.encode_batch(x0[None], [generator])[0]
 
     def encode_batch(self, images: Array, generators: Sequence[np.random.Generator]) -> Array:
         """(N, 3, H, W), and a generator each -> (N, C, H/8, W/8), float32.
 
-        z depends on its generator alone. mean and std depend on the other images of the batch by rounding (about 1e-6 of
-        their size), so bits are the same only where the batches are: make them from the shard's content alone.
+        z depends on its generator alone. mean and std depend on the other images of the batch by rounding (about 1e-6
+        of their size), so bits are the same only where the batches are: make them from the shard's content alone.
         """
         count, channels, height, width = images.shape
         assert count == len(generators)
         if channels != self.in_channels:
-            raise UserError(f"--latents {self.source}: images of {channels} channels, its VAE takes {self.in_channels}: give --channels {self.in_channels}")  # fmt: skip
+            raise UserError(
+                f"--latents {self.source}: images of {channels} channels, its VAE takes {self.in_channels}: "
+                f"give --channels {self.in_channels}"
+            )
         shape = self.shape(width, height)
         with torch.inference_mode(), one_thread():
             try:
                 distribution = self.module.encode(torch.from_numpy(images).to(self.device)).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
                 mean, std = distribution.mean.cpu().numpy(), distribution.std.cpu().numpy()
             except torch.cuda.OutOfMemoryError:
-                raise WorkFailed(f"--latents {self.source}: the GPU's memory is too small for {count} images of {width}x{height} pixels: give fewer --workers, or a smaller --size") from None  # fmt: skip
+                raise WorkFailed(
+                    f"--latents {self.source}: the GPU's memory is too small for {count} images of "
+                    f"{width}x{height} pixels: give fewer --workers, or a smaller --size"
+                ) from None
         z = np.stack([generator.standard_normal(shape, dtype=np.float32) for generator in generators])
         latents = (mean + std * z - np.float32(self.shift)) * np.float32(self.scale)
         if not np.isfinite(latents).all():

@@ -1,10 +1,10 @@
-"""Which samples a step's batch has, where a data set has observations of several shapes: all of one shape, each as often as
-its share of the samples. Pure functions of the step, as the order is.
+"""Which samples a step's batch has, where a data set has observations of several shapes: all of one shape, each as
+often as its share of the samples. Pure functions of the step, as the order is.
 
-Each shape has an order of its own, endless, over its own shards. Of N samples of a shape, floor((e + 1) N / B) batches of B
-are over at the end of epoch e: so an epoch has every sample once, but for the last fewer than B of each shape, which come
-first in the next. Within an epoch the batches of a shape are spread evenly, each at a random place of its stretch.
-With one shape, position p of the order is row p % B of step p // B.
+Each shape has an order of its own, endless, over its own shards. Of N samples of a shape, floor((e + 1) N / B) batches
+of B are over at the end of epoch e: so an epoch has every sample once, but for the last fewer than B of each shape,
+which come first in the next. Within an epoch the batches of a shape are spread evenly, each at a random place of its
+stretch. With one shape, position p of the order is row p % B of step p // B.
 """
 
 from __future__ import annotations

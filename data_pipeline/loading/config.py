@@ -10,18 +10,16 @@ from typing import Literal
 class DataConfig:
     """shards: the folder that `data_pipeline.shard` wrote, or its URL (s3://..., any that fsspec knows).
     sigma_scale: what the training takes the recorded sigma_n for, as a factor: 1 trusts it, 0 takes noisy images for
-    clean (the naive baseline), others study a wrong estimate.
-    workers: background processes that read, per rank; 0 reads in the training process.
-    group: shards shuffled together, shared out among the shapes where there are several; docs/loader.md has what more or
-    fewer cost.
-    flip: mirrors each image left to right with probability 1/2, drawn anew in each epoch; for sets whose mirror images belong to them.
-    Not for latents: the latent of a mirrored image is not the mirrored latent.
-    cache_dir: where copies of a remote folder's shards are kept, for all ranks of a machine together; null: in
-    AMBIENT_CACHE, or else ~/.cache/ambient-trainer. cache_gb: what they may take there, in 10^9 bytes.
-    retries: how often a remote read that fails is tried again, after 0.5, 1, 2, ... up to 30 seconds.
-    verify: compares each shard's checksum when a process first opens it. A remote shard always is, when it is fetched;
-    local ones by size alone unless this is set, as each process would read every byte once more.
-    on_error: what to do about a shard that cannot be read: stop, with its name; or skip, which puts samples of its group in
+    clean (the naive baseline), others study a wrong estimate. workers: background processes that read, per rank; 0
+    reads in the training process. group: shards shuffled together, shared out among the shapes where there are
+    several; docs/loader.md has what more or fewer cost. flip: mirrors each image left to right with probability 1/2,
+    drawn anew in each epoch; for sets whose mirror images belong to them. Not for latents: the latent of a mirrored
+    image is not the mirrored latent. cache_dir: where copies of a remote folder's shards are kept, for all ranks of
+    a machine together; null: in AMBIENT_CACHE, or else ~/.cache/ambient-trainer. cache_gb: what they may take there,
+    in 10^9 bytes. retries: how often a remote read that fails is tried again, after 0.5, 1, 2, ... up to 30 seconds.
+    verify: compares each shard's checksum when a process first opens it. A remote shard always is, when it is
+    fetched; local ones by size alone unless this is set, as each process would read every byte once more. on_error:
+    what to do about a shard that cannot be read: stop, with its name; or skip, which puts samples of its group in
     place of its own, warns, and counts them."""
 
     shards: str

@@ -25,10 +25,10 @@ Words = Callable[[Sequence[str]], tuple[NDArray[np.int64], Sequence[int]]]
 
 
 class Piece(NamedTuple):
-    """A micro-batch as it travels from process to process: its observations, float16 of this shape, wait in slot `number %
-    len(slots)` of its worker; sigma_n (B,) float32 and the conditioning travel in the message. skipped: how many samples
-    stand in for one in a shard that failed. failed: the shards that failed since the piece before, as messages. cut: the keys
-    of the samples whose captions were cut."""
+    """A micro-batch as it travels from process to process: its observations, float16 of this shape, wait in slot
+    `number % len(slots)` of its worker; sigma_n (B,) float32 and the conditioning travel in the message. skipped:
+    how many samples stand in for one in a shard that failed. failed: the shards that failed since the piece before,
+    as messages. cut: the keys of the samples whose captions were cut."""
 
     worker: int
     number: int
@@ -44,9 +44,9 @@ class Piece(NamedTuple):
 def conditioning_of(
     about: Sequence[Mapping[str, Any]], words: Words | None
 ) -> tuple[dict[str, NDArray[Any]], Sequence[int]]:
-    """From what is recorded beside each observation to what the backbone is given: arrays whose first dimension is B, by
-    name; and which captions were cut. time_ids (B, 6) float32, of latents. caption (B, ...) int64, what `words` makes of
-    the captions, where it is given; "" is no caption."""
+    """From what is recorded beside each observation to what the backbone is given: arrays whose first dimension is
+    B, by name; and which captions were cut. time_ids (B, 6) float32, of latents. caption (B, ...) int64, what
+    `words` makes of the captions, where it is given; "" is no caption."""
     conditioning: dict[str, NDArray[Any]] = {}
     if all("time_ids" in record for record in about):
         conditioning["time_ids"] = np.array([record["time_ids"] for record in about], np.float32)
@@ -59,8 +59,8 @@ def conditioning_of(
 class Slots:
     """Memory in which background processes leave observations, mapped before they are forked, and used again and again.
 
-    Fresh memory for each batch would cost more than reading into it: a page fault for every 4 KiB, in both processes. It has
-    no name, so nothing is left behind, however the processes end.
+    Fresh memory for each batch would cost more than reading into it: a page fault for every 4 KiB, in both processes.
+    It has no name, so nothing is left behind, however the processes end.
     """
 
     def __init__(self, workers: int, depth: int, batch: int, shapes: Sequence[Shape]) -> None:
@@ -104,7 +104,8 @@ class Feed:
         self._read_ahead = ReadAhead(order, reader, skip)
 
     def pieces(self, micro_batches: Iterator[MicroBatch]) -> Iterator[Piece | UserError | WorkFailed]:
-        """Errors are carried as values, as a background process would wrap them in its traceback; they end the stream."""
+        """Errors are carried as values, as a background process would wrap them in its traceback; they end the
+        stream."""
         try:
             for number, readable in enumerate(self._read_ahead(micro_batches)):
                 yield self._piece(number, readable)
@@ -124,4 +125,14 @@ class Feed:
             x_n[mirrored] = x_n[mirrored, ..., ::-1]
         sigma_n = np.array([record["sigma_n"] for record in about], np.float32)
         conditioning, cut = conditioning_of(about, self._words)
-        return Piece(worker.id if worker else 0, number, shape, sigma_n, conditioning, tuple(keys), skipped, failed, tuple(keys[i] for i in cut))  # fmt: skip
+        return Piece(
+            worker.id if worker else 0,
+            number,
+            shape,
+            sigma_n,
+            conditioning,
+            tuple(keys),
+            skipped,
+            failed,
+            tuple(keys[i] for i in cut),
+        )

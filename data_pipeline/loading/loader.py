@@ -51,7 +51,8 @@ class Loader:
         self.index, self.order = self._folder.index, self._folder.order
         if config.flip and self.index.request.get("latents"):
             raise UserError(
-                f"data.flip true: {config.shards} holds latents, and a mirrored latent is not the mirrored image's: set it to false (data_pipeline.shard --latents has its own --flip)"
+                f"data.flip true: {config.shards} holds latents, and a mirrored latent is not the mirrored "
+                "image's: set it to false (data_pipeline.shard --latents has its own --flip)"
             )
         self.skipped = self.cut = 0
         self._warned: set[str] = set()
@@ -70,7 +71,8 @@ class Loader:
         )
         pieces: Any = iter(pipeline)
         if workers:
-            # Forked, so that they share the slots. A worker starts on a piece when the one PREFETCH before it was taken.
+            # Forked, so that they share the slots. A worker starts on a piece when the one PREFETCH before it was
+            # taken.
             settings: dict[str, Any] = {"num_workers": workers, "prefetch_factor": PREFETCH, "collate_fn": _as_is}
             settings["worker_init_fn"] = _leave_signals_to_the_training
             pieces = iter(DataLoader(pipeline, batch_size=None, multiprocessing_context="fork", **settings))
@@ -105,7 +107,10 @@ class Loader:
                 note = f"warning: rank {self.layout.rank}: {message}; others of its group stand in for its samples"
                 tqdm.write(note, file=sys.stderr)
         if piece.cut and not self.cut:
-            note = f"warning: rank {self.layout.rank}: the caption of {piece.cut[0]} has more tokens than the text encoders take, and is cut, as all such captions are"
+            note = (
+                f"warning: rank {self.layout.rank}: the caption of {piece.cut[0]} has more tokens than the text "
+                "encoders take, and is cut, as all such captions are"
+            )
             tqdm.write(note, file=sys.stderr)
         self.cut += len(piece.cut)
         sigma_n = torch.from_numpy(piece.sigma_n) * self.config.sigma_scale
@@ -149,8 +154,8 @@ def _ids(place: str) -> Words:
 
 
 def _leave_signals_to_the_training(_: int) -> None:
-    """In a background process. A signal may go to the whole group; the training process answers it, saves, and ends this
-    one, by SIGTERM if need be: so of all SIGTERMs its own alone counts. (macOS does not tell whose it is.)"""
+    """In a background process. A signal may go to the whole group; the training process answers it, saves, and ends
+    this one, by SIGTERM if need be: so of all SIGTERMs its own alone counts. (macOS does not tell whose it is.)"""
     for number in (signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):

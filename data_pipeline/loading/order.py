@@ -1,8 +1,8 @@
 """Which sample is at which position: a pure function of (seed, epoch), whatever the ranks and workers.
 
-The global sequence is endless: position p is in epoch p // N, and each epoch holds every sample once. Shards are permuted
-each epoch and taken in groups; within a group the samples are shuffled together. So a reader needs one group's shards
-at a time, and finding a position costs the same at any place in the run.
+The global sequence is endless: position p is in epoch p // N, and each epoch holds every sample once. Shards are
+permuted each epoch and taken in groups; within a group the samples are shuffled together. So a reader needs one group's
+shards at a time, and finding a position costs the same at any place in the run.
 """
 
 from __future__ import annotations

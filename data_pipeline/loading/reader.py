@@ -32,8 +32,8 @@ LONGEST_KEPT = 1 << 12
 
 @dataclass(frozen=True)
 class OpenShard:
-    """A shard's file and its members. observations[row] and metas[row] are the numbers of a sample's members, -1 where it
-    has none."""
+    """A shard's file and its members. observations[row] and metas[row] are the numbers of a sample's members, -1
+    where it has none."""
 
     path: str
     file: BinaryIO
@@ -81,8 +81,9 @@ class ShardReader:
     def observations(
         self, shards: Sequence[int], rows: Sequence[int], out: NDArray[np.float16]
     ) -> tuple[list[str], list[Mapping[str, Any]]]:
-        """Reads the samples (shards[i], rows[i]), all of one shape, into out (B, C, H, W), and returns their keys, and what
-        is recorded beside each: {"sigma_n": ...}. Raises UserError, with the shard and the key, for a bad sample."""
+        """Reads the samples (shards[i], rows[i]), all of one shape, into out (B, C, H, W), and returns their keys,
+        and what is recorded beside each: {"sigma_n": ...}. Raises UserError, with the shard and the key, for a bad
+        sample."""
         keys: list[str] = []
         about: list[Mapping[str, Any]] = []
         shape = (out.shape[1], out.shape[2], out.shape[3])
@@ -114,7 +115,8 @@ class ShardReader:
 
     def sample(self, number: int, row: int) -> dict[str, Any]:
         """As webdataset's own reader yields it: the bytes of each member by its extension, `__key__`, `__url__`, and
-        `__local_path__` where the folder is on this machine. Raises UserError, with the shard and the key, for a sample without a member, or with one that is too large."""
+        `__local_path__` where the folder is on this machine. Raises UserError, with the shard and the key, for a
+        sample without a member, or with one that is too large."""
         shard = self.open(number)
         longest = 2 * math.prod(self.shapes[self._index.shards[number].shape]) + npy.LONGEST_HEADER
         try:
@@ -174,7 +176,8 @@ class ShardReader:
                 return self._cache.open(shard)
             except CacheFull:
                 raise UserError(
-                    f"data.cache_gb: too small for the shards in use, and {path} ({shard.bytes / 1e9:.3g} GB): raise it, or lower data.group"
+                    f"data.cache_gb: too small for the shards in use, and {path} ({shard.bytes / 1e9:.3g} GB): "
+                    "raise it, or lower data.group"
                 ) from None
         try:
             file = Path(path).open("rb", buffering=0)  # noqa: SIM115 closed with the shard
@@ -214,8 +217,9 @@ class ShardReader:
 
 
 def _into_page_cache(descriptor: int, size: int) -> None:
-    """By sendfile to nowhere, which reads as fast as cat does, and copies nothing. posix_fadvise(WILLNEED) would do with one
-    call, but reads no more of a large request than the device takes at once, and in small pages, half as fast."""
+    """By sendfile to nowhere, which reads as fast as cat does, and copies nothing. posix_fadvise(WILLNEED) would do
+    with one call, but reads no more of a large request than the device takes at once, and in small pages, half as
+    fast."""
     at = 0
     with open(os.devnull, "wb") as nowhere:
         while at < size and (sent := os.sendfile(nowhere.fileno(), descriptor, at, min(size - at, 1 << 24))):

@@ -62,8 +62,14 @@ def _pixels(
 
 
 def _latents(
-    request: Request, latents: LatentRequest, plan: Plan, source: Source, number: int, reject: Reject, on_image: Callable[[], object]
-) -> Iterator[Observed]:  # fmt: skip
+    request: Request,
+    latents: LatentRequest,
+    plan: Plan,
+    source: Source,
+    number: int,
+    reject: Reject,
+    on_image: Callable[[], object],
+) -> Iterator[Observed]:
     places: dict[str, int] = {}
     captions: dict[str, str | None] = {}
 
@@ -81,9 +87,13 @@ def _latents(
 
     encoder = encoder_of(latents)
     for key, observation in encoder(
-        pictures(), request.seed, request.corruption,
-        lambda key, error: reject(places[key], error), request.value_range, plan.shape(number),
-    ):  # fmt: skip
+        pictures(),
+        request.seed,
+        request.corruption,
+        lambda key, error: reject(places[key], error),
+        request.value_range,
+        plan.shape(number),
+    ):
         try:
             _check(observation)
         except BadImage as error:
@@ -95,8 +105,8 @@ def _latents(
 
 
 def nearest_sizes(source: Source, count: int, sizes: Sequence[Bucket]) -> list[int]:
-    """For each of the first `count` images, which of the sizes its ratio is nearest to. From the files' headers where they
-    have any; one whose size cannot be told counts as square, and is rejected when it is read."""
+    """For each of the first `count` images, which of the sizes its ratio is nearest to. From the files' headers
+    where they have any; one whose size cannot be told counts as square, and is rejected when it is read."""
     nearest: list[int] = []
     for i in progress_bar(iterable=range(count), desc="sizes", unit="img"):
         try:

@@ -1,8 +1,8 @@
 """What is to be sharded: the request, and `plan.json`, on which workers, array jobs and later calls agree.
 
-Shard k holds the images k * shard_size .. (k + 1) * shard_size of the source, or, where they have several shapes, of those
-of one shape; without the rejected ones. So its bytes depend on the request alone, and not on who else writes, or on what was
-rejected elsewhere.
+Shard k holds the images k * shard_size .. (k + 1) * shard_size of the source, or, where they have several shapes, of
+those of one shape; without the rejected ones. So its bytes depend on the request alone, and not on who else writes, or
+on what was rejected elsewhere.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def _flat(request: dict[str, Any]) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Plan:
     """request: as recorded. count: images of the source that are used. keys: SHA-256 over their keys. channels: 1 is
-    grey, 3 colour. shapes: (C, H, W) of the observations, from the first image that can be used, or the VAE. shape_of: with
-    several, which of them each image gets, as `packed` has it."""
+    grey, 3 colour. shapes: (C, H, W) of the observations, from the first image that can be used, or the VAE.
+    shape_of: with several, which of them each image gets, as `packed` has it."""
 
     request: dict[str, Any]
     count: int
@@ -150,18 +150,23 @@ def used(source: Source, limit: int | None) -> int:
 def digest_of_keys(source: Source, count: int) -> str:
     digest = hashlib.sha256()
     for start in range(0, count, 10_000):
-        digest.update("".join(f"{source.keys[i]}\n" for i in range(start, min(start + 10_000, count))).encode("utf-8", "surrogateescape"))  # fmt: skip
+        digest.update(
+            "".join(f"{source.keys[i]}\n" for i in range(start, min(start + 10_000, count))).encode(
+                "utf-8", "surrogateescape"
+            )
+        )
     return digest.hexdigest()
 
 
 def check_source(source: Source, request: dict[str, Any], count: int, keys: str) -> None:
-    """Raises UserError when the source no longer has the images that were planned: shards would hold other ones. request,
-    count, keys: of the plan, or of the index."""
+    """Raises UserError when the source no longer has the images that were planned: shards would hold other ones.
+    request, count, keys: of the plan, or of the index."""
     there = used(source, request["limit"])
     if there != count or digest_of_keys(source, there) != keys:
         now = f"{there} images, not {count}" if there != count else "images of other names"
         raise UserError(
-            f"SOURCE {request['source']}: it has {now}, since OUTPUT was begun: bring them back, or choose another OUTPUT"
+            f"SOURCE {request['source']}: it has {now}, since OUTPUT was begun: bring them back, or choose "
+            "another OUTPUT"
         )
 
 

@@ -38,10 +38,10 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Record:
-    """One finished shard. number: its place in the plan. shard: None where all its images were rejected. sigma_min and
-    sigma_max: the range of its sigma_n. fields: what the samples' JSON has. rejected: in the source's order. captions: with
-    latents, the shard's distinct captions, in the order in which they come. enlarged: images that had fewer pixels than the
-    size asked for. captioned: samples that have a caption."""
+    """One finished shard. number: its place in the plan. shard: None where all its images were rejected. sigma_min
+    and sigma_max: the range of its sigma_n. fields: what the samples' JSON has. rejected: in the source's order.
+    captions: with latents, the shard's distinct captions, in the order in which they come. enlarged: images that had
+    fewer pixels than the size asked for. captioned: samples that have a caption."""
 
     number: int
     shard: Shard | None

@@ -1,4 +1,5 @@
-"""From a request to a complete OUTPUT: plans, writes what is missing, merges. Goes on wherever an earlier call ended."""
+"""From a request to a complete OUTPUT: plans, writes what is missing, merges. Goes on wherever an earlier call
+ended."""
 
 from __future__ import annotations
 
@@ -48,13 +49,16 @@ class Limit:
         if len(found) > (self.asked if self.asked >= 1 else self.asked * count):
             progress_records.write_rejected(output, found)
             raise WorkFailed(
-                f"{output}: at least {len(found)} of {count} images were rejected, more than --max-rejected {self.asked:g}; see {storage.join(output, index.REJECTED)}; the first is {found[0].key}: {found[0].reason}; run again with a higher --max-rejected to leave them out, or mend or remove them and shard into another OUTPUT"
+                f"{output}: at least {len(found)} of {count} images were rejected, more than --max-rejected "
+                f"{self.asked:g}; see {storage.join(output, index.REJECTED)}; the first is {found[0].key}: "
+                f"{found[0].reason}; run again with a higher --max-rejected to leave them out, or mend or "
+                "remove them and shard into another OUTPUT"
             )
 
 
 def preprocess(request: Request, output: str, max_rejected: float, write: Write) -> ShardIndex:
-    """Writes OUTPUT, or returns its index where it already holds what is asked for. write: who writes the missing shards;
-    no byte of OUTPUT depends on it. See `shard.shard` for the errors."""
+    """Writes OUTPUT, or returns its index where it already holds what is asked for. write: who writes the missing
+    shards; no byte of OUTPUT depends on it. See `shard.shard` for the errors."""
     limit, asked = Limit(max_rejected), request.recorded()
     _refuse_places(request.source, output)
     local = storage.local_path(output)
@@ -95,13 +99,15 @@ def _refuse_places(source: str, output: str) -> None:
 
 
 def _complete(request: Request, output: str) -> ShardIndex:
-    """Raises UserError for shards that are damaged, or of other settings, or of a source that has other images by now."""
+    """Raises UserError for shards that are damaged, or of other settings, or of a source that has other images by
+    now."""
     there = index.read_index(output)
     plan.refuse_another(output, there.request, request.recorded())
     if (damaged := index.wrong_size(output, there)) is not None:
         shard, size = damaged
         raise UserError(
-            f"{storage.join(output, shard.name)}: {size} bytes, the index says {shard.bytes}: remove the folder, or choose another, and shard again"
+            f"{storage.join(output, shard.name)}: {size} bytes, the index says {shard.bytes}: remove the "
+            "folder, or choose another, and shard again"
         )
     if there.keys and not request.source.startswith("packaged:"):  # those do not change
         try:
@@ -175,7 +181,10 @@ def _work(work: Work, source: Source, limit: Limit, write: Write) -> ShardIndex:
             write(work, source, missing, bar.update, progress.add)
     if enlarged := sum(record.enlarged for record in progress.done.values()):
         print(
-            f"warning: {enlarged} of {work.plan.count} images had fewer pixels than --size {work.request.size} and were enlarged, so they hold less detail: choose a smaller --size, or leave them out",
+            (
+                f"warning: {enlarged} of {work.plan.count} images had fewer pixels than --size {work.request.size} "
+                "and were enlarged, so they hold less detail: choose a smaller --size, or leave them out"
+            ),
             file=sys.stderr,
         )
     _missing_captions(work, progress.done.values())
@@ -196,7 +205,13 @@ def _missing_captions(work: Work, done: Iterable[Record]) -> None:
         samples += record.shard.samples if record.shard else 0
         captioned += record.captioned
     if 0 < captioned < samples:
-        print(f"warning: {samples - captioned} of {samples} images have no caption: a run with captions trains them with the empty one", file=sys.stderr)  # fmt: skip
+        print(
+            (
+                f"warning: {samples - captioned} of {samples} images have no caption: a run with captions trains "
+                "them with the empty one"
+            ),
+            file=sys.stderr,
+        )
 
 
 @contextmanager

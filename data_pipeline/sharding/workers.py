@@ -35,7 +35,8 @@ class Work:
 
 
 def available_cores() -> int:
-    """The cores that this process may use: in a SLURM job fewer than the machine has; what a container may use of their time is not asked."""
+    """The cores that this process may use: in a SLURM job fewer than the machine has; what a container may use of
+    their time is not asked."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -63,7 +64,13 @@ def write_shard(work: Work, source: Source, number: int, on_image: Callable[[], 
                 reject(one.place, BadImage(f"what is recorded of it is no JSON: {error}"))
                 continue
             if len(members[META]) > LONGEST_META:
-                reject(one.place, BadImage(f"what is recorded of it has {len(members[META])} bytes, more than {LONGEST_META}: its caption is too long"))  # fmt: skip
+                reject(
+                    one.place,
+                    BadImage(
+                        f"what is recorded of it has {len(members[META])} bytes, more than {LONGEST_META}: its "
+                        "caption is too long"
+                    ),
+                )
                 continue
             levels.append(meta["sigma_n"])
             fields.update(meta)
@@ -96,8 +103,8 @@ Write = Callable[[Work, Source, Sequence[int], OnImages, OnRecord], None]
 def write_shards(
     work: Work, source: Source, numbers: Sequence[int], on_images: OnImages, on_record: OnRecord, workers: int
 ) -> None:
-    """Writes the shards of these numbers, in so many processes. When `on_record` raises, or Ctrl-C comes, the other workers
-    end within an image.
+    """Writes the shards of these numbers, in so many processes. When `on_record` raises, or Ctrl-C comes, the other
+    workers end within an image.
 
     Raises UserError for no workers, WorkFailed when a worker dies.
     """
@@ -130,7 +137,8 @@ def write_shards(
                 on_record(future.result())
     except BrokenProcessPool:
         raise WorkFailed(
-            f"{work.output}: a worker process died, perhaps for want of memory; finished shards are kept: run again, with fewer --workers"
+            f"{work.output}: a worker process died, perhaps for want of memory; finished shards are kept: run "
+            "again, with fewer --workers"
         ) from None
     finally:
         stop.set()

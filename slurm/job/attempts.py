@@ -49,7 +49,8 @@ class Decision:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of a job. step: of the checkpoint that it began from. endings: by rank. hung: ranks that wrote stacks."""
+    """One start of a job. step: of the checkpoint that it began from. endings: by rank. hung: ranks that wrote
+    stacks."""
 
     folder: Path
     job: str
@@ -73,10 +74,19 @@ def begin(run_dir: Path, at: Place) -> Path:
     number = _starts(run_dir, at) if at.restarts is None else at.restarts
     folder = run_dir / "attempts" / f"{at.job}-{number}"
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / f"rank-{at.rank}.json", {
-        "job": at.job, "number": number, "nodes": at.nodes, "ranks": at.ranks, "host": socket.gethostname(), "pid": os.getpid(),
-        "started": time.time(), "step": steps_done(run_dir),
-    })  # fmt: skip
+    _write(
+        folder / f"rank-{at.rank}.json",
+        {
+            "job": at.job,
+            "number": number,
+            "nodes": at.nodes,
+            "ranks": at.ranks,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": time.time(),
+            "step": steps_done(run_dir),
+        },
+    )
     return folder
 
 
@@ -107,9 +117,17 @@ def _attempt(folder: Path) -> Attempt:
     hung = sorted(int(path.name.split("-")[1]) for path in folder.glob("rank-*-stacks.txt") if path.stat().st_size)
     started = first.get("started", decision.get("time", folder.stat().st_mtime))
     return Attempt(
-        folder, job, int(number), tuple(first.get("nodes", ())), first.get("ranks", 0), started,
-        first.get("step", decision.get("step", 0)), endings, tuple(hung), Decision(**decision) if decision else None,
-    )  # fmt: skip
+        folder,
+        job,
+        int(number),
+        tuple(first.get("nodes", ())),
+        first.get("ranks", 0),
+        started,
+        first.get("step", decision.get("step", 0)),
+        endings,
+        tuple(hung),
+        Decision(**decision) if decision else None,
+    )
 
 
 def decide(run_dir: Path, job: str, number: int, code: int, most: int) -> Decision:
@@ -125,7 +143,10 @@ def decide(run_dir: Path, job: str, number: int, code: int, most: int) -> Decisi
     if follows == "another start" and [*before, this.step if this else step] == [step, step]:
         follows, why = "a person", f"{why}; no step further in two starts: mend the cause, and submit it again"
     elif follows == "another start" and number >= most:
-        follows, why = "a person", f"{why}; started again {number} times, which is max_requeues: submit it again to go on"  # fmt: skip
+        follows, why = (
+            "a person",
+            f"{why}; started again {number} times, which is max_requeues: submit it again to go on",
+        )
     return Decision(follows, f"step {step}: {why}", step, time.time())
 
 
@@ -139,10 +160,16 @@ def _outcome(attempt: Attempt | None, code: int) -> tuple[Follows, str]:
     if attempt and attempt.hung:
         ranks = ", ".join(map(str, attempt.hung))
         return "another start", f"hung: no step for too long; stacks of ranks {ranks} in {attempt.folder}"
-    crashed = [f"rank {rank}: {e.message[:SHORT]}" for rank, e in attempt.endings.items() if e.outcome == "crashed"] if attempt else []  # fmt: skip
+    crashed = (
+        [f"rank {rank}: {e.message[:SHORT]}" for rank, e in attempt.endings.items() if e.outcome == "crashed"]
+        if attempt
+        else []
+    )
     if attempt and len(endings) < attempt.ranks and code != 0:
         gone = [str(rank) for rank in range(attempt.ranks) if rank not in attempt.endings]
-        return "another start", f"killed: ranks {', '.join(gone)} ended without a word (exit code {code})" + "".join(f"; {c}" for c in crashed[:1])  # fmt: skip
+        return "another start", f"killed: ranks {', '.join(gone)} ended without a word (exit code {code})" + "".join(
+            f"; {c}" for c in crashed[:1]
+        )
     if crashed:
         return "another start", f"crashed: {crashed[0]}"
     if any(ending.outcome == "interrupted" for ending in endings):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Place:
-    """job: its id, with _INDEX in an array. restarts: how often SLURM has started it again; None for kind local, which does
-    not count. nodes: their names. folder: the job's files."""
+    """job: its id, with _INDEX in an array. restarts: how often SLURM has started it again; None for kind local,
+    which does not count. nodes: their names. folder: the job's files."""
 
     job: str
     restarts: int | None

@@ -8,7 +8,20 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
-ACTIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED")  # fmt: skip
+ACTIVE = (
+    "PENDING",
+    "RUNNING",
+    "COMPLETING",
+    "CONFIGURING",
+    "SUSPENDED",
+    "REQUEUED",
+    "REQUEUE_HOLD",
+    "REQUEUE_FED",
+    "RESIZING",
+    "SIGNALING",
+    "STAGE_OUT",
+    "STOPPED",
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +45,9 @@ def listed(job: str) -> Listed | None:
     if "JobState" in found:
         nodes = found.get("NodeList", "").replace("(null)", "")
         return Listed(found["JobState"], found.get("Reason", ""), nodes, int(found.get("Restarts", "0")))
-    for line in _ask("sacct", "--noheader", "--allocations", "--parsable2", "--format=State,NodeList", "--jobs", job).splitlines():  # fmt: skip
+    for line in _ask(
+        "sacct", "--noheader", "--allocations", "--parsable2", "--format=State,NodeList", "--jobs", job
+    ).splitlines():
         state, _, nodes = line.partition("|")
         return Listed(state.split()[0], "", nodes)
     return None

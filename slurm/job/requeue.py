@@ -25,8 +25,12 @@ EXAMPLE = """example:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="python -m slurm.job.requeue", description="Decides, inside a training's batch script, whether the job is requeued, and requeues it.",
-                                epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    p = Parser(
+        prog="python -m slurm.job.requeue",
+        description="Decides, inside a training's batch script, whether the job is requeued, and requeues it.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     p.add_argument("folder", metavar="FOLDER", type=Path, help="the job's folder")
     p.add_argument("code", metavar="CODE", type=int, help="srun's exit code")
     return p

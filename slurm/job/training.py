@@ -1,8 +1,8 @@
 """A rank of a training in a job: trainer.train's own code, with submitit's environment around it.
 
 submitit handles signals on rank 0 alone, ignores SIGTERM, and takes each short job for timed out (its issues 1656 and
-1732). Its handlers are replaced before anything else: signals set a flag here, the ranks agree on it at a step's border,
-save, and end in order. Whether the job is started again is decided after that, by slurm.job.requeue.
+1732). Its handlers are replaced before anything else: signals set a flag here, the ranks agree on it at a step's
+border, save, and end in order. Whether the job is started again is decided after that, by slurm.job.requeue.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from slurm.job.watchdog import Watchdog
 from trainer.train import listen, train
 
 PATIENCE = 120.0
-"""Seconds that a start waits for an older one of the same run, on a node that SLURM has lost, to see it and to leave."""
+"""Seconds that a start waits for an older one of the same run, on a node that SLURM has lost, to see it and to
+leave."""
 
 LOOK_S = 2.0
 """Seconds between two looks for a newer start."""
@@ -33,8 +34,8 @@ LOOK_S = 2.0
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """config: of the run, as plain data. folder: where it was submitted, for relative paths. tags: for MLflow. hang_s: see
-    Watchdog. most: starts after the first."""
+    """config: of the run, as plain data. folder: where it was submitted, for relative paths. tags: for MLflow.
+    hang_s: see Watchdog. most: starts after the first."""
 
     config: Mapping[str, Any]
     folder: str
@@ -67,7 +68,9 @@ class TrainingJob:
         try:
             number = int(attempt.name.rpartition("-")[2])
             if number > self.most:
-                raise WorkFailed(f"started again {number} times, more than max_requeues {self.most}: submit it again to go on")  # fmt: skip
+                raise WorkFailed(
+                    f"started again {number} times, more than max_requeues {self.most}: submit it again to go on"
+                )
             environment.meet(at)
             config = parse(dict(self.config), "the submitted configuration")
             tags = {**self.tags, **_tags(at, number)}
@@ -84,12 +87,14 @@ class TrainingJob:
         return code, ending
 
     def _decide_locally(self, run_dir: Path, attempt: Path, code: int, by_hand: bool) -> None:
-        """On this machine no script outlives the ranks; rank 0 decides at its own end. by_hand: who stops a job here by a
-        signal means it, as nobody preempts it."""
+        """On this machine no script outlives the ranks; rank 0 decides at its own end. by_hand: who stops a job here
+        by a signal means it, as nobody preempts it."""
         job, _, number = attempt.name.rpartition("-")
         decision = attempts.decide(run_dir, job, int(number), code, self.most)
         if by_hand and decision.follows == "another start":
-            decision = replace(decision, follows="a person", reason=f"{decision.reason}; by a signal: submit it again to go on")  # fmt: skip
+            decision = replace(
+                decision, follows="a person", reason=f"{decision.reason}; by a signal: submit it again to go on"
+            )
         attempts.record(attempt, decision)
         print(decision.reason, file=sys.stderr, flush=True)
         if decision.follows == "another start":
@@ -98,14 +103,17 @@ class TrainingJob:
 
 def _tags(at: environment.Place, number: int) -> dict[str, str]:
     return {
-        "job.id": at.job, "job.requeues": str(number), "job.nodes": ",".join(at.nodes), "job.ranks": str(at.ranks),
+        "job.id": at.job,
+        "job.requeues": str(number),
+        "job.nodes": ",".join(at.nodes),
+        "job.ranks": str(at.ranks),
         "job.folder": str(at.folder),
-    }  # fmt: skip
+    }
 
 
 def _newer(attempt: Path) -> Callable[[], bool]:
-    """Tells whether the run was started anew since: SLURM does so with jobs of nodes that it no longer reaches, where the
-    ranks may well go on. The older start leaves."""
+    """Tells whether the run was started anew since: SLURM does so with jobs of nodes that it no longer reaches,
+    where the ranks may well go on. The older start leaves."""
     known, looked = set(os.listdir(attempt.parent)), time.monotonic()
     found = False
 

@@ -17,7 +17,8 @@ GRACE = 5.0
 
 
 class Watchdog:
-    """seconds: without a beat until the stacks are written; 0: never. stacks: the file for them; gone again if all is well.
+    """seconds: without a beat until the stacks are written; 0: never. stacks: the file for them; gone again if all is
+    well.
 
     It takes SIGALRM, whose default action ends the process, for itself.
     """

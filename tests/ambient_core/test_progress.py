@@ -32,7 +32,9 @@ def test_long_work_says_where_it_is(capfd: pytest.CaptureFixture[str], monkeypat
     with progress.progress_bar(total=10, desc="work", miniters=1) as bar:
         for _ in range(10):
             bar.update()
-    assert [line.split("|")[2].split()[0] for line in capfd.readouterr().err.splitlines()][:10] == [f"{n}/10" for n in range(10)]  # fmt: skip
+    assert [line.split("|")[2].split()[0] for line in capfd.readouterr().err.splitlines()][:10] == [
+        f"{n}/10" for n in range(10)
+    ]
 
 
 def test_a_message_stands_on_a_line_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:

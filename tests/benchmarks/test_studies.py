@@ -1,4 +1,5 @@
-"""The studies on mixtures: the published loop costs and does what it is said to, the tables come out, the claims hold small."""
+"""The studies on mixtures: the published loop costs and does what it is said to, the tables come out, the claims
+hold small."""
 
 from __future__ import annotations
 

@@ -41,7 +41,13 @@ def test_the_first_round_is_not_counted_and_each_goes_first_by_turns() -> None:
 def test_what_moved_outside_the_noise_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = {name: Row(name, "1", "peer", "1", 1.0, 0.01) for name in ("same", "slower", "faster", "noisy", "gone")}
     rows["throughput"] = Row("throughput", "1", "peer", "1", 2.0, 0.0, higher=True)
-    moved = {"same": (1.02, 0.01), "slower": (1.2, 0.01), "faster": (0.8, 0.01), "noisy": (1.2, 0.1), "throughput": (1.5, 0.0)}  # fmt: skip
+    moved = {
+        "same": (1.02, 0.01),
+        "slower": (1.2, 0.01),
+        "faster": (0.8, 0.01),
+        "noisy": (1.2, 0.1),
+        "throughput": (1.5, 0.0),
+    }
     after = [replace(rows[name], ratio=ratio, error=error) for name, (ratio, error) in moved.items()]
     for name, kept in (("old", list(rows.values())), ("new", after)):
         (tmp_path / name).write_text(json.dumps({"rows": [asdict(row) for row in kept]}))

@@ -20,7 +20,8 @@ COUNT = 14
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """14 colour pictures of 40x32 pixels, three captions between them; a 15th cannot be read, and a 16th has 16 bits."""
+    """14 colour pictures of 40x32 pixels, three captions between them; a 15th cannot be read, and a 16th has 16
+    bits."""
     folder = tmp_path_factory.mktemp("photos")
     generator = np.random.default_rng(0)
     for i, pixels in enumerate(generator.integers(0, 256, (COUNT, 32, 40, 3), dtype=np.uint8)):

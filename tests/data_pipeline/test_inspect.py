@@ -27,7 +27,9 @@ def folder(shards: Path, tmp_path: Path) -> Path:
     return tmp_path / "folder"
 
 
-def test_the_summary_says_what_the_samples_say(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_the_summary_says_what_the_samples_say(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "out"
     shard(str(pictures), output, Gaussian("0.2,0.6", clean_share=0.2), shard_size=8, seed=5)
     index, contents, wrong = inspect(str(output))
@@ -38,7 +40,15 @@ def test_the_summary_says_what_the_samples_say(pictures: Path, tmp_path: Path, c
     assert cli.main(["inspect", str(output)]) == 0
     said = capsys.readouterr().out
     clean = contents.levels.count(0.0)
-    for line in (f"{output}: complete", "60 in 8 shards", "1 x 16 x 16", f"clean (0): {clean}", "seed        5", "exact 60", index.checksum):  # fmt: skip
+    for line in (
+        f"{output}: complete",
+        "60 in 8 shards",
+        "1 x 16 x 16",
+        f"clean (0): {clean}",
+        "seed        5",
+        "exact 60",
+        index.checksum,
+    ):
         assert line in said
     assert Image.open(output / "inspect" / "sigma-n.png").size == (840, 480)
     assert (output / "inspect" / "contact-sheet.png").is_file()

@@ -2,10 +2,10 @@
 
     python -m tests.faults.campaign --rounds 200          about an hour of two cores; 6 rounds are a test
 
-A round is a training on one or two ranks, or a writing of shards. It is killed one to three times by SIGKILL, SIGTERM, SIGINT
-or SIGUSR2, after a random time, after a random step, or in the middle of a save, and started again until it is done. Then
-its files must have the bits of an undisturbed one's, each step must be logged once, and training must have seen every sample once
-an epoch. Ends with one line of JSON; what a round that failed has left stays in FOLDER.
+A round is a training on one or two ranks, or a writing of shards. It is killed one to three times by SIGKILL, SIGTERM,
+SIGINT or SIGUSR2, after a random time, after a random step, or in the middle of a save, and started again until it is
+done. Then its files must have the bits of an undisturbed one's, each step must be logged once, and training must have
+seen every sample once an epoch. Ends with one line of JSON; what a round that failed has left stays in FOLDER.
 """
 
 from __future__ import annotations
@@ -61,7 +61,11 @@ class Outcome:
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="python -m tests.faults.campaign", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    p = argparse.ArgumentParser(
+        prog="python -m tests.faults.campaign",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     p.add_argument("--rounds", type=int, default=200, help="(default: 200)")
     p.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     p.add_argument("--folder", type=Path, help="where rounds are made (default: a temporary one)")
@@ -73,7 +77,16 @@ def main(argv: list[str] | None = None) -> int:
     print("\n".join(outcome.problems))
     if not outcome.failures and args.folder is None:
         shutil.rmtree(folder)
-    print(json.dumps({"rounds": outcome.rounds, "failures": outcome.failures, "samples_lost": outcome.lost, "samples_twice": outcome.twice}))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "rounds": outcome.rounds,
+                "failures": outcome.failures,
+                "samples_lost": outcome.lost,
+                "samples_twice": outcome.twice,
+            }
+        )
+    )
     return errors.FAILED if outcome.failures else errors.DONE
 
 
@@ -83,8 +96,12 @@ def campaign(rounds: int, seed: int, folder: Path) -> Outcome:
     pictures = pictures_in(folder / "pictures")
     whole: dict[str, Undisturbed] = {
         kind: Undisturbed(work, folder / "undisturbed" / kind)
-        for kind, work in {"shards": Shards(pictures), "1 rank": Training(pictures, 1), "2 ranks": Training(pictures, 2)}.items()
-    }  # fmt: skip
+        for kind, work in {
+            "shards": Shards(pictures),
+            "1 rank": Training(pictures, 1),
+            "2 ranks": Training(pictures, 2),
+        }.items()
+    }
     for number in tqdm(range(rounds), unit="round", desc="campaign"):
         kind = rng.choice(list(whole))
         place = folder / f"{number:04d}-{kind.replace(' ', '-')}"
@@ -181,16 +198,24 @@ class Shards:
 
 @dataclass(frozen=True)
 class Training:
-    """A training on some ranks, with all its parts. It notes which samples each step takes. One that is asked to stop writes a
-    checkpoint of a step that others do not; so the undisturbed one keeps a checkpoint of each step."""
+    """A training on some ranks, with all its parts. It notes which samples each step takes. One that is asked to
+    stop writes a checkpoint of a step that others do not; so the undisturbed one keeps a checkpoint of each step."""
 
     pictures: Path
     ranks: int
 
     def start(self, place: Path, name: str, rng: random.Random, undisturbed: bool = False) -> Start:
         shards = self.pictures.parent / "undisturbed" / "shards" / "shards"
-        words = [str(TINY), f"run_dir={place / 'run'}", f"data.shards={shards}", f"data.workers={rng.choice((0, 1))}", f"batch_size={BATCH}",
-                 f"steps={STEPS}", "ema={snapshots: {every: 10}}", f"checkpoint={{every: {1 if undisturbed else 2}, keep: {STEPS if undisturbed else KEPT}}}"]  # fmt: skip
+        words = [
+            str(TINY),
+            f"run_dir={place / 'run'}",
+            f"data.shards={shards}",
+            f"data.workers={rng.choice((0, 1))}",
+            f"batch_size={BATCH}",
+            f"steps={STEPS}",
+            "ema={snapshots: {every: 10}}",
+            f"checkpoint={{every: {1 if undisturbed else 2}, keep: {STEPS if undisturbed else KEPT}}}",
+        ]
 
         def command(rank: int) -> int:
             trace = os.open(place / f"{name}-{rank}.trace", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -239,8 +264,8 @@ class Training:
         return [] if kept == KEPT else [f"{kept} checkpoints are kept, not {KEPT}"]
 
     def account(self, place: Path) -> tuple[int, int, list[str]]:
-        """Samples that an epoch lacks, samples that it has more than once, and what else is wrong. A step that a later start has
-        done again counts as it was done then."""
+        """Samples that an epoch lacks, samples that it has more than once, and what else is wrong. A step that a
+        later start has done again counts as it was done then."""
         taken: dict[tuple[int, int], list[str]] = {}
         for name in sorted({path.stem.rpartition("-")[0] for path in place.glob("*.trace")}):
             for rank in range(self.ranks):

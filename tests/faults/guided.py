@@ -3,9 +3,9 @@
     python -m tests.faults.guided index --seconds 300
     for kind in $(python -m tests.faults.guided --kinds); do python -m tests.faults.guided $kind --seconds 60; done
 
-KIND is one of hostile.py's. It sets out from the files in tests/faults/hostile/KIND and from good ones, and ends with code 0
-after that time, or with a traceback at the first file that gets another error than a documented one, takes 30 s or 2 GiB. That file's
-name is said: put it into tests/faults/hostile/KIND, where it is a test, and mend the code.
+KIND is one of hostile.py's. It sets out from the files in tests/faults/hostile/KIND and from good ones, and ends with
+code 0 after that time, or with a traceback at the first file that gets another error than a documented one, takes 30 s
+or 2 GiB. That file's name is said: put it into tests/faults/hostile/KIND, where it is a test, and mend the code.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ SLOW_S, MEMORY_MB = 30, 2048
 
 
 def main() -> int:
-    p = argparse.ArgumentParser(prog="python -m tests.faults.guided", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    p = argparse.ArgumentParser(
+        prog="python -m tests.faults.guided", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("kind", nargs="?", help="what to spoil")
     p.add_argument("--kinds", action="store_true", help="say what there is")
     p.add_argument("--seconds", type=int, default=60, help="how long (default: 60)")
@@ -58,7 +60,13 @@ def main() -> int:
         told(kinds[args.kind], path)
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libFuzzer speaks on stderr
-    options = [f"-max_total_time={args.seconds}", f"-timeout={SLOW_S}", f"-rss_limit_mb={MEMORY_MB}", "-max_len=65536", f"-artifact_prefix={folder}/"]  # fmt: skip
+    options = [
+        f"-max_total_time={args.seconds}",
+        f"-timeout={SLOW_S}",
+        f"-rss_limit_mb={MEMORY_MB}",
+        "-max_len=65536",
+        f"-artifact_prefix={folder}/",
+    ]
     atheris.Setup([sys.argv[0], *options, str(corpus)], one)
     atheris.Fuzz()
     return 0

@@ -2,8 +2,8 @@
 
     python -m tests.faults.hostile                  every file in tests/faults/hostile, and holes of 64 GiB, in 512 MiB
 
-The folder has a folder for each of Victim's kinds. What a fuzzer finds is put there, and is a test from then on. Prints what
-each file was told, and ends with code 1 where one ended otherwise than documented.
+The folder has a folder for each of Victim's kinds. What a fuzzer finds is put there, and is a test from then on. Prints
+what each file was told, and ends with code 1 where one ended otherwise than documented.
 """
 
 from __future__ import annotations
@@ -187,9 +187,17 @@ def told(read: Read, path: Path) -> str:
 def holes(folder: Path) -> Iterator[tuple[str, Path]]:
     """Kinds and files of 64 GiB that take no room on the disk: whole ones, and members of archives that say so."""
     for kind, name in {
-        "index": "shards.json", "shard": "a.tar", "inspected": "a.tar", "picture": "a.png", "captions": "a.txt",
-        "configuration": "a.yaml", "cluster": "a.yaml", "study": "a.yaml", "state": "a.json", "tensors": "a.safetensors",
-    }.items():  # fmt: skip
+        "index": "shards.json",
+        "shard": "a.tar",
+        "inspected": "a.tar",
+        "picture": "a.png",
+        "captions": "a.txt",
+        "configuration": "a.yaml",
+        "cluster": "a.yaml",
+        "study": "a.yaml",
+        "state": "a.json",
+        "tensors": "a.safetensors",
+    }.items():
         yield kind, _with_hole(folder / f"{kind} {name}", b"")
     for name in ("a.npy", "a.npz", "a.zip", "a.tif", "a.parquet", "a.arrow"):
         yield "source", _with_hole(folder / name, b"")
@@ -214,7 +222,9 @@ def _with_hole(path: Path, start: bytes) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="python -m tests.faults.hostile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    p = argparse.ArgumentParser(
+        prog="python -m tests.faults.hostile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.parse_args(argv)
     failures = 0
     with tempfile.TemporaryDirectory() as scratch:

@@ -2,12 +2,12 @@
 
     python -m tests.faults.soak --hours 2 --picture docs/soak.png
 
-One process trains the tiny configuration, another one reads data for it; samples are drawn and judged every few minutes, a
-checkpoint is written about every half a minute, and MLflow's server is at fault most of the time (see tracking.py). Memory, open
-files, threads and time a step are read from outside every few seconds. At the end it is asked to stop, and started again for a step
-while the server is well, until all is sent; then MLflow must have all.
-Blocks of minutes are averaged, since neighbouring readings are alike, and a line is put through what comes after the first
-tenth. Prints a table, then one line of JSON.
+One process trains the tiny configuration, another one reads data for it; samples are drawn and judged every few
+minutes, a checkpoint is written about every half a minute, and MLflow's server is at fault most of the time (see
+tracking.py). Memory, open files, threads and time a step are read from outside every few seconds. At the end it is
+asked to stop, and started again for a step while the server is well, until all is sent; then MLflow must have all.
+Blocks of minutes are averaged, since neighbouring readings are alike, and a line is put through what comes after the
+first tenth. Prints a table, then one line of JSON.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ UNITS = {"memory": "MiB", "files": "handles", "threads": "threads", "step_cpu": 
 
 @dataclass(frozen=True)
 class Reading:
-    """Of the whole tree of processes. at_s: since the first; cpu_s: of processor time since the start; memory: that no file is
-    behind, MiB (whose libraries' pages count would depend on who else uses them); step: the last that was logged."""
+    """Of the whole tree of processes. at_s: since the first; cpu_s: of processor time since the start; memory: that
+    no file is behind, MiB (whose libraries' pages count would depend on who else uses them); step: the last that was
+    logged."""
 
     at_s: float
     cpu_s: float
@@ -121,9 +122,17 @@ def soak(folder: Path, seconds: float, every: Mapping[str, int]) -> tuple[list[R
     pictures, shards, run = pictures_in(folder / "pictures"), folder / "shards", folder / "run"
     assert errors.run(lambda: shard.main([str(pictures), str(shards), "--size", "16", "--sigma", "0.4"])) == 0
     server = Server(folder)
-    words = [f"run_dir={run}", f"data.shards={shards}", "data.workers=1", "logging.enabled=true",
-             f"logging.tracking_uri={server.address}", f"logging.reference={pictures}", "logging.every=50",
-             f"logging.sample_every={every['samples']}", f"checkpoint.every={every['checkpoints']}"]  # fmt: skip
+    words = [
+        f"run_dir={run}",
+        f"data.shards={shards}",
+        "data.workers=1",
+        "logging.enabled=true",
+        f"logging.tracking_uri={server.address}",
+        f"logging.reference={pictures}",
+        "logging.every=50",
+        f"logging.sample_every={every['samples']}",
+        f"checkpoint.every={every['checkpoints']}",
+    ]
     command = [sys.executable, "-m", "trainer.train", str(TINY), *words]
     log = (folder / "training.log").open("w")
     training = subprocess.Popen([*command, "steps=1000000000"], stdout=log, stderr=log)
@@ -155,8 +164,14 @@ def soak(folder: Path, seconds: float, every: Mapping[str, int]) -> tuple[list[R
         log.close()
         training.kill()
         server.close()
-    return readings, {"hours": round(seconds / 3600, 2), "steps": records.step, "checkpoints": records.step // every["checkpoints"],
-                      "evaluations": records.evaluations, **found, "requests": dict(server.faults)}  # fmt: skip
+    return readings, {
+        "hours": round(seconds / 3600, 2),
+        "steps": records.step,
+        "checkpoints": records.step // every["checkpoints"],
+        "evaluations": records.evaluations,
+        **found,
+        "requests": dict(server.faults),
+    }
 
 
 class Records:
@@ -211,7 +226,9 @@ def picture(readings: Sequence[Reading], found: Mapping[str, Slope], path: Path)
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="python -m tests.faults.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    p = argparse.ArgumentParser(
+        prog="python -m tests.faults.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--hours", type=float, default=2.0, help="how long to train (default: 2)")
     p.add_argument("--samples", type=int, default=2_000, help="steps from one evaluation to the next (default: 2000)")
     p.add_argument("--checkpoints", type=int, default=500, help="steps from one checkpoint to the next (default: 500)")
@@ -231,7 +248,12 @@ def main(argv: list[str] | None = None) -> int:
     print(
         json.dumps(outcome | {name: [round(slope.an_hour, 3), round(slope.error, 3)] for name, slope in found.items()})
     )
-    right = (outcome["stopped_with"], outcome["exit_code"], outcome["lost"], outcome["twice"]) == (errors.INTERRUPTED, errors.DONE, 0, 0)  # fmt: skip
+    right = (outcome["stopped_with"], outcome["exit_code"], outcome["lost"], outcome["twice"]) == (
+        errors.INTERRUPTED,
+        errors.DONE,
+        0,
+        0,
+    )
     return errors.DONE if right else errors.FAILED
 
 

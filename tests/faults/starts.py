@@ -14,8 +14,8 @@ from pathlib import Path
 from tests.waiting import HANG_S, free_port
 
 GRACE_S = 30.0
-"""After a rank has ended badly, the others have so long before they are told to stop, and again before they are killed, as
-torchrun does with them."""
+"""After a rank has ended badly, the others have so long before they are told to stop, and again before they are
+killed, as torchrun does with them."""
 
 
 class Start:
@@ -86,7 +86,13 @@ def _fork(command: Callable[[int], int], rank: int, world: int, port: int, outpu
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         if world > 1:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+            os.environ |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
         code = command(rank)
     except KeyboardInterrupt:
         code = 130

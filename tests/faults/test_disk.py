@@ -1,4 +1,5 @@
-"""Disks that are full, read-only, lost or broken: one line, nothing that was whole is lost, and the work goes on when they are mended."""
+"""Disks that are full, read-only, lost or broken: one line, nothing that was whole is lost, and the work goes on
+when they are mended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Losses and gradients that are not finite, and spikes: a run stops, leaves the step out, or goes back to its checkpoint."""
+"""Losses and gradients that are not finite, and spikes: a run stops, leaves the step out, or goes back to its
+checkpoint."""
 
 from __future__ import annotations
 
@@ -278,8 +279,15 @@ def test_what_is_usual_outlasts_a_stop(train: Train, spoil: Callable[..., None],
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize(("word", "said"), [
-    ("recovery.leave_out=-1", "leave_out -1 must be at least 0"), ("recovery.roll_back=-1", "roll_back -1 must be at least 0"), ("recovery.spike=.inf", "spike inf must be above 1"), ("recovery.spike=0.5", "spike 0.5 must be above 1")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("recovery.leave_out=-1", "leave_out -1 must be at least 0"),
+        ("recovery.roll_back=-1", "roll_back -1 must be at least 0"),
+        ("recovery.spike=.inf", "spike inf must be above 1"),
+        ("recovery.spike=0.5", "spike 0.5 must be above 1"),
+    ],
+)
 def test_a_number_that_makes_no_sense_is_refused(word: str, said: str, train: Train) -> None:
     code, output = train("run", word)
     assert code == 2

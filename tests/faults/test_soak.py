@@ -27,7 +27,10 @@ def test_a_leak_is_found_and_what_is_flat_is_not() -> None:
 
 
 def test_a_process_is_read_with_what_it_has_started() -> None:
-    code = "import sys; files = [open('/dev/null') for _ in range(30)]; kept = bytearray(b'x' * (60 << 20)); print('there', flush=True); sys.stdin.read()"
+    code = (
+        "import sys; files = [open('/dev/null') for _ in range(30)]; kept = bytearray(b'x' * (60 << 20)); "
+        "print('there', flush=True); sys.stdin.read()"
+    )
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
     with subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout

@@ -90,12 +90,17 @@ def test_names_in_any_script_with_spaces_and_signs(
     assert errors.run(lambda: shard(words)) == 0, capfd.readouterr().err
     run = "läufe 猫/run 1 'a' [b] 50%"
     code, output = train(
-        run, f"data.shards={json.dumps(str(shards))}", "logging.enabled=true", "logging.sample_every=3",
+        run,
+        f"data.shards={json.dumps(str(shards))}",
+        "logging.enabled=true",
+        "logging.sample_every=3",
         f"run_dir={json.dumps(str(tmp_path / run))}",
-    )  # fmt: skip
+    )
     assert code == 0, output
     grid = tmp_path / "pröben 猫.png"
-    assert errors.run(lambda: sample.main([str(tmp_path / run), "--number", "4", "--steps", "3", "--out", str(grid)])) == 0  # fmt: skip
+    assert (
+        errors.run(lambda: sample.main([str(tmp_path / run), "--number", "4", "--steps", "3", "--out", str(grid)])) == 0
+    )
     assert grid.is_file()
     words = [str(tmp_path / run), "--reference", str(pictures), "--number", "10", "--steps", "3"]
     assert errors.run(lambda: evaluate.main(words)) == 0, capfd.readouterr().err
@@ -113,6 +118,9 @@ def test_a_home_that_cannot_be_written_is_no_hindrance_or_said_with_what_to_do(
     words = [str(tmp_path / "run"), "--reference", "packaged:digits/test", "--number", "10", "--steps", "2"]
     assert errors.run(lambda: evaluate.main(words)) == 2
     (said,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert said == f"error: the cache {disk.folder}/.cache/ambient-trainer cannot be made (Read-only file system): set AMBIENT_CACHE to a folder that can be written"  # fmt: skip
+    assert said == (
+        f"error: the cache {disk.folder}/.cache/ambient-trainer cannot be made (Read-only file system): set "
+        "AMBIENT_CACHE to a folder that can be written"
+    )
     monkeypatch.setenv("AMBIENT_CACHE", str(tmp_path / "cache"))
     assert errors.run(lambda: evaluate.main(words)) == 0, capfd.readouterr().err

@@ -1,4 +1,5 @@
-"""A tracking server that answers with errors, hangs, loses answers and is killed costs training nothing, and MLflow nothing."""
+"""A tracking server that answers with errors, hangs, loses answers and is killed costs training nothing, and MLflow
+nothing."""
 
 from __future__ import annotations
 

@@ -2,8 +2,10 @@
 
     python -m tests.faults.tracking --seconds 120
 
-The first answer to each kind of request is lost: the server has done it, and says 500. And in turns of a few seconds it is well, answers 500, does what it is told and answers 500 all the same, takes a request and never answers, and is killed
-and started again. Ends with one line of JSON: how long a step waited for a record at most, and what of the records was lost or is there twice.
+The first answer to each kind of request is lost: the server has done it, and says 500. And in turns of a few seconds it
+is well, answers 500, does what it is told and answers 500 all the same, takes a request and never answers, and is
+killed and started again. Ends with one line of JSON: how long a step waited for a record at most, and what of the
+records was lost or is there twice.
 """
 
 from __future__ import annotations
@@ -87,7 +89,9 @@ class Server:
         command = shlex.split(pages.server(self.folder / "mlflow.db", self._port))
         artifacts = ["--artifacts-destination", str(self.folder / "artifacts"), "--serve-artifacts"]
         with (self.folder / "server.log").open("a") as log:
-            return subprocess.Popen([*command, *artifacts], cwd=self.folder, stdout=log, stderr=log, start_new_session=True)  # fmt: skip
+            return subprocess.Popen(
+                [*command, *artifacts], cwd=self.folder, stdout=log, stderr=log, start_new_session=True
+            )
 
     def _forward(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> tuple[int, bytes, str]:
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)
@@ -128,7 +132,11 @@ class Server:
                 if fault == "hang":
                     over.wait(60)
                 if fault in ("well", "lost answer"):
-                    sent = {name: value for name, value in self.headers.items() if name.lower() not in ("host", "connection")}  # fmt: skip
+                    sent = {
+                        name: value
+                        for name, value in self.headers.items()
+                        if name.lower() not in ("host", "connection")
+                    }
                     said = server._forward(self.command, self.path, body, sent)
                     if fault == "well" and said[0]:
                         status, found, kind = said
@@ -163,8 +171,17 @@ def campaign(folder: Path, seconds: float, turns: Sequence[str], turn_s: float) 
         time.sleep(PACE_S)
 
     steps = int(seconds / PACE_S)
-    words = [str(TINY), f"run_dir={folder / 'run'}", f"data.shards={shards}", f"steps={steps}", "consistency=null", "logging.enabled=true",
-             f"logging.tracking_uri={server.address}", f"logging.sample_every={max(1, steps // 3)}", f"checkpoint.every={steps}"]  # fmt: skip
+    words = [
+        str(TINY),
+        f"run_dir={folder / 'run'}",
+        f"data.shards={shards}",
+        f"steps={steps}",
+        "consistency=null",
+        "logging.enabled=true",
+        f"logging.tracking_uri={server.address}",
+        f"logging.sample_every={max(1, steps // 3)}",
+        f"checkpoint.every={steps}",
+    ]
     try:
         with (
             mock.patch.object(MLflowLogger, "_record", record),
@@ -208,11 +225,21 @@ def compare(run_dir: Path, address: str, code: int) -> dict[str, Any]:
         if item.path.endswith(".webp"):  # the small one, sent after the large one
             there["image", int(re.findall(r"step\D(\d+)", item.path)[0])] += 1
     status = client.get_run(run_id).info.status
-    return {"exit_code": code, "status": status, "runs": len(runs), "lost": (expected - there).total(), "twice": (there - expected).total()}  # fmt: skip
+    return {
+        "exit_code": code,
+        "status": status,
+        "runs": len(runs),
+        "lost": (expected - there).total(),
+        "twice": (there - expected).total(),
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="python -m tests.faults.tracking", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    p = argparse.ArgumentParser(
+        prog="python -m tests.faults.tracking",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     p.add_argument("--seconds", type=float, default=120.0, help="how long to train (default: 120)")
     p.add_argument("--turn", type=float, default=6.0, help="seconds of each fault (default: 6)")
     args = p.parse_args(argv)

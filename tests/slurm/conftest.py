@@ -102,8 +102,12 @@ def submit(slurm: str, shards: Path, tmp_path: Path, capfd: pytest.CaptureFixtur
 
     def call(name: str, *arguments: str, **fields: object) -> Job:
         cluster = {
-            "kind": "slurm", "nodes": 2, "logs": str(tmp_path / "jobs"), "environment": {"OMP_NUM_THREADS": "1"}, **fields
-        }  # fmt: skip
+            "kind": "slurm",
+            "nodes": 2,
+            "logs": str(tmp_path / "jobs"),
+            "environment": {"OMP_NUM_THREADS": "1"},
+            **fields,
+        }
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump(cluster))
         overrides = [f"run_dir={tmp_path / name}", f"data.shards={shards}", "engine.zero_stage=1", f"steps={STEPS}"]

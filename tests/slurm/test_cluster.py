@@ -86,12 +86,30 @@ def test_the_script_for_slurm_asks_for_what_the_file_says(tmp_path: Path, monkey
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     example = read_cluster(ROOT / "configs" / "clusters" / "example.yaml")
-    config = replace(example, account="us", qos="low", constraint="a100|h100", mem_gb=1.5, gpus_per_node=2, srun_args=("--container-image=/a b",))  # fmt: skip
+    config = replace(
+        example,
+        account="us",
+        qos="low",
+        constraint="a100|h100",
+        mem_gb=1.5,
+        gpus_per_node=2,
+        srun_args=("--container-image=/a b",),
+    )
     text = executor(config, tmp_path / "jobs", "shard")._make_submission_file_text("COMMAND", "1")
     for line in (
-        "--partition=main", "--account=us", "--qos=low", "--constraint='a100|h100'", "--mem=1536MB", "--gpus-per-node=2",
-        "--cpus-per-task=16", "--nodes=1", "--ntasks-per-node=1", "--time=240", "--signal=USR2@120", "--job-name=shard",
-    ):  # fmt: skip
+        "--partition=main",
+        "--account=us",
+        "--qos=low",
+        "--constraint='a100|h100'",
+        "--mem=1536MB",
+        "--gpus-per-node=2",
+        "--cpus-per-task=16",
+        "--nodes=1",
+        "--ntasks-per-node=1",
+        "--time=240",
+        "--signal=USR2@120",
+        "--job-name=shard",
+    ):
         assert f"#SBATCH {line}" in text
     setup = text.index("source .venv/bin/activate")
     assert setup < text.index("export OMP_NUM_THREADS=1") < text.index("COMMAND")

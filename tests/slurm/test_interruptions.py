@@ -73,7 +73,9 @@ def test_a_preempted_job_saves_and_comes_back(submit: Submit, uncut: Path, tmp_p
     job = submit("run", "checkpoint.every=1000")
     job.reach(5)
     killed = time.time()
-    urgent = ask("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 2").strip()  # fmt: skip
+    urgent = ask(
+        "sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 2"
+    ).strip()
     job.end()
     assert job.say("preempted by another partition (SIGTERM, grace of 120 s)", killed) == 0
     assert len(job.starts) == 2

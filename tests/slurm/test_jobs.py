@@ -30,14 +30,23 @@ Submit = Callable[..., Job]
         ("gpus_per_node: 2\ntasks_per_node: 1", "the cluster refuses the job: "),
         ("mem_gb: 90000", "the cluster refuses the job: "),
         ("nodes: 4", "the cluster refuses the job: "),
-        ("nodes: 2\nmin_nodes: 1\ntasks_per_node: 5", "batch_size 8: must be a multiple of the 5 ranks, which 1 nodes of 5 ranks have"),
+        (
+            "nodes: 2\nmin_nodes: 1\ntasks_per_node: 5",
+            "batch_size 8: must be a multiple of the 5 ranks, which 1 nodes of 5 ranks have",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_the_cluster_does_not_have_is_refused_in_one_line(
     fields: str, message: str, slurm: str, shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "c.yaml").write_text(f"kind: slurm\nlogs: {tmp_path / 'jobs'}\n{fields}\n")
-    arguments = [str(TINY), f"run_dir={tmp_path / 'run'}", f"data.shards={shards}", "--cluster", str(tmp_path / "c.yaml")]  # fmt: skip
+    arguments = [
+        str(TINY),
+        f"run_dir={tmp_path / 'run'}",
+        f"data.shards={shards}",
+        "--cluster",
+        str(tmp_path / "c.yaml"),
+    ]
     assert errors.run(lambda: main(arguments)) == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert message in line
@@ -48,13 +57,20 @@ def test_what_the_cluster_does_not_have_is_refused_in_one_line(
 def test_a_dry_run_prints_the_script_and_sends_nothing(submit: Submit) -> None:
     job = submit("run", "--dry-run", min_nodes=1, cpus_per_task=2, tasks_per_node=2)
     assert job.id == ""
-    for line in ("#SBATCH --nodes=1-2", "#SBATCH --cpus-per-task=4", "trap : TERM", "--kill-on-bad-exit=1 --open-mode=append --ntasks-per-node=2 --cpus-per-task=2 env -C "):  # fmt: skip
+    for line in (
+        "#SBATCH --nodes=1-2",
+        "#SBATCH --cpus-per-task=4",
+        "trap : TERM",
+        "--kill-on-bad-exit=1 --open-mode=append --ntasks-per-node=2 --cpus-per-task=2 env -C ",
+    ):
         assert line in job.output
     assert "batch 8 = 2 x 1 micro-batches x 4 ranks" in job.output
     assert not job.run_dir.exists()
 
 
-def test_two_nodes_train_as_one_process_does(submit: Submit, train: Callable[..., tuple[int, str]], tmp_path: Path) -> None:  # fmt: skip
+def test_two_nodes_train_as_one_process_does(
+    submit: Submit, train: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
     job = submit("two", "steps=12")
     assert train("one", "steps=12")[0] == 0
     job.end()
@@ -105,13 +121,20 @@ def test_a_sweep_goes_on_around_a_point_that_fails_and_resume_submits_what_is_mi
     assert found["lr=2e-3"].data.tags["sweep.optimizer.lr"] == '"2e-3"'
 
 
-def test_a_reason_reaches_the_submitter(submit: Submit, shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_a_reason_reaches_the_submitter(
+    submit: Submit, shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """The shards vanish while the job waits: the rank's line is the status's, and it is not tried again."""
     shutil.copytree(shards, tmp_path / "copy")
     copy = f"data.shards={tmp_path / 'copy'}"
     job = submit("run", copy, nodes=1, setup=[f"mv {tmp_path / 'copy'} {tmp_path / 'away'}"])
     job.end("FAILED")
-    assert job.reasons == [f"step 0: refused: {tmp_path / 'copy'}: no such shard folder; make it with `python -m data_pipeline.shard SOURCE {tmp_path / 'copy'}`"]  # fmt: skip
+    assert job.reasons == [
+        (
+            f"step 0: refused: {tmp_path / 'copy'}: no such shard folder; make it with `python -m "
+            f"data_pipeline.shard SOURCE {tmp_path / 'copy'}`"
+        )
+    ]
     assert errors.run(lambda: status.main([str(job.run_dir)])) == 0
     assert "refused: " in capfd.readouterr().out
 
@@ -121,7 +144,9 @@ def test_a_job_that_gets_nowhere_twice_stops_and_says_so(submit: Submit) -> None
     until(lambda: len(job.starts) == 2, f"a second start: {job.logs}")
     job.end("FAILED")
     assert [start.number for start in job.starts] == [0, 1]
-    assert job.reasons[1].endswith("before the ranks began; no step further in two starts: mend the cause, and submit it again")  # fmt: skip
+    assert job.reasons[1].endswith(
+        "before the ranks began; no step further in two starts: mend the cause, and submit it again"
+    )
     assert json.loads((job.run_dir / "job.json").read_text())["job"] == job.id
 
 

@@ -114,8 +114,17 @@ def test_a_job_on_this_machine_that_is_killed_saves_and_stays_down(call: Call, t
 
 def test_the_code_that_runs_is_the_code_at_submission(tmp_path: Path) -> None:
     code = snapshot.copy_code(tmp_path / "code")
-    program = "import trainer.train, slurm.job.training, data_pipeline; print(trainer.train.__file__, slurm.job.training.__file__)"
-    result = subprocess.run(["python3", "-c", program], cwd=code, capture_output=True, text=True, env={**os.environ, "PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}"})  # fmt: skip
+    program = (
+        "import trainer.train, slurm.job.training, data_pipeline; print(trainer.train.__file__, "
+        "slurm.job.training.__file__)"
+    )
+    result = subprocess.run(
+        ["python3", "-c", program],
+        cwd=code,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}"},
+    )
     assert result.stdout.split() == [str(code / "trainer" / "train.py"), str(code / "slurm" / "job" / "training.py")], (
         result
     )
@@ -123,7 +132,11 @@ def test_the_code_that_runs_is_the_code_at_submission(tmp_path: Path) -> None:
 
 def test_the_difference_to_git_has_new_and_changed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("old\n")
-    for command in (["init", "-q"], ["add", "a.txt"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a"]):  # fmt: skip
+    for command in (
+        ["init", "-q"],
+        ["add", "a.txt"],
+        ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a"],
+    ):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
     monkeypatch.setattr(snapshot, "ROOT", tmp_path)
     assert snapshot.changes() == ""
@@ -141,9 +154,17 @@ def test_the_difference_to_git_has_new_and_changed_files(tmp_path: Path, monkeyp
     ("arguments", "cluster", "message"),
     [
         (["data.shards=nowhere"], "", "nowhere: no such shard folder"),
-        (["batch_size=3"], "tasks_per_node: 2", "batch_size 3: must be a multiple of the 2 ranks, which 1 nodes of 2 ranks have"),
+        (
+            ["batch_size=3"],
+            "tasks_per_node: 2",
+            "batch_size 3: must be a multiple of the 2 ranks, which 1 nodes of 2 ranks have",
+        ),
         (["run_dir=/proc/run"], "", "run_dir /proc/run: cannot be written"),
-        (["logging.enabled=true", "logging.tracking_uri=http://127.0.0.1:9"], "", "logging.tracking_uri http://127.0.0.1:9: does not answer"),
+        (
+            ["logging.enabled=true", "logging.tracking_uri=http://127.0.0.1:9"],
+            "",
+            "logging.tracking_uri http://127.0.0.1:9: does not answer",
+        ),
         (["model.channels=[8,8,8,8,8,8]"], "", "model.channels"),
         (["batch_size=99", "consistency=null"], "gpus_per_node: 99", "gpus_per_node 99: this machine has"),
         (["model.chanels=[8]"], "", "did you mean channels?"),
@@ -153,7 +174,7 @@ def test_the_difference_to_git_has_new_and_changed_files(tmp_path: Path, monkeyp
         (["--sweep", "run_dir=a,b"], "", "--sweep run_dir: each point has a folder of its own"),
         (["--nodes", "2"], "", "--nodes 2: nodes 2: kind local has one node"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_work_is_refused_in_one_line_before_anything_is_sent(
     arguments: list[str], cluster: str, message: str, call: Call, tmp_path: Path
 ) -> None:
@@ -228,7 +249,12 @@ def test_a_server_that_answers_is_no_problem(shards: Path, tmp_path: Path) -> No
     server = HTTPServer(("127.0.0.1", 0), Health)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     uri = f"http://127.0.0.1:{server.server_port}"
-    overrides = [f"data.shards={shards}", f"run_dir={tmp_path / 'run'}", "logging.enabled=true", f"logging.tracking_uri={uri}"]  # fmt: skip
+    overrides = [
+        f"data.shards={shards}",
+        f"run_dir={tmp_path / 'run'}",
+        "logging.enabled=true",
+        f"logging.tracking_uri={uri}",
+    ]
     try:
         assert problems(points(TINY, overrides, []), ClusterConfig("local", logs=str(tmp_path))) == []
     finally:
@@ -237,17 +263,31 @@ def test_a_server_that_answers_is_no_problem(shards: Path, tmp_path: Path) -> No
 
 
 def test_a_sweep_is_a_run_for_each_combination(shards: Path, tmp_path: Path) -> None:
-    found = points(TINY, [f"run_dir={tmp_path}", f"data.shards={shards}"], ["optimizer.lr=3e-4,0.001", "model.channels=[8,16],[16,16]"])  # fmt: skip
+    found = points(
+        TINY,
+        [f"run_dir={tmp_path}", f"data.shards={shards}"],
+        ["optimizer.lr=3e-4,0.001", "model.channels=[8,16],[16,16]"],
+    )
     assert [(p.config.optimizer.lr, getattr(p.config.model, "channels", None)) for p in found] == [
-        (3e-4, (8, 16)), (3e-4, (16, 16)), (1e-3, (8, 16)), (1e-3, (16, 16)),
-    ]  # fmt: skip
+        (3e-4, (8, 16)),
+        (3e-4, (16, 16)),
+        (1e-3, (8, 16)),
+        (1e-3, (16, 16)),
+    ]
     assert [p.run_dir.name for p in found][1:3] == ["lr=3e-4,channels=-16,-16-", "lr=0.001,channels=-8,-16-"]
     assert found[0].config.logging.name == found[0].run_dir.name
     assert all(p.run_dir.parent == tmp_path for p in found)
 
 
 def test_a_dry_run_says_what_would_be_done_and_leaves_nothing(call: Call, tmp_path: Path) -> None:
-    code, output = call("--dry-run", "--sweep", "seed=0,1", "batch_size=8", "micro_batch_size=2", cluster="kind: local\ntasks_per_node: 2")  # fmt: skip
+    code, output = call(
+        "--dry-run",
+        "--sweep",
+        "seed=0,1",
+        "batch_size=8",
+        "micro_batch_size=2",
+        cluster="kind: local\ntasks_per_node: 2",
+    )
     assert code == 0, output
     assert "2 jobs of 1 nodes x 2 ranks, 60 minutes each, started again at most 5 times" in output
     assert f"{tmp_path / 'run' / 'seed=1'}: steps 0 to 6, batch 8 = 2 x 2 micro-batches x 2 ranks" in output

@@ -42,7 +42,10 @@ def train_sdxl(train: Callable[..., Outcome], tiny_sdxl: Path, latents: Path) ->
     """As `train`, with adapters on the tiny pipeline."""
 
     def call(name: str, *overrides: str, ranks: int = 1) -> Outcome:
-        model = f"model={{kind: sdxl, base: {tiny_sdxl}, drop_captions: 0.3, lora: {{rank: 4, alpha: 6}}, base_dtype: fp32}}"
+        model = (
+            f"model={{kind: sdxl, base: {tiny_sdxl}, drop_captions: 0.3, lora: {{rank: 4, alpha: 6}}, base_dtype: "
+            "fp32}"
+        )
         fixed = [
             model,
             f"data.shards={latents}",

@@ -1,6 +1,7 @@
 """Trainings one after another in the same processes, which are imported once: `torchrun -m tests.trainer.in_turn FILE`.
 
-FILE: JSON, a list of the arguments of `trainer.train`. Ends with the exit code of the first training that does not succeed."""
+FILE: JSON, a list of the arguments of `trainer.train`. Ends with the exit code of the first training that does not
+succeed."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ from tests.waiting import HANG_S
 
 @contextmanager
 def as_in_a_process_of_its_own() -> Iterator[None]:
-    """DeepSpeed's stage 3 puts a linear layer of its own, which rounds otherwise, in the place of torch's, and bf16 leaves a
-    flag, for all that a process trains later."""
+    """DeepSpeed's stage 3 puts a linear layer of its own, which rounds otherwise, in the place of torch's, and bf16
+    leaves a flag, for all that a process trains later."""
     linear = torch.nn.functional.linear
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
     try:
@@ -52,8 +53,12 @@ def on_two_ranks(trainings: list[list[str]], file: Path) -> tuple[int, str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(
         [*launcher, "-m", "tests.trainer.in_turn", str(file)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=HANG_S,
-    )  # fmt: skip
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=HANG_S,
+    )
     return result.returncode, result.stdout
 
 

@@ -191,7 +191,9 @@ def test_console_script(capsys: pytest.CaptureFixture[str]) -> None:
         ("plan c.yaml --gpus 1 --gpu H100", "h100"),
     ],
 )
-def test_of_a_misspelt_option_or_value_it_says_what_may_be_meant(words: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_of_a_misspelt_option_or_value_it_says_what_may_be_meant(
+    words: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(words.split())
     said = capsys.readouterr().err

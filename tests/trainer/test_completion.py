@@ -21,7 +21,10 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def completed(file: Path, *words: str) -> list[str]:
     """What bash offers for the last of these words."""
     quoted = " ".join(f"'{word}'" for word in ("ambient", *words))
-    program = f"source '{file}'; COMP_WORDS=({quoted}); COMP_CWORD={len(words)}; _ambient 2>/dev/null; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+    program = (
+        f"source '{file}'; COMP_WORDS=({quoted}); COMP_CWORD={len(words)}; _ambient 2>/dev/null; printf '%s\\n' "
+        '"${COMPREPLY[@]}"'
+    )
     result = subprocess.run(["bash", "-c", program], capture_output=True, text=True, cwd=file.parent, check=True)
     return result.stdout.strip("\n").split("\n")
 

@@ -1,4 +1,5 @@
-"""`trainer.evaluate` as a user calls it: on runs, from data to the report and MLflow, again without work, and on mistakes."""
+"""`trainer.evaluate` as a user calls it: on runs, from data to the report and MLflow, again without work, and on
+mistakes."""
 
 from __future__ import annotations
 
@@ -80,7 +81,9 @@ def test_a_run_is_evaluated_once_and_its_figures_are_in_mlflow(
     found = client.get_run(run_id)
     assert {name: found.data.metrics[name] for name in kept["metrics"]} == pytest.approx(kept["metrics"])
     assert "EfficientNet" in found.data.tags["evaluation.extractor"]
-    assert f"evaluation/{folder.name}/report.html" in [item.path for item in client.list_artifacts(run_id, f"evaluation/{folder.name}")]  # fmt: skip
+    assert f"evaluation/{folder.name}/report.html" in [
+        item.path for item in client.list_artifacts(run_id, f"evaluation/{folder.name}")
+    ]
 
     before = {path: path.stat().st_mtime_ns for path in (run_dir / "evaluation").rglob("*.png")}
     assert evaluate(capfd, *words)[0] == 0
@@ -119,7 +122,9 @@ def test_a_latent_run_is_judged_by_its_images(
     for path in held_out.iterdir():
         Image.open(path).rotate(180).save(training / path.name)
     words = ["--number", "10", "--attacked", "10", "--steps", "2", "--levels", "0.4", "--attack-sigma", "2"]
-    code, output = evaluate(capfd, str(tmp_path / "run"), "--reference", str(held_out), "--training", str(training), *words)  # fmt: skip
+    code, output = evaluate(
+        capfd, str(tmp_path / "run"), "--reference", str(held_out), "--training", str(training), *words
+    )
     assert code == 0, output
     (path,) = (tmp_path / "run" / "evaluation").glob("*/evaluation.json")
     metrics = json.loads(path.read_text())["metrics"]
@@ -225,8 +230,13 @@ def test_runs_that_saw_other_images_are_not_compared_in_silence(
     assert two
     other = replace(two, settings=two.settings | {"number": 99, "reference_hash": "other"})
     told = incomparable([one, other])
-    assert told == "one and two: their figures cannot be compared, as these differ, in kind, number or size: held-out clean images, samples drawn"  # fmt: skip
-    assert "a setting in which they differ" in report([(one, evaluations[0].parent), (other, evaluations[1].parent)], "again")  # fmt: skip
+    assert told == (
+        "one and two: their figures cannot be compared, as these differ, in kind, number or size: held-out "
+        "clean images, samples drawn"
+    )
+    assert "a setting in which they differ" in report(
+        [(one, evaluations[0].parent), (other, evaluations[1].parent)], "again"
+    )
 
     def folder_in_mlflow() -> str:
         client, experiment = connect(LoggingConfig(), tmp_path / "one")
@@ -244,7 +254,9 @@ def test_images_that_were_trained_on_are_not_taken_for_held_out(
     train: Train, tmp_path: Path, pictures: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert train("run", "steps=1")[0] == 0
-    code, output = evaluate(capfd, str(tmp_path / "run"), "--reference", str(pictures), "--number", "0", "--levels", "1")  # fmt: skip
+    code, output = evaluate(
+        capfd, str(tmp_path / "run"), "--reference", str(pictures), "--number", "0", "--levels", "1"
+    )
     assert code == 0
     assert "was trained on these images: nothing here is held out" in output
     code, output = evaluate(capfd, str(tmp_path / "run"), "--reference", "x", "--training", "x")

@@ -41,19 +41,39 @@ def ours(run_dir: Path) -> Tensor:
     adapter = run.config.model.adapter
     told, empty = adapter.of_prompts(run.denoiser, ["a disc"] * 2, run.state.shape)
     latents = generate(
-        run.denoiser, 2, run.state.shape, seed=0, steps=STEPS, sampler="ddim", conditioning=told,
-        guide=run.denoiser, guide_conditioning=empty, guidance=GUIDANCE, progress=False,
-    )  # fmt: skip
+        run.denoiser,
+        2,
+        run.state.shape,
+        seed=0,
+        steps=STEPS,
+        sampler="ddim",
+        conditioning=told,
+        guide=run.denoiser,
+        guide_conditioning=empty,
+        guidance=GUIDANCE,
+        progress=False,
+    )
     return adapter.coders(run.device)[1](latents)
 
 
 def theirs(pipeline: Any) -> Tensor:
     pipeline.set_progress_bar_config(disable=True)
     z = AddressedNoise(0, -1, 0).normal("sample.start", torch.empty(2, 4, 4, 4))
-    return pipeline(
-        "a disc", negative_prompt="", num_images_per_prompt=2, num_inference_steps=STEPS, guidance_scale=GUIDANCE,
-        latents=z, height=32, width=32, output_type="pt",
-    ).images * 2 - 1  # fmt: skip
+    return (
+        pipeline(
+            "a disc",
+            negative_prompt="",
+            num_images_per_prompt=2,
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            latents=z,
+            height=32,
+            width=32,
+            output_type="pt",
+        ).images
+        * 2
+        - 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -105,9 +125,12 @@ def test_the_card_says_what_the_model_is_and_its_code_loads_it(model: str, train
     _, head, text = (out / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(head)["library_name"] == "diffusers"
     for said in (
-        "60 observations of shape [1, 16, 16]", "sigma_n 0.4 to 0.4, in units of pixels in [-1, 1]",
-        "6 steps of 8 samples; 96 network evaluations", "consistency: in 1 of 2 steps from 1 on, weight 0.05", "| loss/ambient |",
-    ):  # fmt: skip
+        "60 observations of shape [1, 16, 16]",
+        "sigma_n 0.4 to 0.4, in units of pixels in [-1, 1]",
+        "6 steps of 8 samples; 96 network evaluations",
+        "consistency: in 1 of 2 steps from 1 on, weight 0.05",
+        "| loss/ambient |",
+    ):
         assert said in text
     snippet = text.split("```python\n")[1].split("```")[0].replace("THIS_FOLDER", str(out))
     names: dict[str, Any] = {}

@@ -30,8 +30,17 @@ def test_what_it_writes_trains(shards: Path, tmp_path: Path, capfd: pytest.Captu
     assert config.consistency is not None
     assert config.consistency.overhead_budget == 0.2
     lines = file.read_text().splitlines()
-    assert re.fullmatch(rf"# 60 images of 1 x 16 x 16 in {shards}, sigma_n 0\.4; on a CPU: about [\d.e-]+ s a step as this one was timed just now, \d+ minutes in all\.", lines[0])  # fmt: skip
-    assert "  overhead_budget: 0.2  # instead of a period: the share of time that consistency may add to training, such as 0.2" in lines  # fmt: skip
+    assert re.fullmatch(
+        (
+            rf"# 60 images of 1 x 16 x 16 in {shards}, sigma_n 0\.4; on a CPU: about [\d.e-]+ s a step as this one "
+            r"was timed just now, \d+ minutes in all\."
+        ),
+        lines[0],
+    )
+    assert (
+        "  overhead_budget: 0.2  # instead of a period: the share of time that consistency may add to training, "
+        "such as 0.2"
+    ) in lines
 
 
 def test_of_latents_it_adapts_the_pipeline_whose_vae_made_them(
@@ -42,13 +51,22 @@ def test_of_latents_it_adapts_the_pipeline_whose_vae_made_them(
     data = yaml.safe_load(file.read_text())
     assert data["model"]["base"] == str(tiny_sdxl)
     assert data["model"]["prompt"] is None
-    words = [str(file), f"run_dir={tmp_path / 'run'}", "steps=1", "logging.enabled=false", "logging.sample_every=0", "batch_size=4"]  # fmt: skip
+    words = [
+        str(file),
+        f"run_dir={tmp_path / 'run'}",
+        "steps=1",
+        "logging.enabled=false",
+        "logging.sample_every=0",
+        "batch_size=4",
+    ]
     assert errors.run(lambda: train.main(words)) == 0, capfd.readouterr().err
     assert run(latents, tmp_path / "prompt.yaml", "--prompt", "a face") == 0
     assert yaml.safe_load((tmp_path / "prompt.yaml").read_text())["model"]["prompt"] == "a face"
 
 
-@pytest.mark.parametrize(("size", "channels"), [(16, [128, 256, 256]), (28, [128, 256, 256]), (64, [128, 256, 256, 256, 512]), (9, [128])])  # fmt: skip
+@pytest.mark.parametrize(
+    ("size", "channels"), [(16, [128, 256, 256]), (28, [128, 256, 256]), (64, [128, 256, 256, 256, 512]), (9, [128])]
+)
 def test_for_gpus_sizes_go_with_the_images_and_all_fits(
     size: int, channels: list[int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,7 +88,10 @@ def test_for_gpus_sizes_go_with_the_images_and_all_fits(
 
 def test_clean_images_need_no_consistency(tmp_path: Path) -> None:
     clean = tmp_path / "clean"
-    assert errors.run(lambda: shard(["packaged:digits/train", str(clean), "--size", "8", "--limit", "20", "--sigma", "0"])) == 0  # fmt: skip
+    assert (
+        errors.run(lambda: shard(["packaged:digits/train", str(clean), "--size", "8", "--limit", "20", "--sigma", "0"]))
+        == 0
+    )
     assert run(clean, tmp_path / "clean.yaml") == 0
     config = load(tmp_path / "clean.yaml")
     assert config.consistency is None
@@ -83,7 +104,12 @@ def test_noise_that_is_not_gaussian_gets_neither_pairs_nor_consistency_and_a_war
     words = ["packaged:digits/train", "--size", "8", "--limit", "40", "--corruption"]
     for corruption, plain in (("poisson:30", True), ("blur:1+gaussian:0.2", False)):
         folder, file = tmp_path / corruption, tmp_path / f"{corruption}.yaml"
-        assert errors.run(lambda folder=folder, corruption=corruption: shard([*words[:1], str(folder), *words[1:], corruption])) == 0  # fmt: skip
+        assert (
+            errors.run(
+                lambda folder=folder, corruption=corruption: shard([*words[:1], str(folder), *words[1:], corruption])
+            )
+            == 0
+        )
         assert run(folder, file) == 0
         config = load(file)
         assert (config.consistency is None) is plain
@@ -97,7 +123,9 @@ def test_noise_that_is_not_gaussian_gets_neither_pairs_nor_consistency_and_a_war
         ]
         asked = ["ambient.pairs=true", "consistency={overhead_budget: 0.2}"]
         assert errors.run(lambda file=file, fixed=fixed, asked=asked: train.main([str(file), *fixed, *asked])) == 0
-        assert ("holds poisson:30, which is not Gaussian noise: ambient.pairs and consistency may" in capfd.readouterr().err) is plain  # fmt: skip
+        assert (
+            "holds poisson:30, which is not Gaussian noise: ambient.pairs and consistency may" in capfd.readouterr().err
+        ) is plain
 
 
 def test_wrong_requests_are_one_line(shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

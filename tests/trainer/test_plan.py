@@ -1,4 +1,5 @@
-"""What is planned is what a run takes: arithmetic against torch's counter, memory against runs, and the command's words."""
+"""What is planned is what a run takes: arithmetic against torch's counter, memory against runs, and the command's
+words."""
 
 from __future__ import annotations
 
@@ -57,7 +58,10 @@ def test_adapters_are_those_that_training_adds(tiny_sdxl: Path) -> None:
     fields = ["lora: {rank: 4, targets: [attention, convolutions]}", "base_dtype: bf16"]
     planned = of_sdxl(tiny_sdxl, *fields)
     trained = sdxl(tiny_sdxl, *fields).model.adapter.backbone((4, 8, 8))
-    described = [[(name, p.shape, p.dtype, p.requires_grad) for name, p in backbone.named_parameters()] for backbone in (planned.backbone, trained)]  # fmt: skip
+    described = [
+        [(name, p.shape, p.dtype, p.requires_grad) for name, p in backbone.named_parameters()]
+        for backbone in (planned.backbone, trained)
+    ]
     assert described[0] == described[1]
 
 
@@ -77,7 +81,8 @@ def with_weights(network: Denoiser) -> Denoiser:
 
 
 def by_layer(network: Denoiser, call: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> float:
-    """An independent count of a forward pass: two operations a product, of linear layers, convolutions and attention."""
+    """An independent count of a forward pass: two operations a product, of linear layers, convolutions and
+    attention."""
     total = 0.0
     attention = nn.functional.scaled_dot_product_attention
 
@@ -125,7 +130,9 @@ def test_the_flops_are_those_of_real_tensors_and_of_the_layers(
 
 
 def test_checkpointing_takes_less_memory_and_is_no_work_of_the_model(tiny_sdxl: Path) -> None:
-    plain, checkpointed = (of_sdxl(tiny_sdxl, "base_dtype: fp32", *more) for more in ([], ["activation_checkpointing: true"]))  # fmt: skip
+    plain, checkpointed = (
+        of_sdxl(tiny_sdxl, "base_dtype: fp32", *more) for more in ([], ["activation_checkpointing: true"])
+    )
     told = sdxl(tiny_sdxl).model.adapter.conditioning_shapes(plain)
     assert flops(plain, (4, 8, 8), told) == flops(checkpointed, (4, 8, 8), told)
     rows = passes(config_of("consistency=null"), 4, False)
@@ -236,8 +243,17 @@ def test_the_command_says_what_would_fit(capsys: pytest.CaptureFixture[str], mon
         r"nearest that does: (\d+) x (\w+), engine.zero_stage=(\d), micro_batch_size=(\d+)((?:, engine[.=\w]+)*)", text
     )
     assert found
-    code, text = printed(capsys, *arguments[4:], "--gpus", found[1], "--gpu", found[2], f"engine.zero_stage={found[3]}",
-                         f"micro_batch_size={found[4]}", *found[5].split(", ")[1:])  # fmt: skip
+    code, text = printed(
+        capsys,
+        *arguments[4:],
+        "--gpus",
+        found[1],
+        "--gpu",
+        found[2],
+        f"engine.zero_stage={found[3]}",
+        f"micro_batch_size={found[4]}",
+        *found[5].split(", ")[1:],
+    )
     assert code == 0, text
 
 

@@ -22,11 +22,16 @@ def study_file(tmp_path: Path, pictures: Path) -> Path:
     for path in sorted(pictures.iterdir())[40:]:
         (held_out / path.name).write_bytes(path.read_bytes())
     data = {
-        "config": str(TINY), "training": str(pictures), "reference": str(held_out), "shard": "--shard-size 8 --limit 40",
-        "data": {"clean": "--sigma 0", "sigma 0.4": "--sigma 0.4"}, "overrides": ["steps=2", "consistency=null"],
-        "methods": {"oracle": {"data": "clean"}, "ambient": {}}, "seeds": 1,
+        "config": str(TINY),
+        "training": str(pictures),
+        "reference": str(held_out),
+        "shard": "--shard-size 8 --limit 40",
+        "data": {"clean": "--sigma 0", "sigma 0.4": "--sigma 0.4"},
+        "overrides": ["steps=2", "consistency=null"],
+        "methods": {"oracle": {"data": "clean"}, "ambient": {}},
+        "seeds": 1,
         "evaluate": {"number": 10, "memorization": False, "steps": 2, "levels": [0.4, 1]},
-    }  # fmt: skip
+    }
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(data))
     return path
@@ -59,7 +64,9 @@ def test_a_study_goes_from_data_to_a_table_and_on_after_a_failure(
     runs = {run["method"]: run for run in json.loads((folder / "table.json").read_text())["runs"]}
     assert set(runs) == {"oracle", "ambient"}
     for name, run in runs.items():
-        (kept,) = (folder / f"{name}-{'clean' if name == 'oracle' else 'sigma-0.4'}-0" / "evaluation").glob("step-*/*.json")  # fmt: skip
+        (kept,) = (folder / f"{name}-{'clean' if name == 'oracle' else 'sigma-0.4'}-0" / "evaluation").glob(
+            "step-*/*.json"
+        )
         assert json.loads(kept.read_text())["metrics"] == run["metrics"]
     assert (folder / "plots.png").stat().st_size > 1000
     assert "oracle-clean-0" in (folder / "comparison.html").read_text()

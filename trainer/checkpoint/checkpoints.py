@@ -81,7 +81,8 @@ class Checkpoints:
             if (best := _best(self._scores(steps))) is not None:
                 return self.path(best)
             raise UserError(
-                f"--checkpoint best: none of {self.folder} is judged by {self.config.keep_best.metric} yet; those at multiples of checkpoint.every are"
+                f"--checkpoint best: none of {self.folder} is judged by {self.config.keep_best.metric} yet; "
+                "those at multiples of checkpoint.every are"
             )
         if which.isdecimal() and int(which) in steps:
             return self.path(int(which))
@@ -98,8 +99,8 @@ class Checkpoints:
         moments: State,
         pool: State,
     ) -> None:
-        """Begins to write a checkpoint, which a thread goes on with; it is there after `end`. A collective. Rank 0 writes what is
-        whole, each rank its rows of the pool.
+        """Begins to write a checkpoint, which a thread goes on with; it is there after `end`. A collective. Rank 0
+        writes what is whole, each rank its rows of the pool.
 
         averages: by the name of their file. The tensors may not be changed until then."""
         self.end(ranks)
@@ -136,12 +137,13 @@ class Checkpoints:
 
     @property
     def written(self) -> bool:
-        """Whether a checkpoint was begun of which this rank has written its part, so that `end` need not wait for it."""
+        """Whether a checkpoint was begun of which this rank has written its part, so that `end` need not wait for
+        it."""
         return self._begun is not None and not self._begun.running
 
     def end(self, ranks: Ranks) -> None:
-        """Waits for the checkpoint that was begun, if one was, and puts it in its place; the pointer moves last. A collective.
-        Raises WorkFailed on all ranks where one could not write."""
+        """Waits for the checkpoint that was begun, if one was, and puts it in its place; the pointer moves last. A
+        collective. Raises WorkFailed on all ranks where one could not write."""
         begun, self._begun = self._begun, None
         if begun is None:
             return
@@ -167,7 +169,8 @@ class Checkpoints:
         if ranks.is_main:  # a full disk has its room back
             shutil.rmtree(begun.partial, ignore_errors=True)
         raise WorkFailed(
-            f"cannot write the checkpoint {begun.final} ({begun.error or 'another rank failed'}); the last good one is {self._last_good()}: make room or mend the disk, and run it again to go on from there"
+            f"cannot write the checkpoint {begun.final} ({begun.error or 'another rank failed'}); the last good "
+            f"one is {self._last_good()}: make room or mend the disk, and run it again to go on from there"
         )
 
     def _last_good(self) -> str:
@@ -217,8 +220,9 @@ class Checkpoints:
         return sorted(int(number) for number in numbers if number.isdecimal())
 
     def _scores(self, steps: Iterable[int]) -> dict[int, float]:
-        """By step, of those that keep_best has judged. It is read from each checkpoint's own state, so there is no other
-        record of which is the best that could be lost or wrong. Raises UserError for a state that cannot be read."""
+        """By step, of those that keep_best has judged. It is read from each checkpoint's own state, so there is no
+        other record of which is the best that could be lost or wrong. Raises UserError for a state that cannot be
+        read."""
         assert self.config.keep_best
         metric = self.config.keep_best.metric
         tallies = {step: read_state(self.path(step)).tally for step in steps}

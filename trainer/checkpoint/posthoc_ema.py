@@ -1,8 +1,8 @@
 """Averages of the weights of any width, after training, from snapshots of others (Karras et al. 2024, sec. 3).
 
-The profile of an average at step T is p(t) = (gamma + 1) t^gamma / T^(gamma + 1) from 0 to T: how much the weights of each
-moment count. An update a step gives its integral over that step exactly. Averages that were kept can be summed to one that
-was not as well as their profiles can be summed to its profile.
+The profile of an average at step T is p(t) = (gamma + 1) t^gamma / T^(gamma + 1) from 0 to T: how much the weights of
+each moment count. An update a step gives its integral over that step exactly. Averages that were kept can be summed to
+one that was not as well as their profiles can be summed to its profile.
 
 RUN_DIR/ema/step-00000500-0.05.safetensors   float32 by parameter name; its metadata has the step and the width
 """
@@ -46,11 +46,11 @@ def inner(t: Tensor, gamma: Tensor, u: Tensor, delta: Tensor) -> Tensor:
 
 
 def mixture(steps: Sequence[int], widths: Sequence[float], step: int, width: float) -> tuple[Tensor, float]:
-    """Coefficients (N,) float64, whose sum is 1, by which averages at `steps` of `widths` come nearest to the one at `step`
-    of `width`, and the relative error in the L2 norm of its profile.
+    """Coefficients (N,) float64, whose sum is 1, by which averages at `steps` of `widths` come nearest to the one at
+    `step` of `width`, and the relative error in the L2 norm of its profile.
 
-    Sums of 1 leave weights that stand still as they are; without that rule errors of averages are far larger, since weights
-    move little on their way from where they began."""
+    Sums of 1 leave weights that stand still as they are; without that rule errors of averages are far larger, since
+    weights move little on their way from where they began."""
     t = torch.tensor(steps, dtype=torch.float64)
     gamma = torch.tensor([power_of(w) for w in widths], dtype=torch.float64)
     t0, gamma0 = torch.tensor(float(step), dtype=torch.float64), torch.tensor(power_of(width), dtype=torch.float64)
@@ -83,8 +83,8 @@ def write_snapshot(run_dir: Path, ranks: Ranks, step: int, sigma_rel: float, ave
 def reconstructed(run_dir: Path, config: AnyEMA, checkpoint: Path, step: int, sigma_rel: float) -> tuple[State, str]:
     """The average of this width at a checkpoint, whole float32, and how it was come by, for people to read.
 
-    From the snapshots up to the checkpoint, and the averages in it. Raises UserError where there are none, or where they
-    do not reach this width."""
+    From the snapshots up to the checkpoint, and the averages in it. Raises UserError where there are none, or where
+    they do not reach this width."""
     asked = f"--ema-sigma-rel {sigma_rel:g}"
     if not 0 < sigma_rel < WIDEST:
         raise UserError(f"{asked}: must be above 0 and below {WIDEST}")
@@ -101,7 +101,9 @@ def reconstructed(run_dir: Path, config: AnyEMA, checkpoint: Path, step: int, si
         grid = sorted({*torch.linspace(0.01, 0.27, 27).tolist(), *config.widths().values()})
         reached = [w for w in grid if mixture(steps, widths, step, w)[1] <= MOST]
         raise UserError(
-            f"{asked}: the {found} in {run_dir} give its profile with an error of {error:.0%}, above {MOST:.0%}; they reach {min(reached):.2g} to {max(reached):.2g}; a smaller ema.snapshots.every reaches further"
+            f"{asked}: the {found} in {run_dir} give its profile with an error of {error:.0%}, above "
+            f"{MOST:.0%}; they reach {min(reached):.2g} to {max(reached):.2g}; a smaller ema.snapshots.every "
+            "reaches further"
         )
     average = _sum({p.file: float(c) for p, c in zip(profiles, coefficients, strict=True)})
     return (

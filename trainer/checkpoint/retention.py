@@ -16,8 +16,8 @@ class BestConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """every: steps between checkpoints. keep: how many of the newest to keep. keep_every: those at multiples of it are never
-    deleted. keep_best: nor is the one before which a metric was lowest."""
+    """every: steps between checkpoints. keep: how many of the newest to keep. keep_every: those at multiples of it
+    are never deleted. keep_best: nor is the one before which a metric was lowest."""
 
     every: int = 500
     keep: int = 2
@@ -29,7 +29,8 @@ class CheckpointConfig:
             raise ValueError("need every >= 1 and keep >= 1")
         if self.keep_every is not None and (self.keep_every < 1 or self.keep_every % self.every):
             raise ValueError(
-                f"keep_every {self.keep_every} must be a multiple of every {self.every}, or there is no checkpoint to keep"
+                f"keep_every {self.keep_every} must be a multiple of every {self.every}, or there is no "
+                "checkpoint to keep"
             )
 
 
@@ -71,7 +72,10 @@ class Judge:
         if tally and step % self._every == 0:
             if not tally.steps and not self._warned:
                 self._warned = True
-                warning = f"checkpoint.keep_best.metric {tally.metric}: no report before step {step} has it, so this checkpoint is not judged; there are {', '.join(sorted(self._seen))}"
+                warning = (
+                    f"checkpoint.keep_best.metric {tally.metric}: no report before step {step} has it, so this "
+                    f"checkpoint is not judged; there are {', '.join(sorted(self._seen))}"
+                )
             tally, self._tally = replace(tally, complete=True), self._fresh()
         return tally, warning
 
@@ -80,8 +84,8 @@ class Judge:
 
 
 def kept(steps: Iterable[int], newest: int, config: CheckpointConfig, best: int | None) -> set[int]:
-    """Which of the checkpoints at these steps stay, when the one at `newest` was written last. Those after it, of a run that
-    was set back, are left alone."""
+    """Which of the checkpoints at these steps stay, when the one at `newest` was written last. Those after it, of a
+    run that was set back, are left alone."""
     steps = sorted(steps)
     stay = {step for step in steps if step > newest} | set([s for s in steps if s <= newest][-config.keep :])
     if config.keep_every:

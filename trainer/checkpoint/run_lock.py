@@ -45,7 +45,8 @@ _held: set[Path] = set()
 
 
 def _locked(file: IO[str]) -> bool:
-    """By a lock that processes forked from this one do not share: a reader of data may outlive a killed training by seconds."""
+    """By a lock that processes forked from this one do not share: a reader of data may outlive a killed training by
+    seconds."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -22,10 +22,10 @@ FORMAT = 3
 class TrainState:
     """Where training is. step: optimiser steps done. samples: position in the data. evaluations: network evaluations
     of samples so far, over all ranks. seconds: time spent training, over all starts. shape: (C, H, W) of an image.
-    period: of consistency, once a budget has chosen it. tally: of the metric that checkpoints are judged by. loss_scale: of
-    the step to come. usual_loss: of steps without and with consistency, where spikes are looked for. rolled_back: how often
-    training has gone back, which leaves `samples` ahead of `step`. in_a_row: steps left out up to this one. pools: how many files of
-    particles the checkpoint has."""
+    period: of consistency, once a budget has chosen it. tally: of the metric that checkpoints are judged by.
+    loss_scale: of the step to come. usual_loss: of steps without and with consistency, where spikes are looked for.
+    rolled_back: how often training has gone back, which leaves `samples` ahead of `step`. in_a_row: steps left out
+    up to this one. pools: how many files of particles the checkpoint has."""
 
     step: int
     samples: int
@@ -48,8 +48,19 @@ def state_from(data: dict[str, Any]) -> TrainState:
     plain, consistency = (Usual(**each) for each in data.get("usual_loss", ({}, {})))
     parsed = {"shape": tuple(data["shape"]), "tally": tally, "loss_scale": scale, "usual_loss": (plain, consistency)}
     state = TrainState(**{**data, **parsed})
-    numbers = [*state.shape, state.step, state.samples, state.evaluations, state.period or 1, scale.skipped,
-               state.rolled_back, state.in_a_row, state.pools, plain.steps, consistency.steps]  # fmt: skip
+    numbers = [
+        *state.shape,
+        state.step,
+        state.samples,
+        state.evaluations,
+        state.period or 1,
+        scale.skipped,
+        state.rolled_back,
+        state.in_a_row,
+        state.pools,
+        plain.steps,
+        consistency.steps,
+    ]
     if len(state.shape) != 3 or any(type(n) is not int or n < 0 for n in numbers) or 0 in state.shape:
         raise TypeError(f"its counts must be whole numbers, and its shape three of them: {numbers}")
     if not all(isinstance(x, int | float) for x in (state.seconds, scale.scale, plain.mean, consistency.mean)):

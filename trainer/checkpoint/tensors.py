@@ -15,11 +15,13 @@ from ambient_core.paths import replacing
 
 State = dict[str, Tensor]
 CHECKSUM = "crc32"
-"""In a file's metadata, of all that is in its tensors. Against bits that flip, not against people; 4 GB a second on one core."""
+"""In a file's metadata, of all that is in its tensors. Against bits that flip, not against people; 4 GB a second on
+one core."""
 
 
 def read_tensors(path: Path, name: str) -> State:
-    """name: of the file, such as weights. Raises UserError for a missing or torn file, or one with other contents than were written."""
+    """name: of the file, such as weights. Raises UserError for a missing or torn file, or one with other contents
+    than were written."""
     file = path / f"{name}.safetensors"
     try:
         with safe_open(file, "pt") as opened:
@@ -28,7 +30,9 @@ def read_tensors(path: Path, name: str) -> State:
     except (OSError, MemoryError, SafetensorError) as error:  # it is mapped, which may need more than there is
         raise UserError(f"{file} cannot be read ({error})") from None
     if told != checksum(tensors):
-        raise UserError(f"{file} is damaged: its checksum is {told or 'missing'}, and that of its contents {checksum(tensors)}")  # fmt: skip
+        raise UserError(
+            f"{file} is damaged: its checksum is {told or 'missing'}, and that of its contents {checksum(tensors)}"
+        )
     return tensors
 
 

@@ -41,8 +41,8 @@ def dataclasses_in(kind: Any) -> Iterator[Any]:
 
 
 def explain(kind: Any, error: Any) -> str:
-    """One line of one of pydantic's errors: the field, its value, what it must be, and what may have been meant. kind: the
-    dataclass that was to be made."""
+    """One line of one of pydantic's errors: the field, its value, what it must be, and what may have been meant.
+    kind: the dataclass that was to be made."""
     tags = {inner.kind for inner in dataclasses_in(kind) if hasattr(inner, "kind")}
     location = [str(part) for i, part in enumerate(error["loc"]) if not (part in tags and i > 0)]
     name = ".".join(location)
@@ -56,7 +56,10 @@ def explain(kind: Any, error: Any) -> str:
         return f"{name}: {value!r}: must be a mapping of fields to values; there are {', '.join(known)}"
     if error["type"] == "union_tag_invalid":
         known = re.findall("'(.*?)'", error["ctx"]["expected_tags"])
-        return f"{name}.kind: {error['ctx']['tag']!r}: must be one of {', '.join(known)}{meant(error['ctx']['tag'], known)}"
+        return (
+            f"{name}.kind: {error['ctx']['tag']!r}: must be one of "
+            f"{', '.join(known)}{meant(error['ctx']['tag'], known)}"
+        )
     if error["type"] == "literal_error":
         known = re.findall("'(.*?)'", error["ctx"]["expected"])
         return f"{name}: {value!r}: must be {error['ctx']['expected']}{meant(value, known)}"
@@ -105,7 +108,8 @@ def _where_it_is(kind: Any, loc: Sequence[str], location: Sequence[str]) -> str:
 
 
 def _paths(kind: Any, prefix: str = "") -> Iterator[tuple[str, str | None]]:
-    """Every field of a configuration, groups among them, by its path, and of which kind it is where others have it not."""
+    """Every field of a configuration, groups among them, by its path, and of which kind it is where others have it
+    not."""
     for inner in members(kind):
         for name, hint in typing.get_type_hints(inner).items():
             yield f"{prefix}{name}", getattr(inner, "kind", None)

@@ -32,8 +32,8 @@ This page is made by `python -m trainer.config.reference`, from the code.
 
 @dataclass(frozen=True)
 class Field:
-    """name: within its group. values: what it may be, in words. choices: those of its values that have a name, such as true
-    and null. default: as YAML; "" where it must be given. about: its meaning."""
+    """name: within its group. values: what it may be, in words. choices: those of its values that have a name, such
+    as true and null. default: as YAML; "" where it must be given. about: its meaning."""
 
     name: str
     values: str
@@ -44,9 +44,8 @@ class Field:
 
 @dataclass(frozen=True)
 class Group:
-    """Fields at one path of the configuration, such as engine or checkpoint.keep_best; "" at the top. kind: of these fields,
-    where the path has several. null: whether it may stand for all of them: "no", "allowed" or
-    "default"."""
+    """Fields at one path of the configuration, such as engine or checkpoint.keep_best; "" at the top. kind: of these
+    fields, where the path has several. null: whether it may stand for all of them: "no", "allowed" or "default"."""
 
     path: str
     kind: str | None
@@ -82,7 +81,11 @@ def described(config: Any) -> tuple[str, dict[str, str]]:
     text = " ".join((inspect.getdoc(config) or "").split())
     names = "|".join(f.name for f in dataclasses.fields(config))
     first, *rest = re.split(rf"(?:^|(?<=[.;] ))((?:{names})(?:, (?:{names}))*): ", text)
-    told = {name: about.strip() for together, about in zip(rest[::2], rest[1::2], strict=True) for name in together.split(", ")}  # fmt: skip
+    told = {
+        name: about.strip()
+        for together, about in zip(rest[::2], rest[1::2], strict=True)
+        for name in together.split(", ")
+    }
     return first.strip(), told
 
 

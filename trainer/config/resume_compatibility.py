@@ -8,8 +8,22 @@ from ambient_core.errors import UserError, differences
 from ambient_core.parsing import flatten
 from trainer.config.run_config import RunConfig, load, to_data
 
-MAY_CHANGE = ("steps", "threads", "micro_batch_size", "data.workers", "data.cache_dir", "data.cache_gb", "data.retries",
-              "data.verify", "data.on_error", "engine.", "ema.snapshots.every", "checkpoint.", "recovery.", "logging.")  # fmt: skip
+MAY_CHANGE = (
+    "steps",
+    "threads",
+    "micro_batch_size",
+    "data.workers",
+    "data.cache_dir",
+    "data.cache_gb",
+    "data.retries",
+    "data.verify",
+    "data.on_error",
+    "engine.",
+    "ema.snapshots.every",
+    "checkpoint.",
+    "recovery.",
+    "logging.",
+)
 """Fields that a run may be started again with another value of. The others would make it another run."""
 
 

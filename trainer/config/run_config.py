@@ -50,11 +50,11 @@ AnyModel = Annotated[
 class RunConfig:
     """A training run.
 
-    run_dir: where everything of the run is written; starting again on it goes on from its last checkpoint.
-    steps: optimiser steps. batch_size: samples a step, over all ranks and micro-batches.
-    micro_batch_size: samples a pass on one rank; null takes the rank's whole share. seed: of all that is drawn: order of the data, levels,
-    noise, the network's first weights. threads: CPU threads a rank; null leaves it to torch. prediction: what the network's
-    output means: the noise (eps), the clean image (x0), v (Salimans & Ho 2022) or flow (their difference).
+    run_dir: where everything of the run is written; starting again on it goes on from its last checkpoint. steps:
+    optimiser steps. batch_size: samples a step, over all ranks and micro-batches. micro_batch_size: samples a pass on
+    one rank; null takes the rank's whole share. seed: of all that is drawn: order of the data, levels, noise, the
+    network's first weights. threads: CPU threads a rank; null leaves it to torch. prediction: what the network's output
+    means: the noise (eps), the clean image (x0), v (Salimans & Ho 2022) or flow (their difference).
     """
 
     run_dir: str
@@ -87,13 +87,15 @@ class RunConfig:
             raise ValueError(f"consistency.batch_size {particles} must divide batch_size {self.batch_size}")
         if self.checkpoint.keep_best and self.logging.every > self.checkpoint.every:
             raise ValueError(
-                f"checkpoint.keep_best judges by reports, so logging.every {self.logging.every} must be at most checkpoint.every {self.checkpoint.every}"
+                f"checkpoint.keep_best judges by reports, so logging.every {self.logging.every} must be at most "
+                f"checkpoint.every {self.checkpoint.every}"
             )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed} must be from 0 to 2^63 - 1")
         if self.data.sigma_scale == 0 and self.consistency is not None:
             raise ValueError(
-                "data.sigma_scale=0 takes every image for clean, so there is no level for consistency: set consistency to null"
+                "data.sigma_scale=0 takes every image for clean, so there is no level for consistency: set "
+                "consistency to null"
             )
 
     @property
@@ -110,11 +112,13 @@ class RunConfig:
         micro = min(self.micro_batch_size or rows, rows)
         if rows % micro:
             raise UserError(
-                f"micro_batch_size {self.micro_batch_size}: must divide the {rows} samples that each of {world} ranks has of batch_size {self.batch_size}"
+                f"micro_batch_size {self.micro_batch_size}: must divide the {rows} samples that each of {world} "
+                f"ranks has of batch_size {self.batch_size}"
             )
         if self.consistency and micro % self.stride:
             raise UserError(
-                f"consistency.batch_size {self.consistency.batch_size}: takes every {self.stride}th sample, so the {micro} samples of a micro-batch must be a multiple of {self.stride}"
+                f"consistency.batch_size {self.consistency.batch_size}: takes every {self.stride}th sample, so "
+                f"the {micro} samples of a micro-batch must be a multiple of {self.stride}"
             )
         return Layout(self.batch_size, micro, rank, world)
 
@@ -133,8 +137,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def parse(data: dict[str, Any], where: str, overridden: Sequence[str] = ()) -> RunConfig:
-    """A RunConfig from plain data. Raises UserError naming `where`, the field and its value. overridden: fields that are from
-    the command line."""
+    """A RunConfig from plain data. Raises UserError naming `where`, the field and its value. overridden: fields that
+    are from the command line."""
     for name, value in flatten(data):
         try:
             refuse_password(str(value))

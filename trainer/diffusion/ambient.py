@@ -17,8 +17,9 @@ from trainer.diffusion.tensors import expand, twice
 
 @dataclass(frozen=True)
 class LossTerms:
-    """loss: (B,) float32, to be averaged; it may be negative for pairs and for consistency. sigma: (B,), the level each term speaks of.
-    h_variance: a scalar, the variance of h over the samples, averaged over elements, where a loss has it at hand."""
+    """loss: (B,) float32, to be averaged; it may be negative for pairs and for consistency. sigma: (B,), the level
+    each term speaks of. h_variance: a scalar, the variance of h over the samples, averaged over elements, where a
+    loss has it at hand."""
 
     loss: Tensor
     sigma: Tensor
@@ -32,15 +33,17 @@ def further_noised(x_n: Tensor, sigma_n: Tensor, sigma_t: Tensor, z: Tensor) -> 
 
 
 NEAREST = 1.005
-"""Pairs draw no level below NEAREST sigma_n, where their two points would be so close that rounding tells them apart."""
+"""Pairs draw no level below NEAREST sigma_n, where their two points would be so close that rounding tells them
+apart."""
 
 
 @dataclass(frozen=True)
 class AmbientConfig:
     """boundary_share: the share of samples whose level is drawn close above their sigma_n, log-uniform up to
     boundary_ratio sigma_n, in the place of `levels`; what is learned there is what consistency carries down.
-    boundary_ratio: how far above sigma_n those levels reach, as a factor. pairs: each noisy image is taken twice, with opposite further noise, for an unbiased estimate of the
-    clean loss that is sharp at sigma_n; 2 network passes a sample."""
+    boundary_ratio: how far above sigma_n those levels reach, as a factor. pairs: each noisy image is taken twice,
+    with opposite further noise, for an unbiased estimate of the clean loss that is sharp at sigma_n; 2 network
+    passes a sample."""
 
     boundary_share: float = 0.0
     boundary_ratio: float = 1.5
@@ -51,7 +54,8 @@ class AmbientConfig:
             raise ValueError(f"need 0 <= boundary_share <= 1 and boundary_ratio above {NEAREST}")
 
     def passes(self, samples: int) -> list[tuple[int, bool]]:
-        """Through the network, that `AmbientLoss` makes of so many samples: of how many rows each, and whether with a gradient."""
+        """Through the network, that `AmbientLoss` makes of so many samples: of how many rows each, and whether with
+        a gradient."""
         return [(2 * samples if self.pairs else samples, True)]
 
 
@@ -113,7 +117,8 @@ class AmbientLoss:
 
         (||h+ - x_n||^2 + ||h- - x_n||^2) / 2 + b sigma_t <z, h+ - h-> / sqrt(a) - sigma_n^2 ||1||^2. It follows from
         E[h x0] = E[h (x_n - b sigma_t z / sqrt(a))]. The noise of a single term, of order 1 / sqrt(a), cancels in the
-        pair; as a -> 0 this becomes Stein's unbiased risk estimate (Stein 1981), with a divergence by finite difference.
+        pair; as a -> 0 this becomes Stein's unbiased risk estimate (Stein 1981), with a divergence by finite
+        difference.
         """
         ratio = sigma_n / sigma_t
         a = (1 - ratio) * (1 + ratio)

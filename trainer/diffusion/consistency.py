@@ -21,14 +21,14 @@ DEFAULT_PERIOD = 8
 
 @dataclass(frozen=True)
 class ConsistencyConfig:
-    """weight: of the loss, before it is scaled by the schedule.
-    period, count: consistency at `count` of every `period` steps (8 unless given), spread evenly; the loss is multiplied by
-    period / count. start: the first step that may have it. end: the first that may not any more; null: none.
-    overhead_budget: instead of a period: the share of time that consistency may add to training, such as 0.2. Both kinds
-    of step are then timed in the first steps from `start` on, the period follows, and stays for the rest of the run.
-    batch_size: particles a consistency step, over all ranks; null takes as many as there are samples.
-    steps: reverse steps from a particle to its child; each takes two network passes. ratio: a reverse step goes from level t to about ratio t.
-    gradient: through the denoiser at the lower level only, or at both. where: particles begin below each sample's sigma_n, or everywhere.
+    """weight: of the loss, before it is scaled by the schedule. period, count: consistency at `count` of every
+    `period` steps (8 unless given), spread evenly; the loss is multiplied by period / count. start: the first step
+    that may have it. end: the first that may not any more; null: none. overhead_budget: instead of a period: the
+    share of time that consistency may add to training, such as 0.2. Both kinds of step are then timed in the first
+    steps from `start` on, the period follows, and stays for the rest of the run. batch_size: particles a consistency
+    step, over all ranks; null takes as many as there are samples. steps: reverse steps from a particle to its child;
+    each takes two network passes. ratio: a reverse step goes from level t to about ratio t. gradient: through the
+    denoiser at the lower level only, or at both. where: particles begin below each sample's sigma_n, or everywhere.
     pool_depth: particles kept for each row of the batch, each at a level of its own."""
 
     weight: float = 0.03
@@ -54,13 +54,14 @@ class ConsistencyConfig:
                 raise ValueError(f"overhead_budget {self.overhead_budget:g} must be above 0, such as 0.2")
             if self.period is not None or self.count != 1:
                 raise ValueError(
-                    "give overhead_budget, or period and count, not both: the budget chooses the period (set period to null)"
+                    "give overhead_budget, or period and count, not both: the budget chooses the period (set "
+                    "period to null)"
                 )
         self.schedule()
 
     def passes(self, particles: int) -> list[tuple[int, bool]]:
-        """Through the network, that `ConsistencyLoss` makes of so many particles, in order: of how many rows each, and whether
-        with a gradient."""
+        """Through the network, that `ConsistencyLoss` makes of so many particles, in order: of how many rows each,
+        and whether with a gradient."""
         above, between = (particles, self.gradient == "both"), (2 * particles, False)
         return [above, *[between] * (self.steps - 1), (2 * particles, True)]
 
@@ -76,10 +77,11 @@ class ConsistencyLoss:
     ||h(x_t, t) - E[h(x_s, s) | x_t]||^2, which is 0 for the denoiser of a true diffusion (arXiv 2404.10177, eq. 10).
     It can be negative in a batch; nothing is clamped.
 
-    weight: w. ratio: a reverse step goes from t to about ratio * t (the exponent is uniform in [0.5, 1.5], so that every
-    level is visited). steps: how many of them lie between x_t and x_s. sigma_min: the lowest level. gradient: "low" moves
-    only the low-noise side, which has to follow what the data taught at t; "both" moves both; points are constants.
-    Cost: 1 + 2 steps evaluations a particle: the one at x_t serves both children, and none is computed twice.
+    weight: w. ratio: a reverse step goes from t to about ratio * t (the exponent is uniform in [0.5, 1.5], so that
+    every level is visited). steps: how many of them lie between x_t and x_s. sigma_min: the lowest level. gradient:
+    "low" moves only the low-noise side, which has to follow what the data taught at t; "both" moves both; points are
+    constants. Cost: 1 + 2 steps evaluations a particle: the one at x_t serves both children, and none is computed
+    twice.
     """
 
     weight: Weight

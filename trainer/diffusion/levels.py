@@ -170,7 +170,8 @@ RHO = 7.0
 
 
 def karras_levels(steps: int, sigma_max: float, sigma_min: float) -> Tensor:
-    """The sampling levels of Karras et al. 2022, eq. 5, with their rho: (steps,) float64, from sigma_max down to sigma_min."""
+    """The sampling levels of Karras et al. 2022, eq. 5, with their rho: (steps,) float64, from sigma_max down to
+    sigma_min."""
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     top, bottom = math.pow(sigma_max, 1 / RHO), math.pow(sigma_min, 1 / RHO)
     return (top + ramp * (bottom - top)) ** RHO

@@ -1,4 +1,5 @@
-"""Points of the reverse process on their way down, so that a consistency step finds one at any level without a roll-out."""
+"""Points of the reverse process on their way down, so that a consistency step finds one at any level without a
+roll-out."""
 
 from __future__ import annotations
 
@@ -33,10 +34,10 @@ class ParticlePool:
 
     A consistency step takes one particle of each row, and puts one child back. A particle at the lowest level is born
     again from the batch's observation in its row: x_n at sigma_n; or, where sigma_max is given, x_n with further noise,
-    at a level whose logarithm is uniform from sigma_n to sigma_max, so that consistency is asked for everywhere.
-    A clean observation (sigma_n at or below sigma_min) has no level below it to fill, and gives none of the first kind.
-    Rows are rows of the global batch: a rank holds its own, so the union over ranks does not depend on their number, and
-    a checkpoint can be split anew. Batches of another shape of observations have particles of their own.
+    at a level whose logarithm is uniform from sigma_n to sigma_max, so that consistency is asked for everywhere. A
+    clean observation (sigma_n at or below sigma_min) has no level below it to fill, and gives none of the first kind.
+    Rows are rows of the global batch: a rank holds its own, so the union over ranks does not depend on their number,
+    and a checkpoint can be split anew. Batches of another shape of observations have particles of their own.
     """
 
     def __init__(self, rows: int, depth: int, sigma_min: float, sigma_max: float | None = None) -> None:
@@ -63,11 +64,13 @@ class ParticlePool:
             for name, value in batch.conditioning.items()
         }
         active = sigma > self.sigma_min * (1 + 1e-6)
-        # A network cannot be asked about level 0: inactive rows are computed at sigma_min, and their loss is not counted.
+        # A network cannot be asked about level 0: inactive rows are computed at sigma_min, and their loss is not
+        # counted.
         return (rows, slot), Particles(x, sigma.clamp(min=self.sigma_min), conditioning, active)
 
     def put(self, slots: Slots, particles: Particles) -> None:
-        """Stores the particles in the slots they were taken from; one that is inactive, or not finite, leaves its slot empty."""
+        """Stores the particles in the slots they were taken from; one that is inactive, or not finite, leaves its
+        slot empty."""
         state = self._states[particles.x.shape[1:]]
         finite = particles.x.flatten(1).isfinite().all(1)
         state["x"][slots] = torch.where(expand(finite, particles.x), particles.x, 0)
@@ -78,7 +81,8 @@ class ParticlePool:
             state[f"conditioning.{name}"][slots] = value
 
     def state_dict(self) -> State:
-        """Tensors (R, K, ...) of this rank's rows, named SHAPE.NAME, as in 4x64x64.sigma; empty before the first step."""
+        """Tensors (R, K, ...) of this rank's rows, named SHAPE.NAME, as in 4x64x64.sigma; empty before the first
+        step."""
         named = {"x".join(map(str, shape)): state for shape, state in self._states.items()}
         return {f"{shape}.{name}": value for shape, state in named.items() for name, value in state.items()}
 

@@ -53,7 +53,8 @@ class VE:
     The input is scaled to unit variance for data of standard deviation `sigma_data`. The time is ln(sigma),
     stretched to [0, 1000], so that the usual sinusoidal embedding resolves it.
 
-    sigma_min: the lowest level. sigma_max: the highest, where sampling starts. sigma_data: standard deviation of the clean images.
+    sigma_min: the lowest level. sigma_max: the highest, where sampling starts. sigma_data: standard deviation of the
+    clean images.
     """
 
     sigma_min: float = 0.002
@@ -134,8 +135,8 @@ class VPTable:
 class VPCosine:
     """Variance preserving with the cosine schedule of Nichol & Dhariwal 2021 (eq. 17), in continuous time.
 
-    sigma_min: the lowest level. sigma_max: the highest, where sampling starts. offset: the schedule's s, which keeps the first steps from
-    being too small."""
+    sigma_min: the lowest level. sigma_max: the highest, where sampling starts. offset: the schedule's s, which keeps
+    the first steps from being too small."""
 
     sigma_min: float = 0.002
     sigma_max: float = 80.0
@@ -164,7 +165,8 @@ class VPCosine:
 
 @dataclass(frozen=True)
 class Flow:
-    """Rectified flow (Liu et al. 2023; Stable Diffusion 3, Flux): the network sees (1 - t) x0 + t z, sigma = t / (1 - t).
+    """Rectified flow (Liu et al. 2023; Stable Diffusion 3, Flux): the network sees (1 - t) x0 + t z, sigma = t / (1 -
+    t).
 
     sigma_min: the lowest level. sigma_max: the highest, where sampling starts."""
 

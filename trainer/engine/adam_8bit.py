@@ -1,7 +1,7 @@
 """Adam with moments of 8 bits, by bitsandbytes; checkpoints hold them as float32, as those of the other Adams.
 
-It keeps a block of 256 numbers as the largest of them, absmax, times one of 256 numbers for each, qmap. In a parameter of
-fewer than 4096 elements, or a rank's share of so few, moments stay float32.
+It keeps a block of 256 numbers as the largest of them, absmax, times one of 256 numbers for each, qmap. In a parameter
+of fewer than 4096 elements, or a rank's share of so few, moments stay float32.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def adam(parameters: list[nn.Parameter], options: dict[str, Any]) -> torch.optim
         from bitsandbytes.optim import AdamW8bit
     except Exception as error:  # also what its library lacks
         raise UserError(
-            f"engine.adam 8bit: bitsandbytes cannot be imported ({in_one_line(error, 200)}): pip install 'ambient-trainer[eight-bit]', or set engine.adam=torch"
+            f"engine.adam 8bit: bitsandbytes cannot be imported ({in_one_line(error, 200)}): pip install "
+            "'ambient-trainer[eight-bit]', or set engine.adam=torch"
         ) from None
     return AdamW8bit(parameters, **options)
 
@@ -38,14 +39,16 @@ def moments(state: dict[str, Any]) -> list[Tensor]:
     return [
         state[f"state{n}"]
         if state[f"state{n}"].dtype == torch.float32
-        else dequantize_blockwise(state[f"state{n}"], absmax=state[f"absmax{n}"], code=state[f"qmap{n}"], blocksize=BLOCK)
+        else dequantize_blockwise(
+            state[f"state{n}"], absmax=state[f"absmax{n}"], code=state[f"qmap{n}"], blocksize=BLOCK
+        )
         for n in (1, 2)
-    ]  # fmt: skip
+    ]
 
 
 def state_of(optimizer: Any, both: tuple[Tensor, Tensor], steps: int) -> dict[str, Any]:
-    """As the optimiser would have it after `steps` steps, for a parameter of the moments' shape. The inverse of `moments`
-    to the last bit, where these have come out of the same blocks."""
+    """As the optimiser would have it after `steps` steps, for a parameter of the moments' shape. The inverse of
+    `moments` to the last bit, where these have come out of the same blocks."""
     found: dict[str, Any] = {"step": steps}
     for n, (moment, name) in enumerate(zip(both, MAPS, strict=True), 1):
         if moment.numel() < optimizer.args.min_8bit_size:
@@ -60,8 +63,8 @@ def state_of(optimizer: Any, both: tuple[Tensor, Tensor], steps: int) -> dict[st
 def quantised(values: Tensor, qmap: Tensor) -> tuple[Tensor, Tensor]:
     """Codes, uint8 in the shape of values, and absmax of each block, float32.
 
-    qmap ends at 1 but begins at -0.993, so absmax is not the largest value where that is negative; a few are tried for each
-    block, of which one is that by which it was quantised before.
+    qmap ends at 1 but begins at -0.993, so absmax is not the largest value where that is negative; a few are tried for
+    each block, of which one is that by which it was quantised before.
     """
     middles = (qmap[1:] + qmap[:-1]) / 2
     blocks = nn.functional.pad(values.flatten(), (0, -values.numel() % BLOCK)).view(-1, BLOCK)

@@ -15,19 +15,17 @@ MOST_IN_BUCKET = 500_000_000
 @dataclass(frozen=True)
 class EngineConfig:
     """zero_stage: what DeepSpeed shards over ranks: 0 nothing, 1 the optimiser, 2 and gradients, 3 and parameters.
-    precision: of the network's arithmetic; bf16 and fp16 are by autocast, around float32 weights; fp16 scales the loss, and
-    leaves out steps that overflow; auto is bf16 where the device multiplies it natively, else fp32 (a CPU that emulates bf16
-    takes ten times as long).
-    offload_optimizer: Adam's moments and step are the CPU's, at stages 1 to 3. offload_parameters: at stage 3 the weights,
-    a frozen base's too, wait in the CPU's memory for their layer's turn.
-    adam: by torch; cpu is DeepSpeed's for offload_optimizer, compiled when first used; 8bit is bitsandbytes's, whose moments
-    take a quarter of the memory.
-    deepspeed: a JSON file of DeepSpeed's settings, merged below these fields; see docs/deepspeed.md.
-    attention: by xformers, or by torch's scaled_dot_product_attention; auto is xformers where a probe on the device finds
-    that it runs, agrees with SDPA and is not slower.
-    compile: the network by torch.compile; the first steps take minutes, and a compiler is needed.
-    deterministic: only algorithms that give the same bits each time, with attention by SDPA; slower on a GPU. On a CPU they
-    always do."""
+    precision: of the network's arithmetic; bf16 and fp16 are by autocast, around float32 weights; fp16 scales the
+    loss, and leaves out steps that overflow; auto is bf16 where the device multiplies it natively, else fp32 (a CPU
+    that emulates bf16 takes ten times as long). offload_optimizer: Adam's moments and step are the CPU's, at stages
+    1 to 3. offload_parameters: at stage 3 the weights, a frozen base's too, wait in the CPU's memory for their
+    layer's turn. adam: by torch; cpu is DeepSpeed's for offload_optimizer, compiled when first used; 8bit is
+    bitsandbytes's, whose moments take a quarter of the memory. deepspeed: a JSON file of DeepSpeed's settings,
+    merged below these fields; see docs/deepspeed.md. attention: by xformers, or by torch's
+    scaled_dot_product_attention; auto is xformers where a probe on the device finds that it runs, agrees with SDPA
+    and is not slower. compile: the network by torch.compile; the first steps take minutes, and a compiler is needed.
+    deterministic: only algorithms that give the same bits each time, with attention by SDPA; slower on a GPU. On a
+    CPU they always do."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Precision = "fp32"
@@ -46,7 +44,8 @@ class EngineConfig:
             )
         if self.compile and self.zero_stage == 3:
             raise ValueError(
-                "compile cannot be used with zero_stage 3, whose weights come and go: choose stage 2, or set compile to false"
+                "compile cannot be used with zero_stage 3, whose weights come and go: choose stage 2, or set "
+                "compile to false"
             )
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3, not 0")
@@ -56,7 +55,8 @@ class EngineConfig:
             )
         if self.adam == "8bit" and self.offload_optimizer:
             raise ValueError(
-                "adam 8bit keeps its small moments on the device: set offload_optimizer to false, or adam to torch or cpu"
+                "adam 8bit keeps its small moments on the device: set offload_optimizer to false, or adam to "
+                "torch or cpu"
             )
         if self.adam == "cpu" and not self.offload_optimizer:
             raise ValueError(
@@ -68,8 +68,9 @@ class EngineConfig:
 class OptimizerConfig:
     """AdamW.
 
-    lr: the learning rate. betas: of the two moments. eps: beside the root of the second one. weight_decay: decoupled, as AdamW's is.
-    warmup_steps: over which the rate rises linearly. clip: the largest gradient norm, 0 for none."""
+    lr: the learning rate. betas: of the two moments. eps: beside the root of the second one. weight_decay:
+    decoupled, as AdamW's is. warmup_steps: over which the rate rises linearly. clip: the largest gradient norm, 0
+    for none."""
 
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)

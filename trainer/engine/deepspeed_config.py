@@ -1,7 +1,7 @@
 """What DeepSpeed is told: by our fields, and by a JSON file of its own (`engine.deepspeed`), which is merged.
 
-What a field of ours says, the file may say again, or leave to "auto", as Hugging Face's trainer writes it; it may not say
-otherwise. So there is one place for each number, and the file adds what we have no field for.
+What a field of ours says, the file may say again, or leave to "auto", as Hugging Face's trainer writes it; it may not
+say otherwise. So there is one place for each number, and the file adds what we have no field for.
 """
 
 from __future__ import annotations
@@ -19,20 +19,38 @@ from data_pipeline.loading.config import Layout
 from trainer.engine.config import EngineConfig, OptimizerConfig, Precision
 
 MERGED = (
-    "zero_optimization", "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "comms_logger",
-    "flops_profiler", "wall_clock_breakdown", "memory_breakdown", "steps_per_print", "dump_state", "tensorboard",
-    "csv_monitor", "wandb",
-)  # fmt: skip
-"""Keys that DeepSpeed is given as they are in the file. It reads over a name that it does not know, so others are refused."""
+    "zero_optimization",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "comms_logger",
+    "flops_profiler",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "steps_per_print",
+    "dump_state",
+    "tensorboard",
+    "csv_monitor",
+    "wandb",
+)
+"""Keys that DeepSpeed is given as they are in the file. It reads over a name that it does not know, so others are
+refused."""
 
 ELSEWHERE = (
-    "ratio", "super_offload", "zenflow", "nvme_path", "zero_hpz_partition_size", "zero_quantized_weights",
-    "zero_quantized_nontrainable_weights", "mics_shard_size",
-)  # fmt: skip
+    "ratio",
+    "super_offload",
+    "zenflow",
+    "nvme_path",
+    "zero_hpz_partition_size",
+    "zero_quantized_weights",
+    "zero_quantized_nontrainable_weights",
+    "mics_shard_size",
+)
 """Parts of zero_optimization that keep weights or Adam's moments where checkpoints do not look for them."""
 
 UNUSED = ("fp16.", "bf16.", "torch_autocast.")
-"""Sections whose `enabled` is engine.precision's; the rest of them has no use here, since autocast is what we train by."""
+"""Sections whose `enabled` is engine.precision's; the rest of them has no use here, since autocast is what we train
+by."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +78,8 @@ def resolve_precision(wanted: Precision) -> Precision:
 def settings(
     config: EngineConfig, optimizer: OptimizerConfig, layout: Layout, precision: Precision
 ) -> tuple[dict[str, Any], list[str]]:
-    """For deepspeed.initialize, and the keys of the file that have no use here. precision: `auto` where the machine that
-    trains is not this one. Raises UserError naming the file and the key."""
+    """For deepspeed.initialize, and the keys of the file that have no use here. precision: `auto` where the machine
+    that trains is not this one. Raises UserError naming the file and the key."""
     told = _told(config, optimizer, layout, precision)
     if config.deepspeed is None:
         return told, []
@@ -74,7 +92,8 @@ def settings(
         if (owner := owned.get(name)) is not None:
             if owner.value is not None and not _equal(value, owner.value):
                 raise UserError(
-                    f"{where}: {name} {json.dumps(value)}: the config says {owner.field} {owner.says}; make them the same, or remove it from the file"
+                    f"{where}: {name} {json.dumps(value)}: the config says {owner.field} {owner.says}; make "
+                    "them the same, or remove it from the file"
                 )
         elif name.startswith(UNUSED):
             unused.append(name)
@@ -135,17 +154,21 @@ def _owned(config: EngineConfig, optimizer: OptimizerConfig, layout: Layout, pre
         "zero_force_ds_cpu_optimizer": Owned("engine.adam", config.adam, False),
         "fp16.enabled": Owned("engine.precision", precision, half("fp16")),
         "bf16.enabled": Owned("engine.precision", precision, half("bf16")),
-        "torch_autocast.enabled": Owned("engine.precision", precision, None if precision == "auto" else precision != "fp32"),
+        "torch_autocast.enabled": Owned(
+            "engine.precision", precision, None if precision == "auto" else precision != "fp32"
+        ),
         "optimizer.type": Owned("optimizer.lr and its other fields, for", "AdamW", "AdamW"),
         "optimizer.params.lr": Owned("optimizer.lr", lr, lr),
         "optimizer.params.betas": Owned("optimizer.betas", list(optimizer.betas), list(optimizer.betas)),
         "optimizer.params.eps": Owned("optimizer.eps", optimizer.eps, optimizer.eps),
-        "optimizer.params.weight_decay": Owned("optimizer.weight_decay", optimizer.weight_decay, optimizer.weight_decay),
+        "optimizer.params.weight_decay": Owned(
+            "optimizer.weight_decay", optimizer.weight_decay, optimizer.weight_decay
+        ),
         "scheduler.type": Owned("optimizer.warmup_steps, for", "WarmupLR", "WarmupLR"),
         "scheduler.params.warmup_type": Owned("optimizer.warmup_steps, which is", "linear", "linear"),
         "scheduler.params.warmup_max_lr": Owned("optimizer.lr", lr, lr),
         "scheduler.params.warmup_num_steps": Owned("optimizer.warmup_steps", warmup, warmup),
-    }  # fmt: skip
+    }
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -47,8 +47,8 @@ class Engine:
         precision: Precision,
         settings: dict[str, Any],
     ) -> None:
-        """precision: resolved. settings: of trainer.engine.deepspeed_config. Raises UserError for what DeepSpeed refuses, or where
-        the optimiser that was asked for is not here."""
+        """precision: resolved. settings: of trainer.engine.deepspeed_config. Raises UserError for what DeepSpeed
+        refuses, or where the optimiser that was asked for is not here."""
         self.module, self.config, self.optimizer_config, self.precision = module, config, optimizer, precision
         self._named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         trainable = sum(p.numel() for p in self._named.values())
@@ -83,7 +83,8 @@ class Engine:
             return DeepSpeedCPUAdam(parameters, adamw_mode=True, **options)
         except Exception as error:  # of the compiler, of ninja, of torch: all kinds
             raise UserError(
-                f"engine.adam cpu: DeepSpeed cannot compile it ({in_one_line(error, 300)}): install a C++ compiler and ninja, or set engine.adam=torch"
+                f"engine.adam cpu: DeepSpeed cannot compile it ({in_one_line(error, 300)}): install a C++ "
+                "compiler and ninja, or set engine.adam=torch"
             ) from None
 
     def __call__(self, *args: Any) -> Any:
@@ -101,8 +102,9 @@ class Engine:
         loss.detach_()  # its graph is done with; else it lives until the caller lets go of the loss
 
     def step(self, number: int) -> None:
-        """To be called once a micro-batch; the last of a step moves the weights, at the rate of step `number`. It leaves them
-        where a gradient is not finite, and says so in `left_out`. At ZeRO's stage 0, but in fp16 and with Adam in 8 bits or on the CPU, it does not wait for the device."""
+        """To be called once a micro-batch; the last of a step moves the weights, at the rate of step `number`. It
+        leaves them where a gradient is not finite, and says so in `left_out`. At ZeRO's stage 0, but in fp16 and
+        with Adam in 8 bits or on the CPU, it does not wait for the device."""
         last = self._engine.is_gradient_accumulation_boundary()
         if last:
             for group in self._zero.param_groups:
@@ -203,7 +205,8 @@ class Engine:
         steps -= scale.skipped
         if missing := self._named.keys() ^ weights.keys():
             raise UserError(
-                f"the checkpoint's parameters are not this model's: {sorted(missing)[0]} and {len(missing) - 1} more: was the base changed, or another diffusers installed?"
+                f"the checkpoint's parameters are not this model's: {sorted(missing)[0]} and {len(missing) - 1} "
+                "more: was the base changed, or another diffusers installed?"
             )
         if moments:
             split: list[list[Tensor]] = []

@@ -15,18 +15,20 @@ from torch import Tensor, nn
 
 
 def skip_probing_for_compilers() -> None:
-    """DeepSpeed looks for the compilers of its fused operators when it is first used, which takes seconds; none is used here."""
+    """DeepSpeed looks for the compilers of its fused operators when it is first used, which takes seconds; none is
+    used here."""
     setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010
 
 
 def remove_loss_scalers(engine: Any, zero: Any) -> None:
-    """Those of autocast in float16: they clip before they have unscaled, and never lower the scale when ZeRO skips a step."""
+    """Those of autocast in float16: they clip before they have unscaled, and never lower the scale when ZeRO skips a
+    step."""
     engine.torch_autocast_z0_gradscaler = zero.torch_autocast_gradscaler = None
 
 
 def replace_at_stage_0(engine: Any, zero_grad: Callable[[], None], average: Callable[..., None]) -> None:
-    """Its own two go through all modules of the network, frozen ones too, at each step. average(grads, elements_per_buffer):
-    over the ranks; it is called with grads=None."""
+    """Its own two go through all modules of the network, frozen ones too, at each step. average(grads,
+    elements_per_buffer): over the ranks; it is called with grads=None."""
     engine.zero_grad = zero_grad
     engine.buffered_allreduce_fallback = average
 
@@ -52,7 +54,8 @@ def inner_optimizer(zero: Any) -> torch.optim.Optimizer:
 
 
 def fp32_shares(zero: Any, stage: int) -> list[Tensor]:
-    """This rank's float32 shares of the trainable weights, flat, at stages 1 to 3: the parameters of `inner_optimizer`."""
+    """This rank's float32 shares of the trainable weights, flat, at stages 1 to 3: the parameters of
+    `inner_optimizer`."""
     return zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
 
 

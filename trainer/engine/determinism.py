@@ -13,7 +13,8 @@ from ambient_core.errors import UserError
 
 @contextmanager
 def forced(wanted: bool) -> Iterator[None]:
-    """Within it, torch uses algorithms that give the same bits each time. Raises UserError where an operation has none."""
+    """Within it, torch uses algorithms that give the same bits each time. Raises UserError where an operation has
+    none."""
     if not wanted:
         yield
         return
@@ -26,7 +27,9 @@ def forced(wanted: bool) -> Iterator[None]:
     except RuntimeError as error:
         if "deterministic" not in str(error):
             raise
-        raise UserError(f"engine.deterministic: {str(error).partition('. ')[0]}: set it to false, or leave out what uses that") from None  # fmt: skip
+        raise UserError(
+            f"engine.deterministic: {str(error).partition('. ')[0]}: set it to false, or leave out what uses that"
+        ) from None
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.benchmark = before[1]

@@ -53,7 +53,8 @@ class Ranks:
 
 
 def init() -> Ranks:
-    """Joins the group that torchrun, deepspeed or srun describe in the environment, or makes one of this process alone."""
+    """Joins the group that torchrun, deepspeed or srun describe in the environment, or makes one of this process
+    alone."""
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     given = [name for name in names if name in os.environ]
     alone = len(given) < len(names)

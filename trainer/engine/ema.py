@@ -17,7 +17,8 @@ WIDEST = 0.28
 @dataclass(frozen=True)
 class SnapshotConfig:
     """every: steps between snapshots in RUN_DIR/ema/, from which an average of any width can be had afterwards.
-    sigma_rels: widths of the averages that they hold; each is kept beside the one that samples take, unless it is it."""
+    sigma_rels: widths of the averages that they hold; each is kept beside the one that samples take, unless it is
+    it."""
 
     every: int
     sigma_rels: tuple[float, ...] = (0.05, 0.1)
@@ -81,8 +82,8 @@ AnyEMA = PowerEMA | FixedEMA
 
 
 def with_kind(value: Any) -> Any:
-    """Adds the kind where none is given: power, unless there is a decay. Runs wrote {sigma_rel, decay} before there were
-    kinds, where a decay replaced the width."""
+    """Adds the kind where none is given: power, unless there is a decay. Runs wrote {sigma_rel, decay} before there
+    were kinds, where a decay replaced the width."""
     if not isinstance(value, dict) or "kind" in value:
         return value
     unused = "decay" if value.get("decay") is None else "sigma_rel"
@@ -92,7 +93,8 @@ def with_kind(value: Any) -> Any:
 
 @cache
 def power_of(sigma_rel: float) -> float:
-    """gamma with sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) (Karras et al. 2024, eq. 126), by bisection."""
+    """gamma with sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) (Karras et al. 2024, eq. 126), by
+    bisection."""
     low, high = 0.0, 1e6
     for _ in range(200):
         middle = (low + high) / 2

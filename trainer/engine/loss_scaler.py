@@ -11,9 +11,9 @@ WINDOW = 1000
 
 @dataclass(frozen=True)
 class LossScale:
-    """scale: a power of two; 1 in other precisions, where it stays. Below 1 it is of no use: gradients overflow that were not
-    scaled up. good: steps since it last changed. skipped: steps of the whole run whose gradients were not finite, and which
-    so left the weights."""
+    """scale: a power of two; 1 in other precisions, where it stays. Below 1 it is of no use: gradients overflow that
+    were not scaled up. good: steps since it last changed. skipped: steps of the whole run whose gradients were not
+    finite, and which so left the weights."""
 
     scale: float = 1.0
     good: int = 0

@@ -1,5 +1,5 @@
-"""Attacks on a model's memory (arXiv 2404.10177, section 5): what is left of an image after severe corruption is given to the
-model, which draws the rest from its posterior. A model that learned the image by heart brings it back."""
+"""Attacks on a model's memory (arXiv 2404.10177, section 5): what is left of an image after severe corruption is
+given to the model, which draws the rest from its posterior. A model that learned the image by heart brings it back."""
 
 from __future__ import annotations
 
@@ -62,13 +62,21 @@ def corrupted(attack: Attack, x0: Tensor, seed: int, first: int) -> Tensor:
 
 @torch.no_grad()
 def reconstructed(
-    attack: Attack, denoiser: Denoise, given: Tensor, sigma_min: float, sigma_max: float, conditioning: Conditioning,
-    *, steps: int, seed: int, first: int,
-) -> Tensor:  # fmt: skip
+    attack: Attack,
+    denoiser: Denoise,
+    given: Tensor,
+    sigma_min: float,
+    sigma_max: float,
+    conditioning: Conditioning,
+    *,
+    steps: int,
+    seed: int,
+    first: int,
+) -> Tensor:
     """A sample of the model's posterior for each of `given`, (B, C, H, W) as `corrupted` makes it.
 
-    From noise: the ancestral sampler, begun at the level of the noise, which draws from p(x0 | x_t) but for the steps' size.
-    From a mask: an approximation, see `_filled`; the best of several tries, by the model's own word.
+    From noise: the ancestral sampler, begun at the level of the noise, which draws from p(x0 | x_t) but for the steps'
+    size. From a mask: an approximation, see `_filled`; the best of several tries, by the model's own word.
     """
     if isinstance(attack, Noised):
         levels = karras_levels(steps, attack.sigma, sigma_min)
@@ -81,8 +89,8 @@ def reconstructed(
 
 
 TRIES = 4
-"""From a mask. On 60 images that a closed-form model knows by heart the AUC is 0.94 with one, and 0.99 with four; it is 0.65
-where only E[x0 | x_t] has the visible part put in, without the gradient."""
+"""From a mask. On 60 images that a closed-form model knows by heart the AUC is 0.94 with one, and 0.99 with four; it
+is 0.65 where only E[x0 | x_t] has the visible part put in, without the gradient."""
 STD = 0.25
 """Standard deviation of the data, as the guidance takes it."""
 DOUBT = 0.5
@@ -92,9 +100,9 @@ DOUBT = 0.5
 def _filled(
     denoiser: Denoise, given: Tensor, hidden: Tensor, levels: Tensor, conditioning: Conditioning, seed: int, first: int
 ) -> Tensor:
-    """The ancestral sampler with pseudoinverse guidance (Song et al. 2023, "Pseudoinverse-guided diffusion models for inverse
-    problems", eq. 7, without noise): the gradient of how far E[x0 | x_t] is from the visible part moves the hidden one; the
-    visible one is put in."""
+    """The ancestral sampler with pseudoinverse guidance (Song et al. 2023, "Pseudoinverse-guided diffusion models
+    for inverse problems", eq. 7, without noise): the gradient of how far E[x0 | x_t] is from the visible part moves
+    the hidden one; the visible one is put in."""
 
     def h(x_t: Tensor, sigma_t: Tensor, conditioning: Conditioning) -> Tensor:
         with torch.enable_grad():

@@ -23,13 +23,18 @@ def clean_images(source: str, count: int, shape: tuple[int, int, int]) -> Tensor
 
 @torch.no_grad()
 def errors_by_image(
-    denoiser: Denoise, x0: Tensor, levels: Sequence[float], conditioning: Conditioning | None = None,
-    seed: int = 0, batch_size: int = 128, number_of_first: int = 0,
-) -> Tensor:  # fmt: skip
+    denoiser: Denoise,
+    x0: Tensor,
+    levels: Sequence[float],
+    conditioning: Conditioning | None = None,
+    seed: int = 0,
+    batch_size: int = 128,
+    number_of_first: int = 0,
+) -> Tensor:
     """||h(x0 + sigma z, sigma) - x0||^2, a mean over the entries of each image: (levels, N), float64 on the CPU.
 
-    x0: (N, C, H, W) clean images in [-1, 1], or clean latents, which training never saw. conditioning: of each. The noise
-    is the same for every model, and depends on an image's number.
+    x0: (N, C, H, W) clean images in [-1, 1], or clean latents, which training never saw. conditioning: of each. The
+    noise is the same for every model, and depends on an image's number.
     """
     rows: list[Tensor] = []
     for number, sigma in enumerate(levels):

@@ -1,4 +1,5 @@
-"""Distances between two sets of images, by features (N, D) of each. None needs the images, or says which features to take."""
+"""Distances between two sets of images, by features (N, D) of each. None needs the images, or says which features to
+take."""
 
 from __future__ import annotations
 
@@ -32,7 +33,10 @@ def kid(a: Tensor, b: Tensor, subsets: int = 20, seed: int = 0) -> tuple[float, 
 def _mmd2(a: Tensor, b: Tensor, rows_a: Tensor, rows_b: Tensor) -> Tensor:
     """(S,) Of each of S subsets. rows_a: (S, N), 1 for the features that are in it and else 0; rows_b: (S, M)."""
     n, m = rows_a.sum(1), rows_b.sum(1)
-    within_a, within_b = (_kernel_sums(x, x, rows, rows) - rows @ _kernel(x.square().sum(1), x.shape[1]) for x, rows in ((a, rows_a), (b, rows_b)))  # fmt: skip
+    within_a, within_b = (
+        _kernel_sums(x, x, rows, rows) - rows @ _kernel(x.square().sum(1), x.shape[1])
+        for x, rows in ((a, rows_a), (b, rows_b))
+    )
     return within_a / (n * (n - 1)) + within_b / (m * (m - 1)) - 2 * _kernel_sums(a, b, rows_a, rows_b) / (n * m)
 
 

@@ -27,7 +27,8 @@ PACKAGED = "efficientnet-lite0"
 @dataclass(frozen=True)
 class Extractor:
     """name: for people; it stands beside every figure, since a distance in one network's features says nothing about
-    one in another's. identity: of its weights. features: images (N, 1 or 3, H, W) in [-1, 1] -> (N, D) float32 on the CPU.
+    one in another's. identity: of its weights. features: images (N, 1 or 3, H, W) in [-1, 1] -> (N, D) float32 on the
+    CPU.
     """
 
     name: str
@@ -47,7 +48,8 @@ def open_extractor(which: str, device: torch.device | None = None) -> Extractor:
     if path.is_file():
         return _torchscript(path, device)
     raise UserError(
-        f"--extractor {which}: no such file or folder; give {PACKAGED}, a TorchScript file, or the folder of a transformers vision model"
+        f"--extractor {which}: no such file or folder; give {PACKAGED}, a TorchScript file, or the folder of a "
+        "transformers vision model"
     )
 
 
@@ -95,10 +97,15 @@ def _transformers(path: Path, device: torch.device) -> Extractor:
         settings: dict[str, Any] = from_json(text_of(path / "preprocessor_config.json"))
         size = settings.get("crop_size") or settings["size"]
         side = int(size if isinstance(size, int) else size.get("height") or size["shortest_edge"])
-        mean, std = (torch.tensor(settings[name], device=device).reshape(1, 3, 1, 1) for name in ("image_mean", "image_std"))  # fmt: skip
+        mean, std = (
+            torch.tensor(settings[name], device=device).reshape(1, 3, 1, 1) for name in ("image_mean", "image_std")
+        )
         network: Any = AutoModel.from_pretrained(str(path), local_files_only=True, use_safetensors=True).to(device)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--extractor {path}: not the folder of a transformers vision model with preprocessor_config.json: {in_one_line(error, 200)}") from None  # fmt: skip
+        raise UserError(
+            f"--extractor {path}: not the folder of a transformers vision model with preprocessor_config.json: "
+            f"{in_one_line(error, 200)}"
+        ) from None
     network = getattr(network, "vision_model", network).eval()  # of CLIP: the half that sees
     seen: Any = network(pixel_values=torch.zeros(1, 3, side, side, device=device))
     if getattr(seen, "pooler_output", None) is None:
@@ -133,8 +140,8 @@ def _hash_of(files: list[Path]) -> str:
 
 
 def features_of(images: Images, extractor: Extractor) -> Tensor:
-    """(N, D). Kept in the cache's folder `features` by the hash of pixels and of the extractor's weights, so that what a
-    source once cost is paid once."""
+    """(N, D). Kept in the cache's folder `features` by the hash of pixels and of the extractor's weights, so that
+    what a source once cost is paid once."""
     name = hashlib.sha256(f"{extractor.identity}/{images.identity}".encode()).hexdigest()
     path = cache() / "features" / f"{name}.pt"
     if path.is_file():

@@ -37,8 +37,8 @@ SHOWN = 8
 class Model:
     """A model as its judges see it: of images, also where it works on latents.
 
-    sigma_min, sigma_max: of its process. shape: (C, H, W) of images. encode, decode: images (B, C, H, W) in [-1, 1] to what it
-    works on, and back. conditioning: of so many samples. at_once: images of a pass.
+    sigma_min, sigma_max: of its process. shape: (C, H, W) of images. encode, decode: images (B, C, H, W) in [-1, 1] to
+    what it works on, and back. conditioning: of so many samples. at_once: images of a pass.
     """
 
     denoiser: Denoise
@@ -52,11 +52,18 @@ class Model:
 
 
 def quality(generated: Tensor, real: Tensor) -> dict[str, float]:
-    """Distances of generated images (N, D) to real ones (M, D), by features. Precision and recall take as many of either."""
+    """Distances of generated images (N, D) to real ones (M, D), by features. Precision and recall take as many of
+    either."""
     distance, error = kid(generated, real)
     equal = min(len(generated), len(real))
     precision, recall = precision_recall(generated[:equal], real[:: len(real) // equal][:equal])
-    return {"kid": distance, "kid_error": error, "frechet": frechet(generated, real), "precision": precision, "recall": recall}  # fmt: skip
+    return {
+        "kid": distance,
+        "kid_error": error,
+        "frechet": frechet(generated, real),
+        "precision": precision,
+        "recall": recall,
+    }
 
 
 @dataclass(frozen=True)
@@ -84,9 +91,10 @@ def curve(model: Model, held_out: Images, number: int, levels: Sequence[float]) 
 
 @dataclass(frozen=True)
 class Attacked:
-    """What an attack showed. scores: of each kind of similarity and of both, for training and for held-out images (N,).
-    auc: of telling them apart, by each. share: of training images above 5 % of the held-out ones, by both. shown: the best
-    matches of either, as rows of images: the original, what was left of it, what the model made of it."""
+    """What an attack showed. scores: of each kind of similarity and of both, for training and for held-out images
+    (N,). auc: of telling them apart, by each. share: of training images above 5 % of the held-out ones, by both.
+    shown: the best matches of either, as rows of images: the original, what was left of it, what the model made of
+    it."""
 
     attack: Attack
     scores: dict[str, tuple[Tensor, Tensor]]
@@ -96,12 +104,21 @@ class Attacked:
 
 
 def attacked(
-    model: Model, attack: Attack, training: Images, held_out: Images, extractor: Extractor, number: int, steps: int, seed: int
-) -> Attacked:  # fmt: skip
+    model: Model,
+    attack: Attack,
+    training: Images,
+    held_out: Images,
+    extractor: Extractor,
+    number: int,
+    steps: int,
+    seed: int,
+) -> Attacked:
     """At most `number` images of either."""
     parts: list[tuple[dict[str, Tensor], Tensor]] = []
     chosen = [(images, images.spread(number)) for images in (training, held_out)]
-    with progress_bar(total=sum(len(indices) for _, indices in chosen), desc=f"attack by {attack.name}", unit="img") as bar:  # fmt: skip
+    with progress_bar(
+        total=sum(len(indices) for _, indices in chosen), desc=f"attack by {attack.name}", unit="img"
+    ) as bar:
         for images, indices in chosen:
             parts.append(_similarities(model, attack, images, indices, extractor, steps, seed, bar.update))
             seed += 1  # the two are treated alike, but not with the same noise
@@ -109,10 +126,17 @@ def attacked(
 
 
 def _similarities(
-    model: Model, attack: Attack, images: Images, indices: Sequence[int], extractor: Extractor, steps: int, seed: int,
+    model: Model,
+    attack: Attack,
+    images: Images,
+    indices: Sequence[int],
+    extractor: Extractor,
+    steps: int,
+    seed: int,
     done: Callable[[int], object],
-) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
-    """Of each original with what the model made of it, (N,) by kind; and the images: (N, 3, C, H, W), see `Attacked.shown`."""
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Of each original with what the model made of it, (N,) by kind; and the images: (N, 3, C, H, W), see
+    `Attacked.shown`."""
     found: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
     rows: list[Tensor] = []
     columns = attack.hidden(model.shape[-1]) if isinstance(attack, Masked) else None  # what was seen says nothing
@@ -129,33 +153,50 @@ def _similarities(
 
 
 def attempt(model: Model, attack: Attack, x0: Tensor, *, steps: int, seed: int, first: int) -> tuple[Tensor, Tensor]:
-    """What is left of images (B, C, H, W), and what the model makes of it; both as images. first: number of the first one.
+    """What is left of images (B, C, H, W), and what the model makes of it; both as images. first: number of the first
+    one.
 
     Noise is added to what the model works on; a mask hides pixels, before they are encoded."""
     masked = isinstance(attack, Masked)
-    given = model.encode(corrupted(attack, x0, seed, first)) if masked else corrupted(attack, model.encode(x0), seed, first)  # fmt: skip
+    given = (
+        model.encode(corrupted(attack, x0, seed, first)) if masked else corrupted(attack, model.encode(x0), seed, first)
+    )
     made = reconstructed(
-        attack, model.denoiser, given, model.sigma_min, model.sigma_max, model.conditioning(len(x0)), steps=steps, seed=seed, first=first
-    )  # fmt: skip
+        attack,
+        model.denoiser,
+        given,
+        model.sigma_min,
+        model.sigma_max,
+        model.conditioning(len(x0)),
+        steps=steps,
+        seed=seed,
+        first=first,
+    )
     return model.decode(given), model.decode(made)
 
 
 def judged(
-    attack: Attack, training: Mapping[str, Tensor], training_rows: Tensor, held_out: Mapping[str, Tensor], held_out_rows: Tensor
-) -> Attacked:  # fmt: skip
+    attack: Attack,
+    training: Mapping[str, Tensor],
+    training_rows: Tensor,
+    held_out: Mapping[str, Tensor],
+    held_out_rows: Tensor,
+) -> Attacked:
     scores = {kind: (training[kind], held_out[kind]) for kind in KINDS}
     scores["both"] = (combined(training, held_out), combined(held_out, held_out))
     best = [values.topk(min(SHOWN, len(values))).indices for values in scores["both"]]
     shown = {"training images": training_rows[best[0]], "held-out images": held_out_rows[best[1]]}
-    return Attacked(attack, scores, {kind: auc(*pair) for kind, pair in scores.items()}, share_above(*scores["both"]), shown)  # fmt: skip
+    return Attacked(
+        attack, scores, {kind: auc(*pair) for kind, pair in scores.items()}, share_above(*scores["both"]), shown
+    )
 
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Fresh samples and the training images next to them. nearer: by kind, the share of samples that are nearer to a training
-    image than to any of as many held-out ones (0.5 where the model knows the distribution and not the images), with the
-    standard error that it would have then. copies: the share that is nearer to a training image than 99 % of held-out images are. shown: rows of a
-    sample and its nearest training image, the most alike first."""
+    """Fresh samples and the training images next to them. nearer: by kind, the share of samples that are nearer to a
+    training image than to any of as many held-out ones (0.5 where the model knows the distribution and not the
+    images), with the standard error that it would have then. copies: the share that is nearer to a training image
+    than 99 % of held-out images are. shown: rows of a sample and its nearest training image, the most alike first."""
 
     nearer: dict[str, Estimate]
     copies: dict[str, float]
@@ -166,8 +207,10 @@ def neighbours(samples: Images, training: Images, held_out: Images, extractor: E
     """Of every sample, among all training images."""
     vectors = {
         "features": [feature_vectors(features_of(images, extractor)) for images in (samples, training, held_out)],
-        "pixels": [torch.cat([pixel_vectors(part) for part in images.parts()]) for images in (samples, training, held_out)],
-    }  # fmt: skip
+        "pixels": [
+            torch.cat([pixel_vectors(part) for part in images.parts()]) for images in (samples, training, held_out)
+        ],
+    }
     equal = min(training.count, held_out.count)
     nearer: dict[str, Estimate] = {}
     copies: dict[str, float] = {}

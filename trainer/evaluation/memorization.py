@@ -1,5 +1,5 @@
-"""Has the model learned its images by heart? Similarities, and what they say when training images are held against images
-that were held out and treated alike: for a model that has not, the two cannot be told apart."""
+"""Has the model learned its images by heart? Similarities, and what they say when training images are held against
+images that were held out and treated alike: for a model that has not, the two cannot be told apart."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ AT_ONCE = 1024
 
 
 def pixel_vectors(images: Tensor, columns: Tensor | None = None) -> Tensor:
-    """(N, D) of length 1, whose products are the images' correlations over 16 x 16 cells, between -1 and 1; so contrast and
-    brightness do not count. columns: (W,) bool, those that do; None takes all."""
+    """(N, D) of length 1, whose products are the images' correlations over 16 x 16 cells, between -1 and 1; so
+    contrast and brightness do not count. columns: (W,) bool, those that do; None takes all."""
     weights = torch.ones(images.shape[-1]) if columns is None else columns.float()
     wide = weights.expand(1, 1, images.shape[-2], -1)
     share = functional.adaptive_avg_pool2d(wide, CELLS)
@@ -42,18 +42,20 @@ class Estimate:
 
 
 def auc(training: Tensor, held_out: Tensor) -> Estimate:
-    """Area under the curve of telling training (N,) from held-out (M,) images by a score: the probability that the former's is
-    higher, where ties count half. 0.5 where nothing tells them apart, 1 where all are told. Its error is that of DeLong et al.
-    1988 for one curve: the variance over either kind of image."""
+    """Area under the curve of telling training (N,) from held-out (M,) images by a score: the probability that the
+    former's is higher, where ties count half. 0.5 where nothing tells them apart, 1 where all are told. Its error is
+    that of DeLong et al. 1988 for one curve: the variance over either kind of image."""
     both = (training[:, None] > held_out).double() + 0.5 * (training[:, None] == held_out).double()
     variance = both.mean(1).var() / len(training) + both.mean(0).var() / len(held_out)
     return Estimate(float(both.mean()), float(variance.sqrt()))
 
 
 def combined(scores: Mapping[str, Tensor], held_out: Mapping[str, Tensor]) -> Tensor:
-    """The largest of several scores (N,), each in standard deviations of the held-out images above their mean: a copy shows in
-    features where pixels miss it, and the reverse."""
-    return torch.stack([(s - held_out[name].mean()) / held_out[name].std().clamp(min=1e-9) for name, s in scores.items()]).amax(0)  # fmt: skip
+    """The largest of several scores (N,), each in standard deviations of the held-out images above their mean: a
+    copy shows in features where pixels miss it, and the reverse."""
+    return torch.stack(
+        [(s - held_out[name].mean()) / held_out[name].std().clamp(min=1e-9) for name, s in scores.items()]
+    ).amax(0)
 
 
 def share_above(scores: Tensor, held_out: Tensor) -> float:

@@ -1,4 +1,5 @@
-"""Judging without clean images: samples get what the data have, and are held against observations that training never saw.
+"""Judging without clean images: samples get what the data have, and are held against observations that training never
+saw.
 
 If samples are of the clean distribution, samples with the data's corruption are of the observations' (the idea of
 AmbientGAN, Bora et al. 2018). What the corruption hides in both it hides from this, too.
@@ -87,13 +88,18 @@ def open_observations(folder: str, shape: Sequence[int]) -> Observations:
         raise UserError(f"--measured {folder}: these are shards of latents: give those of the pixels")
     if index.shapes != (tuple(shape),):
         found = " and ".join("x".join(map(str, s)) for s in index.shapes)
-        raise UserError(f"--measured {folder}: observations of {found}, the run draws {'x'.join(map(str, shape))}: shard them with its --size and --channels")  # fmt: skip
+        raise UserError(
+            f"--measured {folder}: observations of {found}, the run draws {'x'.join(map(str, shape))}: shard "
+            "them with its --size and --channels"
+        )
     try:
         told = dict(index.request["corruption"])
         told.pop("sigma_n_origin", None)
         return Observations(folder, index, KINDS[told.pop("kind")](**told))
     except (KeyError, TypeError, ValueError, UserError) as error:
-        raise UserError(f"--measured {folder}: its index does not say how its images were corrupted ({error}): shard them again") from None  # fmt: skip
+        raise UserError(
+            f"--measured {folder}: its index does not say how its images were corrupted ({error}): shard them again"
+        ) from None
 
 
 def as_observed(samples: Images, observations: Observations, seed: int) -> Images:

@@ -1,4 +1,5 @@
-"""What is asked of an evaluation, and what it is where nothing is said. Without torch, which `--help` need not wait for."""
+"""What is asked of an evaluation, and what it is where nothing is said. Without torch, which `--help` need not wait
+for."""
 
 from __future__ import annotations
 
@@ -23,10 +24,11 @@ def check_numbers(number: int, attacked: int, compared: int, steps: int, levels:
 
 @dataclass(frozen=True)
 class Request:
-    """reference, training: names of sources of clean images; reference None leaves out all that needs them, training None
-    memorization. measured: a folder of shards, of observations that samples are held against, or None. number: samples, 0 for none. attacked:
-    images of either kind. compared: training images that samples are held against, at most. levels: of the denoiser's error.
-    attack_sigma, attack_visible: see `attacks`; None is for the run to say. steps: levels of a sample, and of a reconstruction."""
+    """reference, training: names of sources of clean images; reference None leaves out all that needs them, training
+    None memorization. measured: a folder of shards, of observations that samples are held against, or None. number:
+    samples, 0 for none. attacked: images of either kind. compared: training images that samples are held against, at
+    most. levels: of the denoiser's error. attack_sigma, attack_visible: see `attacks`; None is for the run to say.
+    steps: levels of a sample, and of a reconstruction."""
 
     reference: str | None
     training: str | None

@@ -29,8 +29,8 @@ RECORD = "sampling.json"
 """Beside the images: what they were drawn with."""
 
 Draw = Callable[[int, int], Tensor]
-"""(first, number) -> images first, first + 1, ...: (number, C, H, W) in [-1, 1], float32 on the CPU. An image depends on
-the seed and on its own number; the company that it is drawn in changes it by rounding at most."""
+"""(first, number) -> images first, first + 1, ...: (number, C, H, W) in [-1, 1], float32 on the CPU. An image
+depends on the seed and on its own number; the company that it is drawn in changes it by rounding at most."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,23 @@ def drawer(run: Restored, guide: Restored | None, wanted: Wanted) -> tuple[Draw,
     _, decode = adapter.coders(run.device)
 
     def draw(first: int, number: int) -> Tensor:
-        return decode(generate(
-            run.denoiser, number, shape, seed=wanted.seed, steps=wanted.steps, sampler=wanted.sampler,
-            stop_at=wanted.stop_at, guide=away_from, guidance=wanted.guidance, conditioning=repeated(given, number),
-            guide_conditioning=repeated(away, number), first=first, progress=False,
-        ))  # fmt: skip
+        return decode(
+            generate(
+                run.denoiser,
+                number,
+                shape,
+                seed=wanted.seed,
+                steps=wanted.steps,
+                sampler=wanted.sampler,
+                stop_at=wanted.stop_at,
+                guide=away_from,
+                guidance=wanted.guidance,
+                conditioning=repeated(given, number),
+                guide_conditioning=repeated(away, number),
+                first=first,
+                progress=False,
+            )
+        )
 
     return draw, adapter.at_once
 
@@ -130,5 +142,17 @@ def _save(pixels: Any, path: Path) -> None:
 
 def add_weights(p: argparse.ArgumentParser) -> None:
     """Which weights of a run are taken: the arguments of `restore`."""
-    p.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best (by checkpoint.keep_best), or a step (default: latest)")  # fmt: skip
-    p.add_argument("--ema-sigma-rel", type=float, metavar="WIDTH", help="take an average of this width, put together from the run's ema.snapshots (default: the run's own average)")  # fmt: skip
+    p.add_argument(
+        "--checkpoint",
+        default="latest",
+        metavar="WHICH",
+        help="latest, best (by checkpoint.keep_best), or a step (default: latest)",
+    )
+    p.add_argument(
+        "--ema-sigma-rel",
+        type=float,
+        metavar="WIDTH",
+        help=(
+            "take an average of this width, put together from the run's ema.snapshots (default: the run's own average)"
+        ),
+    )

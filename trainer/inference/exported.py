@@ -24,7 +24,8 @@ def describe(config: RunConfig, state: TrainState, average: str) -> str:
 
 
 def read(folder: Path) -> tuple[RunConfig, TrainState, Denoiser, str]:
-    """The denoiser on the CPU, and how its weights were averaged. Raises UserError for a folder that is not what `trainer.export` wrote."""
+    """The denoiser on the CPU, and how its weights were averaged. Raises UserError for a folder that is not what
+    `trainer.export` wrote."""
     path = folder / NAME
     try:
         recorded = from_json(text_of(path))

@@ -32,7 +32,8 @@ def generate(
     first: int = 0,
     progress: bool = True,
 ) -> Tensor:
-    """(number, *shape) float32 on the CPU, E[x0 | x] at the last level, about in [-1, 1]. first: the first one's number.
+    """(number, *shape) float32 on the CPU, E[x0 | x] at the last level, about in [-1, 1]. first: the first one's
+    number.
 
     stop_at: the last level; None goes down to the process's sigma_min. guide, guidance: see `guided`. conditioning: of
     each image, tensors (number, ...). guide_conditioning: what the guide is given; None is the same.

@@ -20,7 +20,8 @@ from trainer.inference import exported
 
 @dataclass(frozen=True)
 class Restored:
-    """config and state of the run, and its denoiser with the averaged weights, ready to evaluate. average: which one."""
+    """config and state of the run, and its denoiser with the averaged weights, ready to evaluate. average: which
+    one."""
 
     config: RunConfig
     state: TrainState
@@ -40,7 +41,8 @@ def restore(run_dir: Path, checkpoint: str = "latest", sigma_rel: float | None =
     if (run_dir / exported.NAME).is_file():
         if checkpoint != "latest" or sigma_rel is not None:
             raise UserError(
-                f"{run_dir}: is an export, which has one checkpoint and one average: give the run instead, or leave --checkpoint and --ema-sigma-rel out"
+                f"{run_dir}: is an export, which has one checkpoint and one average: give the run instead, or "
+                "leave --checkpoint and --ema-sigma-rel out"
             )
         config, state, denoiser, average = exported.read(run_dir)
         return Restored(config, state, _ready(denoiser), average)

@@ -22,18 +22,60 @@ def card(run: Restored, run_dir: Path) -> str:
     tags = ["ambient-trainer", "arxiv:2404.10177", *its.tags]
     head: dict[str, Any] = {"library_name": its.library, "tags": tags, **its.head}
     metrics = _metrics(run_dir, run.state.step)
-    return "\n".join([
-        "---", yaml.safe_dump(head, sort_keys=False).strip(), "---", "",
-        f"# {run_dir.resolve().name}", "",
-        "A diffusion model trained from noisy images by ambient-trainer, after \"Consistent Diffusion Meets Tweedie\" (arXiv 2404.10177). These are the averaged weights.", "",
-        "## Use", "", "```python", _code(config, its), "```", "",
-        "## Data", "", *_data(config), "",
-        "## Training", "", *_training(run), "",
-        "## Metrics", "",
-        *(["| | at the last report |", "|---|---|", *(f"| {name} | {value:.5g} |" for name, value in sorted(metrics.items()))] if metrics else ["None were recorded."]), "",
-        "## Configuration", "", "```yaml", to_yaml(config).strip(), "```", "",
-        "## Licence", "", "To be filled in by whoever publishes this: the licence of the images, and of the base model where there is one, bind it.", "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(head, sort_keys=False).strip(),
+            "---",
+            "",
+            f"# {run_dir.resolve().name}",
+            "",
+            (
+                'A diffusion model trained from noisy images by ambient-trainer, after "Consistent Diffusion Meets '
+                'Tweedie" (arXiv 2404.10177). These are the averaged weights.'
+            ),
+            "",
+            "## Use",
+            "",
+            "```python",
+            _code(config, its),
+            "```",
+            "",
+            "## Data",
+            "",
+            *_data(config),
+            "",
+            "## Training",
+            "",
+            *_training(run),
+            "",
+            "## Metrics",
+            "",
+            *(
+                [
+                    "| | at the last report |",
+                    "|---|---|",
+                    *(f"| {name} | {value:.5g} |" for name, value in sorted(metrics.items())),
+                ]
+                if metrics
+                else ["None were recorded."]
+            ),
+            "",
+            "## Configuration",
+            "",
+            "```yaml",
+            to_yaml(config).strip(),
+            "```",
+            "",
+            "## Licence",
+            "",
+            (
+                "To be filled in by whoever publishes this: the licence of the images, and of the base model where "
+                "there is one, bind it."
+            ),
+            "",
+        ]
+    )
 
 
 def _code(config: RunConfig, its: Card) -> str:
@@ -70,11 +112,17 @@ def scale_code(process: AnyProcess) -> str:
 def time_code(process: AnyProcess) -> str:
     """An expression of sigma, as trainer/diffusion/process.py has it."""
     if process.kind == "ve":
-        return f"1000 * torch.log(sigma / {process.sigma_min}) / torch.log(torch.tensor({process.sigma_max} / {process.sigma_min}))"
+        return (
+            f"1000 * torch.log(sigma / {process.sigma_min}) / torch.log(torch.tensor({process.sigma_max} / "
+            f"{process.sigma_min}))"
+        )
     if process.kind == "flow":
         return "1000 * sigma / (1 + sigma)"
     if process.kind == "vp_cosine":
-        angle = f"torch.acos(torch.cos(torch.tensor({process.offset / (1 + process.offset)} * torch.pi / 2)) * (sigma**2 + 1) ** -0.5)"
+        angle = (
+            f"torch.acos(torch.cos(torch.tensor({process.offset / (1 + process.offset)} * torch.pi / 2)) * "
+            "(sigma**2 + 1) ** -0.5)"
+        )
         return f"1000 * ({angle} * 2 / torch.pi * {1 + process.offset} - {process.offset})"
     beta = (
         f"torch.linspace({process.beta_start}**0.5, {process.beta_end}**0.5, {process.steps}, dtype=torch.float64) ** 2"
@@ -88,7 +136,10 @@ def _data(config: RunConfig) -> list[str]:
     if index is None:
         return [f"Shards at `{config.data.shards}`, which were not there any more when this was written."]
     corruption = json.dumps(index.request.get("corruption"))
-    levels = f"sigma_n {index.sigma_min:g} to {index.sigma_max:g}, in units of {'scaled latents' if index.request.get('latents') else 'pixels in [-1, 1]'}"
+    levels = (
+        f"sigma_n {index.sigma_min:g} to {index.sigma_max:g}, in units of "
+        f"{'scaled latents' if index.request.get('latents') else 'pixels in [-1, 1]'}"
+    )
     scaled = "" if config.data.sigma_scale == 1 else f" (taken for {config.data.sigma_scale:g} times that)"
     return [
         f"- {index.samples} observations of shape {list(index.shape)}, of `{index.request.get('source')}`",
@@ -104,9 +155,18 @@ def _training(run: Restored) -> list[str]:
         period = state.period or c.schedule().scale
         consistency = f"in 1 of {period:g} steps from {c.start} on, weight {c.weight:g}, gradient {c.gradient}"
     return [
-        f"- {state.step} steps of {config.batch_size} samples; {state.evaluations} network evaluations; {state.seconds:.0f} s",
-        f"- noise process `{config.process.kind}`, prediction `{config.prediction}`, levels `{config.levels.kind}`, weight `{config.weight.kind}`",
-        f"- ambient loss: {'pairs, an unbiased estimate of the clean loss' if config.ambient.pairs else 'single observations'}",
+        (
+            f"- {state.step} steps of {config.batch_size} samples; {state.evaluations} network evaluations; "
+            f"{state.seconds:.0f} s"
+        ),
+        (
+            f"- noise process `{config.process.kind}`, prediction `{config.prediction}`, levels "
+            f"`{config.levels.kind}`, weight `{config.weight.kind}`"
+        ),
+        (
+            "- ambient loss: "
+            f"{'pairs, an unbiased estimate of the clean loss' if config.ambient.pairs else 'single observations'}"
+        ),
         f"- consistency: {consistency}",
         f"- weights averaged by {run.average}",
     ]

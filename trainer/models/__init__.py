@@ -1,6 +1,7 @@
 """Backbones, one file a kind: its configuration, its network, and the adapter that the rest of the project asks.
 
-Imports ambient_core, data_pipeline and trainer's diffusion and engine; config, planning, inference and training import it.
+Imports ambient_core, data_pipeline and trainer's diffusion and engine; config, planning, inference and training import
+it.
 """
 
 from __future__ import annotations

@@ -32,9 +32,9 @@ Coder = Callable[[Tensor], Tensor]
 class Card:
     """What the model card of an export says of its kind.
 
-    code: Python that loads the export from THIS_FOLDER. output: where that gives a bare network, an expression of its output
-    for an input {x} (B, C, H, W) and a `time` (B,), of which the card makes E[x0 | x]. library: that loads it. tags, head:
-    more of the head that the hub reads."""
+    code: Python that loads the export from THIS_FOLDER. output: where that gives a bare network, an expression of
+    its output for an input {x} (B, C, H, W) and a `time` (B,), of which the card makes E[x0 | x]. library: that
+    loads it. tags, head: more of the head that the hub reads."""
 
     code: str
     output: str | None = None
@@ -47,7 +47,8 @@ class Card:
 class Adapter(ABC):
     """One kind of model, as the rest of the project sees it. config: its configuration.
 
-    The defaults are of a network in pixel space, trained from scratch, without text: such a kind has to give `backbone` alone.
+    The defaults are of a network in pixel space, trained from scratch, without text: such a kind has to give `backbone`
+    alone.
     """
 
     config: Any
@@ -62,8 +63,9 @@ class Adapter(ABC):
 
     @abstractmethod
     def backbone(self, shape: Shape, text: Text | None = None) -> nn.Module:
-        """Fresh weights, of torch's global generator: called with (input (B, C, H, W), time (B,), conditioning) -> (B, C, H, W).
-        text: what caption ids stand for, for a network that is given some and has no text encoders of its own."""
+        """Fresh weights, of torch's global generator: called with (input (B, C, H, W), time (B,), conditioning) ->
+        (B, C, H, W). text: what caption ids stand for, for a network that is given some and has no text encoders of
+        its own."""
 
     def architecture(self, shape: Shape) -> nn.Module:
         """The same network on the meta device, without weights, to plan with."""
@@ -74,7 +76,8 @@ class Adapter(ABC):
         """Raises UserError for observations that the network cannot take."""
 
     def check_process(self, process: AnyProcess, prediction: Prediction) -> None:  # noqa: B027  # likewise
-        """Raises UserError for another noise process or prediction than weights that are fine-tuned were trained with."""
+        """Raises UserError for another noise process or prediction than weights that are fine-tuned were trained
+        with."""
 
     def check_data(self, index: ShardIndex, shards: str) -> None:
         """Raises UserError for a folder of shards that it cannot be trained on."""
@@ -84,8 +87,8 @@ class Adapter(ABC):
     def denoiser(
         self, shape: Shape, process: AnyProcess, prediction: Prediction, seed: int, text: Text | None = None
     ) -> Denoiser:
-        """The denoiser on the CPU, with the same fresh weights on every rank and machine; of a base that is fine-tuned, its
-        weights with fresh adapters. Raises UserError for what does not fit the model."""
+        """The denoiser on the CPU, with the same fresh weights on every rank and machine; of a base that is
+        fine-tuned, its weights with fresh adapters. Raises UserError for what does not fit the model."""
         self.check_shape(shape)
         self.check_process(process, prediction)
         with torch.random.fork_rng(devices=[]):
@@ -104,8 +107,8 @@ class Adapter(ABC):
         return TrainingConditioning()
 
     def of_prompts(self, denoiser: Denoiser, prompts: Sequence[str], shape: Shape) -> tuple[Conditioning, Conditioning]:
-        """What images of these prompts are drawn with, tensors (len(prompts), ...); and the same with empty ones, to be guided
-        away from."""
+        """What images of these prompts are drawn with, tensors (len(prompts), ...); and the same with empty ones, to
+        be guided away from."""
         return {}, {}
 
     # Images.
@@ -136,8 +139,8 @@ class Adapter(ABC):
         return self.config
 
     def load_export(self, denoiser: Denoiser, folder: Path) -> None:
-        """Puts the weights of an export into a fresh network. Raises OSError, SafetensorError, RuntimeError or ValueError for
-        a folder that is not what `export` wrote."""
+        """Puts the weights of an export into a fresh network. Raises OSError, SafetensorError, RuntimeError or
+        ValueError for a folder that is not what `export` wrote."""
         from safetensors.torch import load_model
 
         load_model(denoiser.backbone, str(folder / self.weights_file))
@@ -168,7 +171,8 @@ h = restore(Path("THIS_FOLDER")).denoiser  # h(x, sigma, {}) is E[x0 | x], where
 
 @dataclass(frozen=True)
 class DiffusersAdapter(Adapter):
-    """Of a network of diffusers that is trained from scratch, and that the backbone has as `model`: exported as its folder."""
+    """Of a network of diffusers that is trained from scratch, and that the backbone has as `model`: exported as its
+    folder."""
 
     class_name: ClassVar[str]
     """The network's class in diffusers."""

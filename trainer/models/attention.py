@@ -1,4 +1,5 @@
-"""Which attention a model computes by: a probe on this device decides, and every diffusers model is set the same way."""
+"""Which attention a model computes by: a probe on this device decides, and every diffusers model is set the same
+way."""
 
 from __future__ import annotations
 
@@ -56,8 +57,8 @@ class Choice:
 
 
 def set_attention(module: nn.Module, wanted: Attention, dtype: torch.dtype, ranks: Ranks) -> Choice:
-    """Chooses, and sets every attention layer of a module that holds a diffusers model. A collective: all ranks end with
-    the same. Raises UserError where xformers is asked for and cannot run, with its own reason."""
+    """Chooses, and sets every attention layer of a module that holds a diffusers model. A collective: all ranks end
+    with the same. Raises UserError where xformers is asked for and cannot run, with its own reason."""
     choice = choose(wanted, head_dims(module), dtype, ranks.device)
     if ranks.any(choice.backend == "sdpa") and choice.backend == "xformers":
         choice = Choice("sdpa", "xformers did not pass on another rank", choice.probe)
@@ -73,7 +74,8 @@ def choose(wanted: Attention, dims: list[int], dtype: torch.dtype, device: torch
     if wanted == "xformers":
         if result.problem:
             raise UserError(
-                f"engine.attention xformers: cannot run on {device.type} in {_name(dtype)}: {result.problem}: set engine.attention to auto or sdpa"
+                f"engine.attention xformers: cannot run on {device.type} in {_name(dtype)}: {result.problem}: "
+                "set engine.attention to auto or sdpa"
             )
         return Choice("xformers", "asked for", result)
     if result.problem:
@@ -125,7 +127,8 @@ def head_dims(module: nn.Module) -> list[int]:
 
 
 def use(module: nn.Module, backend: Backend) -> None:
-    """Sets the processor of every attention layer. Raises UserError for a model whose layers have one of another kind."""
+    """Sets the processor of every attention layer. Raises UserError for a model whose layers have one of another
+    kind."""
     from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
 
     for layer in _layers(module):

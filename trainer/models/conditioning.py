@@ -1,4 +1,5 @@
-"""What a network is given besides the noisy image: of a batch in training, of a prompt in sampling; and text encoders of its own."""
+"""What a network is given besides the noisy image: of a batch in training, of a prompt in sampling; and text
+encoders of its own."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 """Of conditioning: the shape of one sample's tensor, by name."""
 
 Text = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Captions (B, ...) int64, as the data have them -> prompt_embeds (B, T, D) and pooled (B, P), of any float type and device.
-They are ids (B,), which are looked up, and 0 is no caption; or tokens (B, 2, T), which are encoded."""
+"""Captions (B, ...) int64, as the data have them -> prompt_embeds (B, T, D) and pooled (B, P), of any float type and
+device. They are ids (B,), which are looked up, and 0 is no caption; or tokens (B, 2, T), which are encoded."""
 
 NO_CAPTION, FIXED = 0, 1
 """Ids: of the empty caption, always; and of a run's own prompt, where it has one and it is encoded once."""
@@ -30,10 +31,11 @@ NO_CAPTION, FIXED = 0, 1
 class Conditioner:
     """Leaves of a batch's conditioning what the network takes, and drops captions.
 
-    names: what it takes; none for a model without conditioning. no_caption: the empty caption, as the data have captions:
-    an id () or tokens (2, T). fixed: the run's own prompt, likewise, which all images have, if there is one.
-    drop: the share of samples whose caption becomes the empty one. Which ones is a function of seed, batch and row, so it is
-    the same on any number of ranks; and a particle keeps the caption, or its absence, that it was initialised with.
+    names: what it takes; none for a model without conditioning. no_caption: the empty caption, as the data have
+    captions: an id () or tokens (2, T). fixed: the run's own prompt, likewise, which all images have, if there is one.
+    drop: the share of samples whose caption becomes the empty one. Which ones is a function of seed, batch and row, so
+    it is the same on any number of ranks; and a particle keeps the caption, or its absence, that it was initialised
+    with.
     """
 
     names: tuple[str, ...] = ()
@@ -53,11 +55,13 @@ class Conditioner:
 
 
 class TrainingConditioning:
-    """What the network of a training is given besides the noisy image. These defaults are of a network that takes nothing."""
+    """What the network of a training is given besides the noisy image. These defaults are of a network that takes
+    nothing."""
 
     @property
     def captions(self) -> Literal["ids"] | Words | None:
-        """What the Loader makes of captions: their ids in the shards, or what these `Words` make of them; None: nothing."""
+        """What the Loader makes of captions: their ids in the shards, or what these `Words` make of them; None:
+        nothing."""
         return None
 
     @property

@@ -17,8 +17,9 @@ from trainer.models.conditioning import Text
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """patch: the side of the squares that become tokens. layers: transformer blocks. heads, head_dim: of attention; their
-    product is the width. activation_checkpointing: keeps less for the backward pass, and computes it again there."""
+    """patch: the side of the squares that become tokens. layers: transformer blocks. heads, head_dim: of attention;
+    their product is the width. activation_checkpointing: keeps less for the backward pass, and computes it again
+    there."""
 
     patch: int = 2
     layers: int = 6

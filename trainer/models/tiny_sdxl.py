@@ -24,41 +24,72 @@ TIME_IDS, TIME_EMBEDDING = 6, 8
 MAX_TOKENS = 77
 
 UNET: dict[str, Any] = {
-    "sample_size": 8, "in_channels": 4, "out_channels": 4, "layers_per_block": 2,
-    "block_out_channels": (16, 32, 32), "norm_num_groups": 8, "attention_head_dim": (1, 2, 4),
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 2,
+    "block_out_channels": (16, 32, 32),
+    "norm_num_groups": 8,
+    "attention_head_dim": (1, 2, 4),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 1, 2), "use_linear_projection": True, "cross_attention_dim": sum(WIDTHS),
-    "addition_embed_type": "text_time", "addition_time_embed_dim": TIME_EMBEDDING,
+    "transformer_layers_per_block": (1, 1, 2),
+    "use_linear_projection": True,
+    "cross_attention_dim": sum(WIDTHS),
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": TIME_EMBEDDING,
     "projection_class_embeddings_input_dim": PROJECTION + TIME_IDS * TIME_EMBEDDING,
-}  # fmt: skip
+}
 VAE: dict[str, Any] = {
-    "sample_size": 64, "in_channels": 3, "out_channels": 3, "latent_channels": 4, "layers_per_block": 1,
-    "block_out_channels": (8, 16, 16, 16), "norm_num_groups": 8, "act_fn": "silu",
-    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "scaling_factor": 0.13025, "force_upcast": True,
-}  # fmt: skip
+    "sample_size": 64,
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 1,
+    "block_out_channels": (8, 16, 16, 16),
+    "norm_num_groups": 8,
+    "act_fn": "silu",
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "scaling_factor": 0.13025,
+    "force_upcast": True,
+}
 TEXT: dict[str, Any] = {
-    "vocab_size": SIZE, "max_position_embeddings": MAX_TOKENS, "num_hidden_layers": 3,
+    "vocab_size": SIZE,
+    "max_position_embeddings": MAX_TOKENS,
+    "num_hidden_layers": 3,
     # As the real ones: 2 makes transformers pool at the token of the highest id, which is END.
-    "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1,
-}  # fmt: skip
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 1,
+}
 PIPELINE: dict[str, Any] = {
-    "_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True,
-    "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
-    "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
-    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"], "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    "_class_name": "StableDiffusionXLPipeline",
+    "force_zeros_for_empty_prompt": True,
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
     "scheduler": ["diffusers", "EulerDiscreteScheduler"],
-}  # fmt: skip
+}
 """The real one's model_index.json, too."""
 SCHEDULER: dict[str, Any] = {
-    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
-    "prediction_type": "epsilon", "timestep_spacing": "leading", "steps_offset": 1, "interpolation_type": "linear",
-}  # fmt: skip
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+    "interpolation_type": "linear",
+}
 
 
 def write_tiny_sdxl(folder: Path, seed: int = 0, unet: dict[str, Any] = UNET) -> None:
-    """The same bytes for the same seed and versions of the libraries. unet: settings of a larger one, for benchmarks. Raises UserError where `folder` has content."""
+    """The same bytes for the same seed and versions of the libraries. unet: settings of a larger one, for
+    benchmarks. Raises UserError where `folder` has content."""
     if not paths.is_free(folder):
         raise UserError(f"FOLDER {folder}: exists already: choose a new one")
     import torch
@@ -70,13 +101,21 @@ def write_tiny_sdxl(folder: Path, seed: int = 0, unet: dict[str, Any] = UNET) ->
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     first = CLIPTextConfig(
-        hidden_size=WIDTHS[0], intermediate_size=2 * WIDTHS[0], projection_dim=WIDTHS[0], num_attention_heads=2,
-        hidden_act="quick_gelu", **TEXT,
-    )  # fmt: skip
+        hidden_size=WIDTHS[0],
+        intermediate_size=2 * WIDTHS[0],
+        projection_dim=WIDTHS[0],
+        num_attention_heads=2,
+        hidden_act="quick_gelu",
+        **TEXT,
+    )
     second = CLIPTextConfig(
-        hidden_size=WIDTHS[1], intermediate_size=2 * WIDTHS[1], projection_dim=PROJECTION, num_attention_heads=3,
-        hidden_act="gelu", **TEXT,
-    )  # fmt: skip
+        hidden_size=WIDTHS[1],
+        intermediate_size=2 * WIDTHS[1],
+        projection_dim=PROJECTION,
+        num_attention_heads=3,
+        hidden_act="gelu",
+        **TEXT,
+    )
     with paths.appearing(folder) as partial, torch.random.fork_rng():
         torch.manual_seed(seed)
         UNet2DConditionModel(**unet).save_pretrained(partial / "unet")
@@ -112,7 +151,10 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         prog="python -m trainer.models.tiny_sdxl",
-        description="Writes a tiny pipeline of Stable Diffusion XL's classes with random weights, for tests and benchmarks. It loads with StableDiffusionXLPipeline.from_pretrained(FOLDER).",
+        description=(
+            "Writes a tiny pipeline of Stable Diffusion XL's classes with random weights, for tests and benchmarks. "
+            "It loads with StableDiffusionXLPipeline.from_pretrained(FOLDER)."
+        ),
         epilog="example: python -m trainer.models.tiny_sdxl models/tiny-sdxl",
     )
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="a new folder")

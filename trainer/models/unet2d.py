@@ -17,9 +17,10 @@ from trainer.models.conditioning import Text
 
 @dataclass(frozen=True)
 class UNet2DConfig:
-    """channels: width of each resolution, the first at full size, each next at half. layers: residual blocks a resolution.
-    attention: at which resolutions (0 is full size) self-attention follows each block; the middle one has it if any has.
-    head_dim: of attention; every width is a multiple of it. norm_groups: of group normalisation; every width is a multiple."""
+    """channels: width of each resolution, the first at full size, each next at half. layers: residual blocks a
+    resolution. attention: at which resolutions (0 is full size) self-attention follows each block; the middle one
+    has it if any has. head_dim: of attention; every width is a multiple of it. norm_groups: of group normalisation;
+    every width is a multiple."""
 
     channels: tuple[int, ...] = (32, 64, 128)
     layers: int = 1
@@ -64,7 +65,8 @@ class UNet2D(nn.Module):
         )
 
     def forward(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        # The layout that convolutions on GPUs ask for. On a CPU it makes no difference in fp32 and costs 4 % in bf16 (benchmarks/ideas.py).
+        # The layout that convolutions on GPUs ask for. On a CPU it makes no difference in fp32 and costs 4 % in bf16
+        # (benchmarks/ideas.py).
         return self.model(x.contiguous(memory_format=torch.channels_last), time).sample
 
 

@@ -8,13 +8,13 @@ from statistics import mean
 from trainer.diffusion.consistency import ConsistencyConfig
 
 REPORTS, FALLEN, RISEN = 3, 0.6, 2.0
-"""At REPORTS reports in a row: a spread below FALLEN times the highest one so far, or an ambient loss whose mean over them
-is above RISEN times that over the first ones with consistency."""
+"""At REPORTS reports in a row: a spread below FALLEN times the highest one so far, or an ambient loss whose mean
+over them is above RISEN times that over the first ones with consistency."""
 
 SPREAD = "consistency/spread"
-"""The variance of h over a batch, below sigma_n, as a share of the clean images' own variance (that of the observations
-less sigma_n^2). For E[x0 | x_t] it only grows as the level falls, up to 1; a denoiser that answers the same everywhere has 0,
-and a consistency loss of 0 (the collapse that arXiv 2404.10177 names)."""
+"""The variance of h over a batch, below sigma_n, as a share of the clean images' own variance (that of the
+observations less sigma_n^2). For E[x0 | x_t] it only grows as the level falls, up to 1; a denoiser that answers the
+same everywhere has 0, and a consistency loss of 0 (the collapse that arXiv 2404.10177 names)."""
 
 
 class CollapseGuard:
@@ -39,9 +39,15 @@ class CollapseGuard:
             return None
         first, last = mean(self._first), mean(loss for _, loss in self._last)
         if max(spread for spread, _ in self._last) < FALLEN * self._highest:
-            sign = f"{SPREAD} has fallen from {self._highest:.2f} to {spread:.2f}: below sigma_n the denoiser is becoming the same for every image"
+            sign = (
+                f"{SPREAD} has fallen from {self._highest:.2f} to {spread:.2f}: below sigma_n the denoiser is "
+                "becoming the same for every image"
+            )
         elif 0 < RISEN * first < last:
-            sign = f"loss/ambient has risen from {first:.3g} to {last:.3g} since consistency began: it drowns what the data teach"
+            sign = (
+                f"loss/ambient has risen from {first:.3g} to {last:.3g} since consistency began: it drowns what the "
+                "data teach"
+            )
         else:
             return None
         self._said = True

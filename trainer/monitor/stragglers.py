@@ -13,7 +13,8 @@ import torch
 from trainer.engine.distributed import Ranks
 
 SLOW, WORTH = 2.0, 0.1
-"""A rank is slow that takes SLOW times as long as the middle one of the others, and WORTH of all time longer than it."""
+"""A rank is slow that takes SLOW times as long as the middle one of the others, and WORTH of all time longer than
+it."""
 
 LEAST_S = 2.0
 """Seconds that are judged together, at least: a single step may be late by chance."""
@@ -23,8 +24,8 @@ LONGEST_NAME = 64
 
 
 class Pace:
-    """Since the last report, of this rank; the report is of all. Steps end for all ranks together, so a rank is compared by what it
-    does before it meets the others: waiting for data, and forward passes."""
+    """Since the last report, of this rank; the report is of all. Steps end for all ranks together, so a rank is
+    compared by what it does before it meets the others: waiting for data, and forward passes."""
 
     def __init__(self, ranks: Ranks, zero_stage: int) -> None:
         """zero_stage: at 3 a forward pass waits for all ranks' weights, so those are not compared."""
@@ -89,7 +90,8 @@ class Pace:
 
 
 def compared(by_rank: Sequence[Sequence[float]]) -> Iterator[tuple[int, str, float, float]]:
-    """Rank, kind, its seconds, and those of the middle one of the others; nothing of a rank alone. by_rank: seconds of each kind."""
+    """Rank, kind, its seconds, and those of the middle one of the others; nothing of a rank alone. by_rank: seconds
+    of each kind."""
     if len(by_rank) == 1:
         return
     for rank, own in enumerate(by_rank):
@@ -102,5 +104,8 @@ def slow(by_rank: Sequence[Sequence[float]], whole: float) -> dict[int, str]:
     found: dict[int, str] = {}
     for rank, name, mine, others in compared(by_rank):
         if mine > SLOW * others and mine - others > WORTH * whole:
-            found[rank] = f"of the last {whole:.3g} s it spent {mine:.3g} s {name}, and the middle one of the others {others:.3g} s"  # fmt: skip
+            found[rank] = (
+                f"of the last {whole:.3g} s it spent {mine:.3g} s {name}, and the middle one of the others "
+                f"{others:.3g} s"
+            )
     return found

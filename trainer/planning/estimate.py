@@ -49,7 +49,8 @@ def setting_of(config: RunConfig, gpu: str, gpus: int) -> Setting:
 class Estimate:
     """Of a configuration, its network and the shape of its images. bf16: of the network's arithmetic.
 
-    Raises UserError where the batch does not divide. Makes two traces of the network, which take half a minute for SDXL.
+    Raises UserError where the batch does not divide. Makes two traces of the network, which take half a minute for
+    SDXL.
     """
 
     def __init__(self, config: RunConfig, network: Denoiser, shape: tuple[int, int, int], setting: Setting) -> None:
@@ -117,8 +118,8 @@ class Estimate:
         return [m for m in range(self.stride, rows + 1, self.stride) if rows % m == 0]
 
     def nearest(self) -> Setting | None:
-        """The setting nearest to the asked one that fits: a smaller micro-batch first, which costs nothing but time; then a
-        higher stage; then moments of 8 bits; then offloading; then more ranks; then a larger device."""
+        """The setting nearest to the asked one that fits: a smaller micro-batch first, which costs nothing but time;
+        then a higher stage; then moments of 8 bits; then offloading; then more ranks; then a larger device."""
         return next((setting for setting in self._others() if self.fits(setting)), None)
 
     def _others(self) -> Iterator[Setting]:
@@ -144,9 +145,9 @@ class Estimate:
         """By a straight line through the two traces: what is kept grows with the rows, and cast weights do not."""
         (low, a), (high, b) = self._traces.items()
         share = (micro - low) / (high - low)
-        return Activations(*(
-            round(x + share * (y - x)) for x, y in zip(dataclasses.astuple(a), dataclasses.astuple(b), strict=True)
-        ))  # fmt: skip
+        return Activations(
+            *(round(x + share * (y - x)) for x, y in zip(dataclasses.astuple(a), dataclasses.astuple(b), strict=True))
+        )
 
     # Arithmetic.
 
@@ -157,8 +158,8 @@ class Estimate:
         return self.flops.of(passes(self.config, batch, consistency)) + self.text.both * encoded
 
     def consistency_steps(self) -> int:
-        """How many of the run's steps have consistency. A budget chooses its period by time when the run has begun; here
-        by arithmetic."""
+        """How many of the run's steps have consistency. A budget chooses its period by time when the run has begun;
+        here by arithmetic."""
         c = self.config.consistency
         if c is None:
             return 0

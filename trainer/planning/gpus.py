@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class GPU:
-    """memory: bytes. bf16, fp32: operations a second, of the tensor cores, and of float32 without TF32, which torch does
-    not use unless asked. link: bytes a second to its neighbours, each way. pattern: of the name that torch gives it."""
+    """memory: bytes. bf16, fp32: operations a second, of the tensor cores, and of float32 without TF32, which torch
+    does not use unless asked. link: bytes a second to its neighbours, each way. pattern: of the name that torch
+    gives it."""
 
     memory: float
     bf16: float
@@ -42,7 +43,8 @@ GPUS = {
 }
 
 USABLE = 0.9
-"""The share of a device's memory that tensors may take: the rest is CUDA's own, the libraries' and lost between blocks."""
+"""The share of a device's memory that tensors may take: the rest is CUDA's own, the libraries' and lost between
+blocks."""
 
 
 def peak_of(name: str, bf16: bool) -> float | None:

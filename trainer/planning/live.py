@@ -1,4 +1,5 @@
-"""How many bytes of tensors live at once: counted as they are made and freed, on any device, also of tensors without data."""
+"""How many bytes of tensors live at once: counted as they are made and freed, on any device, also of tensors without
+data."""
 
 from __future__ import annotations
 
@@ -13,8 +14,9 @@ from torch.utils._pytree import tree_leaves
 class LiveTensors(TorchDispatchMode):
     """Within it, every storage that an operation makes counts until it is freed.
 
-    live, peak: bytes. held: bytes that the caller says live besides; peak_held: the most of both. Storages made before are not counted, unless given to `count`. What a kernel allocates for itself and
-    frees before it returns, such as the workspace of a convolution, is not seen.
+    live, peak: bytes. held: bytes that the caller says live besides; peak_held: the most of both. Storages made before
+    are not counted, unless given to `count`. What a kernel allocates for itself and frees before it returns, such as
+    the workspace of a convolution, is not seen.
     """
 
     def __init__(self) -> None:

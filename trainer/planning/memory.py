@@ -1,6 +1,7 @@
 """Memory of one rank by ZeRO stage: what DeepSpeed keeps, as its source has it, and the activations of a trace.
 
-P trainable weights are float32, as are Adam's two moments and one average (EMA); further ones are added by the estimate. N ranks:
+P trainable weights are float32, as are Adam's two moments and one average (EMA); further ones are added by the
+estimate. N ranks:
 
 | stage | weights | optimiser and average | gradients |
 |---|---|---|---|
@@ -8,10 +9,11 @@ P trainable weights are float32, as are Adam's two moments and one average (EMA)
 | 1, 2 | P | 4 P / N: with a float32 copy of the share | a buffer of P or 5e8, and 2 P / N at the end |
 | 3 | P / N, and what is gathered | 4 P / N | the same buffer, all the time, and 2 P / N |
 
-A frozen base is whole on each rank, at stage 3 a share of it. Moments of 8 bits take 2.03 bytes a weight in the place of 8
-(those that bitsandbytes keeps as float32 are not seen), and no temporary. With offload_optimizer the host has what the
-optimiser has, 6 P / N, one more while it steps, one more to accumulate in; with offload_parameters the share of the weights
-and of the base, but what is gathered is the device's. fp16 takes what bf16 takes. tests/trainer/planning/test_planned_memory.py compares with what runs take.
+A frozen base is whole on each rank, at stage 3 a share of it. Moments of 8 bits take 2.03 bytes a weight in the place
+of 8 (those that bitsandbytes keeps as float32 are not seen), and no temporary. With offload_optimizer the host has what
+the optimiser has, 6 P / N, one more while it steps, one more to accumulate in; with offload_parameters the share of the
+weights and of the base, but what is gathered is the device's. fp16 takes what bf16 takes.
+tests/trainer/planning/test_planned_memory.py compares with what runs take.
 """
 
 from __future__ import annotations
@@ -50,9 +52,9 @@ class Saving:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank's device. gradients: with DeepSpeed's buffers, at most. activations: at most, without gradients. peak:
-    of all at once, which is less than their sum, since gradients are made as activations are freed. host: bytes of what is
-    offloaded, at most, in the memory of the machine."""
+    """Bytes on one rank's device. gradients: with DeepSpeed's buffers, at most. activations: at most, without
+    gradients. peak: of all at once, which is less than their sum, since gradients are made as activations are freed.
+    host: bytes of what is offloaded, at most, in the memory of the machine."""
 
     weights: int
     optimizer: int

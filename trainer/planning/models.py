@@ -10,8 +10,9 @@ from trainer.planning.memory import Weights
 
 
 def configured(config: RunConfig, shape: tuple[int, int, int]) -> Denoiser:
-    """The network of a configuration, for observations (C, H, W). The base of an sdxl is read from its folder, without the
-    weights; one on a hub is taken for SDXL's own architecture. Raises UserError for a shape that it cannot take."""
+    """The network of a configuration, for observations (C, H, W). The base of an sdxl is read from its folder,
+    without the weights; one on a hub is taken for SDXL's own architecture. Raises UserError for a shape that it
+    cannot take."""
     adapter = config.model.adapter
     adapter.check_shape(shape)
     return Denoiser(adapter.architecture(shape), config.process, config.prediction)

@@ -9,11 +9,17 @@ from ambient_core.errors import UserError
 from data_pipeline.format.index import ShardIndex
 
 
-def proposal(shards: str, index: ShardIndex, name: str, gpus: int, base: str | None, prompt: str | None) -> dict[str, Any]:  # fmt: skip
-    """Where to begin, as the data of a RunConfig. Raises UserError for latents and pixels that do not go with the options."""
+def proposal(
+    shards: str, index: ShardIndex, name: str, gpus: int, base: str | None, prompt: str | None
+) -> dict[str, Any]:
+    """Where to begin, as the data of a RunConfig. Raises UserError for latents and pixels that do not go with the
+    options."""
     latents = index.request.get("latents")
     if latents is None and (base or prompt):
-        raise UserError(f"--{'base' if base else 'prompt'}: {shards} holds pixels, not latents; shard with --latents for Stable Diffusion XL")  # fmt: skip
+        raise UserError(
+            f"--{'base' if base else 'prompt'}: {shards} holds pixels, not latents; shard with --latents for "
+            "Stable Diffusion XL"
+        )
     plain = index.sigma_max == 0 or index.not_gaussian is not None  # pairs and consistency are for Gaussian noise
     data: dict[str, Any] = {
         "run_dir": f"runs/{name}",
@@ -34,26 +40,38 @@ def proposal(shards: str, index: ShardIndex, name: str, gpus: int, base: str | N
             raise UserError(f"--prompt: {shards} has no captions: give one prompt for all images, such as 'a face'")
         encoded = prompt is None and index.text is None  # captions whose embeddings were not stored
         return data | {
-            "model": {"kind": "sdxl", "base": base or latents["source"], "prompt": prompt, "text": "encoded" if encoded else "cached",
-                      "lora": {"rank": 16, "targets": ["attention"]}, "activation_checkpointing": True},
-            "process": {"kind": "vp_table"}, "prediction": "eps", "levels": {"kind": "uniform_time"},
+            "model": {
+                "kind": "sdxl",
+                "base": base or latents["source"],
+                "prompt": prompt,
+                "text": "encoded" if encoded else "cached",
+                "lora": {"rank": 16, "targets": ["attention"]},
+                "activation_checkpointing": True,
+            },
+            "process": {"kind": "vp_table"},
+            "prediction": "eps",
+            "levels": {"kind": "uniform_time"},
             "weight": {"kind": "min_snr", "gamma": 5.0},
             "consistency": None if plain else {"weight": 0.01, **budget},
-            "optimizer": {"lr": 1e-4, "warmup_steps": 500}, **common,
-        }  # fmt: skip
+            "optimizer": {"lr": 1e-4, "warmup_steps": 500},
+            **common,
+        }
     return data | {
         "model": {"kind": "unet2d", **_sizes(index.shape[-2:], gpus)},
         "process": {"kind": "vp_cosine", "sigma_min": 0.03, "sigma_max": max(20.0, round(4 * index.sigma_max, 1))},
-        "prediction": "v", "levels": {"kind": "log_normal", "mean": 0.1, "std": 1.2},
+        "prediction": "v",
+        "levels": {"kind": "log_normal", "mean": 0.1, "std": 1.2},
         "weight": {"kind": "edm", "sigma_data": 0.5},
         "ambient": {"pairs": not plain, "boundary_share": 0.0 if plain else 0.5},
         "consistency": None if plain else {"weight": 0.3, **budget},
-        "optimizer": {"lr": 2e-4 if gpus else 3e-3, "warmup_steps": 500 if gpus else 50}, **common,
-    }  # fmt: skip
+        "optimizer": {"lr": 2e-4 if gpus else 3e-3, "warmup_steps": 500 if gpus else 50},
+        **common,
+    }
 
 
 def _sizes(sides: tuple[int, int], gpus: int) -> dict[str, Any]:
-    """For GPUs the sizes of DDPM (Ho et al. 2020, appendix B), attention at 16 pixels; for a CPU those of the quickstart."""
+    """For GPUs the sizes of DDPM (Ho et al. 2020, appendix B), attention at 16 pixels; for a CPU those of the
+    quickstart."""
     halvings = 0
     while halvings < 5 and not any(side % 2 ** (halvings + 1) for side in sides) and min(sides) >> (halvings + 1) >= 4:
         halvings += 1

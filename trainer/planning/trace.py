@@ -1,7 +1,7 @@
 """One training step's passes on tensors without data: its arithmetic, and the memory of its activations.
 
-The network itself is run, under torch's FakeTensorMode, which computes shapes alone. So what autograd keeps, what autocast
-casts and what a frozen weight spares are as in training, for any network and any size, in seconds.
+The network itself is run, under torch's FakeTensorMode, which computes shapes alone. So what autograd keeps, what
+autocast casts and what a frozen weight spares are as in training, for any network and any size, in seconds.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def captions(config: RunConfig, rows: int, consistency: bool) -> int:
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one sample through the network: forward alone, and forward and backward. Without what checkpointing repeats."""
+    """Of one sample through the network: forward alone, and forward and backward. Without what checkpointing
+    repeats."""
 
     forward: float
     both: float
@@ -66,8 +67,9 @@ class Flops:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes beside weights and state in one micro-batch. forward: at most, up to the end of the passes. with_gradients: at
-    most, with the gradients made so far. backward: at most once the first gradient is there, without any gradient."""
+    """Bytes beside weights and state in one micro-batch. forward: at most, up to the end of the passes.
+    with_gradients: at most, with the gradients made so far. backward: at most once the first gradient is there,
+    without any gradient."""
 
     forward: int
     with_gradients: int

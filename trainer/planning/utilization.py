@@ -24,7 +24,10 @@ class Utilization:
     def report(self) -> dict[str, float]:
         """progress/flops_per_second, over all ranks; progress/mfu, a share of the devices' peak, where that is known.
         Waiting for data, checkpoints and pictures is in the time."""
-        now, before = (time.perf_counter(), self._denoiser.evaluations, self._denoiser.evaluations_with_gradient), self._before  # fmt: skip
+        now, before = (
+            (time.perf_counter(), self._denoiser.evaluations, self._denoiser.evaluations_with_gradient),
+            self._before,
+        )
         seconds, evaluations, with_gradient = (b - a for a, b in zip(before, now, strict=True))
         self._before = now
         work = self._flops.forward * (evaluations - with_gradient) + self._flops.both * with_gradient

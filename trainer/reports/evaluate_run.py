@@ -34,9 +34,9 @@ SHOWN = 48
 
 @dataclass(frozen=True)
 class Subject:
-    """A run under evaluation. index: of its shards, None where they are gone. reference, training: clean images as it sees
-    them. observations: noisy ones that samples are held against.
-    prompt: for a run with text. folder: for all that is kept of it."""
+    """A run under evaluation. index: of its shards, None where they are gone. reference, training: clean images as
+    it sees them. observations: noisy ones that samples are held against. prompt: for a run with text. folder: for
+    all that is kept of it."""
 
     name: str
     run: Restored
@@ -49,8 +49,11 @@ class Subject:
 
     def sampling(self, request: Request) -> tuple[Path, dict[str, Any]]:
         """The folder of its samples, and what they are drawn with."""
-        record = {"run": f"{self.name}, step {self.run.state.step}, averaged by {self.run.average}", "guide": None,
-                  **asdict(Wanted(request.seed, request.steps, SAMPLER, prompt=self.prompt))}  # fmt: skip
+        record = {
+            "run": f"{self.name}, step {self.run.state.step}, averaged by {self.run.average}",
+            "guide": None,
+            **asdict(Wanted(request.seed, request.steps, SAMPLER, prompt=self.prompt)),
+        }
         return self.folder / f"samples-{_digest(record)}", record
 
 
@@ -60,9 +63,15 @@ def model_of(run: Restored, prompt: str = "") -> Model:
     given, _ = adapter.of_prompts(run.denoiser, [prompt], shape)
     encode, decode = adapter.coders(run.device)
     return Model(
-        run.denoiser, process.sigma_min, process.sigma_max, adapter.image_shape(shape),
-        encode=encode, decode=decode, conditioning=partial(repeated, given), at_once=adapter.at_once,
-    )  # fmt: skip
+        run.denoiser,
+        process.sigma_min,
+        process.sigma_max,
+        adapter.image_shape(shape),
+        encode=encode,
+        decode=decode,
+        conditioning=partial(repeated, given),
+        at_once=adapter.at_once,
+    )
 
 
 def judge(subject: Subject, request: Request, extractor: Extractor) -> tuple[Evaluation, Path]:
@@ -72,23 +81,50 @@ def judge(subject: Subject, request: Request, extractor: Extractor) -> tuple[Eva
     attacks = attacks_of(request, run) if training else ()
     levels = levels_within(request, run)
     settings: dict[str, Any] = {
-        "format": FORMAT, "step": run.state.step, "average": run.average, "prompt": subject.prompt,
-        "reference": request.reference, "reference_number": reference and reference.count, "reference_hash": reference and reference.identity,
-        "training": request.training, "training_number": training and training.count, "training_hash": training and training.identity, "compared": training and min(request.compared, training.count),
-        "extractor": extractor.name, "extractor_hash": extractor.identity, "number": request.number, "steps": request.steps,
-        "sampler": SAMPLER, "seed": request.seed, "checked": reference and min(CHECKED, reference.count), "levels": levels,
-        "attacked": training and reference and [min(request.attacked, images.count) for images in (training, reference)],
+        "format": FORMAT,
+        "step": run.state.step,
+        "average": run.average,
+        "prompt": subject.prompt,
+        "reference": request.reference,
+        "reference_number": reference and reference.count,
+        "reference_hash": reference and reference.identity,
+        "training": request.training,
+        "training_number": training and training.count,
+        "training_hash": training and training.identity,
+        "compared": training and min(request.compared, training.count),
+        "extractor": extractor.name,
+        "extractor_hash": extractor.identity,
+        "number": request.number,
+        "steps": request.steps,
+        "sampler": SAMPLER,
+        "seed": request.seed,
+        "checked": reference and min(CHECKED, reference.count),
+        "levels": levels,
+        "attacked": training
+        and reference
+        and [min(request.attacked, images.count) for images in (training, reference)],
         "attacks": training and [attack.about for attack in attacks],
-    }  # fmt: skip
+    }
     if observations:
-        settings |= {"measured": request.measured, "measured_number": observations.images.count, "measured_about": observations.about, "measured_hash": observations.index.checksum}  # fmt: skip
+        settings |= {
+            "measured": request.measured,
+            "measured_number": observations.images.count,
+            "measured_about": observations.about,
+            "measured_hash": observations.index.checksum,
+        }
     folder = subject.folder / f"step-{run.state.step:08d}-{_digest(settings)}"
     if (there := read(folder)) is not None:
         return there, folder
     shown = _Shown()
     metrics: dict[str, float] = {}
     model = model_of(run, subject.prompt)
-    samples = Images(f"samples of {subject.name}", open_source(str(subject.sampling(request)[0])), model.shape, request.number) if request.number else None  # fmt: skip
+    samples = (
+        Images(
+            f"samples of {subject.name}", open_source(str(subject.sampling(request)[0])), model.shape, request.number
+        )
+        if request.number
+        else None
+    )
     if samples:
         shown.sheet("samples.png", samples, range(min(SHOWN, samples.count)), "Samples", "The first ones, not chosen.")
     if samples and reference:
@@ -97,8 +133,20 @@ def judge(subject: Subject, request: Request, extractor: Extractor) -> tuple[Eva
     if samples and observations:
         noisy = as_observed(samples, observations, request.seed)
         metrics |= _distances("measured", noisy, observations.images, extractor)
-        shown.sheet("observed.png", noisy, range(min(SHOWN, samples.count)), "Samples, corrupted as the data are", "The same ones.")  # fmt: skip
-        shown.sheet("measured.png", observations.images, observations.images.spread(SHOWN), "Held-out observations", "For comparison with those.")  # fmt: skip
+        shown.sheet(
+            "observed.png",
+            noisy,
+            range(min(SHOWN, samples.count)),
+            "Samples, corrupted as the data are",
+            "The same ones.",
+        )
+        shown.sheet(
+            "measured.png",
+            observations.images,
+            observations.images.spread(SHOWN),
+            "Held-out observations",
+            "For comparison with those.",
+        )
     curve = measures.curve(model, reference, CHECKED, levels) if reference else None
     if curve:
         by_level = zip(curve.levels, curve.mean, strict=True)
@@ -132,8 +180,8 @@ class _Shown:
 
 
 def attacks_of(request: Request, run: Restored) -> tuple[Attack, ...]:
-    """attack_sigma None: a 14th of the side of what the run works on, within what its process has: the noise that hides an
-    image has a level in proportion to its side."""
+    """attack_sigma None: a 14th of the side of what the run works on, within what its process has: the noise that
+    hides an image has a level in proportion to its side."""
     sigma = request.attack_sigma or min(run.state.shape[-1] / 14, run.config.process.sigma_max / 2)
     return (Noised(sigma), Masked(request.attack_visible))
 
@@ -153,17 +201,42 @@ def _distances(group: str, samples: Images, others: Images, extractor: Extractor
 
 
 def _attack(
-    model: Model, attack: Attack, training: Images, held_out: Images, extractor: Extractor, request: Request, shown: _Shown
-) -> dict[str, float]:  # fmt: skip
-    found = measures.attacked(model, attack, training, held_out, extractor, request.attacked, request.steps, request.seed)  # fmt: skip
+    model: Model,
+    attack: Attack,
+    training: Images,
+    held_out: Images,
+    extractor: Extractor,
+    request: Request,
+    shown: _Shown,
+) -> dict[str, float]:
+    found = measures.attacked(
+        model, attack, training, held_out, extractor, request.attacked, request.steps, request.seed
+    )
     name = f"memorization/{attack.name}"
-    metrics = {f"{name}_auc": found.auc["both"].value, f"{name}_auc_error": found.auc["both"].error, f"{name}_share": found.share}  # fmt: skip
+    metrics = {
+        f"{name}_auc": found.auc["both"].value,
+        f"{name}_auc_error": found.auc["both"].error,
+        f"{name}_share": found.share,
+    }
     metrics |= {f"{name}_auc_{kind}": found.auc[kind].value for kind in measures.KINDS}
-    shown.add(f"{attack.name}-similarity.png", figures.histograms(found), f"Attack by {attack.about}",
-              "How alike each image is to what the model made of what was left of it. Where nothing is memorized, the two histograms agree.", plot=True)  # fmt: skip
+    shown.add(
+        f"{attack.name}-similarity.png",
+        figures.histograms(found),
+        f"Attack by {attack.about}",
+        (
+            "How alike each image is to what the model made of what was left of it. Where nothing is memorized, the "
+            "two histograms agree."
+        ),
+        plot=True,
+    )
     for kind, rows in found.shown.items():
         file = f"{attack.name}-{kind.partition(' ')[0]}.png"
-        shown.add(file, figures.matches(rows), f"Best matches among {kind}, {attack.name}", "From above: the image, what was left of it, what the model made of that.")  # fmt: skip
+        shown.add(
+            file,
+            figures.matches(rows),
+            f"Best matches among {kind}, {attack.name}",
+            "From above: the image, what was left of it, what the model made of that.",
+        )
     return metrics
 
 
@@ -174,7 +247,12 @@ def _neighbours(
     metrics = {f"memorization/nearer_{kind}": estimate.value for kind, estimate in found.nearer.items()}
     metrics |= {f"memorization/nearer_{kind}_error": estimate.error for kind, estimate in found.nearer.items()}
     metrics |= {f"memorization/copies_{kind}": share for kind, share in found.copies.items()}
-    shown.add("neighbours.png", figures.matches(found.shown), "Samples most alike to a training image", "Above: fresh samples. Below: the training image next to each, by features.")  # fmt: skip
+    shown.add(
+        "neighbours.png",
+        figures.matches(found.shown),
+        "Samples most alike to a training image",
+        "Above: fresh samples. Below: the training image next to each, by features.",
+    )
     return metrics
 
 
@@ -187,4 +265,7 @@ def _data(run: Restored, index: ShardIndex | None) -> str:
     if index is None:
         return f"Its shards, {run.config.data.shards}, are not there any more."
     taken = "" if run.config.data.sigma_scale == 1 else f", taken for {run.config.data.sigma_scale:g} times that"
-    return f"Trained on {index.samples} observations of {index.request.get('source')}, {index.request.get('corruption', {}).get('kind')}, sigma_n {index.levels}{taken}."
+    return (
+        f"Trained on {index.samples} observations of {index.request.get('source')}, "
+        f"{index.request.get('corruption', {}).get('kind')}, sigma_n {index.levels}{taken}."
+    )

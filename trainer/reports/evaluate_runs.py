@@ -39,8 +39,9 @@ class Weights:
 def evaluate(
     runs: Sequence[Path], request: Request, extractor: str, command: str, weights: Weights
 ) -> list[tuple[Evaluation, Path]]:
-    """Judges each run, writes its report, and adds its figures to its MLflow run. A collective: the samples are shared out, and
-    the rest is done by the first rank; the others return an empty list. command: that does this again."""
+    """Judges each run, writes its report, and adds its figures to its MLflow run. A collective: the samples are
+    shared out, and the rest is done by the first rank; the others return an empty list. command: that does this
+    again."""
     ranks = distributed.init()
     judged = subjects(runs, request, weights, _warn if ranks.is_main else lambda text: None)
     network = open_extractor(extractor, ranks.device)
@@ -62,7 +63,7 @@ def _warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
 
-def subjects(runs: Sequence[Path], request: Request, weights: Weights, say: Callable[[str], None]) -> list[Subject]:  # fmt: skip
+def subjects(runs: Sequence[Path], request: Request, weights: Weights, say: Callable[[str], None]) -> list[Subject]:
     """say: told what is odd of them. Raises UserError for what does not fit a run, before anything is drawn."""
     found: list[Subject] = []
     opened = cache(_open_images)  # runs that see the same images share them, and what is known of them
@@ -71,11 +72,19 @@ def subjects(runs: Sequence[Path], request: Request, weights: Weights, say: Call
         model, process, index = run.config.model, run.config.process, shards_of(run.config)
         adapter = model.adapter
         if weights.prompt is not None and not adapter.takes_prompt:
-            raise UserError(f"--prompt {weights.prompt}: needs a run with text, and the model of {run_dir} is a {model.kind}")  # fmt: skip
+            raise UserError(
+                f"--prompt {weights.prompt}: needs a run with text, and the model of {run_dir} is a {model.kind}"
+            )
         if request.attack_sigma is not None and not process.sigma_min < request.attack_sigma < process.sigma_max:
-            raise UserError(f"--attack-sigma {request.attack_sigma:g}: must be between {process.sigma_min:g} and {process.sigma_max:g}, of {run_dir}")  # fmt: skip
+            raise UserError(
+                f"--attack-sigma {request.attack_sigma:g}: must be between {process.sigma_min:g} and "
+                f"{process.sigma_max:g}, of {run_dir}"
+            )
         if request.reference and not levels_within(request, run):
-            raise UserError(f"--levels {' '.join(f'{level:g}' for level in request.levels)}: none is from {process.sigma_min:g} to {process.sigma_max:g}, of {run_dir}")  # fmt: skip
+            raise UserError(
+                f"--levels {' '.join(f'{level:g}' for level in request.levels)}: none is from "
+                f"{process.sigma_min:g} to {process.sigma_max:g}, of {run_dir}"
+            )
         prompt = weights.prompt if weights.prompt is not None else adapter.prompt or ""
         asked, shape = index.request if index else {}, adapter.image_shape(run.state.shape)
         value_range = asked.get("value_range") and tuple(asked["value_range"])
@@ -90,21 +99,29 @@ def subjects(runs: Sequence[Path], request: Request, weights: Weights, say: Call
                 raise UserError(f"{option} {images.name}: {images.count} images, at least {FEWEST} are needed")
         observations = open_observations(request.measured, shape) if request.measured else None
         if observations and observations.index.samples < FEWEST:
-            raise UserError(f"--measured {request.measured}: {observations.index.samples} observations, at least {FEWEST} are needed")  # fmt: skip
+            raise UserError(
+                f"--measured {request.measured}: {observations.index.samples} observations, at least {FEWEST} "
+                "are needed"
+            )
         if observations and index:
             theirs, its = observations.index.request, index.request
             if theirs.get("source") == its.get("source"):
-                say(f"--measured {request.measured}: {run_dir} was trained on these images: nothing here is held out")  # fmt: skip
+                say(f"--measured {request.measured}: {run_dir} was trained on these images: nothing here is held out")
             for name, flag in (("value_range", "--range"), ("corruption", "corruption")):
                 if theirs.get(name) != its.get(name):
-                    say(f"--measured {request.measured}: made with {flag} {theirs.get(name)}, {run_dir} was trained with {its.get(name)}")  # fmt: skip
+                    say(
+                        f"--measured {request.measured}: made with {flag} {theirs.get(name)}, {run_dir} was "
+                        f"trained with {its.get(name)}"
+                    )
         if index is None:
-            say(f"{run_dir}: its shards, {run.config.data.shards}, are not there: noise levels are not marked")  # fmt: skip
+            say(f"{run_dir}: its shards, {run.config.data.shards}, are not there: noise levels are not marked")
         elif (made_of := index.request.get("source")) == request.reference and made_of:
-            say(f"--reference {request.reference}: {run_dir} was trained on these images: nothing here is held out")  # fmt: skip
+            say(f"--reference {request.reference}: {run_dir} was trained on these images: nothing here is held out")
         elif request.training and made_of != request.training:
             say(f"--training {request.training}: {run_dir} was trained on {made_of}")
-        found.append(Subject(run_dir.resolve().name, run, index, reference, training, observations, prompt, run_dir / FOLDER))  # fmt: skip
+        found.append(
+            Subject(run_dir.resolve().name, run, index, reference, training, observations, prompt, run_dir / FOLDER)
+        )
     return found
 
 
@@ -114,7 +131,10 @@ def _open_images(
     """option: that names them. limit: where a run's shards were made of the source's first images alone, those."""
     local = storage.local_path(name)
     if local is not None and (local / INDEX).is_file():
-        raise UserError(f"{option} {name}: these are shards of observations: give clean images; observations are for --measured {name}")  # fmt: skip
+        raise UserError(
+            f"{option} {name}: these are shards of observations: give clean images; observations are for "
+            f"--measured {name}"
+        )
     source = open_source(name, option)
     return Images(name, source, shape, min(limit or len(source), len(source)), value_range)
 
@@ -128,7 +148,9 @@ def _draw(subject: Subject, request: Request, ranks: Ranks) -> None:
 
 def _line(evaluation: Evaluation) -> str:
     """The figures that one looks at first, as the report has them."""
-    told = [f"{heading} {value(evaluation, name)}" for name, (heading, _) in COLUMNS.items() if name in evaluation.metrics]  # fmt: skip
+    told = [
+        f"{heading} {value(evaluation, name)}" for name, (heading, _) in COLUMNS.items() if name in evaluation.metrics
+    ]
     return f"{evaluation.run}, step {evaluation.step}: " + ", ".join(told)
 
 

@@ -38,7 +38,9 @@ def curves(of: Mapping[str, Curve], sigma_n: Mapping[str, tuple[float, float]]) 
         colour = f"C{number % 10}"
         mean, error = torch.tensor(curve.mean), torch.tensor(curve.error)
         axis.loglog(curve.levels, mean, marker="o", markersize=4, color=colour, label=name)
-        axis.fill_between(curve.levels, (mean - 1.96 * error).clamp(min=1e-9), mean + 1.96 * error, color=colour, alpha=0.2)  # fmt: skip
+        axis.fill_between(
+            curve.levels, (mean - 1.96 * error).clamp(min=1e-9), mean + 1.96 * error, color=colour, alpha=0.2
+        )
         low, high = sigma_n.get(name, (0.0, 0.0))
         if high > low > 0:
             axis.axvspan(low, high, color=colour, alpha=0.1)
@@ -70,11 +72,19 @@ def histograms(found: Attacked) -> bytes:
     return saved(figure)
 
 
-def trade(names: Sequence[str], kid: Sequence[float], kid_error: Sequence[float], auc: Sequence[float], auc_error: Sequence[float]) -> bytes:  # fmt: skip
+def trade(
+    names: Sequence[str],
+    kid: Sequence[float],
+    kid_error: Sequence[float],
+    auc: Sequence[float],
+    auc_error: Sequence[float],
+) -> bytes:
     """Quality against memorization, a point for each run."""
     figure, axis = _figure(6.5, 4.5)
     for number, name in enumerate(names):
-        axis.errorbar(kid[number], auc[number], 1.96 * auc_error[number], 1.96 * kid_error[number], fmt="o", capsize=3, label=name)  # fmt: skip
+        axis.errorbar(
+            kid[number], auc[number], 1.96 * auc_error[number], 1.96 * kid_error[number], fmt="o", capsize=3, label=name
+        )
     axis.axhline(0.5, color="grey", linestyle=":")
     axis.set(xlabel="KID (lower is better)", ylabel="AUC of the attack (0.5: nothing memorized)")
     axis.grid(alpha=0.3)

@@ -13,22 +13,64 @@ from trainer.reports.figures import curves, trade
 from trainer.reports.record import Evaluation
 
 COLUMNS = {
-    "quality/kid": ("KID", "kernel distance of samples to the reference in the extractor's features; lower is better, 0 for one distribution at any number of images"),
-    "quality/frechet": ("Frechet distance", "as FID, but in this extractor's features; lower is better; biased: compare equal numbers of images alone"),
+    "quality/kid": (
+        "KID",
+        (
+            "kernel distance of samples to the reference in the extractor's features; lower is better, 0 for one "
+            "distribution at any number of images"
+        ),
+    ),
+    "quality/frechet": (
+        "Frechet distance",
+        "as FID, but in this extractor's features; lower is better; biased: compare equal numbers of images alone",
+    ),
     "quality/precision": ("precision", "share of samples that lie within the reference's manifold; higher is better"),
     "quality/recall": ("recall", "share of the reference that lies within the samples' manifold; higher is better"),
-    "measured/kid": ("KID, observed", "the same of corrupted samples to held-out observations, which needs no clean images; sees nothing that the noise hides"),
-    "measured/precision": ("precision, observed", "share of corrupted samples that lie within the observations' manifold"),
-    "measured/recall": ("recall, observed", "share of the observations that lies within the corrupted samples' manifold"),
-    "memorization/noise_auc": ("AUC, noise", "of telling training images from held-out ones by what the model makes of them under heavy noise; 0.5: nothing memorized, 1: all"),
+    "measured/kid": (
+        "KID, observed",
+        (
+            "the same of corrupted samples to held-out observations, which needs no clean images; sees nothing that "
+            "the noise hides"
+        ),
+    ),
+    "measured/precision": (
+        "precision, observed",
+        "share of corrupted samples that lie within the observations' manifold",
+    ),
+    "measured/recall": (
+        "recall, observed",
+        "share of the observations that lies within the corrupted samples' manifold",
+    ),
+    "memorization/noise_auc": (
+        "AUC, noise",
+        (
+            "of telling training images from held-out ones by what the model makes of them under heavy noise; 0.5: "
+            "nothing memorized, 1: all"
+        ),
+    ),
     "memorization/mask_auc": ("AUC, mask", "the same where most of the image was hidden"),
-    "memorization/noise_share": ("above threshold, noise", "share of training images that come back more alike than 95 % of held-out ones; 0.05: nothing memorized"),
+    "memorization/noise_share": (
+        "above threshold, noise",
+        "share of training images that come back more alike than 95 % of held-out ones; 0.05: nothing memorized",
+    ),
     "memorization/mask_share": ("above threshold, mask", "the same where most of the image was hidden"),
-    "memorization/nearer_features": ("nearer to training, features", "share of samples that are nearer to a training image than to any of as many held-out ones; 0.5: nothing memorized"),
+    "memorization/nearer_features": (
+        "nearer to training, features",
+        (
+            "share of samples that are nearer to a training image than to any of as many held-out ones; 0.5: "
+            "nothing memorized"
+        ),
+    ),
     "memorization/nearer_pixels": ("nearer to training, pixels", "the same by pixels"),
-    "memorization/copies_features": ("copies, features", "share of samples that are nearer to a training image than 99 % of held-out images are; 0.01: nothing memorized"),
+    "memorization/copies_features": (
+        "copies, features",
+        (
+            "share of samples that are nearer to a training image than 99 % of held-out images are; 0.01: nothing "
+            "memorized"
+        ),
+    ),
     "memorization/copies_pixels": ("copies, pixels", "the same by pixels"),
-}  # fmt: skip
+}
 """Metrics of the table: how each is headed, and what it says. NAME_error, where there is one, stands behind it."""
 
 TEMPLATE = "report.html.jinja"
@@ -97,7 +139,18 @@ def _unlike(evaluations: Sequence[Evaluation]) -> list[str]:
     return [key for key in LABELS if any(e.settings.get(key) != first.get(key) for e in evaluations)]
 
 
-HELD_AGAINST = ("reference_hash", "training_hash", "measured_hash", "extractor_hash", "number", "compared", "attacks", "attacked", "steps", "levels")  # fmt: skip
+HELD_AGAINST = (
+    "reference_hash",
+    "training_hash",
+    "measured_hash",
+    "extractor_hash",
+    "number",
+    "compared",
+    "attacks",
+    "attacked",
+    "steps",
+    "levels",
+)
 """Settings that figures of several runs must share to be compared; images are hashed as each run sees them."""
 
 
@@ -108,7 +161,10 @@ def incomparable(evaluations: Sequence[Evaluation]) -> str | None:
         keys = [key for key in HELD_AGAINST if other.settings.get(key) != first.settings.get(key)]
         if keys:
             names = ", ".join(LABELS.get(key.replace("_hash", ""), key) for key in keys)
-            return f"{first.run} and {other.run}: their figures cannot be compared, as these differ, in kind, number or size: {names}"
+            return (
+                f"{first.run} and {other.run}: their figures cannot be compared, as these differ, in kind, number "
+                f"or size: {names}"
+            )
     return None
 
 
@@ -117,20 +173,38 @@ def _said(value: object) -> str:
 
 
 LABELS = {
-    "reference": "held-out clean images", "measured": "held-out observations", "measured_about": "their corruption", "measured_number": "number of held-out observations", "training": "training images", "extractor": "features", "number": "samples drawn",
-    "reference_number": "number of held-out images", "training_number": "number of training images", "compared": "training images that samples were held against", "attacks": "attacks", "attacked": "images attacked, training and held out",
-    "checked": "images of the denoiser's error", "steps": "sampling steps", "sampler": "sampler", "seed": "seed", "prompt": "prompt",
+    "reference": "held-out clean images",
+    "measured": "held-out observations",
+    "measured_about": "their corruption",
+    "measured_number": "number of held-out observations",
+    "training": "training images",
+    "extractor": "features",
+    "number": "samples drawn",
+    "reference_number": "number of held-out images",
+    "training_number": "number of training images",
+    "compared": "training images that samples were held against",
+    "attacks": "attacks",
+    "attacked": "images attacked, training and held out",
+    "checked": "images of the denoiser's error",
+    "steps": "sampling steps",
+    "sampler": "sampler",
+    "seed": "seed",
+    "prompt": "prompt",
     "average": "average of the weights",
-}  # fmt: skip
+}
 
 
 def _rows(of: dict[str, Evaluation], shown: Sequence[str]) -> list[list[str]]:
-    """The table, with its head: a row for each metric, which says what it means; or for each run, where there are many."""
+    """The table, with its head: a row for each metric, which says what it means; or for each run, where there are
+    many."""
     if len(of) > SIDE_BY_SIDE:
         head = ["run", "step", *(COLUMNS[name][0] for name in shown)]
         return [head, *([name, str(e.step), *(value(e, m) for m in shown)] for name, e in of.items())]
     rows = [["", *of, ""], ["step", *(str(e.step) for e in of.values()), ""]]
-    rows += [[LABELS[key], *(_said(e.settings.get(key)) for e in of.values()), "a setting in which they differ"] for key in _unlike(list(of.values()))]  # fmt: skip
+    rows += [
+        [LABELS[key], *(_said(e.settings.get(key)) for e in of.values()), "a setting in which they differ"]
+        for key in _unlike(list(of.values()))
+    ]
     return rows + [[COLUMNS[m][0], *(value(e, m) for e in of.values()), COLUMNS[m][1]] for m in shown]
 
 
@@ -151,7 +225,14 @@ def _together(of: dict[str, Evaluation]) -> list[Figure]:
     parts: list[Figure] = []
     if with_curve := {name: e.curve for name, e in of.items() if e.curve}:
         sigma_n = {name: of[name].sigma_n or (0.0, 0.0) for name in with_curve}
-        parts.append(_figure(curves(with_curve, sigma_n), "The denoiser's error", "Against held-out clean images; bands: 95 % over images.", True))  # fmt: skip
+        parts.append(
+            _figure(
+                curves(with_curve, sigma_n),
+                "The denoiser's error",
+                "Against held-out clean images; bands: 95 % over images.",
+                True,
+            )
+        )
     both = ("quality/kid", "memorization/noise_auc")
     if len(points := {name: e.metrics for name, e in of.items() if all(m in e.metrics for m in both)}) > 1:
         columns = [[m[name] for m in points.values()] for metric in both for name in (metric, f"{metric}_error")]

@@ -32,8 +32,9 @@ class Picture:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """settings: all that decides the figures. run: name, of the run. data: what it was trained on, in words. sigma_n: the range
-    of the noise levels of its data, None where its shards are gone. metrics: names as in MLflow, groups before the slash."""
+    """settings: all that decides the figures. run: name, of the run. data: what it was trained on, in words.
+    sigma_n: the range of the noise levels of its data, None where its shards are gone. metrics: names as in MLflow,
+    groups before the slash."""
 
     settings: dict[str, Any]
     run: str
@@ -57,7 +58,8 @@ def write(folder: Path, evaluation: Evaluation, pictures: dict[str, bytes]) -> N
 
 
 def read(folder: Path) -> Evaluation | None:
-    """None where there is none, or one of another format, which is then made anew. Raises UserError for a damaged one."""
+    """None where there is none, or one of another format, which is then made anew. Raises UserError for a damaged
+    one."""
     path = folder / NAME
     if not path.is_file():
         return None

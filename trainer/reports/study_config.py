@@ -13,8 +13,8 @@ NAME = re.compile(r"[\w.,+=-]+( [\w.,+=-]+)*")
 
 @dataclass(frozen=True)
 class Method:
-    """overrides: of the configuration. data: the one data set that it is trained on, such as the clean images of an oracle,
-    which then stands beside all others; None takes each. seeds: in place of the study's."""
+    """overrides: of the configuration. data: the one data set that it is trained on, such as the clean images of an
+    oracle, which then stands beside all others; None takes each. seeds: in place of the study's."""
 
     overrides: list[str] = field(default_factory=list[str])
     data: str | None = None
@@ -23,7 +23,8 @@ class Method:
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """As `trainer.evaluate` has them: number of samples, 0 for none; memorization: whether to attack; attacked; compared."""
+    """As `trainer.evaluate` has them: number of samples, 0 for none; memorization: whether to attack; attacked;
+    compared."""
 
     number: int = Request.number
     memorization: bool = True
@@ -51,9 +52,10 @@ class Point:
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """config: what all runs share, a configuration file. overrides: of it, for all. training, reference: sources of clean
-    images, to be corrupted, and held out. shard: words of `data_pipeline.shard` that all data sets share, such as `--size 28`.
-    data: by name, the words that corrupt each, such as `--sigma 0.5`. methods: by name. seeds: trainings of each."""
+    """config: what all runs share, a configuration file. overrides: of it, for all. training, reference: sources of
+    clean images, to be corrupted, and held out. shard: words of `data_pipeline.shard` that all data sets share, such
+    as `--size 28`. data: by name, the words that corrupt each, such as `--sigma 0.5`. methods: by name. seeds:
+    trainings of each."""
 
     config: str
     training: str
@@ -89,7 +91,7 @@ class StudyConfig:
             for seed, (name, method) in product(range(max(map(self._seeds, self.methods))), self.methods.items())
             for data in ([method.data] if method.data else self.compared_data)
             if seed < self._seeds(name)
-        ]  # fmt: skip
+        ]
 
     def _seeds(self, method: str) -> int:
         return self.methods[method].seeds or self.seeds

@@ -57,7 +57,10 @@ def _spread(values: Sequence[float]) -> str:
 
 def table_data(found: Found, command: str) -> dict[str, Any]:
     """All figures, as JSON."""
-    runs = [{"method": p.method, "data": p.data, "seed": p.seed, "step": e.step, "metrics": e.metrics} for p, e in found.items()]  # fmt: skip
+    runs = [
+        {"method": p.method, "data": p.data, "seed": p.seed, "step": e.step, "metrics": e.metrics}
+        for p, e in found.items()
+    ]
     return {"command": command, "settings": next(iter(found.values())).settings, "runs": runs}
 
 
@@ -66,7 +69,8 @@ CHARACTERS = 45
 
 
 def draw(config: StudyConfig, found: Found) -> dict[str, bytes]:
-    """plots.png: each metric of the report over the data sets, a line for each method; a bar for each where there is one data set."""
+    """plots.png: each metric of the report over the data sets, a line for each method; a bar for each where there is
+    one data set."""
     from matplotlib.figure import Figure
 
     names = [name for name in metrics_of(found) if name in COLUMNS]
@@ -75,7 +79,9 @@ def draw(config: StudyConfig, found: Found) -> dict[str, bytes]:
     columns = min(3, len(names))
     lines = -(-len(names) // columns)
     bars = len(config.compared_data) == 1
-    figure = Figure(figsize=(4.6 * columns, (1.0 + 0.3 * len(config.methods) if bars else 3.4) * lines), layout="constrained")  # fmt: skip
+    figure = Figure(
+        figsize=(4.6 * columns, (1.0 + 0.3 * len(config.methods) if bars else 3.4) * lines), layout="constrained"
+    )
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
     for axis in axes[len(names) :]:
         axis.axis("off")
@@ -112,7 +118,18 @@ def _lines(axis: Any, config: StudyConfig, found: Found, name: str) -> None:
         values = [_values(config, found, method, data, name) for data in compared]
         known = [i for i, of in enumerate(values) if of]
         spread = [statistics.stdev(values[i]) if len(values[i]) > 1 else 0.0 for i in known]
-        axis.errorbar(known, [statistics.mean(values[i]) for i in known], spread, marker="o", markersize=4, capsize=3, color=f"C{number}", label=method)  # fmt: skip
+        axis.errorbar(
+            known,
+            [statistics.mean(values[i]) for i in known],
+            spread,
+            marker="o",
+            markersize=4,
+            capsize=3,
+            color=f"C{number}",
+            label=method,
+        )
     wide = sum(map(len, compared)) > CHARACTERS
-    axis.set_xticks(range(len(compared)), compared, fontsize=8, rotation=30 if wide else 0, ha="right" if wide else "center")  # fmt: skip
+    axis.set_xticks(
+        range(len(compared)), compared, fontsize=8, rotation=30 if wide else 0, ha="right" if wide else "center"
+    )
     axis.grid(alpha=0.3)

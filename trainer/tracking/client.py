@@ -58,7 +58,8 @@ def tag(client: Any, run_id: str, tags: dict[str, str], files: Sequence[Path]) -
 
 
 def send(client: Any, run_id: str, records: Sequence[dict[str, Any]], run_dir: Path) -> None:
-    """The records of metrics.jsonl. Of a metric, MLflow keeps one where all is the same; a picture that is there is not sent again."""
+    """The records of metrics.jsonl. Of a metric, MLflow keeps one where all is the same; a picture that is there is
+    not sent again."""
     from mlflow.entities import Metric
     from PIL import Image
 
@@ -94,7 +95,11 @@ def attach(
     now = int(time.time() * 1000)
     try:
         client, experiment_id = connect(config, run_dir)
-        client.log_batch(run_id, metrics=[Metric(name, value, now, step) for name, value in metrics.items()], tags=[RunTag(name, value[:5000]) for name, value in tags.items()])  # fmt: skip
+        client.log_batch(
+            run_id,
+            metrics=[Metric(name, value, now, step) for name, value in metrics.items()],
+            tags=[RunTag(name, value[:5000]) for name, value in tags.items()],
+        )
         client.log_artifacts(run_id, str(folder), f"evaluation/{folder.name}")
         client.set_experiment_tag(experiment_id, *pages.view())
     except (MlflowException, OSError) as error:
@@ -103,8 +108,8 @@ def attach(
 
 
 def heading(config: LoggingConfig, run_dir: Path, tags: dict[str, str], source: str) -> str:
-    """Makes a run that has no training of its own, for others to be children of; returns its id. run_dir: its folder, in
-    which the children have theirs. source: the command that asks for it."""
+    """Makes a run that has no training of its own, for others to be children of; returns its id. run_dir: its
+    folder, in which the children have theirs. source: the command that asks for it."""
     client, experiment_id = connect(config, run_dir / "child")
     run = client.create_run(experiment_id, run_name=config.name or run_dir.name, tags=_origin(source) | tags)
     client.set_terminated(run.info.run_id, "FINISHED")

@@ -1,7 +1,8 @@
 """MLflow from one background thread, which may never stop or slow training.
 
 Every record goes into RUN_DIR/metrics.jsonl first. The thread reads from there what MLflow has not had yet; while the
-server is away the records wait there, not in memory, also for the next start. A resumed run logs only steps that it has not logged before.
+server is away the records wait there, not in memory, also for the next start. A resumed run logs only steps that it has
+not logged before.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ class MLflowLogger:
         )
 
     def notice(self, step: int, name: str, text: str) -> None:
-        """Records what a person should know of this run, as the tag notice.NAME; what was said on stderr stays findable."""
+        """Records what a person should know of this run, as the tag notice.NAME; what was said on stderr stays
+        findable."""
         self._record({"step": step, "time": int(time.time() * 1000), "notice": [name, text]})
 
     def close(self, status: Status, patience: float = 60.0) -> None:
@@ -82,7 +84,10 @@ class MLflowLogger:
             self._thread.join(patience)
             if self._thread.is_alive():
                 print(
-                    f"MLflow at {self._config.uri(self._run_dir)} does not answer ({self._problem or 'slow'}): the records wait in {self._records} and are sent when this run is started again",
+                    (
+                        f"MLflow at {self._config.uri(self._run_dir)} does not answer ({self._problem or 'slow'}): "
+                        f"the records wait in {self._records} and are sent when this run is started again"
+                    ),
                     file=sys.stderr,
                 )
         with suppress(OSError):  # it was said when it could not be written
@@ -144,12 +149,17 @@ class MLflowLogger:
                     f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}",
                 )
                 if first:
-                    print(f"MLflow: {self._problem}; training goes on, the records wait in {self._records}", file=sys.stderr, flush=True)  # fmt: skip
+                    print(
+                        f"MLflow: {self._problem}; training goes on, the records wait in {self._records}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                 time.sleep(wait)
                 wait = min(LONGEST_PAUSE_S, wait * 2)
 
     def _connect(self) -> Any:
-        """MLflow's client, and the run there. It is called again after an error anywhere in it, and makes nothing twice."""
+        """MLflow's client, and the run there. It is called again after an error anywhere in it, and makes nothing
+        twice."""
         client, experiment_id = mlflow_client.connect(self._config, self._run_dir)
         if self._state["run_id"] is None:
             self._state |= {"key": self._state.get("key") or uuid.uuid4().hex}
@@ -180,7 +190,8 @@ class MLflowLogger:
 
 
 def _kind(record: dict[str, Any]) -> str:
-    """Of records of one kind, a run has one a step; each text of a notice is a kind. Raises ValueError for what is no record."""
+    """Of records of one kind, a run has one a step; each text of a notice is a kind. Raises ValueError for what is
+    no record."""
     for name in ("metrics", "image", "notice"):
         if name in record:
             return f"{name} {' '.join(record[name]) if name == 'notice' else next(iter(record[name]), '')}"

@@ -42,8 +42,13 @@ TRAINING = "workflowType=machine_learning"
 def view() -> tuple[str, str]:
     """Name and value of a tag of an experiment: a view of its runs, best quality first."""
     columns = [f"metrics.`{name}`" for name in SHOWN]
-    shown = {"orderByKey": columns[0], "orderByAsc": True, "selectedColumns": ["attributes.`Duration`", *columns],
-             "columnOrder": columns, "columnWidths": dict.fromkeys(columns, 230)}  # fmt: skip
+    shown = {
+        "orderByKey": columns[0],
+        "orderByAsc": True,
+        "selectedColumns": ["attributes.`Duration`", *columns],
+        "columnOrder": columns,
+        "columnWidths": dict.fromkeys(columns, 230),
+    }
     return f"mlflow.sharedViewState.{KEY}", json.dumps(shown)
 
 
@@ -67,7 +72,8 @@ def run_page(run_dir: Path, tab: Literal["overview", "model-metrics", "artifacts
 
 
 def logged(run_dir: Path) -> bool:
-    """Whether MLflow has a run of this run directory; not so with logging.enabled=false, or where its server was never there."""
+    """Whether MLflow has a run of this run directory; not so with logging.enabled=false, or where its server was
+    never there."""
     return (run_dir / "mlflow.json").is_file() and state(run_dir)["run_id"] is not None
 
 

@@ -88,7 +88,18 @@ def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = 
     budget = _budget(c, state)
     _claim(config, settings, directory, ranks)
     return Run(
-        config, directory, ranks, layout, loader, conditioning, conditioning.conditioner(), network, engine, attention, work, ema,
+        config,
+        directory,
+        ranks,
+        layout,
+        loader,
+        conditioning,
+        conditioning.conditioner(),
+        network,
+        engine,
+        attention,
+        work,
+        ema,
         ambient=AmbientLoss(config.levels, config.weight, config.process, config.ambient),
         consistency=ConsistencyLoss(config.weight, sigma_min, c.ratio, c.steps, c.gradient) if c else None,
         pool=pool,
@@ -96,9 +107,11 @@ def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = 
         schedule=_schedule(c, budget, state),
         budget=budget,
         checkpoints=checkpoints,
-        logger=_logger(config, directory, engine, attention.tags() | notices | dict(extra_tags or {})) if ranks.is_main else None,
+        logger=_logger(config, directory, engine, attention.tags() | notices | dict(extra_tags or {}))
+        if ranks.is_main
+        else None,
         state=state,
-    )  # fmt: skip
+    )
 
 
 def _load(path: Path, engine: Engine, ema: EMA, pool: ParticlePool, first_particle: int, ranks: Ranks) -> TrainState:
@@ -125,9 +138,14 @@ def roll_back(run: Run) -> bool:
         return False
     state = _load(path, run.engine, run.ema, run.pool, run.layout.first_row(0) // run.stride, run.ranks)
     run.state = replace(
-        state, samples=here.samples, evaluations=here.evaluations, seconds=here.seconds, period=here.period,
-        in_a_row=0, rolled_back=here.rolled_back + 1,
-    )  # fmt: skip
+        state,
+        samples=here.samples,
+        evaluations=here.evaluations,
+        seconds=here.seconds,
+        period=here.period,
+        in_a_row=0,
+        rolled_back=here.rolled_back + 1,
+    )
     run.budget = _budget(run.config.consistency, run.state)
     run.schedule = _schedule(run.config.consistency, run.budget, run.state)
     return True
@@ -156,7 +174,8 @@ def _check_levels(config: RunConfig, loader: Loader) -> None:
     highest = loader.index.sigma_max * config.data.sigma_scale
     if highest * NEAREST >= config.process.sigma_max:
         raise UserError(
-            f"process.sigma_max {config.process.sigma_max:g}: must be above the data's highest sigma_n {highest:g} ({config.data.shards})"
+            f"process.sigma_max {config.process.sigma_max:g}: must be above the data's highest sigma_n "
+            f"{highest:g} ({config.data.shards})"
         )
 
 

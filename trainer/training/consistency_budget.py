@@ -16,8 +16,9 @@ WARM_UP, COUNTED = 2, 6
 
 
 def settled(config: ConsistencyConfig, period: int) -> StepSchedule:
-    """The schedule once a budget has chosen `period`. The consistency steps of the alternation were taken in advance: it
-    waits until its own count would have reached theirs, so that what was added to training stays within the budget."""
+    """The schedule once a budget has chosen `period`. The consistency steps of the alternation were taken in
+    advance: it waits until its own count would have reached theirs, so that what was added to training stays within
+    the budget."""
     return StepSchedule(period, 1, config.start + (WARM_UP + COUNTED) * period, config.end)
 
 
@@ -49,8 +50,9 @@ class Budget:
         return step >= self.start and (self.end is None or step < self.end)
 
     def observe(self, step: int, seconds: float, ranks: Ranks) -> Choice | None:
-        """seconds: of this step on this rank, without waiting for data. A choice, the same on all ranks, as soon as both
-        kinds were seen often enough. Every rank must call it at every step: the call that chooses is a collective."""
+        """seconds: of this step on this rank, without waiting for data. A choice, the same on all ranks, as soon as
+        both kinds were seen often enough. Every rank must call it at every step: the call that chooses is a
+        collective."""
         if not self.times(step):
             return None
         self._seconds[self.schedule.has_consistency(step)].append(seconds)

@@ -30,8 +30,8 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
     """Trains to the last step, or until `stop()` is true on any rank. Returns whether it reached the last step. Raises
     Diverged, on all ranks, at a step that may not be left out.
 
-    Every step is a pure function of the checkpoint before it: data are addressed by position, noise by (seed, batch of the data,
-    row), where the batch is the step but for a run that has gone back.
+    Every step is a pure function of the checkpoint before it: data are addressed by position, noise by (seed, batch of
+    the data, row), where the batch is the step but for a run that has gone back.
     """
     config, ranks, engine, layout = run.config, run.ranks, run.engine, run.layout
     reports, preview = Reports(run), Preview(run)
@@ -60,10 +60,16 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
             evaluations = (run.denoiser.evaluations - evaluations_before) * ranks.world
             seconds = before.seconds + time.perf_counter() - begun
             run.state = TrainState(
-                done, before.samples + (done - before.step) * layout.batch_size, before.evaluations + evaluations, seconds,
-                before.shape, period, loss_scale=engine.loss_scale, usual_loss=spikes.usual if spikes else before.usual_loss,
+                done,
+                before.samples + (done - before.step) * layout.batch_size,
+                before.evaluations + evaluations,
+                seconds,
+                before.shape,
+                period,
+                loss_scale=engine.loss_scale,
+                usual_loss=spikes.usual if spikes else before.usual_loss,
                 rolled_back=before.rolled_back,
-            )  # fmt: skip
+            )
 
             # What the ranks know together: of this step where something depends on it, else of the one before.
             asked, saves = stop(), done % config.checkpoint.every == 0 or done == config.steps
@@ -119,7 +125,8 @@ def _spend(run: Run, step: int, started: float) -> int | None:
     run.budget, run.schedule = None, settled(c, choice.period)
     if ranks.is_main:
         tqdm.write(
-            f"consistency.overhead_budget {c.overhead_budget:g}: consistency at every {choice.period}th step from now on; "
+            f"consistency.overhead_budget {c.overhead_budget:g}: consistency at every {choice.period}th step "
+            "from now on; "
             f"a step takes {choice.ambient_seconds:.3g} s, one with consistency {choice.consistency_seconds:.3g} s",
             file=sys.stderr,
         )
@@ -127,8 +134,8 @@ def _spend(run: Run, step: int, started: float) -> int | None:
 
 
 def _judge(run: Run, verdict: Verdict, in_a_row: int) -> int:
-    """Says what of a step is wrong, if anything; returns how many such steps there are in a row. Raises Diverged, with the run's
-    state that of the step, where it may not be left out."""
+    """Says what of a step is wrong, if anything; returns how many such steps there are in a row. Raises Diverged,
+    with the run's state that of the step, where it may not be left out."""
     engine, step = run.engine, verdict.step
     engine.count(verdict.left_out)
     done = step.state.step
@@ -160,15 +167,18 @@ def _not_finite(verdict: Verdict, precision: str) -> str | None:
 
 def _last_words(run: Run, problem: str, keys: list[str]) -> str:
     return (
-        f"{problem}; samples of rank {run.ranks.rank}: {' '.join(keys[:8])}...; the last good checkpoint is {run.checkpoints.latest() or 'none'}; "
-        "try a lower optimizer.lr or consistency.weight, or engine.precision=fp32; recovery.leave_out passes over such steps, "
+        f"{problem}; samples of rank {run.ranks.rank}: {' '.join(keys[:8])}...; the last good checkpoint is "
+        f"{run.checkpoints.latest() or 'none'}; "
+        "try a lower optimizer.lr or consistency.weight, or engine.precision=fp32; recovery.leave_out passes "
+        "over such steps, "
         "recovery.roll_back, once there is a checkpoint, over all samples since it"
     )
 
 
 @contextmanager
 def _last_checkpoint(run: Run) -> Iterator[None]:
-    """What was begun is ended; after an error on one of several ranks it cannot be, as the others go on or wait elsewhere."""
+    """What was begun is ended; after an error on one of several ranks it cannot be, as the others go on or wait
+    elsewhere."""
     try:
         yield
     except Exception:

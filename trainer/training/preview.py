@@ -15,12 +15,13 @@ from trainer.training.run import Run
 
 SHOWN = 16
 JUDGED, REFERENCE = 256, 2000
-"""Samples whose distance is taken, and reference images at most. KID has no bias at any number, so few will do to see a trend."""
+"""Samples whose distance is taken, and reference images at most. KID has no bias at any number, so few will do to
+see a trend."""
 
 
 class Preview:
-    """A second network on rank 0 that holds the averaged weights; made when the first picture is. Raises UserError for a
-    reference that is not there."""
+    """A second network on rank 0 that holds the averaged weights; made when the first picture is. Raises UserError
+    for a reference that is not there."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -52,9 +53,16 @@ class Preview:
     def _draw(self, network: Denoiser, number: int) -> Tensor:
         run, adapter = self._run, self._run.config.model.adapter
         drawn = generate(
-            network, number, run.state.shape, seed=0, steps=18, sampler="ddim", progress=False,
-            conditioning=run.conditioning.preview(number, run.state.shape), batch_size=adapter.at_once,
-        )  # fmt: skip
+            network,
+            number,
+            run.state.shape,
+            seed=0,
+            steps=18,
+            sampler="ddim",
+            progress=False,
+            conditioning=run.conditioning.preview(number, run.state.shape),
+            batch_size=adapter.at_once,
+        )
         _, decode = adapter.coders(run.ranks.device)
         return decode(drawn)
 

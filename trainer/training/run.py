@@ -30,7 +30,8 @@ class Run:
     """All that the loop needs. Losses see a Denoise; here it is the engine around the denoiser.
 
     conditioning: what the network is given besides the noisy image. conditioner: what each batch passes through for it.
-    stride: consistency takes every stride-th row of the batch. budget: present until it has chosen the schedule's period.
+    stride: consistency takes every stride-th row of the batch. budget: present until it has chosen the schedule's
+    period.
     """
 
     config: RunConfig

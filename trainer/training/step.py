@@ -21,8 +21,9 @@ from trainer.training.run import Run
 
 @dataclass(frozen=True)
 class Passes:
-    """Of one step, on this rank. keys: of its samples. finite: whether the losses of its micro-batches are, a bool scalar on the
-    device. spike: what is wrong with the mean loss of all ranks, if anything. waited: seconds, for data."""
+    """Of one step, on this rank. keys: of its samples. finite: whether the losses of its micro-batches are, a bool
+    scalar on the device. spike: what is wrong with the mean loss of all ranks, if anything. waited: seconds, for
+    data."""
 
     keys: list[str]
     finite: torch.Tensor
@@ -33,7 +34,8 @@ class Passes:
 def _passes(
     run: Run, batches: Iterator[Batch], step: int, drawn: int, reports: Reports, spikes: Spikes | None
 ) -> Passes:
-    """Forward and backward passes of the step's micro-batches, and the optimiser's step. drawn: as `step_loss` has it."""
+    """Forward and backward passes of the step's micro-batches, and the optimiser's step. drawn: as `step_loss` has
+    it."""
     engine, ranks, last = run.engine, run.ranks, run.layout.accumulation - 1
     finite, scale = torch.ones((), dtype=torch.bool, device=ranks.device), engine.loss_scale
     keys, losses, spike, waited = list[str](), list[torch.Tensor](), None, 0.0
@@ -59,8 +61,8 @@ def _passes(
 
 
 def step_loss(run: Run, batch: Batch, step: int, drawn: int, micro: int, meter: Meter) -> torch.Tensor:
-    """The ambient loss and, at the steps that the schedule says, the consistency loss of the batch's particles. drawn: which batch
-    of the data it is, which addresses its noise."""
+    """The ambient loss and, at the steps that the schedule says, the consistency loss of the batch's particles.
+    drawn: which batch of the data it is, which addresses its noise."""
     first_row = run.layout.first_row(micro)
     noise = AddressedNoise(run.config.seed, drawn, first_row)
     batch = run.conditioner(batch, noise)

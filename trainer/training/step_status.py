@@ -1,7 +1,8 @@
-"""What ranks tell one another of each step: whether to stop, what of it is not finite, and whether a checkpoint is written.
+"""What ranks tell one another of each step: whether to stop, what of it is not finite, and whether a checkpoint is
+written.
 
-On a device it is read one step late, when the next one is queued: a host that waited for each step would leave the device without work
-between any two.
+On a device it is read one step late, when the next one is queued: a host that waited for each step would leave the
+device without work between any two.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from trainer.engine.distributed import Ranks
 
 @dataclass(frozen=True)
 class Step:
-    """Of one step, on this rank. state: as it was then. keys: of its samples. spike: what is wrong with its loss, the same on all
-    ranks. scale: of the loss, after it."""
+    """Of one step, on this rank. state: as it was then. keys: of its samples. spike: what is wrong with its loss,
+    the same on all ranks. scale: of the loss, after it."""
 
     state: TrainState
     keys: list[str]
@@ -29,8 +30,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Verdict:
-    """step: what it is of. stop: a rank was asked to. loss: it is not finite on some rank. here: it is not finite on this one.
-    left_out: the weights did not move, as gradients were not finite. written: all ranks have written their parts of a checkpoint."""
+    """step: what it is of. stop: a rank was asked to. loss: it is not finite on some rank. here: it is not finite on
+    this one. left_out: the weights did not move, as gradients were not finite. written: all ranks have written their
+    parts of a checkpoint."""
 
     step: Step
     stop: bool
@@ -47,8 +49,8 @@ class Verdicts:
         self._ranks, self._waiting = ranks, deque[tuple[Step, Tensor, torch.cuda.Event | None]]()
 
     def tell(self, step: Step, stop: bool, written: bool, finite: Tensor, left_out: Tensor) -> None:
-        """written: whether this rank has written its part of a checkpoint. finite, left_out: bool scalars on the device. A
-        collective; it does not wait for the device."""
+        """written: whether this rank has written its part of a checkpoint. finite, left_out: bool scalars on the
+        device. A collective; it does not wait for the device."""
         asked, writes = (torch.full((), flag, device=finite.device) for flag in (stop, not written))
         flags = torch.stack([asked, writes, left_out, ~finite]).int()
         flags = torch.cat([self._ranks.max(flags.clone()), flags[-1:]])

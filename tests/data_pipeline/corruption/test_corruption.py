@@ -20,10 +20,19 @@ from trainer.diffusion.process import VPTable
 
 KEYS = [f"key-{i}" for i in range(2000)]
 EVERY = [
-    Gaussian(0.2), Gaussian("0.1,0.2,0.4"), Gaussian("log-uniform:0.05:0.5", 0.3), Degraded("salt-and-pepper:0.1"), Degraded("poisson:20"),
-    Degraded("jpeg:30"), Degraded("box-mask:0.2"), Degraded("random-mask:0.3"), Degraded("blur:1.5"), Degraded("downsample:3"),
-    Degraded("blur:1+poisson:30+gaussian:uniform:0.1:0.2", 0.3), Measured(0.1),
-]  # fmt: skip
+    Gaussian(0.2),
+    Gaussian("0.1,0.2,0.4"),
+    Gaussian("log-uniform:0.05:0.5", 0.3),
+    Degraded("salt-and-pepper:0.1"),
+    Degraded("poisson:20"),
+    Degraded("jpeg:30"),
+    Degraded("box-mask:0.2"),
+    Degraded("random-mask:0.3"),
+    Degraded("blur:1.5"),
+    Degraded("downsample:3"),
+    Degraded("blur:1+poisson:30+gaussian:uniform:0.1:0.2", 0.3),
+    Measured(0.1),
+]
 
 WITHOUT_CHANCE = [Degraded("jpeg:30"), Degraded("blur:1.5"), Degraded("downsample:3"), Measured(0.1)]
 
@@ -246,7 +255,10 @@ def test_a_measured_image_is_left_as_it_is() -> None:
     for corruption in (Measured(0.15), Measured("estimate")):
         x_n = x + np.float32(0.15) * np.random.default_rng(0).standard_normal(x.shape, dtype=np.float32)
         assert corrupted(corruption, x_n).x_n.tobytes() == x_n.tobytes()
-    assert (corrupted(Measured(0.15), x).sigma_n, corrupted(Measured(0.15), x).about) == (0.15, {"sigma_n_origin": "given"})  # fmt: skip
+    assert (corrupted(Measured(0.15), x).sigma_n, corrupted(Measured(0.15), x).about) == (
+        0.15,
+        {"sigma_n_origin": "given"},
+    )
 
 
 @pytest.mark.parametrize(("size", "channels", "sigma"), [(28, 1, 0.5), (64, 3, 0.1)])
@@ -281,11 +293,15 @@ def test_a_level_that_differs_over_the_image_makes_the_estimate_less_sure() -> N
     [
         (Measured("estimate"), picture(1, 12, 40), "40x12 pixels: too small"),
         (Measured("estimate"), np.full((1, 32, 32), 0.3, np.float32), "channel 0 is constant"),
-        (Measured("estimate"), np.broadcast_to(np.linspace(-1, 1, 32, dtype=np.float32), (2, 32, 32)), "no noise found in channel 0"),
+        (
+            Measured("estimate"),
+            np.broadcast_to(np.linspace(-1, 1, 32, dtype=np.float32), (2, 32, 32)),
+            "no noise found in channel 0",
+        ),
         (Degraded("jpeg:50"), picture(4), "4 channels: JPEG holds 1 or 3"),
         (Degraded("downsample:16"), picture(1, 32, 8), "8x32 pixels: smaller than one block of downsample:16"),
     ],
-)  # fmt: skip
+)
 def test_an_image_that_cannot_be_used_says_why(corruption: Corruption, x: np.ndarray, reason: str) -> None:
     with pytest.raises(BadImage, match=reason):
         corrupted(corruption, x)

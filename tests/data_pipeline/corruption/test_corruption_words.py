@@ -35,16 +35,36 @@ def asked(*flags: str) -> Corruption:
         ("--sigma 0.20", Gaussian(0.2), "Gaussian noise, sigma 0.2"),
         ("--corruption gaussian:0.2", Gaussian(0.2), "Gaussian noise, sigma 0.2"),
         ("--sigma 0", Gaussian(0.0), "Gaussian noise, sigma 0"),
-        ("--sigma 0.1,0.20 --clean-share 0.3", Gaussian("0.1,0.2", 0.3), "Gaussian noise, sigma one of 0.1, 0.2, 30 % of the images clean"),
+        (
+            "--sigma 0.1,0.20 --clean-share 0.3",
+            Gaussian("0.1,0.2", 0.3),
+            "Gaussian noise, sigma one of 0.1, 0.2, 30 % of the images clean",
+        ),
         ("--sigma uniform:0.1:0.4", Gaussian("uniform:0.1:0.4"), "Gaussian noise, sigma uniform from 0.1 to 0.4"),
-        ("--corruption gaussian:log-uniform:.05:.5", Gaussian("log-uniform:0.05:0.5"), "Gaussian noise, sigma log-uniform from 0.05 to 0.5"),
+        (
+            "--corruption gaussian:log-uniform:.05:.5",
+            Gaussian("log-uniform:0.05:0.5"),
+            "Gaussian noise, sigma log-uniform from 0.05 to 0.5",
+        ),
         ("--sigma timestep:500", Gaussian("timestep:500"), "Gaussian noise, sigma 1.618 (SDXL timestep 500)"),
         ("--corruption measured --sigma 0.1", Measured(0.1), "noisy as measured, sigma_n 0.1, as given"),
-        ("--corruption measured --sigma estimate", Measured("estimate"), "noisy as measured, sigma_n estimated image by image"),
-        ("--corruption blur:2.0+poisson:30+gaussian:0.10", Degraded("blur:2+poisson:30+gaussian:0.1"), "blur:2, then poisson:30, then gaussian:0.1, sigma_n the rms of x_n - x0"),
-        ("--corruption jpeg:50 --effective-sigma 0.1", Degraded("jpeg:50", effective_sigma=0.1), "jpeg:50, sigma_n 0.1, as given"),
+        (
+            "--corruption measured --sigma estimate",
+            Measured("estimate"),
+            "noisy as measured, sigma_n estimated image by image",
+        ),
+        (
+            "--corruption blur:2.0+poisson:30+gaussian:0.10",
+            Degraded("blur:2+poisson:30+gaussian:0.1"),
+            "blur:2, then poisson:30, then gaussian:0.1, sigma_n the rms of x_n - x0",
+        ),
+        (
+            "--corruption jpeg:50 --effective-sigma 0.1",
+            Degraded("jpeg:50", effective_sigma=0.1),
+            "jpeg:50, sigma_n 0.1, as given",
+        ),
     ],
-)  # fmt: skip
+)
 def test_flags_become_a_corruption_in_canonical_form(flags: str, expected: Corruption, line: str) -> None:
     found = asked(*flags.split())
     assert found == expected
@@ -73,7 +93,10 @@ def test_flags_become_a_corruption_in_canonical_form(flags: str, expected: Corru
         ("--corruption measured", "--sigma is missing: --corruption measured takes a number, or estimate"),
         ("--corruption measured --sigma 0", "--sigma 0: must be above 0"),
         ("--corruption measured --sigma 0.1,0.2", "--sigma 0.1,0.2: --corruption measured takes a number above 0"),
-        ("--corruption measured --sigma 0.1 --clean-share 0.1", "--clean-share 0.1: --corruption measured has no clean images"),
+        (
+            "--corruption measured --sigma 0.1 --clean-share 0.1",
+            "--clean-share 0.1: --corruption measured has no clean images",
+        ),
         ("--corruption measured --sigma 0.1 --effective-sigma 1", "leave it out"),
         ("--corruption measured+blur:2", "--corruption measured+blur:2: measured: measured stands alone"),
         ("--corruption bluer:2", "--corruption bluer:2: no such corruption; there are gaussian, salt-and-pepper"),
@@ -91,11 +114,14 @@ def test_flags_become_a_corruption_in_canonical_form(flags: str, expected: Corru
         ("--corruption salt-and-pepper:x", "SHARE of the pixels must be a number"),
         ("--corruption blur:1+gaussian", "gaussian: write gaussian:SIGMA"),
         ("--corruption blur:1+gaussian:-1", "gaussian:-1: must be a finite number, at least 0"),
-        ("--corruption blur:1 --sigma 0.1", "--sigma 0.1: not used by --corruption blur:1; noise is a step: blur:1+gaussian:0.1"),
+        (
+            "--corruption blur:1 --sigma 0.1",
+            "--sigma 0.1: not used by --corruption blur:1; noise is a step: blur:1+gaussian:0.1",
+        ),
         ("--corruption gaussian:0.2 --sigma 0.1", "--sigma 0.1: not used by --corruption gaussian:0.2"),
         ("--corruption blur:1 --effective-sigma 0", "--effective-sigma 0: must be above 0, up to 1000"),
     ],
-)  # fmt: skip
+)
 def test_wrong_flags_are_one_line(flags: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         asked(*flags.split())

@@ -1,4 +1,5 @@
-"""Shards that an earlier version wrote (tests/fixtures/README.md) give the same values, and are written to the same bytes."""
+"""Shards that an earlier version wrote (tests/fixtures/README.md) give the same values, and are written to the same
+bytes."""
 
 from __future__ import annotations
 

@@ -135,10 +135,14 @@ def test_one_picture_of_a_zip_or_of_a_table_that_has_no_bytes(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("files", "kind", "expected"),
     [
-        ({"a.png": P, "a.txt": b"x", "metadata.csv": b"file_name,text\na.png,y"}, UserError, "two captions that differ, 'y' and 'x'"),
+        (
+            {"a.png": P, "a.txt": b"x", "metadata.csv": b"file_name,text\na.png,y"},
+            UserError,
+            "two captions that differ, 'y' and 'x'",
+        ),
         ({"a.png": P, "a.txt": b"\xff"}, BadImage, "the caption is not UTF-8"),
     ],
-)  # fmt: skip
+)
 def test_a_caption_that_is_wrong(files: dict[str, bytes], kind: type[UserError], expected: str, tmp_path: Path) -> None:
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)

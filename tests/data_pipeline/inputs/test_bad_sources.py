@@ -124,7 +124,10 @@ GREY = np.zeros((6, 9, 8), np.uint8)
         (lambda p: folder(p, a_png=P, b__c_tar=b"x"), "holds 1 images and 1 .tar files: keep one kind in it"),
         (splits, "holds the splits test, train: give the folder of one"),
         (lambda p: "data-{000..002}.tar", "3 files are missing, first "),
-        (lambda p: (file(p, "a.png", P), file(p, "b.png", P), "{a,b}.png")[-1], "a pattern is for .tar or for .parquet"),
+        (
+            lambda p: (file(p, "a.png", P), file(p, "b.png", P), "{a,b}.png")[-1],
+            "a pattern is for .tar or for .parquet",
+        ),
         # tars
         (lambda p: cut(p, one_tar, 0.01), "all.tar: cannot be read as a tar"),
         (without_end, "all.tar: ends without a tar's end mark (truncated?)"),
@@ -133,8 +136,14 @@ GREY = np.zeros((6, 9, 8), np.uint8)
         (lambda p: tar(p, ("b/../../a.txt", P)), "the member 'b/../../a.txt' leads out"),
         (linked, "the member 'a.png' is a link or no plain file"),
         (lambda p: tar(p, ("a.png", P), ("a.png", P)), "two members are named a.png: rename one"),
-        (lambda p: tar(p, ("a.b.png", P), ("a_b.png", P)), "a.b.png and a_b.png would both be named a_b_png: rename one"),
-        (lambda p: tar(p, ("s/a.x.png", P), ("s/a.y.png", P)), "the sample s/a (a name up to its first dot) has two images"),
+        (
+            lambda p: tar(p, ("a.b.png", P), ("a_b.png", P)),
+            "a.b.png and a_b.png would both be named a_b_png: rename one",
+        ),
+        (
+            lambda p: tar(p, ("s/a.x.png", P), ("s/a.y.png", P)),
+            "the sample s/a (a name up to its first dot) has two images",
+        ),
         (lambda p: tar(p, ("a.cls", b"1")), "no image in it; looked for members .bmp"),
         # zips
         (lambda p: zip_of(p, "../a.png"), "the member '../a.png' leads out of the archive (path traversal)"),
@@ -143,47 +152,94 @@ GREY = np.zeros((6, 9, 8), np.uint8)
         (lambda p: zip_of(p, "a/b.png", "a__b.png"), "a/b.png and a__b.png would both be named a__b_png"),
         (lambda p: cut(p, zipped, 0.5), "all.zip: cannot be read as a zip (truncated?)"),
         # captions
-        (lambda p: folder(p, a_png=P, metadata_jsonl=b'{"file_name": "b.png", "text": "x"}'), "metadata.jsonl line 1: file_name b.png: there is no such image"),
+        (
+            lambda p: folder(p, a_png=P, metadata_jsonl=b'{"file_name": "b.png", "text": "x"}'),
+            "metadata.jsonl line 1: file_name b.png: there is no such image",
+        ),
         (lambda p: folder(p, a_png=P, metadata_jsonl=b'\n{"text": "x"}'), "metadata.jsonl line 2: no file_name in it"),
         (lambda p: folder(p, a_png=P, metadata_jsonl=b"{"), "metadata.jsonl line 1: not JSON"),
-        (lambda p: folder(p, a_png=P, metadata_jsonl=b'{"file_name": "a.png", "text": 3}'), "line 1: a caption that is not text: 3"),
+        (
+            lambda p: folder(p, a_png=P, metadata_jsonl=b'{"file_name": "a.png", "text": 3}'),
+            "line 1: a caption that is not text: 3",
+        ),
         (lambda p: folder(p, a_png=P, metadata_csv=b"name,text\na.png,x"), "metadata.csv line 2: no file_name in it"),
         (lambda p: folder(p, a_png=P, metadata_csv=b"file_name,text\na.png,\xff"), "metadata.csv: is not UTF-8"),
-        (lambda p: folder(p, a_png=P, metadata_csv=b"file_name,text\na.png,x\na.png,y"), "line 3: a.png: two captions that differ, 'x' and 'y'"),
-        (lambda p: folder(p, a_png=P, metadata_csv=b"file_name,text\na.png,x", metadata_jsonl=b'{"file_name": "./a.png", "text": "y"}'), "two captions that differ, 'x' and 'y': keep one"),
+        (
+            lambda p: folder(p, a_png=P, metadata_csv=b"file_name,text\na.png,x\na.png,y"),
+            "line 3: a.png: two captions that differ, 'x' and 'y'",
+        ),
+        (
+            lambda p: folder(
+                p,
+                a_png=P,
+                metadata_csv=b"file_name,text\na.png,x",
+                metadata_jsonl=b'{"file_name": "./a.png", "text": "y"}',
+            ),
+            "two captions that differ, 'x' and 'y': keep one",
+        ),
         # arrays
         (lambda p: file(p, "a.npy", PICKLED), "a.npy: holds pickled objects, which are never loaded"),
         (lambda p: file(p, "a.npy", b"no array"), "a.npy: not an .npy file"),
-        (lambda p: file(p, "a.npy", HUGE), "its header says (8888888, 8888, 888) uint8, 70155939651072 bytes, the file has 523"),
-        (lambda p: file(p, "a.npy", array_bytes(GREY)[:-1]), "its header says (6, 9, 8) uint8, 432 bytes, the file has 431"),
+        (
+            lambda p: file(p, "a.npy", HUGE),
+            "its header says (8888888, 8888, 888) uint8, 70155939651072 bytes, the file has 523",
+        ),
+        (
+            lambda p: file(p, "a.npy", array_bytes(GREY)[:-1]),
+            "its header says (6, 9, 8) uint8, 432 bytes, the file has 431",
+        ),
         (lambda p: file(p, "a.npy", array_bytes(GREY.astype(np.int32))), "int32 pixels; convert them to one of uint8"),
         (lambda p: file(p, "a.npy", array_bytes(GREY > 0)), "bool pixels; convert them"),
         (lambda p: file(p, "a.npy", array_bytes(GREY[:0])), "its shape is (0, 9, 8); give (N, H, W)"),
         (lambda p: file(p, "a.npy", array_bytes(GREY[0])), "its shape is (9, 8); give (N, H, W)"),
-        (lambda p: file(p, "a.npy", array_bytes(GREY[..., :3].copy())), "its shape (6, 9, 3) may be (N, H, W) or one picture"),
-        (lambda p: file(p, "a.npy", array_bytes(np.zeros((5, 8, 8, 8), np.uint8))), "its shape (5, 8, 8, 8) may be (N, H, W, C) or (N, C, H, W)"),
+        (
+            lambda p: file(p, "a.npy", array_bytes(GREY[..., :3].copy())),
+            "its shape (6, 9, 3) may be (N, H, W) or one picture",
+        ),
+        (
+            lambda p: file(p, "a.npy", array_bytes(np.zeros((5, 8, 8, 8), np.uint8))),
+            "its shape (5, 8, 8, 8) may be (N, H, W, C) or (N, C, H, W)",
+        ),
         (lambda p: file(p, "a.npy", array_bytes(np.asfortranarray(GREY))), "in Fortran's order"),
         (lambda p: npz(p, x=GREY, y=GREY), "a.npz: holds x, y; name the array images or arr_0"),
-        (lambda p: npz(p, images=GREY, captions=np.array(["a"])), "captions are <U1 (1,); give one text for each of 6 images"),
+        (
+            lambda p: npz(p, images=GREY, captions=np.array(["a"])),
+            "captions are <U1 (1,); give one text for each of 6 images",
+        ),
         (lambda p: npz(p, images=GREY, captions=np.array([None] * 6)), "captions.npy: holds pickled objects"),
         (lambda p: file(p, "a.npz", b"PK"), "a.npz: cannot be read as an .npz (truncated?)"),
         # TIFF
         (lambda p: file(p, "a.tif", b"II*\0no"), "a.tif: cannot be read as an image"),
         (lambda p: stack(p, GREY.astype(np.int16)), "int16 pixels; convert them"),
-        (lambda p: stack(p, GREY, photometric="palette", colormap=np.zeros((3, 256), np.uint16)), "convert it to grey or RGB"),
+        (
+            lambda p: stack(p, GREY, photometric="palette", colormap=np.zeros((3, 256), np.uint16)),
+            "convert it to grey or RGB",
+        ),
         # tables
         (lambda p: parquet(p, x=[1]), "no column of images (bytes, or a struct with bytes) among x"),
         (lambda p: parquet(p, x=[b"1"], y=[b"2"]), "the columns x, y may all be the images: name one of them image"),
         (lambda p: parquet(p, image=pa.array([], pa.binary())), "no rows in it"),
         (lambda p: file(p, "a.parquet", b"PAR1x"), "a.parquet: cannot be read as parquet (truncated?)"),
-        (lambda p: file(p, "a.parquet", b"PAR1" + bytes(40) + b"\1\0\0\0PAR1"), "a.parquet: cannot be read as parquet (truncated?)"),
-        (lambda p: saved(p, _data_files=[{"filename": "../data.arrow"}]), "names files in other folders: it is not safe"),
-        (lambda p: saved(p, _data_files=[{"filename": "x.arrow"}]), "x.arrow: no such file, though state.json names it"),
+        (
+            lambda p: file(p, "a.parquet", b"PAR1" + bytes(40) + b"\1\0\0\0PAR1"),
+            "a.parquet: cannot be read as parquet (truncated?)",
+        ),
+        (
+            lambda p: saved(p, _data_files=[{"filename": "../data.arrow"}]),
+            "names files in other folders: it is not safe",
+        ),
+        (
+            lambda p: saved(p, _data_files=[{"filename": "x.arrow"}]),
+            "x.arrow: no such file, though state.json names it",
+        ),
         (lambda p: saved(p, _indices_data_files=[{"filename": "i.arrow"}]), "call flatten_indices()"),
         (lambda p: saved(p, _data_files=3), "a state.json that cannot be read"),
-        (lambda p: (saved(p), file(p, "data-00001-of-00002.arrow", b"x"), "")[-1], "cannot be read as Arrow (truncated?)"),
+        (
+            lambda p: (saved(p), file(p, "data-00001-of-00002.arrow", b"x"), "")[-1],
+            "cannot be read as Arrow (truncated?)",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_source_that_is_wrong(make: Callable[[Path], str], expected: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         open_source(str(tmp_path / make(tmp_path)))

@@ -60,7 +60,10 @@ ALPHA = np.concatenate([COLOUR, COLOUR[..., :1]], axis=2)
         (tiff(FIVE, imagej=True, metadata={"axes": "CYX"}), FIVE.transpose(1, 2, 0)),
         (tiff(FIVE, ome=True, metadata={"axes": "CYX"}), FIVE.transpose(1, 2, 0)),
         (tiff(FIVE.transpose(1, 2, 0), photometric="minisblack", planarconfig="contig"), FIVE.transpose(1, 2, 0)),
-        (tiff(COLOUR[..., :2].astype(np.uint8), photometric="minisblack", planarconfig="contig"), COLOUR[..., :2].astype(np.uint8)),
+        (
+            tiff(COLOUR[..., :2].astype(np.uint8), photometric="minisblack", planarconfig="contig"),
+            COLOUR[..., :2].astype(np.uint8),
+        ),
         (tiff(FIVE[0].astype(np.float64)), FIVE[0].astype(np.float64)),
         (tiff(FIVE[0].astype(np.float16)), FIVE[0].astype(np.float16)),
         (npy(FIVE), FIVE.transpose(1, 2, 0)),
@@ -68,7 +71,7 @@ ALPHA = np.concatenate([COLOUR, COLOUR[..., :1]], axis=2)
         (npy(np.asfortranarray(DEEP)), DEEP),
         (npy(DEEP[..., None]), DEEP),
     ],
-)  # fmt: skip
+)
 def test_no_bit_is_lost_on_the_way_from_the_file(data: bytes, expected: np.ndarray) -> None:
     pixels = decode(data, "a")
     assert pixels.dtype == expected.dtype
@@ -98,7 +101,10 @@ def test_pictures_are_upright_at_any_depth(orientation: int) -> None:
         np.testing.assert_array_equal(decode(data, "a"), pixels)
 
 
-@pytest.mark.parametrize(("size", "expected"), [(None, (120, 160)), (31, (120, 160)), (30, (60, 80)), (15, (30, 40)), (7, (15, 20)), (1, (15, 20))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [(None, (120, 160)), (31, (120, 160)), (30, (60, 80)), (15, (30, 40)), (7, (15, 20)), (1, (15, 20))],
+)
 def test_a_large_jpeg_is_decoded_with_at_least_twice_the_pixels_that_are_wanted(
     size: int | None, expected: tuple[int, int]
 ) -> None:
@@ -155,10 +161,16 @@ def test_eight_bits_keep_the_bytes_that_shards_were_made_with(size: int | None, 
 
 @pytest.mark.parametrize(
     ("pixels", "value_range", "low", "high"),
-    [(COLOUR, None, 0, 65535), (COLOUR, (100, 4095), 100, 4095), (DEEP, None, 0, 65535), (DEEP >> 8, (0, 100), 0, 100),
-     (FIVE.transpose(1, 2, 0), (-0.5, 2), -0.5, 2), (FIVE[0].astype(np.float64) + 1e6, (1e6, 1e6 + 1), 1e6, 1e6 + 1),
-     ((COLOUR >> 8).astype(np.uint8), (10, 20), 10, 20)],
-)  # fmt: skip
+    [
+        (COLOUR, None, 0, 65535),
+        (COLOUR, (100, 4095), 100, 4095),
+        (DEEP, None, 0, 65535),
+        (DEEP >> 8, (0, 100), 0, 100),
+        (FIVE.transpose(1, 2, 0), (-0.5, 2), -0.5, 2),
+        (FIVE[0].astype(np.float64) + 1e6, (1e6, 1e6 + 1), 1e6, 1e6 + 1),
+        ((COLOUR >> 8).astype(np.uint8), (10, 20), 10, 20),
+    ],
+)
 def test_values_map_linearly_and_none_is_clipped(
     pixels: np.ndarray, value_range: tuple[float, float] | None, low: float, high: float
 ) -> None:
@@ -211,7 +223,7 @@ def test_grey_and_colour_become_each_other_at_any_depth() -> None:
         (DEEP, 1, (0, float("inf")), UserError, "--range 0 inf"),
         (DEEP.astype(np.int16), 1, None, BadImage, "int16 pixels; convert them to one of uint8, uint16, float16"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_used_says_why(
     pixels: np.ndarray, channels: int, value_range: tuple[float, float] | None, kind: type[UserError], expected: str
 ) -> None:

@@ -182,8 +182,21 @@ def tiff_stack(folder: Path) -> str:
     return "all.tif"
 
 
-WITH_CAPTIONS = [folder_and_text, folder_and_jsonl, folder_and_csv, zipped, one_tar, several_tars, pattern_of_tars,
-                 tar_of_arrays, parquet_of_structs, parquet_files, saved_by_datasets, npz, folder_of_npy]  # fmt: skip
+WITH_CAPTIONS = [
+    folder_and_text,
+    folder_and_jsonl,
+    folder_and_csv,
+    zipped,
+    one_tar,
+    several_tars,
+    pattern_of_tars,
+    tar_of_arrays,
+    parquet_of_structs,
+    parquet_files,
+    saved_by_datasets,
+    npz,
+    folder_of_npy,
+]
 ALL = [*WITH_CAPTIONS, npy, npy_channels_first, tiff_stack]
 
 

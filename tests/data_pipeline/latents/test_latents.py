@@ -219,9 +219,12 @@ def parse(*words: str, corruption: Gaussian | Degraded | Measured | None = None)
         ("--latents TINY/scheduler --size 64", "scheduler: no vae/ in it; give a pipeline in diffusers' layout"),
         ("--latents TINY/model_index.json --size 64", "is a file; give a folder in diffusers' layout, or a hub id"),
         ("--latents TINY/nothing --size 64", "nothing: no such folder here, and no such model came from the hub"),
-        ("--latents nobody/nothing --size 64", "nobody/nothing: no such folder here, and no such model came from the hub"),
+        (
+            "--latents nobody/nothing --size 64",
+            "nobody/nothing: no such folder here, and no such model came from the hub",
+        ),
     ],
-)  # fmt: skip
+)
 def test_wrong_requests(tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch, words: str, message: str) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError) as caught:
@@ -295,9 +298,11 @@ def test_a_size_that_this_vae_cannot_take_is_refused(copy: Path) -> None:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     five: dict[str, Any] = {
-        "block_out_channels": (8,) * 5, "norm_num_groups": 8,
-        "down_block_types": ("DownEncoderBlock2D",) * 5, "up_block_types": ("UpDecoderBlock2D",) * 5,
-    }  # fmt: skip
+        "block_out_channels": (8,) * 5,
+        "norm_num_groups": 8,
+        "down_block_types": ("DownEncoderBlock2D",) * 5,
+        "up_block_types": ("UpDecoderBlock2D",) * 5,
+    }
     AutoencoderKL(**five).save_pretrained(copy)
     with pytest.raises(UserError, match="72x72 pixels: its VAE takes multiples of 16: change --size"):
         LatentEncoder(LatentRequest(str(copy), vae_identity(copy), size=72), CPU)

@@ -71,9 +71,13 @@ def test_the_first_steps_count_from_zero() -> None:
 
 @settings(max_examples=40)
 @given(
-    shards=SHARDS, world=st.integers(1, 16), micro=st.integers(1, 3), accumulation=st.integers(1, 3),
-    workers=st.integers(1, 4), step=st.integers(0, 10**6),
-)  # fmt: skip
+    shards=SHARDS,
+    world=st.integers(1, 16),
+    micro=st.integers(1, 3),
+    accumulation=st.integers(1, 3),
+    workers=st.integers(1, 4),
+    step=st.integers(0, 10**6),
+)
 def test_any_world_and_workers_continue_the_one_sequence(
     shards: list[tuple[int, int]], world: int, micro: int, accumulation: int, workers: int, step: int
 ) -> None:

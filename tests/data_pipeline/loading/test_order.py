@@ -1,4 +1,5 @@
-"""The order is a pure function of (seed, epoch): any rank, worker and cut sees the same global sequence, at any place."""
+"""The order is a pure function of (seed, epoch): any rank, worker and cut sees the same global sequence, at any
+place."""
 
 from __future__ import annotations
 
@@ -39,17 +40,32 @@ def test_a_range_is_its_positions_one_by_one(counts: list[int], group: int, star
     order = Order(counts, 7, group)
     one_by_one = [pairs(order.range(position, 1))[0] for position in range(start, start + length)]
     assert pairs(order.range(start, length)) == one_by_one
-    assert [order.group_at(p).epoch for p in range(start, start + length)] == [p // sum(counts) for p in range(start, start + length)]  # fmt: skip
+    assert [order.group_at(p).epoch for p in range(start, start + length)] == [
+        p // sum(counts) for p in range(start, start + length)
+    ]
 
 
 @settings(max_examples=80)
 @given(
-    counts=COUNTS, group=st.integers(1, 25), world=st.integers(1, 64), micro=st.integers(1, 3),
-    accumulation=st.integers(1, 3), workers=st.integers(1, 5), step=st.integers(0, 10**6), data=st.data(),
-)  # fmt: skip
+    counts=COUNTS,
+    group=st.integers(1, 25),
+    world=st.integers(1, 64),
+    micro=st.integers(1, 3),
+    accumulation=st.integers(1, 3),
+    workers=st.integers(1, 5),
+    step=st.integers(0, 10**6),
+    data=st.data(),
+)
 def test_any_world_and_workers_continue_the_one_sequence_after_any_step(
-    counts: list[int], group: int, world: int, micro: int, accumulation: int, workers: int, step: int, data: st.DataObject
-) -> None:  # fmt: skip
+    counts: list[int],
+    group: int,
+    world: int,
+    micro: int,
+    accumulation: int,
+    workers: int,
+    step: int,
+    data: st.DataObject,
+) -> None:
     """Shards of uneven size, ends of epochs within batches, each rank cut after a step and gone on by other workers."""
     batch = world * micro * accumulation
     order = BatchOrder(counts, [0] * len(counts), batch, 3, group)

@@ -112,7 +112,11 @@ def of_another(name: str) -> bool:
 def left() -> Counter[str]:
     """Child processes, open files, and named shared memory, each as often as it is there."""
     gc.collect()
-    files = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]  # fmt: skip
+    files = [
+        os.readlink(f"/proc/self/fd/{fd}")
+        for fd in os.listdir("/proc/self/fd")
+        if os.path.exists(f"/proc/self/fd/{fd}")
+    ]
     # Python's own heap for counters, and fonts of plots that tests before drew, come and go when they like.
     found = Counter(file for file in files if "/pym-" not in file and not file.endswith(".ttf"))
     found["child processes"] = len(psutil.Process().children(recursive=True))

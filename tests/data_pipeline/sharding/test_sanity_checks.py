@@ -58,7 +58,9 @@ def test_a_noise_image_alone_is_not_refused_at_its_own_level(tmp_path: Path) -> 
         (None, "the range of uint16, 0 to 65535: the first image's values"),
     ],
 )
-def test_an_odd_range_is_warned_of(frames: Path, tmp_path: Path, value_range: tuple[float, float] | None, told: str, capfd: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_an_odd_range_is_warned_of(
+    frames: Path, tmp_path: Path, value_range: tuple[float, float] | None, told: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     shard(str(frames), tmp_path / "out", Gaussian(0.1), value_range=value_range)
     said = capfd.readouterr().err
     assert told in said

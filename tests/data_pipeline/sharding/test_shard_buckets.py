@@ -1,4 +1,5 @@
-"""`data_pipeline.shard --latents --buckets`: pictures of several ratios, to batches of one shape each, to a training."""
+"""`data_pipeline.shard --latents --buckets`: pictures of several ratios, to batches of one shape each, to a
+training."""
 
 from __future__ import annotations
 
@@ -50,8 +51,23 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words(pictures: Path, output: Path, tiny_sdxl: Path, *more: str) -> list[str]:
-    return [str(pictures), str(output), "--latents", str(tiny_sdxl), "--size", "64", "--buckets", "16", "--sigma", "0.4",
-            "--shard-size", "4", "--max-rejected", "1", *more]  # fmt: skip
+    return [
+        str(pictures),
+        str(output),
+        "--latents",
+        str(tiny_sdxl),
+        "--size",
+        "64",
+        "--buckets",
+        "16",
+        "--sigma",
+        "0.4",
+        "--shard-size",
+        "4",
+        "--max-rejected",
+        "1",
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +152,13 @@ def test_a_training_takes_them_on_one_rank_as_on_two_and_goes_on(
     code, printed = train("cut", *settings)
     assert code == 0, printed
     losses = {
-        name: [json.loads(line)["metrics"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines() if '"metrics"' in line]
+        name: [
+            json.loads(line)["metrics"]
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+            if '"metrics"' in line
+        ]
         for name in ("one", "two", "cut")
-    }  # fmt: skip
+    }
     for name in ("two", "cut"):
         for which in ("loss/ambient", "loss/consistency"):
             expected = [step[which] for step in losses["one"]]
@@ -188,8 +208,15 @@ def test_sdxl_is_trained_on_all_shapes_that_its_unet_takes(
     arguments = [word if word != "16" else "32" for word in words(pictures, tmp_path / "wide", tiny_sdxl)]
     assert main([*arguments, "--workers", "1"]) == 0
     model = f"{{kind: sdxl, base: '{tiny_sdxl}', prompt: a face, base_dtype: fp32, lora: {{rank: 2}}}}"
-    settings = [f"model={model}", "process={kind: vp_table}", "prediction=eps", "batch_size=2", "steps=8",
-                "consistency.start=0", "consistency.period=1"]  # fmt: skip
+    settings = [
+        f"model={model}",
+        "process={kind: vp_table}",
+        "prediction=eps",
+        "batch_size=2",
+        "steps=8",
+        "consistency.start=0",
+        "consistency.period=1",
+    ]
     code, printed = train("sdxl", *settings, f"data.shards={tmp_path / 'wide'}")
     assert code == 0, printed
     pool = load_file(next((tmp_path / "sdxl" / "checkpoints").glob("step-00000008/pool-*.safetensors")))

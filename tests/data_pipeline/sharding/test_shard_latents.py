@@ -1,4 +1,5 @@
-"""`data_pipeline.shard --latents`: noisy latents by the VAE, captions' embeddings once each, through the same writer."""
+"""`data_pipeline.shard --latents`: noisy latents by the VAE, captions' embeddings once each, through the same
+writer."""
 
 from __future__ import annotations
 
@@ -31,8 +32,23 @@ from tests.data_pipeline.conftest import CAPTIONS, COUNT, samples
 
 
 def words(photos: Path, output: Path, tiny_sdxl: Path, *more: str) -> list[str]:
-    return [str(photos), str(output), "--latents", str(tiny_sdxl), "--size", "32", "--sigma", "0.4", "--shard-size", "4",
-            "--crop", "random", "--max-rejected", "2", *more]  # fmt: skip
+    return [
+        str(photos),
+        str(output),
+        "--latents",
+        str(tiny_sdxl),
+        "--size",
+        "32",
+        "--sigma",
+        "0.4",
+        "--shard-size",
+        "4",
+        "--crop",
+        "random",
+        "--max-rejected",
+        "2",
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +293,11 @@ def test_inspection_says_that_they_are_latents(
     from data_pipeline import inspect_plots
 
     draw = inspect_plots.ImageDraw.ImageDraw.text
-    monkeypatch.setattr(inspect_plots.ImageDraw.ImageDraw, "text", lambda self, at, text, *a, **k: titles.append(text) or draw(self, at, text, *a, **k))  # fmt: skip
+    monkeypatch.setattr(
+        inspect_plots.ImageDraw.ImageDraw,
+        "text",
+        lambda self, at, text, *a, **k: titles.append(text) or draw(self, at, text, *a, **k),
+    )
     assert inspect_main([str(latents), "--out", str(tmp_path / "sheets")]) == 0
     printed = capsys.readouterr().out
     assert f"latents (4, 4, 4) by VAE {vae_identity(tiny_sdxl / 'vae')[:16]}" in printed

@@ -43,7 +43,8 @@ def test_any_number_of_workers_writes_the_same_bytes(
 
 
 def test_a_plan_shared_by_two_jobs_gives_the_same_bytes(pictures: Path, shards: Path, tmp_path: Path) -> None:
-    """As array jobs do: each writes the shards j, j + 2, ... of the plan; a later call finds them finished, and merges."""
+    """As array jobs do: each writes the shards j, j + 2, ... of the plan; a later call finds them finished, and
+    merges."""
     output = str(tmp_path / "out")
     request = Request(str(pictures), Gaussian(0.4), shard_size=8)
     source = open_source(request.source)
@@ -82,14 +83,19 @@ Started = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def start(pictures: Path) -> Iterator[Started]:
-    """Starts a sharding of its own process group, and stops it when some shards are finished, and not all. SIGCONT lets it go on."""
+    """Starts a sharding of its own process group, and stops it when some shards are finished, and not all. SIGCONT
+    lets it go on."""
     running: list[subprocess.Popen[str]] = []
 
     def call(output: Path, workers: int) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [sys.executable, "-m", "data_pipeline.shard", str(pictures), str(output), *SLOW, "--workers", str(workers)],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        )  # fmt: skip
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
         running.append(process)
         until(
             lambda: process.poll() is not None or len(list(output.glob("shard-*.json"))) >= 4, "4 shards", every=0.005
@@ -111,7 +117,9 @@ def wait_until_gone(processes: list[psutil.Process]) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_call_goes_on_where_it_was(workers: int, start: Started, pictures: Path, uninterrupted: Path, tmp_path: Path) -> None:  # fmt: skip
+def test_a_killed_call_goes_on_where_it_was(
+    workers: int, start: Started, pictures: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "out"
     process = start(output, workers)
     children = psutil.Process(process.pid).children(recursive=True)
@@ -197,7 +205,9 @@ def test_a_source_that_changed_since_is_refused(change: str, message: str, pictu
         shard(str(tmp_path / "pictures"), tmp_path / "out", Gaussian(0.4), shard_size=8)
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "not a plan"), ('{"format": 9}', "another version"), ("[]", "not a plan")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "not a plan"), ('{"format": 9}', "another version"), ("[]", "not a plan")]
+)
 def test_a_broken_plan_is_named(text: str, message: str, pictures: Path, tmp_path: Path) -> None:
     begun(pictures, tmp_path / "out")
     (tmp_path / "out" / plan.NAME).write_text(text)

@@ -76,8 +76,18 @@ def test_too_many_are_one_line_with_the_first_reason_and_a_higher_limit_goes_on(
 
 @pytest.mark.parametrize(
     ("asked", "rejected", "allowed"),
-    [(0, 0, True), (0, 1, False), (0.01, 1, True), (0.01, 2, False), (0.5, 50, True), (0.5, 51, False), (1, 1, True), (1, 2, False), (100, 100, True)],
-)  # fmt: skip
+    [
+        (0, 0, True),
+        (0, 1, False),
+        (0.01, 1, True),
+        (0.01, 2, False),
+        (0.5, 50, True),
+        (0.5, 51, False),
+        (1, 1, True),
+        (1, 2, False),
+        (100, 100, True),
+    ],
+)
 def test_the_limit_is_a_share_below_one_and_a_number_from_one_on(
     asked: float, rejected: int, allowed: bool, tmp_path: Path
 ) -> None:
@@ -105,7 +115,9 @@ def test_a_source_without_one_good_image(limit: float, message: str, tmp_path: P
 GREY = np.full((8, 8), 100, np.uint8)
 
 
-def sharded(monkeypatch: pytest.MonkeyPatch, read: Callable[[int], Picture], output: Path, **settings: object) -> list[tuple[str, str]]:  # fmt: skip
+def sharded(
+    monkeypatch: pytest.MonkeyPatch, read: Callable[[int], Picture], output: Path, **settings: object
+) -> list[tuple[str, str]]:
     """The rejected ones of a source of 4 images, of which the first is good."""
     source = Source(["a", "b", "c", "d"], read)
     monkeypatch.setattr("data_pipeline.sharding.shard_dataset.open_source", lambda name: source)
@@ -113,7 +125,9 @@ def sharded(monkeypatch: pytest.MonkeyPatch, read: Callable[[int], Picture], out
     return reasons(output) if (output / "rejected.jsonl").exists() else []
 
 
-def test_another_size_than_the_first_is_rejected_unless_a_size_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:  # fmt: skip
+def test_another_size_than_the_first_is_rejected_unless_a_size_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def read(i: int) -> Picture:
         return Picture(GREY if i != 2 else GREY[:5, :7])
 
@@ -154,7 +168,9 @@ class Odd:
         ("long", "what is recorded of it has 20000"),
     ],
 )
-def test_what_a_corruption_cannot_do_is_a_reason(how: str, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:  # fmt: skip
+def test_what_a_corruption_cannot_do_is_a_reason(
+    how: str, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(
         "data_pipeline.sharding.plan.Request.recorded", lambda self: {"shard_size": 1000, "limit": None}
     )
@@ -189,7 +205,9 @@ def test_long_and_foreign_keys_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert list(captions_of(tmp_path / "out")) == keys
 
 
-def test_an_index_of_an_earlier_version_is_taken_for_the_same_request(pictures: Path, shards: Path, tmp_path: Path) -> None:  # fmt: skip
+def test_an_index_of_an_earlier_version_is_taken_for_the_same_request(
+    pictures: Path, shards: Path, tmp_path: Path
+) -> None:
     """It has no captions and no value_range in its request, and no schema."""
     output = tmp_path / "out"
     shutil.copytree(shards, output)

@@ -44,11 +44,16 @@ def both(outcome: Outcome, message: str = "") -> dict[int, Ending]:
         (both("interrupted"), 0, "another start", "step 5: interrupted, and saved"),
         ({0: Ending("refused", "batch_size 8: no")}, 137, "a person", "step 5: refused: batch_size 8: no"),
         ({1: Ending("failed", "not finite")}, 1, "a person", "step 5: failed: not finite"),
-        ({0: Ending("crashed", "OSError: x")}, 137, "another start", "killed: ranks 1 ended without a word (exit code 137); rank 0: OSError: x"),
+        (
+            {0: Ending("crashed", "OSError: x")},
+            137,
+            "another start",
+            "killed: ranks 1 ended without a word (exit code 137); rank 0: OSError: x",
+        ),
         (both("crashed", "OSError: x"), 1, "another start", "crashed: rank 0: OSError: x"),
         ({}, 137, "another start", "killed: ranks 0, 1 ended without a word (exit code 137)"),
     ],
-)  # fmt: skip
+)
 def test_what_follows_an_end(endings: dict[int, Ending], code: int, follows: str, reason: str, tmp_path: Path) -> None:
     """Explained failures come again, so they are a person's; anything else is tried again."""
     start(tmp_path, 0, endings)
@@ -114,7 +119,9 @@ with Watchdog(3.0, Path(sys.argv[1])) as watchdog:
 
 def test_a_rank_that_never_gives_up_the_interpreter_is_ended_with_its_stack_written(tmp_path: Path) -> None:
     stacks, begun = tmp_path / "stacks.txt", time.monotonic()
-    result = subprocess.run([sys.executable, "-c", HUNG, str(stacks)], cwd=ROOT, capture_output=True, text=True, timeout=HANG_S)  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-c", HUNG, str(stacks)], cwd=ROOT, capture_output=True, text=True, timeout=HANG_S
+    )
     assert "beaten" in result.stdout
     assert result.returncode == -signal.SIGALRM
     assert time.monotonic() - begun > 10, "each beat put it off"

@@ -98,7 +98,10 @@ def test_a_run_of_before_there_were_kinds_goes_on(train: Train, tmp_path: Path) 
     assert "going on at step 3" in output
     assert train("whole", "ema={kind: fixed, decay: 0.7}", "steps=6")[0] == 0
     for name in ("weights", "ema"):
-        a, b = (load_file(tmp_path / run / "checkpoints" / "step-00000006" / f"{name}.safetensors") for run in ("old", "whole"))  # fmt: skip
+        a, b = (
+            load_file(tmp_path / run / "checkpoints" / "step-00000006" / f"{name}.safetensors")
+            for run in ("old", "whole")
+        )
         assert all(torch.equal(a[key], b[key]) for key in a)
     code, output = train("old", "ema.decay=0.8", "steps=7")
     assert code == 2
@@ -108,17 +111,23 @@ def test_a_run_of_before_there_were_kinds_goes_on(train: Train, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--ema-sigma-rel", "0.08"], "kept no snapshots, only a power function of sigma_rel 0.1: train with ema.snapshots.every"),
+        (
+            ["--ema-sigma-rel", "0.08"],
+            "kept no snapshots, only a power function of sigma_rel 0.1: train with ema.snapshots.every",
+        ),
         (["--checkpoint", "best"], "--checkpoint best: this run judges none; train it with checkpoint.keep_best"),
         (["--checkpoint", "2"], "--checkpoint 2: must be latest, best or a step; "),
         (["--checkpoint", "newest"], "has 1"),
     ],
-)  # fmt: skip
+)
 def test_what_a_run_does_not_have_is_one_line(
     arguments: list[str], expected: str, train: Train, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert train("run", "steps=1")[0] == 0
-    for command in (lambda: sample.main([str(tmp_path / "run"), *arguments]), lambda: export.main([str(tmp_path / "run"), str(tmp_path / "out"), *arguments])):  # fmt: skip
+    for command in (
+        lambda: sample.main([str(tmp_path / "run"), *arguments]),
+        lambda: export.main([str(tmp_path / "run"), str(tmp_path / "out"), *arguments]),
+    ):
         assert errors.run(command) == 2
         assert expected in capfd.readouterr().err.splitlines()[-1]
 

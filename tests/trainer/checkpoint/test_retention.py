@@ -31,8 +31,8 @@ def there(run_dir: Path) -> set[int]:
 
 
 def script(run_dir: Path, config: CheckpointConfig, steps: list[int], tally: Tally | None = None) -> list[set[int]]:
-    """Saves at these steps, as the loop does, with a report of the steps before at every 4th and at each save; returns what is
-    there after each."""
+    """Saves at these steps, as the loop does, with a report of the steps before at every 4th and at each save;
+    returns what is there after each."""
     run_dir.mkdir(exist_ok=True)
     checkpoints, judge = Checkpoints(run_dir, config), Judge(config, tally)
     seen: list[set[int]] = []
@@ -57,8 +57,15 @@ def test_the_newest_the_multiples_and_the_best_stay(tmp_path: Path) -> None:
     assert script(tmp_path / "multiples", CheckpointConfig(10, 1, keep_every=30), steps)[-1] == {30, 60, 80}
     best = CheckpointConfig(10, 1, keep_best=BestConfig("loss"))
     assert script(tmp_path / "best", best, steps) == [
-        {10}, {20}, {20, 30}, {20, 40}, {50}, {50, 60}, {50, 70}, {50, 80},
-    ]  # fmt: skip
+        {10},
+        {20},
+        {20, 30},
+        {20, 40},
+        {50},
+        {50, 60},
+        {50, 70},
+        {50, 80},
+    ]
     everything = replace(best, keep=2, keep_every=40)
     assert script(tmp_path / "all", everything, steps)[-1] == {40, 50, 70, 80}
     assert Checkpoints(tmp_path / "all", everything).find("best") == tmp_path / "all/checkpoints/step-00000050"
@@ -77,7 +84,9 @@ def test_a_series_that_was_cut_leaves_the_same_and_knows_the_best(tmp_path: Path
     assert there(tmp_path / "cut") == {30, 50, 60, 71}
     assert script(tmp_path / "cut", config, [80], read_state(latest).tally) == [whole[-1]]
     for step in whole[-1]:
-        one, other = (read_state(tmp_path / name / "checkpoints" / f"step-{step:08d}").tally for name in ("whole", "cut"))  # fmt: skip
+        one, other = (
+            read_state(tmp_path / name / "checkpoints" / f"step-{step:08d}").tally for name in ("whole", "cut")
+        )
         assert one
         assert other
         assert one.steps == other.steps == 10
@@ -131,11 +140,13 @@ def test_a_deletion_that_was_killed_leaves_no_half_checkpoint(tmp_path: Path, mo
 
 
 def test_a_run_keeps_the_checkpoint_before_which_the_logged_loss_was_lowest(train: Train, tmp_path: Path) -> None:
-    """The log has every step's loss, so the means can be made again from it; the run is cut at steps that are no multiples,
-    and stopped as by a signal."""
+    """The log has every step's loss, so the means can be made again from it; the run is cut at steps that are no
+    multiples, and stopped as by a signal."""
     options = [
-        "checkpoint={every: 3, keep: 1, keep_every: 12, keep_best: {metric: loss/ambient}}", "steps=21", "optimizer.lr=1e-6",
-    ]  # fmt: skip
+        "checkpoint={every: 3, keep: 1, keep_every: 12, keep_best: {metric: loss/ambient}}",
+        "steps=21",
+        "optimizer.lr=1e-6",
+    ]
     code, output = train("whole", *options)
     assert code == 0, output
     code, output = train("cut", *options[:1], options[2], "steps=4")

@@ -12,7 +12,9 @@ from trainer.config.run_config import parse, to_data
 
 
 def test_the_page_is_up_to_date() -> None:
-    assert (ROOT / "docs" / "configuration.md").read_text() == page(), "run: python -m trainer.config.reference > docs/configuration.md"  # fmt: skip
+    assert (ROOT / "docs" / "configuration.md").read_text() == page(), (
+        "run: python -m trainer.config.reference > docs/configuration.md"
+    )
 
 
 def test_every_field_has_a_meaning() -> None:

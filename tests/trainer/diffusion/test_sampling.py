@@ -70,7 +70,8 @@ def test_ancestral_sampling_needs_noise() -> None:
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
 def test_guidance_between_two_gaussians_moves_the_mean_and_nothing_else(scale: float) -> None:
-    """Both denoisers are linear with the same slope, so the guided one is that of N(m_guide + scale (m - m_guide), std)."""
+    """Both denoisers are linear with the same slope, so the guided one is that of N(m_guide + scale (m - m_guide),
+    std)."""
     generator, n = torch.Generator().manual_seed(0), 20_000
     data, worse = gaussian(mean=0.7, std=0.6, dimension=2), gaussian(mean=0.2, std=0.6, dimension=2)
     levels, mean = karras_levels(60, 20.0, 0.002), 0.2 + scale * 0.5

@@ -20,7 +20,9 @@ TIMED = ("speed/", "memory/", "progress/seconds", "progress/flops", "progress/mf
 
 
 def untimed(run_dir: Path) -> dict[int, dict[str, float]]:
-    return {step: {k: v for k, v in metrics.items() if not k.startswith(TIMED)} for step, metrics in curve(run_dir).items()}  # fmt: skip
+    return {
+        step: {k: v for k, v in metrics.items() if not k.startswith(TIMED)} for step, metrics in curve(run_dir).items()
+    }
 
 
 @pytest.mark.parametrize("stage", [0, 2])
@@ -36,7 +38,10 @@ def test_the_same_configuration_gives_the_same_bits(stage: int, train: Train, tm
 
 
 def test_also_on_two_ranks(shards: Path, tmp_path: Path) -> None:
-    words = [["tests/tiny.yaml", f"run_dir={tmp_path / name}", f"data.shards={shards}", "engine.zero_stage=1"] for name in ("one", "other")]  # fmt: skip
+    words = [
+        ["tests/tiny.yaml", f"run_dir={tmp_path / name}", f"data.shards={shards}", "engine.zero_stage=1"]
+        for name in ("one", "other")
+    ]
     code, output = on_two_ranks(words, tmp_path / "words.json")
     assert code == 0, output
     assert untimed(tmp_path / "one") == untimed(tmp_path / "other")

@@ -152,7 +152,7 @@ def test_a_file_that_is_no_snapshot_is_named(trajectory: Tensor, tmp_path: Path)
     checkpoint = tracked(tmp_path, config, trajectory, 100)
     (tmp_path / "ema" / ".step-00000100-0.1.safetensors.partial").write_bytes(b"of a writer that was killed")
     reconstructed(tmp_path, config, checkpoint, 100, 0.08)
-    write({"v": torch.zeros(1)}, tmp_path / "ema" / "step-00000040-0.1.safetensors", {"step": "40", "sigma_rel": "0.1"})  # fmt: skip
+    write({"v": torch.zeros(1)}, tmp_path / "ema" / "step-00000040-0.1.safetensors", {"step": "40", "sigma_rel": "0.1"})
     with pytest.raises(UserError, match=r"step-00000040-0\.1\.safetensors: its parameters are not those of"):
         reconstructed(tmp_path, config, checkpoint, 100, 0.08)
     torn = tmp_path / "ema" / "step-00000040-0.1.safetensors"

@@ -117,7 +117,10 @@ def test_adam_on_the_cpu_without_a_compiler_is_one_line(train: Train, monkeypatc
     monkeypatch.setattr(adam, "DeepSpeedCPUAdam", no_compiler)
     code, output = train("run", "engine.zero_stage=1", *ADAM)
     assert code == 2
-    expected = "error: engine.adam cpu: DeepSpeed cannot compile it (Error building extension 'cpu_adam': g++ not found): install"
+    expected = (
+        "error: engine.adam cpu: DeepSpeed cannot compile it (Error building extension 'cpu_adam': g++ not found): "
+        "install"
+    )
     assert expected in output
 
 
@@ -181,12 +184,24 @@ AUTO = {
     "bf16": {"enabled": "auto"},
     "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000},
     "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
-    "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": 2}},
-    "zero_optimization": {"stage": 2, "overlap_comm": False, "reduce_bucket_size": 1000, "allgather_bucket_size": "auto",
-                          "offload_optimizer": {"device": "none"}},
-    "gradient_accumulation_steps": "auto", "gradient_clipping": 1, "train_batch_size": 8, "steps_per_print": 2000,
-    "train_micro_batch_size_per_gpu": "auto", "wall_clock_breakdown": False,
-}  # fmt: skip
+    "scheduler": {
+        "type": "WarmupLR",
+        "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": 2},
+    },
+    "zero_optimization": {
+        "stage": 2,
+        "overlap_comm": False,
+        "reduce_bucket_size": 1000,
+        "allgather_bucket_size": "auto",
+        "offload_optimizer": {"device": "none"},
+    },
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": 1,
+    "train_batch_size": 8,
+    "steps_per_print": 2000,
+    "train_micro_batch_size_per_gpu": "auto",
+    "wall_clock_breakdown": False,
+}
 """As Hugging Face's trainer has it, where it does not contradict the tiny configuration."""
 
 
@@ -209,7 +224,10 @@ def test_a_file_of_deepspeeds_settings_is_merged_and_what_it_was_told_is_kept(tr
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage 3: the config says engine.zero_stage 0; make them"),
+        (
+            {"zero_optimization": {"stage": 3}},
+            "zero_optimization.stage 3: the config says engine.zero_stage 0; make them",
+        ),
         ({"train_batch_size": 16}, "train_batch_size 16: the config says batch_size 8"),
         ({"train_micro_batch_size_per_gpu": 4}, "4: the config says micro_batch_size 8 of batch_size 8"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps 2: the config says micro_batch_size 8"),
@@ -218,13 +236,31 @@ def test_a_file_of_deepspeeds_settings_is_merged_and_what_it_was_told_is_kept(tr
         ({"fp16": {"enabled": True}}, "fp16.enabled true: the config says engine.precision fp32"),
         ({"torch_autocast": {"enabled": True}}, "torch_autocast.enabled true: the config says engine.precision fp32"),
         ({"optimizer": {"type": "Lamb"}}, 'optimizer.type "Lamb": the config says'),
-        ({"optimizer": {"type": "AdamW", "params": {"lr": 1}}}, "optimizer.params.lr 1: the config says optimizer.lr 0.001"),
-        ({"optimizer": {"params": {"amsgrad": True}}}, "optimizer.params.amsgrad true: the config's optimizer.* decides"),
-        ({"scheduler": {"params": {"warmup_num_steps": 9}}}, "warmup_num_steps 9: the config says optimizer.warmup_steps 2"),
-        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "the config says engine.offload_optimizer False"),
-        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "the config says engine.offload_parameters False"),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"lr": 1}}},
+            "optimizer.params.lr 1: the config says optimizer.lr 0.001",
+        ),
+        (
+            {"optimizer": {"params": {"amsgrad": True}}},
+            "optimizer.params.amsgrad true: the config's optimizer.* decides",
+        ),
+        (
+            {"scheduler": {"params": {"warmup_num_steps": 9}}},
+            "warmup_num_steps 9: the config says optimizer.warmup_steps 2",
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+            "the config says engine.offload_optimizer False",
+        ),
+        (
+            {"zero_optimization": {"offload_param": {"device": "nvme"}}},
+            "the config says engine.offload_parameters False",
+        ),
         ({"zero_optimization": {"offload_optimizer": {"ratio": 0.5}}}, "checkpoints cannot hold the state of ratio"),
-        ({"zero_optimisation": {"stage": 0}}, "zero_optimisation.stage: cannot be merged; what can is zero_optimization, "),
+        (
+            {"zero_optimisation": {"stage": 0}},
+            "zero_optimisation.stage: cannot be merged; what can is zero_optimization, ",
+        ),
         ({"zero_optimization": {"overlapcomm": True}}, "DeepSpeed refuses it: "),
         ({"zero_optimization": {"reduce_bucket_size": "many"}}, "DeepSpeed refuses it: "),
         ({"zero_optimization": 2}, "zero_optimization: must be a mapping"),
@@ -232,7 +268,7 @@ def test_a_file_of_deepspeeds_settings_is_merged_and_what_it_was_told_is_kept(tr
         ("{", "not JSON: Expecting property name"),
         (None, "cannot be read: No such file"),
     ],
-)  # fmt: skip
+)
 def test_a_file_that_contradicts_or_cannot_be_used_is_one_line(
     text: object, expected: str, train: Train, tmp_path: Path
 ) -> None:

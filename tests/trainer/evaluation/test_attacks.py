@@ -1,4 +1,5 @@
-"""Attacks on memory against models in closed form: one that knows its images by heart, and one whose posterior is known."""
+"""Attacks on memory against models in closed form: one that knows its images by heart, and one whose posterior is
+known."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ from trainer.evaluation.images import Images
 from trainer.evaluation.measures import Model, attacked, neighbours, quality
 
 SHAPE = (1, 16, 16)
-CHEAP = Extractor("means of 4 x 4 cells", "cheap", lambda x: torch.nn.functional.adaptive_avg_pool2d(x, 4).flatten(1) + 2)  # fmt: skip
+CHEAP = Extractor(
+    "means of 4 x 4 cells", "cheap", lambda x: torch.nn.functional.adaptive_avg_pool2d(x, 4).flatten(1) + 2
+)
 
 
 def pictures(name: str, number: int, seed: int) -> Images:
@@ -22,7 +25,9 @@ def pictures(name: str, number: int, seed: int) -> Images:
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(number, 1, 5, 5, generator=generator)
     pixels = (torch.nn.functional.interpolate(coarse, SHAPE[1:], mode="bicubic").clamp(0, 1) * 255).byte()
-    return Images(name, Source([f"{name}{i}" for i in range(number)], lambda i: Picture(pixels[i, 0].numpy())), SHAPE, number)  # fmt: skip
+    return Images(
+        name, Source([f"{name}{i}" for i in range(number)], lambda i: Picture(pixels[i, 0].numpy())), SHAPE, number
+    )
 
 
 def knows(images: Images) -> Model:

@@ -1,4 +1,5 @@
-"""Distances, and statistics of similarity: against their definitions written otherwise, and against what is known of them."""
+"""Distances, and statistics of similarity: against their definitions written otherwise, and against what is known of
+them."""
 
 from __future__ import annotations
 

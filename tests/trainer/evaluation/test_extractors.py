@@ -1,4 +1,5 @@
-"""Other networks for the features: TorchScript files and transformers' folders, with random weights; and what is kept."""
+"""Other networks for the features: TorchScript files and transformers' folders, with random weights; and what is
+kept."""
 
 from __future__ import annotations
 
@@ -39,15 +40,25 @@ def test_a_folder_of_transformers_is_preprocessed_as_it_says(tmp_path: Path) -> 
     from transformers import Dinov2Config, Dinov2Model
 
     torch.manual_seed(0)
-    network = Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)).eval()  # fmt: skip
+    network = Dinov2Model(
+        Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    ).eval()
     network.save_pretrained(tmp_path)
-    settings = {"image_processor_type": "BitImageProcessor", "crop_size": {"height": 28, "width": 28}, "size": {"shortest_edge": 28},
-                "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "resample": 3}  # fmt: skip
+    settings = {
+        "image_processor_type": "BitImageProcessor",
+        "crop_size": {"height": 28, "width": 28},
+        "size": {"shortest_edge": 28},
+        "image_mean": [0.5, 0.4, 0.3],
+        "image_std": [0.2, 0.3, 0.4],
+        "resample": 3,
+    }
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     extractor = open_extractor(str(tmp_path))
     pixels = torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8)
     with torch.no_grad():
-        given = (pixels / 255 - torch.tensor([0.5, 0.4, 0.3])[:, None, None]) / torch.tensor([0.2, 0.3, 0.4])[:, None, None]  # fmt: skip
+        given = (pixels / 255 - torch.tensor([0.5, 0.4, 0.3])[:, None, None]) / torch.tensor([0.2, 0.3, 0.4])[
+            :, None, None
+        ]
         wanted = network(pixel_values=given).pooler_output
     assert torch.allclose(extractor.features(pixels / 127.5 - 1), wanted, atol=1e-4)
     assert "dinov2" in extractor.name

@@ -1,4 +1,5 @@
-"""Captions that are encoded as they come: once a micro-batch, to what the cache holds, with the gradient of all passes."""
+"""Captions that are encoded as they come: once a micro-batch, to what the cache holds, with the gradient of all
+passes."""
 
 from __future__ import annotations
 
@@ -40,8 +41,8 @@ ENCODED = "model.text=encoded"
 ADAPTERS = (ENCODED, "model.lora.text_encoders=true", "model.lora.targets=[attention, feed_forward]")
 
 ONE_TOKEN = re.compile(r"\.(down_blocks\.2|mid_block|up_blocks\.0)\..*\.attn1\.to_[qk]\.")
-"""Queries and keys of self-attention at the UNet's lowest resolution, where latents of 4x4 are one token. A softmax over one
-token is 1, so their gradient is 0; kernels give it as 0 or as rounding noise, by the processor."""
+"""Queries and keys of self-attention at the UNet's lowest resolution, where latents of 4x4 are one token. A softmax
+over one token is 1, so their gradient is 0; kernels give it as 0 or as rounding noise, by the processor."""
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_a_run_without_a_cache_follows_one_with_it(
 ) -> None:
     """Where it rounds what it encodes as the cache does."""
     encode = EncodedText.encode
-    monkeypatch.setattr(EncodedText, "encode", lambda self, captions: tuple(t.half() for t in encode(self, captions)))  # pyright: ignore  # fmt: skip
+    monkeypatch.setattr(EncodedText, "encode", lambda self, captions: tuple(t.half() for t in encode(self, captions)))  # pyright: ignore
     code, output = train_sdxl("cached", "steps=4")
     assert code == 0, output
     code, output = train_sdxl("encoded", ENCODED, f"data.shards={without_cache}", "steps=4")
@@ -102,7 +103,10 @@ def test_a_run_without_a_cache_follows_one_with_it(
             assert b[step][name] == pytest.approx(a[step][name], rel=LOSS_TOLERANCE, abs=1e-6), (step, name)
     pool = final(tmp_path / "encoded", "pool-00000-of-00001")
     held = pool["4x4x4.conditioning.caption"].flatten(0, 1).unique(dim=0)
-    known = {tuple(row.flatten().tolist()) for row in tokens_of(Path(restore(tmp_path / "encoded").config.model.base), ["", *CAPTIONS])}  # pyright: ignore  # fmt: skip
+    known = {
+        tuple(row.flatten().tolist())
+        for row in tokens_of(Path(restore(tmp_path / "encoded").config.model.base), ["", *CAPTIONS])
+    }  # pyright: ignore
     assert {tuple(row.flatten().tolist()) for row in held if row.any()} <= known, "an empty slot has zeros"
     assert all("backbone.unet" in name for name in final(tmp_path / "encoded")), "frozen encoders are in no checkpoint"
 
@@ -129,8 +133,8 @@ def test_each_distinct_caption_is_encoded_once_a_micro_batch(
 
 
 def losses_of(denoiser: Denoiser, captions: Tensor, gradient: Any) -> Tensor:
-    """Of observations and of particles with other captions, as in a training step; large enough for several tokens at the
-    lowest resolution, so that all adapters have a gradient."""
+    """Of observations and of particles with other captions, as in a training step; large enough for several tokens
+    at the lowest resolution, so that all adapters have a gradient."""
     noise = AddressedNoise(0, 0, 0)
     x = noise.normal("x", torch.empty(len(captions), 4, 8, 8))
     sigma, told = torch.full((len(x),), 0.4), {"caption": captions, "time_ids": torch.ones(len(x), 6)}
@@ -250,13 +254,19 @@ def test_a_caption_that_is_too_long_is_cut_and_said_once(
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["model.lora.text_encoders=true"], "lora.text_encoders true changes what captions are encoded to in each step: set text"),
+        (
+            ["model.lora.text_encoders=true"],
+            "lora.text_encoders true changes what captions are encoded to in each step: set text",
+        ),
         ([ENCODED, "model.prompt=a disc"], "text encoded would encode the same prompt in each step: leave text out"),
-        ([*ADAPTERS[:2], "model.lora.targets=[convolutions]"], "text_encoders true: they have no convolutions: add attention"),
+        (
+            [*ADAPTERS[:2], "model.lora.targets=[convolutions]"],
+            "text_encoders true: they have no convolutions: add attention",
+        ),
         ([*ADAPTERS, "model.lora.dora=true"], "dora true with text_encoders true: diffusers does not load"),
         ([ENCODED, "data.shards={bare}"], "bare has no captions: give one prompt for all images"),
     ],
-)  # fmt: skip
+)
 def test_a_contradiction_is_one_line(
     overrides: list[str], expected: str, train_sdxl: Train, latents: Path, tmp_path: Path
 ) -> None:
@@ -285,6 +295,18 @@ def test_previews_and_samples_are_drawn_by_the_trained_text_encoders(train_sdxl:
     assert (told["prompt_embeds"] - untrained[0]).abs().max() > 1e-2
     assert (empty["prompt_embeds"] - untrained[1]).abs().max() > 1e-2
     out = tmp_path / "out.png"
-    words = [str(tmp_path / "run"), "--prompt", "a disc", "--guidance", "3", "--number", "1", "--steps", "2", "--out", str(out)]  # fmt: skip
+    words = [
+        str(tmp_path / "run"),
+        "--prompt",
+        "a disc",
+        "--guidance",
+        "3",
+        "--number",
+        "1",
+        "--steps",
+        "2",
+        "--out",
+        str(out),
+    ]
     assert errors.run(lambda: sample.main([*words, "--guide", str(tmp_path / "run")])) == 0
     assert out.is_file()

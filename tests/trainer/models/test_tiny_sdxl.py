@@ -14,10 +14,14 @@ from ambient_core.errors import UserError
 from trainer.models.tiny_sdxl import main, write_tiny_sdxl
 
 CLASSES = {
-    "unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel",
-    "text_encoder_2": "CLIPTextModelWithProjection", "tokenizer": "CLIPTokenizer", "tokenizer_2": "CLIPTokenizer",
+    "unet": "UNet2DConditionModel",
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModel",
+    "text_encoder_2": "CLIPTextModelWithProjection",
+    "tokenizer": "CLIPTokenizer",
+    "tokenizer_2": "CLIPTokenizer",
     "scheduler": "EulerDiscreteScheduler",
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
-"""A kind of model in one file, as somebody would add it to trainer/models/: a configuration, a network and an adapter."""
+"""A kind of model in one file, as somebody would add it to trainer/models/: a configuration, a network and an
+adapter."""
 
 from __future__ import annotations
 

@@ -45,8 +45,15 @@ def test_a_rank_that_becomes_slow_is_named_at_the_next_report(shards: Path, tmp_
     program = tmp_path / "held_back.py"
     program.write_text(HELD_BACK)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
-    words = ["tests/tiny.yaml", f"run_dir={tmp_path / 'run'}", f"data.shards={shards}", "engine.zero_stage=2",
-             "steps=12", "logging.every=4", "checkpoint.every=12"]  # fmt: skip
+    words = [
+        "tests/tiny.yaml",
+        f"run_dir={tmp_path / 'run'}",
+        f"data.shards={shards}",
+        "engine.zero_stage=2",
+        "steps=12",
+        "logging.every=4",
+        "checkpoint.every=12",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     job = subprocess.run([*launcher, *words], cwd=ROOT, capture_output=True, text=True, timeout=HANG_S, env=environment)
     assert job.returncode == 0, job.stderr

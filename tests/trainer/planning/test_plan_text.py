@@ -66,9 +66,19 @@ def test_each_sample_and_each_particle_has_a_caption_and_a_prompt_is_one() -> No
 
 @pytest.mark.parametrize("trained", ["true", "false"])
 def test_a_run_takes_the_memory_that_was_planned(trained: str, tiny_sdxl: Path, latents: Path, tmp_path: Path) -> None:
-    model = f"{{kind: sdxl, base: {tiny_sdxl}, text: encoded, base_dtype: fp32, lora: {{rank: 4, text_encoders: {trained}}}}}"
-    wanted = [f"run_dir={tmp_path / 'run'}", f"data.shards={latents}", f"model={model}", "process={kind: vp_table}",
-              "prediction=eps", "steps=3", "engine.attention=sdpa"]  # fmt: skip
+    model = (
+        f"{{kind: sdxl, base: {tiny_sdxl}, text: encoded, base_dtype: fp32, lora: {{rank: 4, text_encoders: "
+        f"{trained}}}}}"
+    )
+    wanted = [
+        f"run_dir={tmp_path / 'run'}",
+        f"data.shards={latents}",
+        f"model={model}",
+        "process={kind: vp_table}",
+        "prediction=eps",
+        "steps=3",
+        "engine.attention=sdpa",
+    ]
     measured = measure(TINY, wanted)
     config = load(TINY, wanted)
     estimate = Estimate(config, models.configured(config, LATENT), LATENT, Setting("h100", 1, 0, 8))

@@ -51,8 +51,16 @@ def predicted(config: RunConfig, stage: int, world: int, accumulation: int = 1) 
 def test_a_run_takes_the_memory_that_was_planned(
     stage: int, batch: int, more: tuple[str, ...], shards: Path, tmp_path: Path
 ) -> None:
-    wanted = [f"run_dir={tmp_path / 'run'}", f"data.shards={shards}", f"engine.zero_stage={stage}", f"batch_size={batch}",
-              "steps=3", "engine.attention=sdpa", *WIDE, *more]  # fmt: skip
+    wanted = [
+        f"run_dir={tmp_path / 'run'}",
+        f"data.shards={shards}",
+        f"engine.zero_stage={stage}",
+        f"batch_size={batch}",
+        "steps=3",
+        "engine.attention=sdpa",
+        *WIDE,
+        *more,
+    ]
     config = load(TINY, wanted)
     accumulation = batch // (config.micro_batch_size or batch)
     assert measure(TINY, wanted) == pytest.approx(predicted(config, stage, 1, accumulation), rel=MEMORY_TOLERANCE)
@@ -88,13 +96,24 @@ def test_what_8_bits_and_offloading_leave_is_counted_by_hand() -> None:
 @pytest.mark.distributed
 def test_two_ranks_take_the_memory_that_was_planned(shards: Path, tmp_path: Path) -> None:
     stage = 2
-    wanted = [f"run_dir={tmp_path / 'run'}", f"data.shards={shards}", f"engine.zero_stage={stage}", "batch_size=4",
-              "steps=3", "engine.attention=sdpa", *WIDE]  # fmt: skip
+    wanted = [
+        f"run_dir={tmp_path / 'run'}",
+        f"data.shards={shards}",
+        f"engine.zero_stage={stage}",
+        "batch_size=4",
+        "steps=3",
+        "engine.attention=sdpa",
+        *WIDE,
+    ]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(
         [*launcher, "-m", "tests.trainer.planning.measured_memory", str(TINY), *wanted],
-        cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=HANG_S, check=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=HANG_S,
+        check=True,
+    )
     peak = json.loads(result.stdout.splitlines()[-1])["peak"]
     config = load(TINY, wanted)
     assert peak == pytest.approx(predicted(config, stage, 2), rel=MEMORY_TOLERANCE)
@@ -111,7 +130,10 @@ def test_more_averages_take_the_memory_and_the_disk_that_were_planned(
         for config in (load(TINY, wanted), load(TINY, [*wanted, more]))
     ]
     planned = [estimate.memory(estimate.setting).peak for estimate in estimates]
-    measured = [measure(TINY, [*wanted, f"run_dir={tmp_path / str(n)}", *words]) for n, words in enumerate(([], [more.replace("2,", "9,")]))]  # fmt: skip
+    measured = [
+        measure(TINY, [*wanted, f"run_dir={tmp_path / str(n)}", *words])
+        for n, words in enumerate(([], [more.replace("2,", "9,")]))
+    ]
     assert planned[1] - planned[0] == 2 * 4 * estimates[0].weights.trainable
     assert measured[1] - measured[0] == pytest.approx(planned[1] - planned[0], rel=MEMORY_TOLERANCE)
     code, output = train("run", *wanted, more)

@@ -3,10 +3,10 @@
 One process's runs come first, as the truth; then all runs on two ranks in one pair of processes, since importing takes
 longer than training.
 
-Sums in another order differ in their last bits, and Adam magnifies that where a moment is tiny, by how much depends on
-the processor. So the tolerance is measured here: one process trains again with smaller micro-batches, which sums the
-gradients in another order, and two ranks may be `TIMES` as far from the first run as that. A gradient that is lost moves
-the weights much farther, which a test shows with the smallest such fault: a micro-batch of a single step."""
+Sums in another order differ in their last bits, and Adam magnifies that where a moment is tiny, by how much depends
+on the processor. So the tolerance is measured here: one process trains again with smaller micro-batches, which sums
+the gradients in another order, and two ranks may be `TIMES` as far from the first run as that. A gradient that is
+lost moves the weights much farther, which a test shows with the smallest such fault: a micro-batch of a single step."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ CLIP = 0.045
 """Between the norms of SDXL's steps, so that some are clipped and some are not."""
 TIMES, LEAST = 20, 3e-3
 """The tolerance, as a multiple of the spread of two orders of summation, and the least one, in parts of the way that
-weights go. Measured without AVX-512, the farthest tensor and metric: spread 6e-5, two ranks 3e-4. Of a lost gradient half
-of the tensors are farther than 1.5e-2."""
+weights go. Measured without AVX-512, the farthest tensor and metric: spread 6e-5, two ranks 3e-4. Of a lost gradient
+half of the tensors are farther than 1.5e-2."""
 AVERAGES = "ema.snapshots={every: 2}"
 STEPS = {"loss/ambient", "loss/consistency", "optimizer/gradient_norm"}
 AGAIN = "micro_batch_size=4"
@@ -44,18 +44,22 @@ AGAIN = "micro_batch_size=4"
 
 @pytest.fixture(scope="module")
 def small_sdxl(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny pipeline with fewer layers: ZeRO's time goes by their number. With two levels the deepest has 2x2 positions;
-    with a third it has one, which attends to itself whatever q and k are: their gradients are rounding alone, which Adam
-    makes steps of."""
+    """The tiny pipeline with fewer layers: ZeRO's time goes by their number. With two levels the deepest has 2x2
+    positions; with a third it has one, which attends to itself whatever q and k are: their gradients are rounding
+    alone, which Adam makes steps of."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     folder = tmp_path_factory.mktemp("models") / "small-sdxl"
     shutil.copytree(tiny_sdxl, folder, ignore=shutil.ignore_patterns("diffusion_pytorch_model.safetensors"))
     shutil.copytree(tiny_sdxl / "vae", folder / "vae", dirs_exist_ok=True)
     fewer: dict[str, Any] = {
-        "layers_per_block": 1, "transformer_layers_per_block": 1, "block_out_channels": (16, 32), "attention_head_dim": (1, 2),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    }  # fmt: skip
+        "layers_per_block": 1,
+        "transformer_layers_per_block": 1,
+        "block_out_channels": (16, 32),
+        "attention_head_dim": (1, 2),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }
     with torch.random.fork_rng():
         torch.manual_seed(0)
         UNet2DConditionModel(**UNET | fewer).save_pretrained(folder / "unet")
@@ -73,7 +77,10 @@ def runs(shards: Path, latents: Path, small_sdxl: Path, tmp_path_factory: pytest
 
     def sdxl(name: str, *more: str) -> list[str]:
         """As the paper trains: adapters, eps, one step of both losses in two, the particles' target under no_grad."""
-        model = f"model={{kind: sdxl, base: {small_sdxl}, drop_captions: 0.3, lora: {{rank: 4, alpha: 6}}, base_dtype: fp32}}"
+        model = (
+            f"model={{kind: sdxl, base: {small_sdxl}, drop_captions: 0.3, lora: {{rank: 4, alpha: 6}}, base_dtype: "
+            "fp32}"
+        )
         fixed = [
             "process={kind: vp_table}",
             "prediction=eps",
@@ -99,9 +106,20 @@ def runs(shards: Path, latents: Path, small_sdxl: Path, tmp_path_factory: pytest
             assert in_turn([training]) == 0
             assert next(calls) == lost + 1, "the last micro-batch of the last step was lost"
 
-    offloaded = {stage: [f"engine.zero_stage={stage}", "engine.offload_optimizer=true", f"engine.offload_parameters={stage == 3}"] for stage in (1, 2, 3)}  # fmt: skip
+    offloaded = {
+        stage: [
+            f"engine.zero_stage={stage}",
+            "engine.offload_optimizer=true",
+            f"engine.offload_parameters={stage == 3}",
+        ]
+        for stage in (1, 2, 3)
+    }
     eight = ["engine.adam=8bit", "engine.zero_stage=2"]
-    trainings = [pixels("eight", *eight, "steps=4"), pixels("parts", *eight, "steps=2"), pixels("parts", *eight, "steps=4")]  # fmt: skip
+    trainings = [
+        pixels("eight", *eight, "steps=4"),
+        pixels("parts", *eight, "steps=2"),
+        pixels("parts", *eight, "steps=4"),
+    ]
     for stage in range(4):
         options = [f"engine.zero_stage={stage}", "micro_batch_size=2"]
         trainings.append(pixels(f"two-{stage}", *options))
@@ -120,7 +138,10 @@ def runs(shards: Path, latents: Path, small_sdxl: Path, tmp_path_factory: pytest
     # what was sharded goes on in one process, without sharding
     trainings = [pixels(f"two-{stage}", "steps=9", "engine.zero_stage=0") for stage in range(4)]
     trainings += [pixels(f"offloaded-{stage}", *offloaded[stage], "steps=9") for stage in offloaded]
-    assert in_turn([*trainings, sdxl("sdxl-3", "steps=22", "engine.zero_stage=0", "model.activation_checkpointing=true")]) == 0  # fmt: skip
+    assert (
+        in_turn([*trainings, sdxl("sdxl-3", "steps=22", "engine.zero_stage=0", "model.activation_checkpointing=true")])
+        == 0
+    )
     return folder
 
 
@@ -129,13 +150,17 @@ def weights(run: Path, step: int, file: str) -> dict[str, torch.Tensor]:
 
 
 def distances(one: Path, other: Path, step: int, file: str = "weights") -> dict[str, float]:
-    """Of each tensor, between the runs, relative to how far `one` has come since its first checkpoint: 1 where `other` has
-    stood still. A norm, since single weights are where Adam magnifies. Without the bias of keys: a softmax does not see
-    it, so its gradient is rounding alone."""
+    """Of each tensor, between the runs, relative to how far `one` has come since its first checkpoint: 1 where
+    `other` has stood still. A norm, since single weights are where Adam magnifies. Without the bias of keys: a
+    softmax does not see it, so its gradient is rounding alone."""
     first = min(int(path.name.removeprefix("step-")) for path in (one / "checkpoints").glob("step-*"))
     start, a, b = weights(one, first, file), weights(one, step, file), weights(other, step, file)
     assert a.keys() == b.keys()
-    return {key: float((a[key] - b[key]).norm() / (a[key] - start[key]).norm()) for key in a if not key.endswith("to_k.bias")}  # fmt: skip
+    return {
+        key: float((a[key] - b[key]).norm() / (a[key] - start[key]).norm())
+        for key in a
+        if not key.endswith("to_k.bias")
+    }
 
 
 def spread(one: Path, again: Path, step: int) -> float:
@@ -180,7 +205,8 @@ def test_a_gradient_that_is_lost_is_no_order_of_summation(
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_ranks_follow_one_process_on_pixels(stage: int, runs: Path, tolerances: dict[str, float]) -> None:
-    """Ambient and consistency steps, with accumulation, 6 on two ranks and 3 more on one; weights, averages, snapshots."""
+    """Ambient and consistency steps, with accumulation, 6 on two ranks and 3 more on one; weights, averages,
+    snapshots."""
     one, two = runs / "one", runs / f"two-{stage}"
     assert_curves_near(one, two, tolerances["one"])
     assert curve(two).keys() == {*range(1, 10)}

@@ -103,13 +103,19 @@ sys.exit(errors.run(lambda: main(sys.argv[2:])))
 def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(
     number: signal.Signals, train: Train, shards: Path, tmp_path: Path
 ) -> None:
-    """The signal goes to the whole process group, as from a terminal or a time limit, so the reader's process gets it, too."""
+    """The signal goes to the whole process group, as from a terminal or a time limit, so the reader's process gets
+    it, too."""
     steps = ["steps=30", "checkpoint.every=1000", "data.workers=1"]
     words = [str(number.value), str(TINY), f"run_dir={tmp_path / 'cut'}", f"data.shards={shards}", *steps]
     cut = subprocess.run(
         [sys.executable, "-c", SIGNALLED, *words],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, timeout=HANG_S,
-    )  # fmt: skip
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        timeout=HANG_S,
+    )
     assert cut.returncode == 75, cut.stdout
     assert "interrupted, run it again to go on" in cut.stdout
     done = json.loads(
@@ -189,9 +195,13 @@ def test_fewer_particles_several_steps_everywhere_and_pairs_are_the_same_on_two_
 ) -> None:
     """Every option of the losses that depends on rows; the pool is split over ranks, and joined again."""
     options = [
-        "consistency.batch_size=4", "consistency.steps=2", "consistency.where=everywhere", "ambient.pairs=true",
-        "ambient.boundary_share=0.5", "micro_batch_size=2",
-    ]  # fmt: skip
+        "consistency.batch_size=4",
+        "consistency.steps=2",
+        "consistency.where=everywhere",
+        "ambient.pairs=true",
+        "ambient.boundary_share=0.5",
+        "micro_batch_size=2",
+    ]
     code, output = train("one", *options)
     assert code == 0, output
     code, output = train("two", *options, "steps=4", ranks=2)

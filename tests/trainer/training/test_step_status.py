@@ -1,4 +1,5 @@
-"""What ranks tell one another of a step: an ordinary step waits for no device, and how late it is read changes nothing."""
+"""What ranks tell one another of a step: an ordinary step waits for no device, and how late it is read changes
+nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ Train = Callable[..., Outcome]
 __all__ = ["spoil"]  # a fixture
 
 READS = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "unique_dim"}
-"""Operators whose result, or its shape, the host has to wait for; `.item()`, `float()`, `bool()` and branches are the first."""
+"""Operators whose result, or its shape, the host has to wait for; `.item()`, `float()`, `bool()` and branches are
+the first."""
 
 
 class Reads(TorchDispatchMode):
@@ -53,7 +55,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
     return counter
 
 
-@pytest.mark.parametrize("words", [[], ["ambient.pairs=true", "micro_batch_size=4"], ["ema={kind: power, sigma_rel: 0.1}"]], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "words", [[], ["ambient.pairs=true", "micro_batch_size=4"], ["ema={kind: power, sigma_rel: 0.1}"]], ids=str
+)
 def test_an_ordinary_step_reads_nothing_from_the_device(words: list[str], train: Train, reads: Reads) -> None:
     code, output = train("run", "steps=12", "logging.every=6", "checkpoint.every=12", *words)
     assert code == 0, output
@@ -96,7 +100,9 @@ def test_a_step_judged_late_stops_the_run_by_its_own_name(train: Train, spoil: C
 
 
 @pytest.mark.parametrize("amount", [torch.inf, torch.nan])
-def test_a_gradient_that_is_not_finite_leaves_weights_and_moments_to_the_bit(amount: float, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_a_gradient_that_is_not_finite_leaves_weights_and_moments_to_the_bit(
+    amount: float, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
     honest, seen = deepspeed_engine.Engine.step, list[bool]()
 
     def step(self: deepspeed_engine.Engine, number: int) -> None:

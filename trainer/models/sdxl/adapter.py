@@ -60,7 +60,8 @@ class SDXLConfig:
             )
         if self.prompt is not None and self.text == "encoded" and not adapted:
             raise ValueError(
-                "text encoded would encode the same prompt in each step: leave text out, or set lora.text_encoders to true"
+                "text encoded would encode the same prompt in each step: leave text out, or set "
+                "lora.text_encoders to true"
             )
 
     @property
@@ -99,7 +100,8 @@ class SDXLAdapter(Adapter):
         return DTYPES[self.config.base_dtype] if self.config.lora else torch.float32
 
     def _adapted(self, unet: Any, encoders: EncodedText | None, text: Text | None = None) -> network.SDXL:
-        """With fresh LoRA adapters, those of the text encoders among them where they have some, or all of it to be trained."""
+        """With fresh LoRA adapters, those of the text encoders among them where they have some, or all of it to be
+        trained."""
         lora, again = self.config.lora, self.config.activation_checkpointing
         if lora:
             add_lora(unet, lora)

@@ -1,4 +1,5 @@
-"""The base pipeline of a run on latents, and what is around its UNet: checked against data and noise process, VAE, prompts.
+"""The base pipeline of a run on latents, and what is around its UNet: checked against data and noise process, VAE,
+prompts.
 
 base: a Stable Diffusion XL pipeline in diffusers' layout, a folder or a hub id.
 """
@@ -30,8 +31,8 @@ def folders_of(base: str) -> dict[str, Path]:
 
 
 def check_data(base: str, prompt: str | None, encoded: bool, index: ShardIndex, shards: str) -> None:
-    """Raises UserError for shards that were made by another VAE or other text encoders than the base's, or of a shape that
-    its UNet cannot take. prompt, encoded: see `SDXLConditioning`."""
+    """Raises UserError for shards that were made by another VAE or other text encoders than the base's, or of a
+    shape that its UNet cannot take. prompt, encoded: see `SDXLConditioning`."""
     latents = index.request.get("latents")
     if not latents:
         raise UserError(
@@ -43,17 +44,22 @@ def check_data(base: str, prompt: str | None, encoded: bool, index: ShardIndex, 
     for channels, height, width in index.shapes:
         if unet["in_channels"] != channels or height % halvings or width % halvings:
             raise UserError(
-                f"model.base {base}: its UNet takes latents of {unet['in_channels']} channels, with sides that are multiples of {halvings}; {shards} has {(channels, height, width)}: shard with another --size or --buckets"
+                f"model.base {base}: its UNet takes latents of {unet['in_channels']} channels, with sides that "
+                f"are multiples of {halvings}; {shards} has {(channels, height, width)}: shard with another "
+                "--size or --buckets"
             )
     require_same(latents["vae"], vae_identity(folders["vae"]), f"the VAE of model.base {base}")
     if prompt is None and encoded and not index.captioned:
         raise UserError(
-            f"model.prompt null: {shards} has no captions: give one prompt for all images, such as 'a face', or shard with captions"
+            f"model.prompt null: {shards} has no captions: give one prompt for all images, such as 'a face', or "
+            "shard with captions"
         )
     if prompt is None and not encoded:
         if index.text is None:
             raise UserError(
-                f"model.prompt null: {shards} has no embeddings of captions (text/): give one prompt for all images, such as 'a face', {'or set model.text to encoded' if index.captioned else 'or shard with captions, and --latents a pipeline with text encoders'}"
+                f"model.prompt null: {shards} has no embeddings of captions (text/): give one prompt for all "
+                "images, such as 'a face', "
+                f"{'or set model.text to encoded' if index.captioned else 'or shard with captions, and --latents a pipeline with text encoders'}"
             )
         from data_pipeline.latents.text import encoders_identity
 
@@ -61,7 +67,8 @@ def check_data(base: str, prompt: str | None, encoded: bool, index: ShardIndex, 
 
 
 def check_schedule(base: str, process: AnyProcess, prediction: Prediction) -> None:
-    """Raises UserError for another noise schedule or prediction than the base was trained with, on which fine-tuning builds."""
+    """Raises UserError for another noise schedule or prediction than the base was trained with, on which fine-tuning
+    builds."""
     path = folders_of(base)[SCHEDULER] / "scheduler_config.json"
     try:
         recorded: dict[str, Any] = from_json(text_of(path))
@@ -73,12 +80,14 @@ def check_schedule(base: str, process: AnyProcess, prediction: Prediction) -> No
         raise UserError(f"model.base {base}: {path.name} does not say beta_start and beta_end")
     if recorded.get("beta_schedule") != "scaled_linear":
         raise UserError(
-            f"model.base {base}: its beta_schedule is {recorded.get('beta_schedule')}; only scaled_linear, SDXL's, is supported"
+            f"model.base {base}: its beta_schedule is {recorded.get('beta_schedule')}; only scaled_linear, "
+            "SDXL's, is supported"
         )
     table = VPTable(recorded["beta_start"], recorded["beta_end"], recorded.get("num_train_timesteps", 1000))
     if process != table:
         raise UserError(
-            f"process.kind {process.kind}: model.base {base} was trained with kind: vp_table, beta_start: {table.beta_start:g}, beta_end: {table.beta_end:g}, steps: {table.steps}: give these"
+            f"process.kind {process.kind}: model.base {base} was trained with kind: vp_table, beta_start: "
+            f"{table.beta_start:g}, beta_end: {table.beta_end:g}, steps: {table.steps}: give these"
         )
     its = {"epsilon": "eps", "v_prediction": "v"}.get(recorded.get("prediction_type", "epsilon"))
     if prediction != its:
@@ -104,8 +113,9 @@ def embed(base: str, prompts: Sequence[str], device: torch.device) -> tuple[Tens
 def coders(base: str, device: torch.device) -> tuple[Coder, Coder]:
     """The base's VAE, both ways. In float32: SDXL's VAE overflows in float16.
 
-    images (N, 3, H, W) in [-1, 1] -> latents (N, C, H / 8, W / 8) on the device, as stored, but for their draw: the mean of the
-    VAE's distribution is taken, so that a score depends on the image alone. Latents, as stored -> images, float32, on the CPU."""
+    images (N, 3, H, W) in [-1, 1] -> latents (N, C, H / 8, W / 8) on the device, as stored, but for their draw: the
+    mean of the VAE's distribution is taken, so that a score depends on the image alone. Latents, as stored ->
+    images, float32, on the CPU."""
     from data_pipeline.latents.vae import Vae, images_a_pass
 
     folders_of(base)

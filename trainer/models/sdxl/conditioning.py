@@ -1,4 +1,5 @@
-"""Captions and prompts of Stable Diffusion XL: as ids of cached embeddings, or as tokens for text encoders that run in training."""
+"""Captions and prompts of Stable Diffusion XL: as ids of cached embeddings, or as tokens for text encoders that run
+in training."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ FEW = 256
 
 
 class TextRows:
-    """Embeddings by caption id (see models.conditioning.Text): those of few captions in memory, of many on disk, mapped."""
+    """Embeddings by caption id (see models.conditioning.Text): those of few captions in memory, of many on disk,
+    mapped."""
 
     def __init__(self, source: TextCache | tuple[Tensor, Tensor]) -> None:
         self._cache = source if isinstance(source, TextCache) else None
@@ -51,8 +53,9 @@ class TextRows:
 
 @dataclass(frozen=True)
 class SDXLConditioning(TrainingConditioning):
-    """prompt: one for all images, in place of their captions. encoded: by text encoders of the network's own, in each batch;
-    else a prompt is encoded once, at the start, and captions were when the shards were made. drop: see Conditioner."""
+    """prompt: one for all images, in place of their captions. encoded: by text encoders of the network's own, in
+    each batch; else a prompt is encoded once, at the start, and captions were when the shards were made. drop: see
+    Conditioner."""
 
     base: str
     prompt: str | None

@@ -12,11 +12,11 @@ from trainer.models.sdxl.lora import LoraConfig, add_text_lora
 
 
 class EncodedText(TextEncoders):
-    """Captions as tokens (B, 2, T) int64, of the two tokenizers -> prompt_embeds (B, T, D) and pooled (B, P), in the encoders'
-    type. Each distinct caption is encoded once a call.
+    """Captions as tokens (B, 2, T) int64, of the two tokenizers -> prompt_embeds (B, T, D) and pooled (B, P), in the
+    encoders' type. Each distinct caption is encoded once a call.
 
-    In training once a micro-batch, however many passes it has: `begin` is told all of its captions, the first call encodes
-    them, with gradient where there are adapters, and all calls until the next `begin` share the result.
+    In training once a micro-batch, however many passes it has: `begin` is told all of its captions, the first call
+    encodes them, with gradient where there are adapters, and all calls until the next `begin` share the result.
     """
 
     def __init__(self, text_encoder: Any, text_encoder_2: Any) -> None:
@@ -26,7 +26,8 @@ class EncodedText(TextEncoders):
         self._encoded: tuple[Tensor, Tensor] | None = None
 
     def add_lora(self, config: LoraConfig) -> None:
-        # The second-last hidden states are taken, so the first encoder's last layer has no say; the second's has, in pooled.
+        # The second-last hidden states are taken, so the first encoder's last layer has no say; the second's has, in
+        # pooled.
         add_text_lora(self.text_encoder, config, self.text_encoder.config.num_hidden_layers - 1)
         add_text_lora(self.text_encoder_2, config, self.text_encoder_2.config.num_hidden_layers)
 

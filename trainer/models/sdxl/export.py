@@ -1,4 +1,5 @@
-"""Exports of Stable Diffusion XL: adapters as diffusers loads them, read back; and a whole pipeline around a trained UNet."""
+"""Exports of Stable Diffusion XL: adapters as diffusers loads them, read back; and a whole pipeline around a trained
+UNet."""
 
 from __future__ import annotations
 

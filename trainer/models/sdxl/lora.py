@@ -14,8 +14,8 @@ LAYERS: dict[Target, tuple[str, ...]] = {
     "feed_forward": ("ff.net.0.proj", "ff.net.2"),
     "convolutions": ("conv1", "conv2", "conv_shortcut"),
 }
-"""The ends of the layers' names, in diffusers' UNets: those of self- and cross-attention, of transformer blocks' two linear
-layers, and of residual blocks."""
+"""The ends of the layers' names, in diffusers' UNets: those of self- and cross-attention, of transformer blocks' two
+linear layers, and of residual blocks."""
 TEXT_LAYERS: dict[Target, tuple[str, ...]] = {
     "attention": ("q_proj", "k_proj", "v_proj", "out_proj"),
     "feed_forward": ("fc1", "fc2"),
@@ -26,12 +26,13 @@ TEXT_LAYERS: dict[Target, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Each layer W of the targets becomes W + (alpha / rank) B A, with A random and B = 0 at the start (Hu et al. 2021).
+    """Each layer W of the targets becomes W + (alpha / rank) B A, with A random and B = 0 at the start (Hu et al.
+    2021).
 
-    rank: of A and B. alpha: null takes rank, so that the factor is 1. targets: attention (of each kind), feed_forward (of transformer blocks),
-    convolutions (of residual blocks). dora: also trains the length
-    of each column of the sum (Liu et al. 2024), at more time and memory. text_encoders: gives both text encoders adapters, too,
-    on the layers of theirs that the targets name."""
+    rank: of A and B. alpha: null takes rank, so that the factor is 1. targets: attention (of each kind),
+    feed_forward (of transformer blocks), convolutions (of residual blocks). dora: also trains the length of each
+    column of the sum (Liu et al. 2024), at more time and memory. text_encoders: gives both text encoders adapters,
+    too, on the layers of theirs that the targets name."""
 
     rank: int = 16
     alpha: float | None = None
@@ -62,7 +63,8 @@ def add_lora(network: Any, config: LoraConfig) -> None:
 
 
 def add_text_lora(encoder: Any, config: LoraConfig, layers: int) -> None:
-    """The same for one of CLIP's text encoders, in its first so many layers: those that what is taken of it depends on."""
+    """The same for one of CLIP's text encoders, in its first so many layers: those that what is taken of it depends
+    on."""
     ends = tuple(f".{name}" for target in config.targets for name in TEXT_LAYERS[target])
     inside = tuple(f"layers.{i}." for i in range(layers))
     names = [name for name, _ in encoder.named_modules()]

@@ -1,4 +1,5 @@
-"""The UNet of Stable Diffusion XL as a backbone, and its parts of a base pipeline, with weights or on the meta device."""
+"""The UNet of Stable Diffusion XL as a backbone, and its parts of a base pipeline, with weights or on the meta
+device."""
 
 from __future__ import annotations
 
@@ -19,25 +20,44 @@ if TYPE_CHECKING:
     from trainer.models.sdxl.encoded_text import EncodedText
 
 UNET: dict[str, Any] = {
-    "sample_size": 128, "in_channels": 4, "out_channels": 4, "layers_per_block": 2,
-    "block_out_channels": (320, 640, 1280), "attention_head_dim": (5, 10, 20), "cross_attention_dim": 2048,
+    "sample_size": 128,
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 2,
+    "block_out_channels": (320, 640, 1280),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10), "use_linear_projection": True,
-    "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
-}  # fmt: skip
-"""The architecture of Stable Diffusion XL's UNet, as diffusers names it (Podell et al. 2023): 2.567 billion parameters."""
+    "transformer_layers_per_block": (1, 2, 10),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+"""The architecture of Stable Diffusion XL's UNet, as diffusers names it (Podell et al. 2023): 2.567 billion
+parameters."""
 _TEXT: dict[str, Any] = {"vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 2}
 TEXT: dict[str, dict[str, Any]] = {
     "text_encoder": {
-        **_TEXT, "hidden_size": 768, "intermediate_size": 3072, "projection_dim": 768, "num_attention_heads": 12,
-        "num_hidden_layers": 12, "hidden_act": "quick_gelu",
+        **_TEXT,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "projection_dim": 768,
+        "num_attention_heads": 12,
+        "num_hidden_layers": 12,
+        "hidden_act": "quick_gelu",
     },
     "text_encoder_2": {
-        **_TEXT, "hidden_size": 1280, "intermediate_size": 5120, "projection_dim": 1280, "num_attention_heads": 20,
-        "num_hidden_layers": 32, "hidden_act": "gelu",
+        **_TEXT,
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "projection_dim": 1280,
+        "num_attention_heads": 20,
+        "num_hidden_layers": 32,
+        "hidden_act": "gelu",
     },
-}  # fmt: skip
+}
 """Of its text encoders: CLIP ViT-L and OpenCLIP ViT-bigG, 123 and 695 million parameters."""
 TOKENS, TIME_IDS = 77, 6
 
@@ -45,9 +65,9 @@ TOKENS, TIME_IDS = 77, 6
 class SDXL(nn.Module):
     """(input, time, conditioning) -> output, in the UNet's own type.
 
-    conditioning: time_ids (B, 6), SDXL's micro-conditioning in pixels; and either caption (B, ...) int64, which `text` looks
-    up or encodes, or prompt_embeds (B, T, D) and pooled (B, P). Captions are what travels with the data and waits in the
-    particle pool: an id has 8 bytes and tokens 1.2 kB, where SDXL's embeddings of one caption have 0.3 MB.
+    conditioning: time_ids (B, 6), SDXL's micro-conditioning in pixels; and either caption (B, ...) int64, which `text`
+    looks up or encodes, or prompt_embeds (B, T, D) and pooled (B, P). Captions are what travels with the data and waits
+    in the particle pool: an id has 8 bytes and tokens 1.2 kB, where SDXL's embeddings of one caption have 0.3 MB.
     """
 
     def __init__(self, unet: Any, text: Text | None = None) -> None:
@@ -72,7 +92,8 @@ class SDXL(nn.Module):
 
 
 def load(base: str, dtype: torch.dtype, encoded: bool) -> tuple[Any, EncodedText | None]:
-    """The base's UNet and, where captions are encoded in training, its text encoders. Raises UserError where it is no SDXL."""
+    """The base's UNet and, where captions are encoded in training, its text encoders. Raises UserError where it is
+    no SDXL."""
     from data_pipeline.latents.vae import load_part
 
     folders = folders_of(base)
@@ -91,7 +112,8 @@ def load(base: str, dtype: torch.dtype, encoded: bool) -> tuple[Any, EncodedText
 
 
 def without_weights(base: str, dtype: torch.dtype, encoded: bool) -> tuple[Any, EncodedText | None]:
-    """The same on the meta device. The base is read from its folder; one on a hub is taken for SDXL's own architecture."""
+    """The same on the meta device. The base is read from its folder; one on a hub is taken for SDXL's own
+    architecture."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     parts = _architectures(base, encoded)
@@ -113,7 +135,8 @@ def without_weights(base: str, dtype: torch.dtype, encoded: bool) -> tuple[Any, 
 def _require_sdxl(base: str, unet: Any) -> None:
     if (embedded := unet.config.addition_embed_type) != "text_time":
         raise UserError(
-            f"model.base {base}: not Stable Diffusion XL: its UNet takes no size and crop (addition_embed_type is {embedded})"
+            f"model.base {base}: not Stable Diffusion XL: its UNet takes no size and crop (addition_embed_type "
+            f"is {embedded})"
         )
 
 
