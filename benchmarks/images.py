@@ -98,9 +98,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\n{dataset}, sigma_n {sigma:g}, {steps} steps\n\n{report(rows, sigma)}")
     if args.quick:
         return verdict(rows)
-    print(
-        f"\n{save(f'images-{dataset}', {'extractor': extractor.name, 'samples': samples, 'steps': steps, 'rows': rows})}"
-    )
+    record = {"extractor": extractor.name, "samples": samples, "steps": steps, "rows": rows}
+    print(f"\n{save(f'images-{dataset}', record)}")
     print(draw(rows, runs, dataset))
     return 0
 

@@ -93,9 +93,8 @@ def main(argv: list[str] | None = None) -> int:
             )
         )
         return 0
-    print(
-        f"\n{save('memorization-control', {'few': FEW, 'many': MANY, 'steps': args.steps, 'number': args.number, 'rows': rows})}"
-    )
+    record = {"few": FEW, "many": MANY, "steps": args.steps, "number": args.number, "rows": rows}
+    print(f"\n{save('memorization-control', record)}")
     return 0
 
 

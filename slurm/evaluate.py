@@ -21,7 +21,8 @@ from trainer.reports.evaluate_runs import Weights
 EXAMPLE = """example:
   python -m slurm.evaluate runs/* --reference held-out/ --cluster cluster.yaml
 
-The words are those of trainer.evaluate. Figures go into the MLflow run of each, and a report, which is one HTML file, beside it.
+The options are those of trainer.evaluate, and --cluster. The metrics are added to the MLflow run of each, and a report,
+one HTML file, is written into its folder.
 """
 
 

@@ -24,7 +24,7 @@ from slurm.cluster import ClusterConfig, Resumable, failure_of, read_cluster, su
 
 EXAMPLE = """examples:
   python -m slurm.shard my_images/ data/mine --sigma 0.2 --cluster configs/clusters/local.yaml --jobs 4
-  python -m slurm.shard my_images/ data/mine --sigma 0.4 --size 1024 --latents models/sdxl --cluster cluster.yaml --jobs 16
+  python -m slurm.shard photos/ data/photos --sigma 0.4 --size 1024 --latents models/sdxl --cluster cluster.yaml
 
 Run the same command again to resume after an interruption: finished shards are kept. `python -m data_pipeline.inspect
 data/mine` verifies and shows what was written.

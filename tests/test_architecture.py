@@ -42,7 +42,7 @@ COMMANDS = {
 """What trainer's root holds."""
 
 BY_NAME = {
-    "trainer.cli": "the console script, which names the commands of every package and imports the one that is asked for",
+    "trainer.cli": "the console script, which names the commands of every package and imports one",
     "trainer.study": "submits its runs by a process of its own, `python -m slurm.submit`",
 }
 """Modules that name a higher package's module in a string, and why they may."""

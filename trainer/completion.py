@@ -11,7 +11,8 @@ from data_pipeline.corruption.degradations import NAMES
 from trainer.config.reference import groups
 from trainer.evaluation.features import PACKAGED
 
-SCRIPT = """# bash: source <(ambient completion); zsh: autoload -U bashcompinit && bashcompinit && source <(ambient completion)
+SCRIPT = """# bash: source <(ambient completion)
+# zsh: autoload -U bashcompinit && bashcompinit && source <(ambient completion)
 _ambient() {
     local word=${COMP_WORDS[COMP_CWORD]} of=${COMP_WORDS[COMP_CWORD - 1]} command=${COMP_WORDS[1]} before= words= name
     COMPREPLY=()

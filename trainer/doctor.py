@@ -47,7 +47,7 @@ class Finding:
 def parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="python -m trainer.doctor",
-        description="Checks packages, devices, attention, bf16, communication, and where asked a shared folder and MLflow.",
+        description="Checks packages, devices, attention, bf16, communication, and if asked a folder and MLflow.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

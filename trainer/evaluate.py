@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 EXAMPLE = """examples:
   python -m trainer.evaluate runs/mine --reference held-out/
-  python -m trainer.evaluate runs/clean runs/naive runs/ours --reference packaged:fashion/test --training packaged:fashion/train
-  python -m trainer.evaluate runs/mine --measured data/held-out                                     # without clean images
-  python -m slurm.evaluate runs/* --reference held-out/ --cluster cluster.yaml                      # by jobs
-  torchrun --nproc_per_node 8 -m trainer.evaluate runs/mine --reference held-out/ --number 10000    # goes on where it was
+  python -m trainer.evaluate runs/naive runs/ours --reference packaged:fashion/test --training packaged:fashion/train
+  python -m trainer.evaluate runs/mine --measured data/held-out                        # without clean images
+  python -m slurm.evaluate runs/* --reference held-out/ --cluster cluster.yaml         # by jobs of a cluster
+  torchrun --nproc_per_node 8 -m trainer.evaluate runs/mine --reference held-out/ --number 10000    # resumes
 
-Figures go into the MLflow run of each, and a report, which is one HTML file, beside it. DATA is what data_pipeline.shard
-takes as SOURCE.
+The metrics are added to the MLflow run of each, and a report, one HTML file, is written into its folder. DATA is what
+data_pipeline.shard takes as SOURCE.
 """
 
 

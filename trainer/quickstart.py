@@ -30,10 +30,9 @@ EXAMPLE = """examples:
 def parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="python -m trainer.quickstart",
-        description="Corrupts a packaged set of images, trains on the noisy images alone with the ambient and consistency "
-        "losses, "
-        "trains a naive model that takes them for clean with the same number of network evaluations, and draws "
-        "one picture of both.",
+        description="Corrupts a packaged set of images, trains on the noisy images alone with the ambient and "
+        "consistency losses, trains a naive model that takes them for clean with the same number of network "
+        "evaluations, and draws one picture of both.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

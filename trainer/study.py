@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 EXAMPLE = """examples:
   python -m trainer.study configs/studies/fashion.yaml --dry-run
   python -m trainer.study configs/studies/fashion.yaml --at-once 2
-  python -m trainer.study configs/studies/fashion.yaml --cluster cluster.yaml      # submits; called again, it judges what is done
+  python -m trainer.study configs/studies/fashion.yaml --cluster cluster.yaml    # submits; again: evaluates
 
-What is there is not made again: stop it at any time, and call it again. FOLDER gets table.md, table.json, plots, comparison.html.
+Finished work is not repeated: stop it at any time, and call it again. FOLDER gets table.md, table.json, plots and
+comparison.html.
 """
 
 

@@ -19,7 +19,8 @@ from benchmarks.demo_store import QUICK, make
 from tests.waiting import HANG_S, free_port, until
 from trainer.tracking.pages import server
 
-NO_ASSISTANT = """for (const [name, value] of Object.entries({"panelOpen_v1": "false", "fab.autoOpenedOnFirstLoad_v1": "true"}))
+NO_ASSISTANT = """const settings = {"panelOpen_v1": "false", "fab.autoOpenedOnFirstLoad_v1": "true"};
+for (const [name, value] of Object.entries(settings))
     localStorage.setItem("mlflow.assistant." + name, value)"""
 """MLflow opens its chat beside the page at the first visit, which takes a quarter of it."""
 

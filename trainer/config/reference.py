@@ -23,8 +23,9 @@ from trainer.config.run_config import RunConfig
 
 HEAD = """# Every field of a configuration
 
-A configuration is a YAML file of these fields; `key.path=value` on the command line replaces one (`optimizer.lr=3e-4`), and `base: other.yaml` takes the rest
-from a file beside it. Where a group has a `kind`, the other fields depend on it. A run that is started again may change those that are marked with ↻.
+A configuration is a YAML file of these fields. `key.path=value` on the command line replaces one
+(`optimizer.lr=3e-4`), and `base: other.yaml` takes the rest from a file in the same folder. If a group has a `kind`,
+the other fields depend on it. The fields marked with ↻ may change when a run is resumed.
 
 This page is made by `python -m trainer.config.reference`, from the code.
 """

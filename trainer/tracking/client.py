@@ -17,7 +17,8 @@ from trainer.tracking import pages
 from trainer.tracking.config import LoggingConfig
 
 QUESTION = """import os, sys
-os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_HTTP_REQUEST_MAX_RETRIES="1", MLFLOW_HTTP_REQUEST_TIMEOUT="10")
+os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_HTTP_REQUEST_MAX_RETRIES="1")
+os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "10"
 from mlflow.tracking import MlflowClient
 print(len(MlflowClient(tracking_uri=sys.argv[1]).search_experiments(max_results=100)))
 """

@@ -178,7 +178,8 @@ class SDXLAdapter(Adapter):
 
 {load}
 image = pipeline(
-    {c.prompt or "a caption like those of the data"!r}, negative_prompt="", height={height}, width={width}, num_inference_steps=40, guidance_scale=1.0
+    {c.prompt or "a caption like those of the data"!r}, negative_prompt="", height={height}, width={width},
+    num_inference_steps=40, guidance_scale=1.0
 ).images[0]"""
         head = {} if Path(c.base).expanduser().is_dir() else {"base_model": c.base}
         if c.prompt:

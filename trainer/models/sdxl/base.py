@@ -56,10 +56,12 @@ def check_data(base: str, prompt: str | None, encoded: bool, index: ShardIndex, 
         )
     if prompt is None and not encoded:
         if index.text is None:
+            otherwise = "or shard with captions, and --latents a pipeline with text encoders"
+            if index.captioned:
+                otherwise = "or set model.text to encoded"
             raise UserError(
                 f"model.prompt null: {shards} has no embeddings of captions (text/): give one prompt for all "
-                "images, such as 'a face', "
-                f"{'or set model.text to encoded' if index.captioned else 'or shard with captions, and --latents a pipeline with text encoders'}"
+                f"images, such as 'a face', {otherwise}"
             )
         from data_pipeline.latents.text import encoders_identity
 
