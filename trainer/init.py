@@ -69,7 +69,6 @@ def main(argv: list[str] | None = None) -> int:
     if args.config.exists():
         raise UserError(f"CONFIG {args.config}: is there already: choose another name")
     from data_pipeline.format.index import read_index
-    from trainer.training.data_warnings import few_images
 
     index = read_index(args.shards)
     data = proposal(args.shards, index, args.config.stem, gpus, args.base, args.prompt)
@@ -92,6 +91,16 @@ def main(argv: list[str] | None = None) -> int:
         args.config.write_text(text)
     except OSError as error:
         raise UserError(f"CONFIG {args.config}: cannot be written: {error.strerror}") from None
+    _say_next(args, data, index, gpus, gpu, said, seconds)
+    return errors.DONE
+
+
+def _say_next(
+    args: argparse.Namespace, data: dict[str, Any], index: ShardIndex, gpus: int, gpu: str, said: str, seconds: float
+) -> None:
+    """What was written, warnings, and the commands that come next. seconds: of the whole training, on a CPU."""
+    from trainer.training.data_warnings import few_images
+
     file = shlex.quote(str(args.config))
     print(f"{args.config}: for {index.samples} images, {said}")
     if len(data["model"].get("channels", ())) == 1:
@@ -122,7 +131,6 @@ def main(argv: list[str] | None = None) -> int:
             f"trainer.train {file}"
         )
     print("  every field:    docs/configuration.md")
-    return errors.DONE
 
 
 def _fitted(data: dict[str, Any], index: ShardIndex, gpus: int, gpu: str) -> str:

@@ -76,10 +76,24 @@ def model_of(run: Restored, prompt: str = "") -> Model:
 
 def judge(subject: Subject, request: Request, extractor: Extractor) -> tuple[Evaluation, Path]:
     """The evaluation, and its folder. One that is there already, of the same images and settings, is read back."""
-    run, index, reference, training = subject.run, subject.index, subject.reference, subject.training
-    observations = subject.observations
+    run, index = subject.run, subject.index
+    settings = _settings(subject, request, extractor)
+    folder = subject.folder / f"step-{run.state.step:08d}-{_digest(settings)}"
+    if (there := read(folder)) is not None:
+        return there, folder
+    shown = _Shown()
+    metrics, curve = _measured(subject, request, extractor, shown)
+    sigma_n = _sigma_n(run, index)
+    evaluation = Evaluation(settings, subject.name, _data(run, index), sigma_n, metrics, curve, shown.pictures)
+    write(folder, evaluation, shown.files)
+    return evaluation, folder
+
+
+def _settings(subject: Subject, request: Request, extractor: Extractor) -> dict[str, Any]:
+    """All that the metrics depend on; its digest names the evaluation's folder."""
+    run, reference, training = subject.run, subject.reference, subject.training
+    observations, levels = subject.observations, levels_within(request, run)
     attacks = attacks_of(request, run) if training else ()
-    levels = levels_within(request, run)
     settings: dict[str, Any] = {
         "format": FORMAT,
         "step": run.state.step,
@@ -112,10 +126,14 @@ def judge(subject: Subject, request: Request, extractor: Extractor) -> tuple[Eva
             "measured_about": observations.about,
             "measured_hash": observations.index.checksum,
         }
-    folder = subject.folder / f"step-{run.state.step:08d}-{_digest(settings)}"
-    if (there := read(folder)) is not None:
-        return there, folder
-    shown = _Shown()
+    return settings
+
+
+def _measured(
+    subject: Subject, request: Request, extractor: Extractor, shown: _Shown
+) -> tuple[dict[str, float], measures.Curve | None]:
+    """Metrics by name, and the denoiser's error by level where there are clean images; adds pictures to `shown`."""
+    run, reference, training, observations = subject.run, subject.reference, subject.training, subject.observations
     metrics: dict[str, float] = {}
     model = model_of(run, subject.prompt)
     samples = (
@@ -147,21 +165,18 @@ def judge(subject: Subject, request: Request, extractor: Extractor) -> tuple[Eva
             "Held-out observations",
             "For comparison with those.",
         )
-    curve = measures.curve(model, reference, CHECKED, levels) if reference else None
+    curve = measures.curve(model, reference, CHECKED, levels_within(request, run)) if reference else None
     if curve:
         by_level = zip(curve.levels, curve.mean, strict=True)
         metrics |= {f"denoiser_error_by_sigma/{level:g}": value for level, value in by_level}
     if training and reference:
-        for attack in attacks:
+        for attack in attacks_of(request, run):
             metrics |= _attack(model, attack, training, reference, extractor, request, shown)
         if samples:
             metrics |= _neighbours(
                 samples, training.part_of(request.compared), reference.part_of(request.compared), extractor, shown
             )
-    sigma_n = _sigma_n(run, index)
-    evaluation = Evaluation(settings, subject.name, _data(run, index), sigma_n, metrics, curve, shown.pictures)
-    write(folder, evaluation, shown.files)
-    return evaluation, folder
+    return metrics, curve
 
 
 class _Shown:

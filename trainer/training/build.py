@@ -21,18 +21,19 @@ from trainer.config.resume_compatibility import refuse_another_run
 from trainer.config.run_config import RunConfig, to_data, to_yaml
 from trainer.diffusion.ambient import NEAREST, AmbientLoss
 from trainer.diffusion.consistency import ConsistencyConfig, ConsistencyLoss
+from trainer.diffusion.denoiser import Denoiser
 from trainer.diffusion.interleave import StepSchedule
 from trainer.diffusion.particles import ParticlePool
 from trainer.engine import deepspeed_config
 from trainer.engine.deepspeed_engine import Engine
 from trainer.engine.distributed import Ranks
 from trainer.engine.ema import EMA
-from trainer.models.attention import set_attention
+from trainer.models.attention import Choice, set_attention
 from trainer.planning.trace import flops
 from trainer.tracking.logger import MLflowLogger
 from trainer.tracking.provenance import tags
 from trainer.training.consistency_budget import Budget, settled
-from trainer.training.data_warnings import _not_gaussian, few_images
+from trainer.training.data_warnings import few_images, not_gaussian_data
 from trainer.training.run import Run
 
 
@@ -47,12 +48,7 @@ def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = 
     conditioning = adapter.conditioning(config.data, config.seed, ranks.device)
     loader = Loader(config.data, layout, config.seed, ranks.device, conditioning.captions)
     _check_levels(config, loader)
-    few = few_images(config.data.shards, loader.index, config.data.sigma_scale)
-    other = _not_gaussian(config, loader)
-    notices = {f"notice.{name}": text for name, text in (("few_images", few), ("not_gaussian", other)) if text}
-    if ranks.is_main:
-        for text in notices.values():
-            print(f"warning: {text}", file=sys.stderr)
+    notices = _notices(config, loader, ranks)
     precision = deepspeed_config.resolve_precision(config.engine.precision)
     settings, unused = deepspeed_config.settings(config.engine, config.optimizer, layout, precision)
     if unused and ranks.is_main:
@@ -67,10 +63,7 @@ def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = 
     network = adapter.denoiser(shape, config.process, config.prediction, config.seed, conditioning.text)
     network = network.to(ranks.device)
     work = flops(network, shape, adapter.conditioning_shapes(network))
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    attention = set_attention(network, "sdpa" if config.engine.deterministic else config.engine.attention, dtype, ranks)
-    if config.engine.deterministic:
-        attention = replace(attention, why="engine.deterministic")
+    attention = _attention(config, network, precision, ranks)
     if config.engine.compile:
         network.backbone.compile()
     engine = Engine(network, config.engine, config.optimizer, precision, settings)
@@ -107,11 +100,28 @@ def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = 
         schedule=_schedule(c, budget, state),
         budget=budget,
         checkpoints=checkpoints,
-        logger=_logger(config, directory, engine, attention.tags() | notices | dict(extra_tags or {}))
-        if ranks.is_main
-        else None,
+        logger=_logger(config, ranks, engine, attention.tags() | notices | dict(extra_tags or {})),
         state=state,
     )
+
+
+def _notices(config: RunConfig, loader: Loader, ranks: Ranks) -> dict[str, str]:
+    """What is said of the data, as tags for MLflow; printed by the first rank."""
+    few = few_images(config.data.shards, loader.index, config.data.sigma_scale)
+    other = not_gaussian_data(config, loader)
+    notices = {f"notice.{name}": text for name, text in (("few_images", few), ("not_gaussian", other)) if text}
+    if ranks.is_main:
+        for text in notices.values():
+            print(f"warning: {text}", file=sys.stderr)
+    return notices
+
+
+def _attention(config: RunConfig, network: Denoiser, precision: str, ranks: Ranks) -> Choice:
+    """Sets the network's attention, in the precision that it trains in."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    if config.engine.deterministic:
+        return replace(set_attention(network, "sdpa", dtype, ranks), why="engine.deterministic")
+    return set_attention(network, config.engine.attention, dtype, ranks)
 
 
 def _load(path: Path, engine: Engine, ema: EMA, pool: ParticlePool, first_particle: int, ranks: Ranks) -> TrainState:
@@ -151,9 +161,12 @@ def roll_back(run: Run) -> bool:
     return True
 
 
-def _logger(config: RunConfig, directory: Path, engine: Engine, more: dict[str, str]) -> MLflowLogger:
-    parameters = dict(flatten(to_data(config)))
-    return MLflowLogger(config.logging, directory, parameters, {**tags(), "engine.precision": engine.precision, **more})
+def _logger(config: RunConfig, ranks: Ranks, engine: Engine, more: dict[str, str]) -> MLflowLogger | None:
+    """Of the first rank; the others have none."""
+    if not ranks.is_main:
+        return None
+    parameters, told = dict(flatten(to_data(config))), {**tags(), "engine.precision": engine.precision, **more}
+    return MLflowLogger(config.logging, Path(config.run_dir), parameters, told)
 
 
 def _budget(config: ConsistencyConfig | None, state: TrainState) -> Budget | None:

@@ -27,7 +27,7 @@ def few_images(shards: str, index: ShardIndex, sigma_scale: float = 1.0) -> str 
     )
 
 
-def _not_gaussian(config: RunConfig, loader: Loader) -> str | None:
+def not_gaussian_data(config: RunConfig, loader: Loader) -> str | None:
     """What to say where losses are asked for that take another corruption into the samples (docs/corruptions.md)."""
     steps, asked = (
         loader.index.not_gaussian,

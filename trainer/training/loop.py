@@ -22,7 +22,7 @@ from trainer.training.consistency_budget import settled
 from trainer.training.preview import Preview
 from trainer.training.reports import Reports, warn
 from trainer.training.run import Run
-from trainer.training.step import _passes
+from trainer.training.step import run_passes
 from trainer.training.step_status import Step, Verdict, Verdicts
 
 
@@ -46,14 +46,11 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
         total=config.steps, initial=before.step, desc=run.directory.name, unit="step", disable=not ranks.is_main
     )
 
-    with (
-        _last_checkpoint(run),
-        bar,
-        closing(batches),
-    ):  # on errors, too: they stand on a line of their own, and no worker is left
+    # On errors, too: they stand on a line of their own, and no worker is left.
+    with _last_checkpoint(run), bar, closing(batches):
         for step in range(before.step, config.steps):
             started, done = time.perf_counter(), step + 1
-            passes = _passes(run, batches, step, step + passed_over, reports, spikes)
+            passes = run_passes(run, batches, step, step + passed_over, reports, spikes)
             run.ema.update(engine.masters, done)
             period = _spend(run, step, started + passes.waited)
 
@@ -97,9 +94,7 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
                 preview.log(done)
 
             # What outlasts the process.
-            if isinstance(config.ema, PowerEMA) and config.ema.snapshots and done % config.ema.snapshots.every == 0:
-                for name, width in config.ema.tracked().items():
-                    write_snapshot(run.directory, ranks, done, width, run.averaged_weights(name))
+            _snapshots(run, done)
             if saves or stopping:
                 tally, warning = judge.close(done)
                 warn(run, "keep_best", warning)
@@ -110,6 +105,14 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
                 break
     assert saved_at == run.state.step, "nothing done is left unsaved"
     return run.state.step >= config.steps
+
+
+def _snapshots(run: Run, done: int) -> None:
+    """Writes those of the averages that are due after so many steps. A collective."""
+    ema = run.config.ema
+    if isinstance(ema, PowerEMA) and ema.snapshots and done % ema.snapshots.every == 0:
+        for name, width in ema.tracked().items():
+            write_snapshot(run.directory, run.ranks, done, width, run.averaged_weights(name))
 
 
 def _spend(run: Run, step: int, started: float) -> int | None:

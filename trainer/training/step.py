@@ -31,7 +31,7 @@ class Passes:
     waited: float
 
 
-def _passes(
+def run_passes(
     run: Run, batches: Iterator[Batch], step: int, drawn: int, reports: Reports, spikes: Spikes | None
 ) -> Passes:
     """Forward and backward passes of the step's micro-batches, and the optimiser's step. drawn: as `step_loss` has
