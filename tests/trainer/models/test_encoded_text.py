@@ -103,10 +103,8 @@ def test_a_run_without_a_cache_follows_one_with_it(
             assert b[step][name] == pytest.approx(a[step][name], rel=LOSS_TOLERANCE, abs=1e-6), (step, name)
     pool = final(tmp_path / "encoded", "pool-00000-of-00001")
     held = pool["4x4x4.conditioning.caption"].flatten(0, 1).unique(dim=0)
-    known = {
-        tuple(row.flatten().tolist())
-        for row in tokens_of(Path(restore(tmp_path / "encoded").config.model.base), ["", *CAPTIONS])
-    }  # pyright: ignore
+    model: Any = restore(tmp_path / "encoded").config.model
+    known = {tuple(row.flatten().tolist()) for row in tokens_of(Path(model.base), ["", *CAPTIONS])}
     assert {tuple(row.flatten().tolist()) for row in held if row.any()} <= known, "an empty slot has zeros"
     assert all("backbone.unet" in name for name in final(tmp_path / "encoded")), "frozen encoders are in no checkpoint"
 
