@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ambient_core import errors
+from ambient_core.errors import UserError
 from tests.conftest import ROOT, TINY, Outcome
 from trainer import plan
 from trainer.config.run_config import RunConfig, load
@@ -57,6 +59,14 @@ def test_adapters_are_those_that_training_adds(tiny_sdxl: Path) -> None:
     trained = sdxl(tiny_sdxl, *fields).model.adapter.backbone((4, 8, 8))
     described = [[(name, p.shape, p.dtype, p.requires_grad) for name, p in backbone.named_parameters()] for backbone in (planned.backbone, trained)]  # fmt: skip
     assert described[0] == described[1]
+
+
+def test_a_base_of_another_architecture_is_one_line(tiny_sdxl: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_sdxl, tmp_path / "base")
+    path = tmp_path / "base" / "unet" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "addition_embed_type": None}))
+    with pytest.raises(UserError, match="not Stable Diffusion XL: its UNet takes no size and crop"):
+        of_sdxl(tmp_path / "base")
 
 
 def with_weights(network: Denoiser) -> Denoiser:
