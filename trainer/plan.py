@@ -141,8 +141,8 @@ def _data(config: RunConfig, given: list[int] | None) -> tuple[tuple[int, int, i
     try:
         index = read_index(config.data.shards)
     except UserError as error:
-        if usual := config.model.adapter.usual:
-            shape, words = usual
+        if default := config.model.adapter.default_shape:
+            shape, words = default
             print(f"{config.data.shards}: no shards yet, so this is for {words}", file=sys.stderr)
             return shape, 2.0 * math.prod(shape)
         raise UserError(f"{error}; or give --shape C H W to plan without shards") from None

@@ -56,7 +56,7 @@ class Adapter(ABC):
     """Images that are drawn together."""
     takes_prompt: ClassVar[bool] = False
     """Whether images are drawn of a prompt."""
-    usual: ClassVar[tuple[Shape, str] | None] = None
+    default_shape: ClassVar[tuple[Shape, str] | None] = None
     """The shape to plan with where there are no shards yet, and what it is, in words; None: there is none."""
 
     # Building.

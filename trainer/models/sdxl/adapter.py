@@ -75,7 +75,7 @@ class SDXLAdapter(Adapter):
     at_once: ClassVar[int] = 4
     """Latents of 1024 px fill a GPU, and leave room beside training."""
     takes_prompt: ClassVar[bool] = True
-    usual: ClassVar[tuple[Shape, str] | None] = (4, 128, 128), "latents of 1024 x 1024 pixels"
+    default_shape: ClassVar[tuple[Shape, str] | None] = (4, 128, 128), "latents of 1024 x 1024 pixels"
 
     @property
     def _encoded(self) -> bool:
