@@ -149,7 +149,7 @@ def write_requested(args: argparse.Namespace, workers: int | None = None, write:
         captions=not args.no_captions,
         latents=latents,
         max_rejected=args.max_rejected,
-        workers=workers or 1,
+        workers=1 if workers is None else workers,
         write=write,
     )
     rejected = f", {index.rejected} rejected: {storage.join(args.output, 'rejected.jsonl')}" if index.rejected else ""
