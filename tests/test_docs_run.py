@@ -29,7 +29,7 @@ NOT_RUN = {
     r"stabilityai/|train configs/sdxl-face|sample runs/sdxl-face": "needs SDXL's own weights",
     r"sdxl-tiny|mine-sdxl": "tests/test_tutorial.py runs them, one after the other",
     r"slurm\.status": "tests/slurm asks it of jobs",
-    r"trainer\.config_fields": "tests/trainer/config/test_reference.py compares the page",
+    r"trainer\.config\.reference": "tests/trainer/config/test_reference.py compares the page",
     r"SOURCE OUTPUT": "only says what a command takes",
     r"posterized": "below, with the code of its page",
 }
@@ -116,7 +116,7 @@ def test_a_command_does_its_work(
     words = words_of(command)
     if words[0] == "ambient":
         words = ["python", "-m", cli.COMMANDS[words[1]][0], *words[2:]]
-    made = {"data_pipeline.shard": 4, "trainer.export": 4, "trainer.models.tiny_sdxl": 3}
+    made = {"data_pipeline.shard": 4, "slurm.shard": 4, "trainer.export": 4, "trainer.models.tiny_sdxl": 3}
     if words[2] in made:
         shutil.rmtree(words[made[words[2]]], ignore_errors=True)
     if words[2] == "trainer.init":

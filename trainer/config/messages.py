@@ -84,7 +84,8 @@ def explain(kind: Any, error: Any) -> str:
 
 def _one_of(kind: Any, location: Sequence[str]) -> str:
     """ ": 'slurm' or 'local'" of a field that has a few values with names, else ""."""
-    hints = [typing.get_type_hints(inner).get(location[-1]) for inner in _at(kind, location[:-1])]
+    groups = [inner for hint in _at(kind, location[:-1]) for inner in members(hint)]
+    hints = [typing.get_type_hints(inner).get(location[-1]) for inner in groups]
     values = [value for hint in hints if typing.get_origin(hint) is typing.Literal for value in typing.get_args(hint)]
     return f": {' or '.join(map(repr, values))}" if values else ""
 
@@ -118,7 +119,7 @@ def _paths(kind: Any, prefix: str = "") -> Iterator[tuple[str, str | None]]:
 
 def members(hint: Any) -> list[Any]:
     """The dataclasses that a value may be, without those within them. A dict's keys are names that the user gave."""
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return [hint]
     if typing.get_origin(hint) in (typing.Union, types.UnionType, typing.Annotated):
         return [inner for argument in typing.get_args(hint) for inner in members(argument)]

@@ -106,7 +106,7 @@ HUNG = """
 import re, sys, time
 from pathlib import Path
 from slurm.job.watchdog import Watchdog
-import slurm.watchdog
+import slurm.job.watchdog
 slurm.job.watchdog.GRACE = 2.0
 with Watchdog(3.0, Path(sys.argv[1])) as watchdog:
     for _ in range(22):

@@ -28,14 +28,15 @@ def test_a_rank_is_compared_with_the_middle_one_of_the_others() -> None:
 
 HELD_BACK = """
 import sys, time
-from trainer import errors, loop
+from ambient_core import errors
 from trainer.train import main
-honest = loop.step_loss
+from trainer.training import step as step_module
+honest = step_module.step_loss
 def held_back(run, batch, step, *rest):
     if run.ranks.rank == 1 and step >= 4:
         time.sleep(1)
     return honest(run, batch, step, *rest)
-loop.step_loss = held_back
+step_module.step_loss = held_back
 sys.exit(errors.run(main))
 """
 """A training whose rank 1 takes a second more for each step from the fifth on."""

@@ -86,14 +86,15 @@ def test_a_seed_decides_everything(train: Train, tmp_path: Path) -> None:
 
 SIGNALLED = """
 import os, sys
-from trainer import errors, loop
+from ambient_core import errors
 from trainer.train import main
-honest = loop.step_loss
+from trainer.training import step as step_module
+honest = step_module.step_loss
 def signalled(run, batch, step, *rest):
     if step == 4:
         os.killpg(0, int(sys.argv[1]))
     return honest(run, batch, step, *rest)
-loop.step_loss = signalled
+step_module.step_loss = signalled
 sys.exit(errors.run(lambda: main(sys.argv[2:])))
 """
 """A training that sends a signal to its process group in the middle of its fifth step."""
