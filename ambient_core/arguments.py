@@ -35,3 +35,8 @@ def meant(word: object, known: Iterable[str]) -> str:
     by_lower = {name.lower(): name for name in known}
     close = difflib.get_close_matches(str(word).lower(), by_lower, 1)
     return f"; did you mean {by_lower[close[0]]}?" if close else ""
+
+
+def giving(words: Iterable[str], *options: str) -> str | None:
+    """The first of a command's words that gives one of these options, as `--option` or `--option=value`."""
+    return next((word for word in words if word.partition("=")[0] in options), None)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
 from ambient_core import errors, storage
-from ambient_core.arguments import Parser
+from ambient_core.arguments import Parser, giving
 from ambient_core.errors import UserError
 from data_pipeline.corruption.arguments import add_arguments, from_arguments
 from data_pipeline.corruption.corruption import Corruption
@@ -18,7 +17,7 @@ from data_pipeline.latents import arguments as latent_arguments
 from data_pipeline.latents.arguments import LatentRequest
 from data_pipeline.sharding.plan import Request
 from data_pipeline.sharding.shard_dataset import preprocess
-from data_pipeline.sharding.workers import Write, available_cores, write_shards
+from data_pipeline.sharding.workers import Write, available_cores, in_processes
 
 EXAMPLE = """examples:
   python -m data_pipeline.shard packaged:digits/train data/digits --sigma 0.5
@@ -109,7 +108,7 @@ def shard(
     too many images cannot be used, or a worker or job dies.
     """
     request = Request(source, corruption, seed, size, channels, value_range, limit, shard_size, captions, latents)
-    return preprocess(request, str(output), max_rejected, write or partial(write_shards, workers=workers))
+    return preprocess(request, str(output), max_rejected, write or in_processes(workers))
 
 
 def _default_workers(latents: LatentRequest | None) -> int:
@@ -124,18 +123,18 @@ def _default_workers(latents: LatentRequest | None) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
-    if moved := [word for word in words if word.partition("=")[0] in ("--cluster", "--jobs")]:
-        raise UserError(f"{moved[0]}: jobs are submitted by python -m slurm.shard, which takes the same words")
-    args = parser().parse_args(words)
-    return write_requested(args, args.workers)
+    if word := giving(words, "--cluster", "--jobs"):
+        raise UserError(f"{word}: jobs are submitted by python -m slurm.shard, which takes the same words")
+    return write_requested(parser().parse_args(words))
 
 
-def write_requested(args: argparse.Namespace, workers: int | None = None, write: Write | None = None) -> int:
-    """Carries out what the words of `parser_of_request` ask for, and prints what was written. Returns the exit code."""
+def write_requested(args: argparse.Namespace, write: Write | None = None) -> int:
+    """Carries out what the words of `parser_of_request` ask for, and prints what was written. Returns the exit code.
+    write: who writes the shards; None: the --workers of this machine."""
     corruption = from_arguments(args)
     latents = latent_arguments.from_arguments(args, corruption)
-    if workers is None and write is None:
-        workers = _default_workers(latents)
+    if write is None:
+        write = in_processes(_default_workers(latents) if args.workers is None else args.workers)
     index = shard(
         args.source,
         args.output,
@@ -149,7 +148,6 @@ def write_requested(args: argparse.Namespace, workers: int | None = None, write:
         captions=not args.no_captions,
         latents=latents,
         max_rejected=args.max_rejected,
-        workers=1 if workers is None else workers,
         write=write,
     )
     rejected = f", {index.rejected} rejected: {storage.join(args.output, 'rejected.jsonl')}" if index.rejected else ""

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ambient_core import errors
 from ambient_core.errors import WorkFailed
@@ -16,7 +17,9 @@ from ambient_core.progress import progress_bar
 from slurm.cluster import ClusterConfig, Resumable, failure_of, read_cluster, submit_independent, wait
 from trainer.evaluate import check, parser_of_request, report_on, request_of, weights_of
 from trainer.evaluation.request import Request
-from trainer.reports.evaluate_runs import Weights
+
+if TYPE_CHECKING:
+    from trainer.reports.evaluate_runs import Weights
 
 EXAMPLE = """example:
   python -m slurm.evaluate runs/* --reference held-out/ --cluster cluster.yaml

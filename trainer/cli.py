@@ -7,7 +7,7 @@ from importlib import import_module
 
 import trainer
 from ambient_core import errors
-from ambient_core.arguments import meant
+from ambient_core.arguments import giving, meant
 from ambient_core.errors import UserError
 
 COMMANDS = {
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
         hint = meant(argv[0], [*COMMANDS, "completion"]) or f"; there are {', '.join(COMMANDS)}"
         raise UserError(f"{argv[0]}: no such command{hint}")
     module = COMMANDS[argv[0]][0]
-    if any(word.partition("=")[0] == "--cluster" for word in argv[1:]):
+    if giving(argv[1:], "--cluster"):
         module = ON_A_CLUSTER.get(argv[0], module)
     return import_module(module).main(argv[1:])
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ambient_core import errors
-from ambient_core.arguments import Parser
+from ambient_core.arguments import Parser, giving
 from ambient_core.errors import UserError
 from trainer.evaluation.request import Request, check_numbers
 from trainer.inference.draw import add_weights
@@ -130,8 +130,8 @@ def parser_of_request(prog: str, examples: str) -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
-    if any(word.partition("=")[0] == "--cluster" for word in words):
-        raise UserError("--cluster: jobs are submitted by python -m slurm.evaluate, which takes the same words")
+    if word := giving(words, "--cluster"):
+        raise UserError(f"{word}: jobs are submitted by python -m slurm.evaluate, which takes the same words")
     args = parser().parse_args(words)
     check(args)
     return report_on(args, request_of(args), weights_of(args), f"python -m trainer.evaluate {shlex.join(words)}")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ambient_core.errors import UserError, WorkFailed
@@ -97,7 +98,14 @@ OnImages = Callable[[int], object]
 OnRecord = Callable[[Record], None]
 """Told of each finished shard."""
 Write = Callable[[Work, Source, Sequence[int], OnImages, OnRecord], None]
-"""Who writes the shards of these numbers: `write_shards` on this machine, `slurm.shard.by_jobs` on a cluster."""
+"""Who writes the shards of these numbers: `in_processes` on this machine, `slurm.shard.by_jobs` on a cluster."""
+
+
+def in_processes(workers: int) -> Write:
+    """Who writes shards in so many processes of this machine. Raises UserError for none."""
+    if workers < 1:
+        raise UserError(f"--workers {workers}: must be at least 1")
+    return partial(write_shards, workers=workers)
 
 
 def write_shards(
@@ -106,10 +114,8 @@ def write_shards(
     """Writes the shards of these numbers, in so many processes. When `on_record` raises, or Ctrl-C comes, the other
     workers end within an image.
 
-    Raises UserError for no workers, WorkFailed when a worker dies.
+    Raises WorkFailed when a worker dies.
     """
-    if workers < 1:
-        raise UserError(f"--workers {workers}: must be at least 1")
     if min(workers, len(numbers)) <= 1:
         for number in numbers:
             on_record(write_shard(work, source, number, lambda: on_images(1)))

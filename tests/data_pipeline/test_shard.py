@@ -213,3 +213,11 @@ def test_an_output_inside_the_source_would_become_a_part_of_it(pictures: Path, t
         with pytest.raises(UserError, match="lies in SOURCE"):
             shard(str(pictures), inside, Gaussian(0.4))
         assert not (pictures / "out").exists()
+
+
+def test_no_workers_are_refused_before_anything_is_written_and_where_all_is(pictures: Path, tmp_path: Path) -> None:
+    words = [str(pictures), str(tmp_path / "out"), "--sigma", "0.5"]
+    assert errors.run(lambda: main([*words, "--workers", "0"])) == 2
+    assert not (tmp_path / "out").exists()
+    assert errors.run(lambda: main([*words, "--workers", "1"])) == 0
+    assert errors.run(lambda: main([*words, "--workers", "0"])) == 2
