@@ -9,7 +9,7 @@ from pathlib import Path
 from ambient_core import errors, paths
 from ambient_core.arguments import Parser
 from ambient_core.errors import UserError
-from trainer.inference.draw import add_weights
+from trainer.inference.arguments import add_weights
 
 EXAMPLE = """examples:
   python -m trainer.export runs/sdxl-face exports/face       # adapters: pytorch_lora_weights.safetensors

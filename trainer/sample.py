@@ -12,7 +12,7 @@ from ambient_core import errors
 from ambient_core.arguments import Parser
 from ambient_core.errors import UserError
 from trainer.diffusion.sampling import Sampler
-from trainer.inference.draw import add_weights
+from trainer.inference.arguments import add_weights
 
 if TYPE_CHECKING:
     from trainer.inference.load import Restored

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -138,21 +137,3 @@ def _save(pixels: Any, path: Path) -> None:
     data = BytesIO()
     Image.fromarray(pixels).save(data, "PNG")
     storage.write_atomically(str(path), data.getvalue())
-
-
-def add_weights(p: argparse.ArgumentParser) -> None:
-    """Which weights of a run are taken: the arguments of `restore`."""
-    p.add_argument(
-        "--checkpoint",
-        default="latest",
-        metavar="WHICH",
-        help="latest, best (by checkpoint.keep_best), or a step (default: latest)",
-    )
-    p.add_argument(
-        "--ema-sigma-rel",
-        type=float,
-        metavar="WIDTH",
-        help=(
-            "take an average of this width, put together from the run's ema.snapshots (default: the run's own average)"
-        ),
-    )
