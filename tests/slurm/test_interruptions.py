@@ -185,5 +185,5 @@ def test_a_hung_rank_is_noticed_all_ranks_say_where_they_are_and_the_job_goes_on
     assert job.starts[0].hung == (0, 1)
     assert "stacks of ranks 0, 1" in job.reasons[0]
     assert "sitecustomize.py" in (job.starts[0].folder / "rank-1-stacks.txt").read_text()
-    assert "/code/trainer/loop.py" in (job.starts[0].folder / "rank-0-stacks.txt").read_text()
+    assert "/code/trainer/training/loop.py" in (job.starts[0].folder / "rank-0-stacks.txt").read_text()
     assert_same_bits(uncut, job.run_dir)
