@@ -6,6 +6,8 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal
 
 DONE, FAILED, BAD_REQUEST, INTERRUPTED = 0, 1, 2, 75
 """0 done; 1 the work failed; 2 the request was wrong; 75 interrupted with a checkpoint saved: run again to go on."""
@@ -23,8 +25,36 @@ class Told(Exception):
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
+Code = Literal[
+    "missing",  # must be given, and is not
+    "unknown",  # a name that is none of those that there are
+    "invalid",  # a value of the wrong kind, form or range
+    "conflict",  # does not go together with what else was given
+    "mismatch",  # right by itself, but of another size or kind than the data, the model or an earlier call has
+    "not_found",  # a file, a folder, or a part of one, that is not there
+    "unreadable",  # a file that is damaged, or not of its format
+    "unwritable",
+    "in_use",  # a place that holds something else, or that another process writes
+    "unsupported",  # good, but not what this program can use
+    "dependency",  # a package or a program that is not installed
+]
+"""What kind of mistake a UserError is."""
+
+
 class UserError(Told):
-    """The request cannot be met. The message names the field or file, its value, and what to do, in one line."""
+    """The request cannot be met. The message names the field or file, its value, and what to do, in one line.
+
+    field: what to change: an option such as --sigma, a field such as optimizer.lr, an argument such as SOURCE, or a
+    path. code: the kind of mistake. For programs and tests, which need not read the message."""
+
+    def __init__(self, text: str, *, field: str | os.PathLike[str], code: Code) -> None:
+        super().__init__(text)
+        self.field = os.fspath(field)
+        self.code: Code = code
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Workers send their errors to the process that waits for them."""
+        return partial(type(self), field=self.field, code=self.code), self.args
 
 
 class WorkFailed(Told):

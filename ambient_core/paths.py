@@ -19,7 +19,9 @@ def cache() -> Path:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"the cache {path} cannot be made ({error.strerror}): set AMBIENT_CACHE to a folder that can be written"
+            f"the cache {path} cannot be made ({error.strerror}): set AMBIENT_CACHE to a folder that can be written",
+            field="AMBIENT_CACHE",
+            code="unwritable",
         ) from None
     return path
 
@@ -37,7 +39,7 @@ def appearing(folder: Path) -> Iterator[Path]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.")
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
+        raise UserError(f"{folder}: cannot be written: {error.strerror}", field=folder, code="unwritable") from None
     with temporary as name:
         partial = Path(name) / "whole"
         partial.mkdir()

@@ -168,13 +168,19 @@ def _system(url: str) -> tuple[Any, str]:
     try:
         refuse_password(url)
     except ValueError as error:
-        raise UserError(str(error)) from None
+        raise UserError(str(error), field=url, code="invalid") from None
     try:
         system, name = url_to_fs(url)
     except ImportError as error:
-        raise UserError(f"{url}: a package is missing, install it by pip: {error}") from None
+        raise UserError(
+            f"{url}: a package is missing, install it by pip: {error}", field=url, code="dependency"
+        ) from None
     except ValueError as error:
-        raise UserError(f"{url}: {error}; use a path, or a URL that fsspec knows (s3://, gs://, https://...)") from None
+        raise UserError(
+            f"{url}: {error}; use a path, or a URL that fsspec knows (s3://, gs://, https://...)",
+            field=url,
+            code="invalid",
+        ) from None
     return system, str(name)
 
 

@@ -124,7 +124,11 @@ def _default_workers(latents: LatentRequest | None) -> int:
 def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if word := giving(words, "--cluster", "--jobs"):
-        raise UserError(f"{word}: jobs are submitted by python -m slurm.shard, which takes the same words")
+        raise UserError(
+            f"{word}: jobs are submitted by python -m slurm.shard, which takes the same words",
+            field=word,
+            code="conflict",
+        )
     return write_requested(parser().parse_args(words))
 
 

@@ -155,7 +155,11 @@ def executor(config: ClusterConfig, folder: Path, name: str, around: Surrounding
         )
         return local
     if shutil.which("srun") is None or shutil.which("sbatch") is None:
-        raise UserError("kind slurm: no srun and sbatch on this machine: submit from a login node, or take kind: local")
+        raise UserError(
+            "kind slurm: no srun and sbatch on this machine: submit from a login node, or take kind: local",
+            field="kind",
+            code="dependency",
+        )
     exports = [f"export {key}={shlex.quote(value)}" for key, value in config.environment.items()]
     optional = {
         "partition": config.partition,

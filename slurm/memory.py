@@ -19,7 +19,11 @@ def check_memory(point: Point, cluster: ClusterConfig) -> None:
 
     on_gpus = cluster.gpus_per_node > 0
     if cluster.gpu is not None and cluster.gpu not in GPUS:
-        raise UserError(f"gpu {cluster.gpu}: must be one of {', '.join(GPUS)}{meant(cluster.gpu, GPUS)}")
+        raise UserError(
+            f"gpu {cluster.gpu}: must be one of {', '.join(GPUS)}{meant(cluster.gpu, GPUS)}",
+            field="gpu",
+            code="unknown",
+        )
     if (cluster.gpu if on_gpus else cluster.mem_gb) is None:
         return
     from data_pipeline.format.index import read_index
@@ -40,7 +44,9 @@ def check_memory(point: Point, cluster: ClusterConfig) -> None:
             advice = f"the nearest that fits is {nearest}" if nearest else "nothing near it fits"
             raise UserError(
                 f"{point.run_dir}: a rank takes {peak:.1f} GB on {nodes} nodes, a {cluster.gpu} has "
-                f"{usable:.0f} for it: {advice}"
+                f"{usable:.0f} for it: {advice}",
+                field=point.run_dir,
+                code="invalid",
             )
         return
     peak = (memory.peak + memory.host) / 1e9
@@ -48,5 +54,7 @@ def check_memory(point: Point, cluster: ClusterConfig) -> None:
     if cluster.mem_gb is not None and needed > cluster.mem_gb:
         raise UserError(
             f"mem_gb {cluster.mem_gb:g}: {cluster.ranks_per_node} ranks on a node take about {needed:.1f} GB, "
-            f"{peak:.1f} each of tensors ({point.run_dir}): ask for more, or give a smaller micro_batch_size"
+            f"{peak:.1f} each of tensors ({point.run_dir}): ask for more, or give a smaller micro_batch_size",
+            field="mem_gb",
+            code="invalid",
         )

@@ -52,14 +52,22 @@ def points(path: Path, overrides: Sequence[str], sweeps: Sequence[str]) -> list[
         return [Point(replace(config, run_dir=str(base)), ())]
     keys = [sweep.partition("=")[0] for sweep in sweeps]
     if twice := next((key for key in keys if keys.count(key) > 1), None):
-        raise UserError(f"--sweep {twice}: is given twice: give all its values in one")
+        raise UserError(
+            f"--sweep {twice}: is given twice: give all its values in one", field="--sweep", code="conflict"
+        )
     if "run_dir" in keys:
         raise UserError(
             "--sweep run_dir: each point has a folder of its own, named by its values: sweep another field, "
-            "such as seed"
+            "such as seed",
+            field="--sweep",
+            code="unsupported",
         )
     if (base / "config.yaml").is_file():
-        raise UserError(f"run_dir {base}: holds a run, and the sweep's would lie within it: choose another")
+        raise UserError(
+            f"run_dir {base}: holds a run, and the sweep's would lie within it: choose another",
+            field="run_dir",
+            code="in_use",
+        )
     axes = [_axis(sweep) for sweep in sweeps]
     found: dict[str, Point] = {}
     for values in product(*axes):
@@ -68,7 +76,11 @@ def points(path: Path, overrides: Sequence[str], sweeps: Sequence[str]) -> list[
             path, [*overrides, *values, f"run_dir={json.dumps(str(base / name))}", f"logging.name={json.dumps(name)}"]
         )
         if name in found:
-            raise UserError(f"--sweep: two points are named {name}: give each key and each value once")
+            raise UserError(
+                f"--sweep: two points are named {name}: give each key and each value once",
+                field="--sweep",
+                code="conflict",
+            )
         found[name] = Point(point, values)
     return list(found.values())
 
@@ -80,7 +92,9 @@ def _axis(sweep: str) -> list[str]:
     except ValueError:
         values = []
     if not separator or not key or not values:
-        raise UserError(f"--sweep {sweep}: is key.path=a,b,c, such as optimizer.lr=1e-4,3e-4")
+        raise UserError(
+            f"--sweep {sweep}: is key.path=a,b,c, such as optimizer.lr=1e-4,3e-4", field="--sweep", code="invalid"
+        )
     return [f"{key}={json.dumps(value)}" for value in values]
 
 

@@ -48,9 +48,17 @@ def _said(check: Callable[[], object]) -> Iterator[str]:
 
 def _free(point: Point, cluster: ClusterConfig) -> None:
     if job := point.job:
-        raise UserError(f"run_dir {point.run_dir}: job {job} has to do with it: cancel it, or choose another")
+        raise UserError(
+            f"run_dir {point.run_dir}: job {job} has to do with it: cancel it, or choose another",
+            field="run_dir",
+            code="in_use",
+        )
     if (done := steps_done(point.run_dir)) >= point.config.steps:
-        raise UserError(f"run_dir {point.run_dir}: its {done} steps are done: raise steps, or choose another")
+        raise UserError(
+            f"run_dir {point.run_dir}: its {done} steps are done: raise steps, or choose another",
+            field="run_dir",
+            code="in_use",
+        )
 
 
 def _run_dir(point: Point, cluster: ClusterConfig) -> None:
@@ -72,7 +80,9 @@ def _writable(name: str, folder: Path) -> None:
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        raise UserError(f"{name} {folder}: cannot be written: {error.strerror}") from None
+        raise UserError(
+            f"{name} {folder}: cannot be written: {error.strerror}", field=name, code="unwritable"
+        ) from None
 
 
 def _ranks(point: Point, cluster: ClusterConfig) -> None:
@@ -81,7 +91,11 @@ def _ranks(point: Point, cluster: ClusterConfig) -> None:
         try:
             point.config.layout(0, nodes * cluster.ranks_per_node)
         except UserError as error:
-            raise UserError(f"{error}, which {nodes} nodes of {cluster.ranks_per_node} ranks have") from None
+            raise UserError(
+                f"{error}, which {nodes} nodes of {cluster.ranks_per_node} ranks have",
+                field=error.field,
+                code=error.code,
+            ) from None
 
 
 def _model(point: Point, cluster: ClusterConfig) -> None:
@@ -96,7 +110,11 @@ def _model(point: Point, cluster: ClusterConfig) -> None:
     index = read_index(str(local or shards))
     if (damaged := wrong_size(str(local or shards), index)) is not None:
         shard, size = damaged
-        raise UserError(f"data.shards {shards}: {shard.name} has {size} bytes, not {shard.bytes}: shard again")
+        raise UserError(
+            f"data.shards {shards}: {shard.name} has {size} bytes, not {shard.bytes}: shard again",
+            field="data.shards",
+            code="unreadable",
+        )
     point.config.model.adapter.check_data(index, shards)
     for shape in index.shapes:
         configured(point.config, shape)
@@ -112,13 +130,17 @@ def _tracking(point: Point, cluster: ClusterConfig) -> None:
         file = Path(uri.removeprefix("sqlite:///"))
         _writable("logging.tracking_uri", file.parent)  # SQLite writes its journal beside the file
         if file.exists() and not os.access(file, os.W_OK):
-            raise UserError(f"logging.tracking_uri {uri}: {file} cannot be written")
+            raise UserError(
+                f"logging.tracking_uri {uri}: {file} cannot be written", field="logging.tracking_uri", code="unwritable"
+            )
     elif uri.startswith(("http://", "https://")):
         try:
             urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=ANSWER_S).close()  # noqa: S310  # its scheme is looked at above
         except (OSError, ValueError) as error:
             reason = getattr(error, "reason", None) or error
-            raise UserError(f"logging.tracking_uri {uri}: does not answer: {reason}") from None
+            raise UserError(
+                f"logging.tracking_uri {uri}: does not answer: {reason}", field="logging.tracking_uri", code="not_found"
+            ) from None
 
 
 def _machine(cluster: ClusterConfig) -> None:
@@ -127,13 +149,19 @@ def _machine(cluster: ClusterConfig) -> None:
         if cluster.partition and known and cluster.partition not in known:
             raise UserError(
                 f"partition {cluster.partition}: no such partition; there are "
-                f"{', '.join(known)}{meant(cluster.partition, known)}"
+                f"{', '.join(known)}{meant(cluster.partition, known)}",
+                field="partition",
+                code="unknown",
             )
     elif cluster.gpus_per_node:
         import torch
 
         if (count := torch.cuda.device_count()) < cluster.gpus_per_node:
-            raise UserError(f"gpus_per_node {cluster.gpus_per_node}: this machine has {count}")
+            raise UserError(
+                f"gpus_per_node {cluster.gpus_per_node}: this machine has {count}",
+                field="gpus_per_node",
+                code="invalid",
+            )
 
 
 def refused_by_slurm(text: str) -> str | None:

@@ -71,7 +71,7 @@ def _say(record: Record) -> None:
 def by_jobs(cluster: ClusterConfig, jobs: int) -> Write:
     """Who writes shards by at most so many jobs. Raises UserError for none."""
     if jobs < 1:
-        raise UserError(f"--jobs {jobs}: must be at least 1")
+        raise UserError(f"--jobs {jobs}: must be at least 1", field="--jobs", code="invalid")
     return partial(submit_shards, cluster=cluster, jobs=jobs)
 
 
@@ -122,7 +122,11 @@ def _report(handles: list[Any], parts: list[tuple[int, ...]], missing: set[int])
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.workers is not None:
-        raise UserError(f"--workers {args.workers}: with --cluster it is the file's cpus_per_task")
+        raise UserError(
+            f"--workers {args.workers}: with --cluster it is the file's cpus_per_task",
+            field="--workers",
+            code="conflict",
+        )
     return write_requested(args, write=by_jobs(read_cluster(args.cluster), args.jobs))
 
 

@@ -132,7 +132,11 @@ def status(run_dir: Path) -> Status | None:
     if not note:
         return None
     if "kind" not in note:
-        raise UserError(f"RUN {run_dir}: is a folder of jobs' files: give the folder of a run, or of a sweep")
+        raise UserError(
+            f"RUN {run_dir}: is a folder of jobs' files: give the folder of a run, or of a sweep",
+            field="RUN",
+            code="invalid",
+        )
     starts = attempts.read(run_dir)
     records = [record for record in json_lines(run_dir / "metrics.jsonl") if "metrics" in record]
     step = max([steps_done(run_dir), *(record["step"] for record in records[-1:])])
@@ -182,7 +186,9 @@ def main(argv: list[str] | None = None) -> int:
         return errors.DONE
     points = [found for path in sorted(run.glob("*/job.json")) if (found := status(path.parent))]
     if not points:
-        raise UserError(f"{run}: nothing was submitted for it: no job.json in it, nor in its folders")
+        raise UserError(
+            f"{run}: nothing was submitted for it: no job.json in it, nor in its folders", field=run, code="not_found"
+        )
     for point in points:
         if args.json:
             print(json.dumps(point.data))

@@ -97,7 +97,7 @@ def _cluster(args: argparse.Namespace) -> ClusterConfig:
         try:
             cluster = replace(cluster, nodes=args.nodes)
         except ValueError as error:
-            raise UserError(f"--nodes {args.nodes}: {error}") from None
+            raise UserError(f"--nodes {args.nodes}: {error}", field="--nodes", code="invalid") from None
     if args.local and cluster.kind != "local":
         from slurm.preflight import without_slurm_fields
 

@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
         return errors.DONE
     if argv[0] not in COMMANDS:
         hint = meant(argv[0], [*COMMANDS, "completion"]) or f"; there are {', '.join(COMMANDS)}"
-        raise UserError(f"{argv[0]}: no such command{hint}")
+        raise UserError(f"{argv[0]}: no such command{hint}", field="COMMAND", code="unknown")
     module = COMMANDS[argv[0]][0]
     if giving(argv[1:], "--cluster"):
         module = ON_A_CLUSTER.get(argv[0], module)

@@ -131,7 +131,11 @@ def parser_of_request(prog: str, examples: str) -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if word := giving(words, "--cluster"):
-        raise UserError(f"{word}: jobs are submitted by python -m slurm.evaluate, which takes the same words")
+        raise UserError(
+            f"{word}: jobs are submitted by python -m slurm.evaluate, which takes the same words",
+            field=word,
+            code="conflict",
+        )
     args = parser().parse_args(words)
     check(args)
     return report_on(args, request_of(args), weights_of(args), f"python -m trainer.evaluate {shlex.join(words)}")
@@ -181,29 +185,49 @@ def check(args: argparse.Namespace) -> None:
     if not args.reference and not args.measured:
         raise UserError(
             "--reference is missing: clean images that training never saw; who has none gives --measured, "
-            "shards of noisy ones"
+            "shards of noisy ones",
+            field="--reference",
+            code="missing",
         )
     if args.training and not args.reference:
         raise UserError(
             f"--training {args.training}: needs --reference, clean images that training never saw, which the "
-            "attacks are held against"
+            "attacks are held against",
+            field="--training",
+            code="conflict",
         )
     if args.measured and not args.number:
-        raise UserError("--number 0: --measured compares samples with observations: leave one of them out")
+        raise UserError(
+            "--number 0: --measured compares samples with observations: leave one of them out",
+            field="--number",
+            code="conflict",
+        )
     try:
         check_numbers(args.number, args.attacked, args.compared, args.steps, args.levels)
     except ValueError as error:
-        raise UserError(f"--{error}") from None
+        raise UserError(f"--{error}", field=f"--{str(error).split()[0].rstrip(':')}", code="invalid") from None
     if args.attack_sigma is not None and not args.training:
-        raise UserError(f"--attack-sigma {args.attack_sigma:g}: needs --training, the images to attack")
+        raise UserError(
+            f"--attack-sigma {args.attack_sigma:g}: needs --training, the images to attack",
+            field="--attack-sigma",
+            code="conflict",
+        )
     if not 0 < args.attack_visible < 1:
-        raise UserError(f"--attack-visible {args.attack_visible:g}: must be above 0 and below 1")
+        raise UserError(
+            f"--attack-visible {args.attack_visible:g}: must be above 0 and below 1",
+            field="--attack-visible",
+            code="invalid",
+        )
     if args.training and args.training == args.reference:
-        raise UserError(f"--training {args.training}: is --reference, too: that must be images that training never saw")
+        raise UserError(
+            f"--training {args.training}: is --reference, too: that must be images that training never saw",
+            field="--training",
+            code="conflict",
+        )
     if args.out and (args.out.suffix.lower() not in (".html", ".htm") or args.out.is_dir()):
-        raise UserError(f"--out {args.out}: must be a file that ends in .html")
+        raise UserError(f"--out {args.out}: must be a file that ends in .html", field="--out", code="invalid")
     if len({run.resolve() for run in args.runs}) < len(args.runs):
-        raise UserError(f"RUN {' '.join(map(str, args.runs))}: one is named twice")
+        raise UserError(f"RUN {' '.join(map(str, args.runs))}: one is named twice", field="RUN", code="conflict")
 
 
 if __name__ == "__main__":

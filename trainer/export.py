@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if not paths.is_free(args.out):
-        raise UserError(f"OUT {args.out}: exists already: choose a new one")
+        raise UserError(f"OUT {args.out}: exists already: choose a new one", field="OUT", code="in_use")
     from trainer.inference import exported
     from trainer.inference.load import restore
     from trainer.inference.model_card import card  # imports from here on take seconds, which --help should not

@@ -62,12 +62,14 @@ def main(argv: list[str] | None = None) -> int:
     gpus, gpu = (1 if args.gpu else 0) if args.gpus is None else args.gpus, args.gpu or "h100"
     if gpus < 0 or (args.gpu and not gpus):
         raise UserError(
-            f"--gpus {gpus}: must be at least {1 if args.gpu else 0}" + (f" with --gpu {gpu}" if args.gpu else "")
+            f"--gpus {gpus}: must be at least {1 if args.gpu else 0}" + (f" with --gpu {gpu}" if args.gpu else ""),
+            field="--gpus",
+            code="invalid",
         )
     if args.config.is_dir():
-        raise UserError(f"CONFIG {args.config}: is a folder: name a file in it")
+        raise UserError(f"CONFIG {args.config}: is a folder: name a file in it", field="CONFIG", code="invalid")
     if args.config.exists():
-        raise UserError(f"CONFIG {args.config}: is there already: choose another name")
+        raise UserError(f"CONFIG {args.config}: is there already: choose another name", field="CONFIG", code="in_use")
     from data_pipeline.format.index import read_index
 
     index = read_index(args.shards)
@@ -90,7 +92,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.config.write_text(text)
     except OSError as error:
-        raise UserError(f"CONFIG {args.config}: cannot be written: {error.strerror}") from None
+        raise UserError(
+            f"CONFIG {args.config}: cannot be written: {error.strerror}", field="CONFIG", code="unwritable"
+        ) from None
     _say_next(args, data, index, gpus, gpu, said, seconds)
     return errors.DONE
 

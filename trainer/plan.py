@@ -62,11 +62,13 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_intermixed_args(argv)
     if args.gpus < 1:
-        raise UserError(f"--gpus {args.gpus}: must be at least 1")
+        raise UserError(f"--gpus {args.gpus}: must be at least 1", field="--gpus", code="invalid")
     if min(args.shape or [1]) < 1:
-        raise UserError(f"--shape {' '.join(map(str, args.shape))}: must be at least 1 each")
+        raise UserError(
+            f"--shape {' '.join(map(str, args.shape))}: must be at least 1 each", field="--shape", code="invalid"
+        )
     if not 0 < args.mfu <= 1:
-        raise UserError(f"--mfu {args.mfu:g}: must be above 0 and at most 1")
+        raise UserError(f"--mfu {args.mfu:g}: must be above 0 and at most 1", field="--mfu", code="invalid")
     from trainer.config.run_config import load  # imports from here on take seconds, which --help should not
 
     config = load(args.config, args.overrides)
@@ -78,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         setting = setting_of(config, args.gpu, args.gpus)
     except UserError as error:
-        raise UserError(f"{error} (--gpus)") from None
+        raise UserError(f"{error} (--gpus)", field=error.field, code=error.code) from None
     estimate = Estimate(config, network, shape, setting)
     if args.json:
         print(json.dumps(_plain(estimate, args.mfu, sample_bytes)))
@@ -145,7 +147,9 @@ def _data(config: RunConfig, given: list[int] | None) -> tuple[tuple[int, int, i
             shape, words = default
             print(f"{config.data.shards}: no shards yet, so this is for {words}", file=sys.stderr)
             return shape, 2.0 * math.prod(shape)
-        raise UserError(f"{error}; or give --shape C H W to plan without shards") from None
+        raise UserError(
+            f"{error}; or give --shape C H W to plan without shards", field=error.field, code=error.code
+        ) from None
     return index.shape, index.bytes / index.samples
 
 

@@ -65,11 +65,15 @@ class Places:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.steps is not None and args.steps < 1:
-        raise UserError(f"--steps {args.steps}: must be at least 1")
+        raise UserError(f"--steps {args.steps}: must be at least 1", field="--steps", code="invalid")
     if args.out.suffix.lower() != ".png":
-        raise UserError(f"--out {args.out}: must end in .png")
+        raise UserError(f"--out {args.out}: must end in .png", field="--out", code="invalid")
     if not args.config.is_file():
-        raise UserError(f"--config {args.config}: no such file; start it from the project's folder")
+        raise UserError(
+            f"--config {args.config}: no such file; start it from the project's folder",
+            field="--config",
+            code="not_found",
+        )
     started = args.started or time.time()
     runs = args.folder / f"quickstart-{args.dataset}"
     places = Places(runs / "shards", runs / "ambient", runs / "naive")

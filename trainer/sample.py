@@ -93,13 +93,19 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     for name in ("number", "steps"):
         if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1", field=f"--{name}", code="invalid")
     if args.guidance is not None and not 0 < args.guidance < 100:
-        raise UserError(f"--guidance {args.guidance:g}: must be above 0 and below 100")
+        raise UserError(
+            f"--guidance {args.guidance:g}: must be above 0 and below 100", field="--guidance", code="invalid"
+        )
     out: Path = args.out or args.run_dir / "samples.png"
     a_grid = out.suffix.lower() == ".png"
     if out.is_dir() if a_grid else out.is_file() or (out.suffix.lower() in OTHER_IMAGES and not out.is_dir()):
-        raise UserError(f"--out {out}: must be a file that ends in .png, or a folder, for a PNG an image")
+        raise UserError(
+            f"--out {out}: must be a file that ends in .png, or a folder, for a PNG an image",
+            field="--out",
+            code="invalid",
+        )
     from trainer.engine import distributed  # imports from here on take seconds, which --help should not
     from trainer.inference.draw import Wanted, drawer, into_folder, into_grid
     from trainer.inference.grids import save_grid
@@ -107,7 +113,11 @@ def main(argv: list[str] | None = None) -> int:
 
     ranks = distributed.init()
     if ranks.world > 1 and a_grid:
-        raise UserError(f"--out {out}: one process draws a grid, and there are {ranks.world}: give a folder")
+        raise UserError(
+            f"--out {out}: one process draws a grid, and there are {ranks.world}: give a folder",
+            field="--out",
+            code="invalid",
+        )
     run = restore(args.run_dir, args.checkpoint, args.ema_sigma_rel)
     guide = restore(args.guide) if args.guide else None
     if guide:
@@ -138,21 +148,31 @@ def _prompt(args: argparse.Namespace, run: Restored) -> str:
     model, process = run.config.model, run.config.process
     if args.stop_at is not None and not process.sigma_min <= args.stop_at < process.sigma_max:
         raise UserError(
-            f"--stop-at {args.stop_at:g}: must be from {process.sigma_min:g} to below {process.sigma_max:g}"
+            f"--stop-at {args.stop_at:g}: must be from {process.sigma_min:g} to below {process.sigma_max:g}",
+            field="--stop-at",
+            code="invalid",
         )
     if model.adapter.takes_prompt:
         prompt = model.adapter.prompt if args.prompt is None else args.prompt
         if prompt is None:
-            raise UserError(f"--prompt: must be given, since {args.run_dir} was trained with captions")
+            raise UserError(
+                f"--prompt: must be given, since {args.run_dir} was trained with captions",
+                field="--prompt",
+                code="missing",
+            )
         return prompt
     if args.prompt is not None:
         raise UserError(
-            f"--prompt {args.prompt}: needs a run with text, and the model of {args.run_dir} is a {model.kind}"
+            f"--prompt {args.prompt}: needs a run with text, and the model of {args.run_dir} is a {model.kind}",
+            field="--prompt",
+            code="conflict",
         )
     if args.guidance is not None and args.guide is None:
         raise UserError(
             f"--guidance {args.guidance:g}: needs --guide, or a run with text; the model of {args.run_dir} is a "
-            f"{model.kind}"
+            f"{model.kind}",
+            field="--guidance",
+            code="conflict",
         )
     return ""
 
@@ -160,12 +180,16 @@ def _prompt(args: argparse.Namespace, run: Restored) -> str:
 def _check_guide(args: argparse.Namespace, run: Restored, guide: Restored) -> None:
     if guide.state.shape != run.state.shape:
         raise UserError(
-            f"--guide {args.guide}: its images are {guide.state.shape}, those of {args.run_dir} {run.state.shape}"
+            f"--guide {args.guide}: its images are {guide.state.shape}, those of {args.run_dir} {run.state.shape}",
+            field="--guide",
+            code="mismatch",
         )
     if guide.config.model.kind != run.config.model.kind:
         raise UserError(
             f"--guide {args.guide}: its model is a {guide.config.model.kind}, that of {args.run_dir} a "
-            f"{run.config.model.kind}"
+            f"{run.config.model.kind}",
+            field="--guide",
+            code="mismatch",
         )
 
 

@@ -87,7 +87,7 @@ class Study:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.at_once < 1:
-        raise UserError(f"--at-once {args.at_once}: must be at least 1")
+        raise UserError(f"--at-once {args.at_once}: must be at least 1", field="--at-once", code="invalid")
     from data_pipeline.corruption.arguments import from_arguments
     from data_pipeline.shard import parser as shard_parser
     from trainer.config.run_config import load_as

@@ -123,7 +123,7 @@ def _read(path: Path) -> dict[tuple[str, str], Row]:
         data: Any = from_json(text_of(path))
         rows = [Row(**row) for row in data["rows"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a result of `make bench` ({error})") from None
+        raise UserError(f"{path}: not a result of `make bench` ({error})", field=path, code="unreadable") from None
     return {(row.name, row.peer): row for row in rows}
 
 

@@ -62,7 +62,7 @@ class Gaussian:
         try:
             return parse_levels(words)
         except ValueError as error:
-            raise UserError(f"--sigma {_shown(self.sigma)}: {error}") from None
+            raise UserError(f"--sigma {_shown(self.sigma)}: {error}", field="--sigma", code="invalid") from None
 
     def __call__(self, x0: Array, generator: np.random.Generator) -> Observation:
         """x0: (C, H, W) float32 in [-1, 1]."""
@@ -144,13 +144,15 @@ def _shown(value: float | str) -> str:
 
 def _check_share(share: float) -> None:
     if not 0 <= share <= 1:
-        raise UserError(f"--clean-share {share:g}: must be from 0 to 1")
+        raise UserError(f"--clean-share {share:g}: must be from 0 to 1", field="--clean-share", code="invalid")
 
 
 def _check_level(flag: str, sigma: float) -> None:
     if not (math.isfinite(sigma) and 0 < sigma <= HIGHEST):
         raise UserError(
-            f"{flag} {sigma:g}: must be above 0, up to {HIGHEST:g} (clean images are --corruption gaussian --sigma 0)"
+            f"{flag} {sigma:g}: must be above 0, up to {HIGHEST:g} (clean images are --corruption gaussian --sigma 0)",
+            field=flag,
+            code="invalid",
         )
 
 
@@ -163,32 +165,48 @@ def parse_corruption(
     if effective_sigma is not None and (gaussian or words == "measured"):
         raise UserError(
             f"--effective-sigma {effective_sigma:g}: the level of --corruption {words} is known by its --sigma: "
-            "leave it out"
+            "leave it out",
+            field="--effective-sigma",
+            code="conflict",
         )
     if words == "measured":
         if clean_share != 0:
-            raise UserError(f"--clean-share {clean_share:g}: --corruption measured has no clean images: leave it out")
+            raise UserError(
+                f"--clean-share {clean_share:g}: --corruption measured has no clean images: leave it out",
+                field="--clean-share",
+                code="conflict",
+            )
         if sigma is None:
-            raise UserError("--sigma is missing: --corruption measured takes a number, or estimate")
+            raise UserError(
+                "--sigma is missing: --corruption measured takes a number, or estimate", field="--sigma", code="missing"
+            )
         if sigma == "estimate":
             return Measured("estimate")
         try:
             return Measured(level(sigma))
         except ValueError:
             raise UserError(
-                f"--sigma {sigma}: --corruption measured takes a number above 0, up to {HIGHEST:g}, or estimate"
+                f"--sigma {sigma}: --corruption measured takes a number above 0, up to {HIGHEST:g}, or estimate",
+                field="--sigma",
+                code="invalid",
             ) from None
     if sigma == "estimate":
-        raise UserError("--sigma estimate: only with --corruption measured, for images that are noisy already")
+        raise UserError(
+            "--sigma estimate: only with --corruption measured, for images that are noisy already",
+            field="--sigma",
+            code="conflict",
+        )
     if sigma is not None and words != "gaussian":
         steps = "+".join(step.word for step in parse_steps(words))
         raise UserError(
             f"--sigma {sigma}: not used by --corruption {words}; noise is a step: "
-            f"{steps if gaussian else steps + '+gaussian:' + sigma}"
+            f"{steps if gaussian else steps + '+gaussian:' + sigma}",
+            field="--sigma",
+            code="conflict",
         )
     if words == "gaussian":
         if sigma is None:
-            raise UserError(f"--sigma is missing: --corruption gaussian takes {FORMS}")
+            raise UserError(f"--sigma is missing: --corruption gaussian takes {FORMS}", field="--sigma", code="missing")
         canonical = Gaussian(sigma, clean_share).levels.words
     elif gaussian:
         canonical = parse_steps(words)[0].word.partition(":")[2]

@@ -145,26 +145,36 @@ def _parse_step(word: str, words: str) -> Step:
     where = f"--corruption {words}: " + (f"{word or 'an empty part'}: " if word != words else "")
     if name == "gaussian":
         if not text:
-            raise UserError(f"{where}write gaussian:SIGMA, SIGMA being {FORMS}")
+            raise UserError(f"{where}write gaussian:SIGMA, SIGMA being {FORMS}", field="--corruption", code="invalid")
         try:
             levels = parse_levels(text)
         except ValueError as error:
-            raise UserError(f"{where}{error}") from None
+            raise UserError(f"{where}{error}", field="--corruption", code="invalid") from None
         return Step(f"gaussian:{levels.words}", lambda x, generator: gaussian(x, levels, generator))
     if name == "measured":
         raise UserError(
-            f"{where}measured stands alone, as --corruption measured with --sigma VALUE or --sigma estimate"
+            f"{where}measured stands alone, as --corruption measured with --sigma VALUE or --sigma estimate",
+            field="--corruption",
+            code="conflict",
         )
     if name not in KINDS:
         known = (*NAMES, "measured")
-        raise UserError(f"{where}no such corruption; there are {', '.join(known)}{meant(name, known)}")
+        raise UserError(
+            f"{where}no such corruption; there are {', '.join(known)}{meant(name, known)}",
+            field="--corruption",
+            code="unknown",
+        )
     kind = KINDS[name]
     if not text:
-        raise UserError(f"{where}write {name}:{kind.parameter.split()[0].strip(',')}, {kind.allowed}")
+        raise UserError(
+            f"{where}write {name}:{kind.parameter.split()[0].strip(',')}, {kind.allowed}",
+            field="--corruption",
+            code="invalid",
+        )
     try:
         value = float(text)
     except ValueError:
         value = float("nan")
     if not kind.low <= value <= kind.high or (kind.whole and not value.is_integer()):
-        raise UserError(f"{where}{kind.parameter} must be {kind.allowed}")
+        raise UserError(f"{where}{kind.parameter} must be {kind.allowed}", field="--corruption", code="invalid")
     return Step(f"{name}:{text_of(value)}", lambda x, generator: kind.apply(x, value, generator))

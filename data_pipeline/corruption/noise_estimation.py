@@ -25,7 +25,9 @@ def require() -> None:
     if find_spec("skimage") is None or find_spec("pywt") is None:
         raise UserError(
             "--sigma estimate: needs scikit-image and PyWavelets: pip install 'ambient-trainer[measured]', or "
-            "give --sigma VALUE"
+            "give --sigma VALUE",
+            field="--sigma",
+            code="dependency",
         )
 
 

@@ -141,19 +141,28 @@ def read_index(folder: str | Path) -> ShardIndex:
     local = storage.local_path(str(folder))
     path = storage.join(str(folder), NAME)
     if local is not None and not local.is_dir():
-        raise UserError(f"{folder}: no such shard folder; make it with `python -m data_pipeline.shard SOURCE {folder}`")
+        raise UserError(
+            f"{folder}: no such shard folder; make it with `python -m data_pipeline.shard SOURCE {folder}`",
+            field=folder,
+            code="not_found",
+        )
     try:
         index = parse_index(path, storage.read_bytes(path))
     except FileNotFoundError:
         if local is not None and not any(name.endswith((".tar", ".partial")) for name in os.listdir(local)):
             raise UserError(
                 f"{folder}: holds no shards; if it holds images, make shards of them: `python -m "
-                f"data_pipeline.shard {folder} OUTPUT ...`"
+                f"data_pipeline.shard {folder} OUTPUT ...`",
+                field=folder,
+                code="not_found",
             ) from None
         rejected = storage.join(str(folder), REJECTED)
         why = f" ({rejected} says which images were refused)" if storage.exists(rejected) else ""
         raise UserError(
-            f"{folder}: no {NAME} in it, so the shards are not complete{why}; run `python -m data_pipeline.shard` again"
+            f"{folder}: no {NAME} in it, so the shards are not complete{why}; run `python -m data_pipeline.shard` "
+            "again",
+            field=folder,
+            code="not_found",
         ) from None
     except OSError as error:
         raise WorkFailed(f"{path}: cannot be read: {error.strerror or error}") from None
@@ -163,7 +172,9 @@ def read_index(folder: str | Path) -> ShardIndex:
         if missing:
             raise UserError(
                 f"{folder}: {len(missing)} of {len(index.shards)} shards are missing, first {missing[0]}: "
-                "remove the folder, or choose another, and shard again"
+                "remove the folder, or choose another, and shard again",
+                field=folder,
+                code="not_found",
             )
     return index
 
@@ -184,7 +195,9 @@ def parse_index(path: str, content: bytes) -> ShardIndex:
         if data["format"] != FORMAT:
             raise UserError(
                 f"{path}: format {data['format']}, this version reads {FORMAT}: remove the folder, or choose "
-                "another, and shard again"
+                "another, and shard again",
+                field=path,
+                code="unsupported",
             )
         index = ShardIndex(
             shards=tuple(Shard(**shard) for shard in data["shards"]),
@@ -200,38 +213,58 @@ def parse_index(path: str, content: bytes) -> ShardIndex:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path}: not a shard index ({type(error).__name__}: {error}): remove the folder, or choose "
-            "another, and shard again"
+            "another, and shard again",
+            field=path,
+            code="unreadable",
         ) from None
     numbers = [number for shard in index.shards for number in (shard.samples, shard.bytes)]
     numbers += [side for shape in index.shapes for side in shape]
     if any(len(shape) != 3 for shape in index.shapes) or any(type(n) is not int or n < 1 for n in numbers):
         raise UserError(
             f"{path}: shapes, samples and bytes must be whole numbers, at least 1: remove the folder, or choose "
-            "another, and shard again"
+            "another, and shard again",
+            field=path,
+            code="unreadable",
         )
     if any(type(shard.shape) is not int for shard in index.shards) or (
         index.shards and {shard.shape for shard in index.shards} != set(range(len(index.shapes)))
     ):
         raise UserError(
             f"{path}: its shards are not of its {len(index.shapes)} shapes: remove the folder, or choose "
-            "another, and shard again"
+            "another, and shard again",
+            field=path,
+            code="unreadable",
         )
     if not all(type(text) is str for shard in index.shards for text in (shard.name, shard.sha256)):
         raise UserError(
-            f"{path}: a name or a checksum that is not text: remove the folder, or choose another, and shard again"
+            f"{path}: a name or a checksum that is not text: remove the folder, or choose another, and shard again",
+            field=path,
+            code="unreadable",
         )
     if not 0 <= index.sigma_min <= index.sigma_max < math.inf:
-        raise UserError(f"{path}: a level that is not a number: remove the folder, or choose another, and shard again")
+        raise UserError(
+            f"{path}: a level that is not a number: remove the folder, or choose another, and shard again",
+            field=path,
+            code="unreadable",
+        )
     names = {shard.name for shard in index.shards}
     if any(os.path.basename(name) != name for name in names):
-        raise UserError(f"{path}: a shard's name has a folder in it, which no index that we write has")
+        raise UserError(
+            f"{path}: a shard's name has a folder in it, which no index that we write has",
+            field=path,
+            code="unreadable",
+        )
     if any(not re.fullmatch("[0-9a-f]{64}", shard.sha256) for shard in index.shards):
         raise UserError(
             f"{path}: a checksum that is not 64 hexadecimal digits: remove the folder, or choose another, and "
-            "shard again"
+            "shard again",
+            field=path,
+            code="unreadable",
         )
     if not names or len(names) != len(index.shards):
         raise UserError(
-            f"{path}: no shards, or two with the same name: remove the folder, or choose another, and shard again"
+            f"{path}: no shards, or two with the same name: remove the folder, or choose another, and shard again",
+            field=path,
+            code="unreadable",
         )
     return index

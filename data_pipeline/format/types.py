@@ -5,13 +5,16 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ambient_core.errors import UserError
+from ambient_core.errors import Code, UserError
 
 
 class BadImage(UserError):
     """ONE picture cannot be read or used; the message is the reason, in one line that is the same in every run.
 
     It is a UserError so that it ends as one line where nobody sets the picture aside and goes on."""
+
+    def __init__(self, text: str, *, field: str = "SOURCE", code: Code = "unreadable") -> None:
+        super().__init__(text, field=field, code=code)
 
 
 Array = NDArray[np.float32]

@@ -27,7 +27,9 @@ def refuse_outside(source: str, member: str) -> None:
     parts = member.replace("\\", "/").split("/")
     if ".." in parts or member.startswith(("/", "\\")) or parts[0].endswith(":"):
         raise UserError(
-            f"SOURCE {source}: the member {member!r} leads out of the archive (path traversal): it is not safe"
+            f"SOURCE {source}: the member {member!r} leads out of the archive (path traversal): it is not safe",
+            field="SOURCE",
+            code="unreadable",
         )
 
 
@@ -47,7 +49,9 @@ def _zip_file(path: str) -> zipfile.ZipFile:
         try:
             return zipfile.ZipFile(storage.open_binary(path))
         except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-            raise UserError(f"SOURCE {path}: cannot be read as a zip (truncated?): {error}") from None
+            raise UserError(
+                f"SOURCE {path}: cannot be read as a zip (truncated?): {error}", field="SOURCE", code="unreadable"
+            ) from None
 
 
 def _read_zip(path: str, archive: PerProcess[zipfile.ZipFile], name: str) -> bytes:
@@ -75,17 +79,25 @@ def open_tars(source: str, paths: Sequence[str], names: Sequence[str]) -> Source
         for member, start, size in _members(path):
             name = f"{tar.removesuffix('.tar')}/{member}" if len(paths) > 1 else member
             if name in places:
-                raise UserError(f"SOURCE {source}: two members are named {name}: rename one")
+                raise UserError(
+                    f"SOURCE {source}: two members are named {name}: rename one", field="SOURCE", code="conflict"
+                )
             places[name] = (path, start, start + size)
     images = [name for name in places if suffix_of(name) in TAR_IMAGES]
     if not images:
-        raise UserError(f"SOURCE {source}: no image in it; looked for members {' '.join(sorted(TAR_IMAGES))}")
+        raise UserError(
+            f"SOURCE {source}: no image in it; looked for members {' '.join(sorted(TAR_IMAGES))}",
+            field="SOURCE",
+            code="not_found",
+        )
     samples: dict[str, str] = {}
     for image in images:
         if (other := samples.setdefault(_sample(image), image)) != image:
             raise UserError(
                 f"SOURCE {source}: the sample {_sample(image)} (a name up to its first dot) has two images,"
-                f" {posixpath.basename(other)} and {posixpath.basename(image)}: keep one"
+                f" {posixpath.basename(other)} and {posixpath.basename(image)}: keep one",
+                field="SOURCE",
+                code="conflict",
             )
     texts: dict[str, list[str]] = {}
     for name in places:
@@ -112,19 +124,31 @@ def _members(path: str) -> Iterator[tuple[str, int, int]]:
                     if is_hidden(member.name) or member.isdir():
                         continue
                     if not member.isreg() or member.issparse():
-                        raise UserError(f"SOURCE {path}: the member {member.name!r} is a link or no plain file")
+                        raise UserError(
+                            f"SOURCE {path}: the member {member.name!r} is a link or no plain file",
+                            field="SOURCE",
+                            code="unreadable",
+                        )
                     yield member.name.removeprefix("./"), member.offset_data, member.size
                     tar.members = []  # pyright: ignore[reportAttributeAccessIssue] -- or it would keep a million headers
         except tarfile.TarError as error:
-            raise UserError(f"SOURCE {path}: cannot be read as a tar (truncated, or compressed?): {error}") from None
+            raise UserError(
+                f"SOURCE {path}: cannot be read as a tar (truncated, or compressed?): {error}",
+                field="SOURCE",
+                code="unreadable",
+            ) from None
         file.seek(end)
         if file.read(BLOCK) != bytes(BLOCK):  # tarfile takes any end for the end
-            raise UserError(f"SOURCE {path}: ends without a tar's end mark (truncated?): copy it again")
+            raise UserError(
+                f"SOURCE {path}: ends without a tar's end mark (truncated?): copy it again",
+                field="SOURCE",
+                code="unreadable",
+            )
 
 
 def _read_tar(places: Mapping[str, tuple[str, int, int]], name: str) -> bytes:
     path, start, end = places[name]
     data = storage.read_bytes(path, start, end)
     if len(data) != end - start:
-        raise UserError(f"SOURCE {path}: became shorter while it was read")
+        raise UserError(f"SOURCE {path}: became shorter while it was read", field="SOURCE", code="unreadable")
     return data

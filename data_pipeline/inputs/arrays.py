@@ -36,7 +36,7 @@ class _Npy:
         start = self.header.offset + i * length
         data = storage.read_bytes(self.path, start, start + length)
         if len(data) != length:
-            raise UserError(f"SOURCE {self.path}: became shorter while it was read")
+            raise UserError(f"SOURCE {self.path}: became shorter while it was read", field="SOURCE", code="unreadable")
         return Picture(_pixels(np.frombuffer(data, dtype).reshape(shape), f"{self.path}, picture {i}"))
 
 
@@ -46,11 +46,13 @@ def open_npy(path: str) -> Source:
     try:
         header = npy.header_of(storage.read_bytes(path, 0, npy.LONGEST_HEADER), size)
     except ValueError as error:
-        raise UserError(f"SOURCE {path}: {error}") from None
+        raise UserError(f"SOURCE {path}: {error}", field="SOURCE", code="unreadable") from None
     _check(header.shape, header.dtype, path)
     if header.order == "F":
         raise UserError(
-            f"SOURCE {path}: in Fortran's order, which scatters each picture: save np.ascontiguousarray of it"
+            f"SOURCE {path}: in Fortran's order, which scatters each picture: save np.ascontiguousarray of it",
+            field="SOURCE",
+            code="unsupported",
         )
     return Source(_keys(header.shape[0]), _Npy(path, header).picture)
 
@@ -78,16 +80,22 @@ def _load_npz(path: str) -> tuple[NDArray[Any], NDArray[Any] | None]:
             name = next((name for name in NAMES if f"{name}.npy" in members), None)
             if name is None:
                 held = ", ".join(sorted(member.removesuffix(".npy") for member in members)) or "nothing"
-                raise UserError(f"SOURCE {path}: holds {held}; name the array images or arr_0")
+                raise UserError(
+                    f"SOURCE {path}: holds {held}; name the array images or arr_0", field="SOURCE", code="invalid"
+                )
             images = _member(archive, members[f"{name}.npy"], path)
             captions = _member(archive, members["captions.npy"], path) if "captions.npy" in members else None
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
-        raise UserError(f"SOURCE {path}: cannot be read as an .npz (truncated?): {error}") from None
+        raise UserError(
+            f"SOURCE {path}: cannot be read as an .npz (truncated?): {error}", field="SOURCE", code="unreadable"
+        ) from None
     _check(images.shape, images.dtype, path)
     if captions is not None and (captions.shape != images.shape[:1] or captions.dtype.kind not in "US"):
         raise UserError(
             f"SOURCE {path}: captions are {captions.dtype} {captions.shape}; give one text for each of "
-            f"{len(images)} images"
+            f"{len(images)} images",
+            field="SOURCE",
+            code="mismatch",
         )
     return images, captions
 
@@ -95,13 +103,15 @@ def _load_npz(path: str) -> tuple[NDArray[Any], NDArray[Any] | None]:
 def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: str) -> NDArray[Any]:
     if info.file_size > MOST_DEFLATED * info.compress_size + npy.LONGEST_HEADER:
         raise UserError(
-            f"SOURCE {path}: {info.filename} says it has {info.file_size} bytes, more than can be packed in it"
+            f"SOURCE {path}: {info.filename} says it has {info.file_size} bytes, more than can be packed in it",
+            field="SOURCE",
+            code="unreadable",
         )
     with archive.open(info) as file:
         try:
             header = npy.header_of(file.read(npy.LONGEST_HEADER), info.file_size)
         except ValueError as error:
-            raise UserError(f"SOURCE {path}: {info.filename}: {error}") from None
+            raise UserError(f"SOURCE {path}: {info.filename}: {error}", field="SOURCE", code="unreadable") from None
     data = archive.read(info)
     flat = np.frombuffer(data, header.dtype, math.prod(header.shape), header.offset)
     return flat.reshape(header.shape, order=header.order)
@@ -117,17 +127,29 @@ def _check(shape: tuple[int, ...], dtype: np.dtype[Any], path: str) -> None:
     (N, H, W): unless it has at most 4 rows along its first or last axis, as one picture in colour has; (N, H, W, C) or
     (N, C, H, W): the axis of the channels is at most half as long as each of the other two."""
     if dtype.name not in DTYPES:
-        raise UserError(f"SOURCE {path}: {dtype.name} pixels; convert them to one of {', '.join(DTYPES)}")
+        raise UserError(
+            f"SOURCE {path}: {dtype.name} pixels; convert them to one of {', '.join(DTYPES)}",
+            field="SOURCE",
+            code="unsupported",
+        )
     if len(shape) not in (3, 4) or 0 in shape:
-        raise UserError(f"SOURCE {path}: its shape is {shape}; give (N, H, W), (N, H, W, C) or (N, C, H, W)")
+        raise UserError(
+            f"SOURCE {path}: its shape is {shape}; give (N, H, W), (N, H, W, C) or (N, C, H, W)",
+            field="SOURCE",
+            code="invalid",
+        )
     if len(shape) == 3 and (shape[0] <= 4 or shape[2] <= 4):
         raise UserError(
             f"SOURCE {path}: its shape {shape} may be (N, H, W) or one picture with channels; save it as (N, H, "
-            "W, 1) or (1, H, W, C)"
+            "W, 1) or (1, H, W, C)",
+            field="SOURCE",
+            code="invalid",
         )
     if len(shape) == 4 and shape[3] != 1 and channels_last((shape[1], shape[2], shape[3])) is None:
         raise UserError(
-            f"SOURCE {path}: its shape {shape} may be (N, H, W, C) or (N, C, H, W); make C at most half of H and W"
+            f"SOURCE {path}: its shape {shape} may be (N, H, W, C) or (N, C, H, W); make C at most half of H and W",
+            field="SOURCE",
+            code="invalid",
         )
 
 

@@ -23,7 +23,7 @@ def caption_in(record: Mapping[str, Any], name: str) -> str | None:
     """The caption in a record's field `text` or `caption`; None where both lack or are null. name: for messages."""
     found = [record[field] for field in FIELDS if record.get(field) is not None]
     if any(not isinstance(caption, str) for caption in found):
-        raise UserError(f"{name}: a caption that is not text: {found[0]!r}")
+        raise UserError(f"{name}: a caption that is not text: {found[0]!r}", field=name, code="unreadable")
     return agreed(found, name)
 
 
@@ -32,7 +32,11 @@ def agreed(captions: Iterable[str | None], name: str) -> str | None:
     different."""
     said = list(dict.fromkeys(caption.strip() for caption in captions if caption is not None))
     if len(said) > 1:
-        raise UserError(f"{name}: two captions that differ, {said[0][:40]!r} and {said[1][:40]!r}: keep one")
+        raise UserError(
+            f"{name}: two captions that differ, {said[0][:40]!r} and {said[1][:40]!r}: keep one",
+            field=name,
+            code="conflict",
+        )
     return said[0] if said else None
 
 
@@ -65,10 +69,12 @@ def metadata_captions(
         for line, record in parse(read(file), f"SOURCE {source}: {file}"):
             name = f"SOURCE {source}: {file} line {line}"
             if not isinstance(record.get("file_name"), str):
-                raise UserError(f"{name}: no file_name in it")
+                raise UserError(f"{name}: no file_name in it", field=name, code="invalid")
             image = posixpath.normpath(posixpath.join(posixpath.dirname(file), record["file_name"]))
             if image not in known:
-                raise UserError(f"{name}: file_name {record['file_name']}: there is no such image")
+                raise UserError(
+                    f"{name}: file_name {record['file_name']}: there is no such image", field=name, code="not_found"
+                )
             caption = agreed([captions.get(image), caption_in(record, name)], f"{name}: {record['file_name']}")
             if caption is not None:
                 captions[image] = caption
@@ -79,7 +85,7 @@ def _text(data: bytes, name: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise UserError(f"{name}: is not UTF-8") from None
+        raise UserError(f"{name}: is not UTF-8", field=name, code="unreadable") from None
 
 
 def _jsonl(data: bytes, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -88,9 +94,9 @@ def _jsonl(data: bytes, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 record = from_json(line)
             except ValueError as error:
-                raise UserError(f"{name} line {number}: not JSON: {error}") from None
+                raise UserError(f"{name} line {number}: not JSON: {error}", field=name, code="unreadable") from None
             if not isinstance(record, dict):
-                raise UserError(f"{name} line {number}: not a JSON object")
+                raise UserError(f"{name} line {number}: not a JSON object", field=name, code="unreadable")
             yield number, record
 
 
@@ -100,4 +106,4 @@ def _csv(data: bytes, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
         for record in reader:
             yield reader.line_num, {field: value or None for field, value in record.items() if field}
     except csv.Error as error:
-        raise UserError(f"{name} line {reader.line_num}: not CSV: {error}") from None
+        raise UserError(f"{name} line {reader.line_num}: not CSV: {error}", field=name, code="unreadable") from None

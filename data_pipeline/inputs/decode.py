@@ -83,14 +83,17 @@ def _by_pillow(data: bytes, name: str, size: int | None) -> NDArray[Any]:
             return _png_16_bits(data, name, image.getexif().get(ORIENTATION, 1))
         maxval = image.tile[0][3][1] if image.format == "PPM" and isinstance(image.tile[0][3], tuple) else 0
         if image.mode == "RGB" and isinstance(maxval, int) and maxval > 255:
-            raise BadImage(f"{name}: PPM with 16 bits a channel is not read: convert it to TIFF")
+            raise BadImage(f"{name}: PPM with 16 bits a channel is not read: convert it to TIFF", code="unsupported")
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I;16"):
             return usual(np.asarray(upright), BadImage, name)
         if upright.mode == "I":  # 16-bit PGM
             pixels = np.asarray(upright)
             if pixels.min() < 0 or pixels.max() > 65535:
-                raise BadImage(f"{name}: {pixels.dtype.name} pixels beyond 16 bits; convert them to uint16 or float32")
+                raise BadImage(
+                    f"{name}: {pixels.dtype.name} pixels beyond 16 bits; convert them to uint16 or float32",
+                    code="unsupported",
+                )
             return pixels.astype(np.uint16)
         if upright.mode == "F":
             return np.asarray(upright)
@@ -103,7 +106,8 @@ def _png_16_bits(data: bytes, name: str, orientation: int) -> NDArray[Any]:
         from imagecodecs import png_decode
     except ImportError:
         raise BadImage(
-            f"{name}: PNG of 16 bits with colour needs the package imagecodecs: pip install imagecodecs"
+            f"{name}: PNG of 16 bits with colour needs the package imagecodecs: pip install imagecodecs",
+            code="dependency",
         ) from None
     pixels = png_decode(data)[..., : PNG_16_BITS_COLOUR[data[25]]]
     return usual(tiff.upright(pixels, orientation), BadImage, name)

@@ -37,7 +37,7 @@ class Files:
                 parse = json_caption if text.endswith(".json") else text_caption
                 captions.append(parse(self.read(text), storage.join(self.source, text)))
         except FileNotFoundError:
-            raise BadImage(f"{name}: cannot be read as an image: it is gone") from None
+            raise BadImage(f"{name}: cannot be read as an image: it is gone", code="not_found") from None
         except OSError as error:
             its_own = error.errno in (errno.EACCES, errno.EPERM, errno.EFBIG)
             if storage.is_url(name) or not its_own:  # credentials that ran out are no reason to reject every image
@@ -71,7 +71,11 @@ def named(source: str, names: Sequence[str], read: Callable[[str], bytes], suffi
     has the image's name up to the suffix."""
     images = [name for name in names if suffix_of(name) in suffixes]
     if not images:
-        raise UserError(f"SOURCE {source}: no image in it; looked for {' '.join(sorted(suffixes))}")
+        raise UserError(
+            f"SOURCE {source}: no image in it; looked for {' '.join(sorted(suffixes))}",
+            field="SOURCE",
+            code="not_found",
+        )
     captions = metadata_captions(source, names, images, read)
     texts = {posixpath.splitext(name)[0]: name for name in names if suffix_of(name) == ".txt"}
     beside = {image: [texts[stem]] for image in images if (stem := posixpath.splitext(image)[0]) in texts}

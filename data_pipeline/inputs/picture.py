@@ -85,9 +85,15 @@ def keys_of(source: str, names: Iterable[str]) -> list[str]:
     for name in names:
         key = name.replace("/", "__").replace(".", "_")
         if key in seen:
-            raise UserError(f"SOURCE {source}: {seen[key]} and {name} would both be named {key}: rename one")
+            raise UserError(
+                f"SOURCE {source}: {seen[key]} and {name} would both be named {key}: rename one",
+                field="SOURCE",
+                code="conflict",
+            )
         if any("\ud800" <= letter <= "\udfff" for letter in key):  # how Python has bytes that are not text
-            raise UserError(f"SOURCE {source}: the name {name!r} is not UTF-8: rename it")
+            raise UserError(
+                f"SOURCE {source}: the name {name!r} is not UTF-8: rename it", field="SOURCE", code="invalid"
+            )
         seen[key] = name
     return list(seen)
 
@@ -95,9 +101,13 @@ def keys_of(source: str, names: Iterable[str]) -> list[str]:
 def usual(pixels: NDArray[Any], refuse: type[UserError], name: str) -> NDArray[Any]:
     """Pixels in this machine's byte order; (H, W, 1) as (H, W). Raises `refuse` for an empty one, or another dtype."""
     if pixels.dtype.name not in DTYPES:
-        raise refuse(f"{name}: {pixels.dtype.name} pixels; convert them to one of {', '.join(DTYPES)}")
+        raise refuse(
+            f"{name}: {pixels.dtype.name} pixels; convert them to one of {', '.join(DTYPES)}",
+            field=name,
+            code="unsupported",
+        )
     if pixels.size == 0:
-        raise refuse(f"{name}: no pixels, its shape is {pixels.shape}")
+        raise refuse(f"{name}: no pixels, its shape is {pixels.shape}", field=name, code="invalid")
     pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
     return pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
 
@@ -118,9 +128,15 @@ def one_picture(array: NDArray[Any], refuse: type[UserError], name: str) -> NDAr
         last = True if array.shape[2] == 1 else channels_last(array.shape)
         if last is None:
             raise refuse(
-                f"{name}: its shape {array.shape} may be (H, W, C) or (C, H, W); make C at most half of H and W"
+                f"{name}: its shape {array.shape} may be (H, W, C) or (C, H, W); make C at most half of H and W",
+                field=name,
+                code="invalid",
             )
         array = array if last else np.moveaxis(array, 0, 2)
     if array.ndim != 2 and array.ndim != 3:
-        raise refuse(f"{name}: its shape is {array.shape}, one picture has (H, W), (H, W, C) or (C, H, W)")
+        raise refuse(
+            f"{name}: its shape is {array.shape}, one picture has (H, W), (H, W, C) or (C, H, W)",
+            field=name,
+            code="invalid",
+        )
     return usual(array, refuse, name)

@@ -63,12 +63,16 @@ def _range(dtype: str, value_range: tuple[float, float] | None, least: float, mo
         if dtype not in RANGES:
             raise UserError(
                 f"pictures of {dtype} need --range LOW HIGH, the values that become -1 and 1; this one has "
-                f"{least:g} to {most:g}"
+                f"{least:g} to {most:g}",
+                field="--range",
+                code="missing",
             )
         return RANGES[dtype]
     low, high = (float(value) for value in value_range)
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise UserError(f"--range {low:g} {high:g}: must be two finite numbers, the lower first")
+        raise UserError(
+            f"--range {low:g} {high:g}: must be two finite numbers, the lower first", field="--range", code="invalid"
+        )
     return low, high
 
 
@@ -82,7 +86,7 @@ def _converted(x: NDArray[np.float64], wanted: int) -> NDArray[np.float64]:
         return np.repeat(x, 3, axis=2)
     if has == 3 and wanted == 1:
         return (x @ LUMA)[..., None]
-    raise BadImage(f"it has {has} channels, {wanted} are wanted")
+    raise BadImage(f"it has {has} channels, {wanted} are wanted", code="mismatch")
 
 
 def _fitted(channel: NDArray[np.float32], size: int) -> NDArray[np.float32]:

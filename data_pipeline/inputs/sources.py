@@ -38,12 +38,14 @@ def open_source(name: str, asked: str = "SOURCE") -> Source:
     try:
         return _open(name)
     except UserError as error:
-        raise UserError(str(error).replace("SOURCE", asked, 1)) from None
+        raise UserError(str(error).replace("SOURCE", asked, 1), field=asked, code=error.code) from None
 
 
 def _open(name: str) -> Source:
     if not name.strip():
-        raise UserError(f"SOURCE: is empty (a variable that is not set?): give {UNDERSTOOD}")
+        raise UserError(
+            f"SOURCE: is empty (a variable that is not set?): give {UNDERSTOOD}", field="SOURCE", code="missing"
+        )
     if name.startswith("packaged:"):
         return _packaged(name.removeprefix("packaged:"))
     if "{" in name and not storage.exists(name):
@@ -52,7 +54,7 @@ def _open(name: str) -> Source:
     if not (whole and storage.is_url(name)) and storage.is_folder(name):  # over http that would read the whole file
         return _folder(name)
     if not storage.exists(name):
-        raise UserError(f"SOURCE {name}: no such folder or file; give {UNDERSTOOD}")
+        raise UserError(f"SOURCE {name}: no such folder or file; give {UNDERSTOOD}", field="SOURCE", code="not_found")
     return _file(name)
 
 
@@ -67,10 +69,16 @@ def _file(name: str) -> Source:
     if suffix in OPENERS:
         return OPENERS[suffix](name)
     if suffix in SUFFIXES:
-        raise UserError(f"SOURCE {name}: is one image; give the folder that it is in")
+        raise UserError(f"SOURCE {name}: is one image; give the folder that it is in", field="SOURCE", code="invalid")
     if name.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
-        raise UserError(f"SOURCE {name}: a compressed tar cannot be read at any place: uncompress it to .tar")
-    raise UserError(f"SOURCE {name}: is none of what is understood; give {UNDERSTOOD}")
+        raise UserError(
+            f"SOURCE {name}: a compressed tar cannot be read at any place: uncompress it to .tar",
+            field="SOURCE",
+            code="unsupported",
+        )
+    raise UserError(
+        f"SOURCE {name}: is none of what is understood; give {UNDERSTOOD}", field="SOURCE", code="unsupported"
+    )
 
 
 def _folder(name: str) -> Source:
@@ -79,7 +87,11 @@ def _folder(name: str) -> Source:
         return open_saved(name)
     if "dataset_dict.json" in names:
         splits = sorted(file.partition("/")[0] for file in names if file.endswith("/state.json"))
-        raise UserError(f"SOURCE {name}: holds the splits {', '.join(splits)}: give the folder of one of them")
+        raise UserError(
+            f"SOURCE {name}: holds the splits {', '.join(splits)}: give the folder of one of them",
+            field="SOURCE",
+            code="conflict",
+        )
     kinds = {"images": SUFFIXES, ".npy": {".npy"}, ".tar": {".tar"}, ".parquet": {".parquet"}}
     found = {kind: [file for file in names if suffix_of(file) in suffixes] for kind, suffixes in kinds.items()}
     found = {kind: files for kind, files in found.items() if files}
@@ -87,7 +99,11 @@ def _folder(name: str) -> Source:
         counts = " and ".join(
             f"{len(files)} {kind if kind == 'images' else f'{kind} files'}" for kind, files in found.items()
         )
-        raise UserError(f"SOURCE {name}: holds {counts}: keep one kind in it, or give a file or a folder inside")
+        raise UserError(
+            f"SOURCE {name}: holds {counts}: keep one kind in it, or give a file or a folder inside",
+            field="SOURCE",
+            code="conflict",
+        )
     if ".tar" in found:
         return open_tars(name, [storage.join(name, file) for file in found[".tar"]], found[".tar"])
     if ".parquet" in found:
@@ -101,13 +117,17 @@ def _pattern(name: str) -> Source:
     paths: Sequence[str] = sorted(dict.fromkeys(expand_urls(name)))
     missing = [path for path in paths if not storage.exists(path)]
     if missing:
-        raise UserError(f"SOURCE {name}: {len(missing)} of {len(paths)} files are missing, first {missing[0]}")
+        raise UserError(
+            f"SOURCE {name}: {len(missing)} of {len(paths)} files are missing, first {missing[0]}",
+            field="SOURCE",
+            code="not_found",
+        )
     bases = [posixpath.basename(path) for path in paths]
     if all(path.endswith(".tar") for path in paths):
         return open_tars(name, paths, bases)
     if all(path.endswith(".parquet") for path in paths):
         return open_parquet(name, paths, bases)
-    raise UserError(f"SOURCE {name}: a pattern is for .tar or for .parquet files")
+    raise UserError(f"SOURCE {name}: a pattern is for .tar or for .parquet files", field="SOURCE", code="unsupported")
 
 
 def _packaged(name: str) -> Source:

@@ -98,14 +98,18 @@ def open_parquet(source: str, paths: Sequence[str], names: Sequence[str]) -> Sou
         with _parquet(path) as file:
             found = _column(file.schema_arrow, f"SOURCE {path}")
             if column not in (None, found):
-                raise UserError(f"SOURCE {path}: its columns are not those of {paths[0]}: give them as two sources")
+                raise UserError(
+                    f"SOURCE {path}: its columns are not those of {paths[0]}: give them as two sources",
+                    field="SOURCE",
+                    code="mismatch",
+                )
             column = found
             counts = [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
         groups += [(path, g) for g in range(len(counts))]
         sizes += counts
         rows += [f"{name.removesuffix('.parquet')}-{row:08d}" for row in range(sum(counts))]
     if column is None or not rows:
-        raise UserError(f"SOURCE {source}: no rows in it")
+        raise UserError(f"SOURCE {source}: no rows in it", field="SOURCE", code="not_found")
     kept = PerProcess(partial(_Kept, partial(_row_group, groups, [column.image, *column.captions])))
     held = Rows(source, column, [0, *accumulate(sizes)], kept)
     return Source(keys_of(source, rows), held.picture, held.header, held.picture)
@@ -118,11 +122,21 @@ def open_saved(folder: str) -> Source:
         names = [str(entry["filename"]) for entry in state["_data_files"]]
         mapped = bool(state.get("_indices_data_files"))
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"SOURCE {folder}: a state.json that cannot be read: {error}") from None
+        raise UserError(
+            f"SOURCE {folder}: a state.json that cannot be read: {error}", field="SOURCE", code="unreadable"
+        ) from None
     if mapped:
-        raise UserError(f"SOURCE {folder}: saved with an order of its own: call flatten_indices() and save it again")
+        raise UserError(
+            f"SOURCE {folder}: saved with an order of its own: call flatten_indices() and save it again",
+            field="SOURCE",
+            code="unsupported",
+        )
     if any("/" in name or "\\" in name for name in names):
-        raise UserError(f"SOURCE {folder}: state.json names files in other folders: it is not safe")
+        raise UserError(
+            f"SOURCE {folder}: state.json names files in other folders: it is not safe",
+            field="SOURCE",
+            code="unreadable",
+        )
     return open_arrow(folder, [storage.join(folder, name) for name in names])
 
 
@@ -134,11 +148,11 @@ def open_arrow(source: str, paths: Sequence[str]) -> Source:
         table = _arrow(paths, None, len(sizes))
         found = _column(table.schema, f"SOURCE {path}")
         if column not in (None, found):
-            raise UserError(f"SOURCE {path}: its columns are not those of {paths[0]}")
+            raise UserError(f"SOURCE {path}: its columns are not those of {paths[0]}", field="SOURCE", code="mismatch")
         column = found
         sizes.append(table.num_rows)
     if column is None or not sum(sizes):
-        raise UserError(f"SOURCE {source}: no rows in it")
+        raise UserError(f"SOURCE {source}: no rows in it", field="SOURCE", code="not_found")
     kept = PerProcess(partial(_Kept, partial(_arrow, paths, [column.image, *column.captions])))
     keys = [f"row-{i:08d}" for i in range(sum(sizes))]
     held = Rows(source, column, [0, *accumulate(sizes)], kept)
@@ -154,7 +168,7 @@ def _column(schema: pa.Schema, name: str) -> Column:
     try:
         names = ", ".join(schema.names)
     except UnicodeDecodeError:
-        raise UserError(f"{name}: the columns' names are not UTF-8 (damaged?)") from None
+        raise UserError(f"{name}: the columns' names are not UTF-8 (damaged?)", field=name, code="unreadable") from None
     found: dict[str, bool] = {}
     for field in schema:
         if pa.types.is_struct(field.type):
@@ -165,9 +179,15 @@ def _column(schema: pa.Schema, name: str) -> Column:
             found[field.name] = False
     image = "image" if "image" in found else next(iter(found), None)
     if image is None:
-        raise UserError(f"{name}: no column of images (bytes, or a struct with bytes) among {names}")
+        raise UserError(
+            f"{name}: no column of images (bytes, or a struct with bytes) among {names}", field=name, code="invalid"
+        )
     if len(found) > 1 and image != "image":
-        raise UserError(f"{name}: the columns {', '.join(found)} may all be the images: name one of them image")
+        raise UserError(
+            f"{name}: the columns {', '.join(found)} may all be the images: name one of them image",
+            field=name,
+            code="conflict",
+        )
     return Column(image, found[image], tuple(field for field in FIELDS if field in schema.names))
 
 
@@ -203,7 +223,9 @@ def _arrow(paths: Sequence[str], columns: list[str] | None, number: int) -> pa.T
         whole = data.slice(0, 6).to_pybytes() == b"ARROW1"
         table = (pa.ipc.open_file(data) if whole else pa.ipc.open_stream(data)).read_all()
     except FileNotFoundError:
-        raise UserError(f"SOURCE {path}: no such file, though state.json names it") from None
+        raise UserError(
+            f"SOURCE {path}: no such file, though state.json names it", field="SOURCE", code="not_found"
+        ) from None
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(path, "cannot be read as Arrow (truncated?)", error) from None
     return table if columns is None else table.select(columns)
@@ -214,4 +236,4 @@ def _unreadable(path: str, what: str, error: Exception) -> Exception:
     if isinstance(error, OSError) and error.errno is not None:
         return OSError(error.errno, error.strerror or str(error), path)
     text = in_one_line(error, 200)
-    return UserError(f"SOURCE {path}: {what}: {text}")
+    return UserError(f"SOURCE {path}: {what}: {text}", field="SOURCE", code="unreadable")

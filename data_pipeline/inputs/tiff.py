@@ -67,16 +67,28 @@ def _layout(file: TiffFile, name: str) -> _Layout:
     axes, shape = series.axes, series.shape
     if len(file.series) > 1:
         shapes = ", ".join(str(s.shape) for s in file.series[:3])
-        raise UserError(f"{name}: holds {len(file.series)} series of pages ({shapes}...): save one of them alone")
+        raise UserError(
+            f"{name}: holds {len(file.series)} series of pages ({shapes}...): save one of them alone",
+            field=name,
+            code="unsupported",
+        )
     if str(series.dtype) not in DTYPES:
-        raise UserError(f"{name}: {series.dtype} pixels; convert them to one of {', '.join(DTYPES)}")
+        raise UserError(
+            f"{name}: {series.dtype} pixels; convert them to one of {', '.join(DTYPES)}", field=name, code="unsupported"
+        )
     if int(getattr(first, "photometric", 1)) not in (0, 1, 2):
-        raise UserError(f"{name}: a TIFF in {getattr(first, 'photometric', None)!r}: convert it to grey or RGB")
+        raise UserError(
+            f"{name}: a TIFF in {getattr(first, 'photometric', None)!r}: convert it to grey or RGB",
+            field=name,
+            code="unsupported",
+        )
     if getattr(first, "compression", 1) not in COMPRESSIONS:
         raise UserError(
             f"{name}: compressed by {getattr(first, 'compression', None)!r}, which is read of single pictures "
             "in grey and in"
-            " 8 bits only: save it uncompressed, or with deflate"
+            " 8 bits only: save it uncompressed, or with deflate",
+            field=name,
+            code="unsupported",
         )
     page = tuple(n for axis, n in zip(axes, shape, strict=True) if axis in "YXS")
     stacked = [(axis, n) for axis, n in zip(axes, shape, strict=True) if axis not in "YXS"]
@@ -86,9 +98,13 @@ def _layout(file: TiffFile, name: str) -> _Layout:
     sizes, limit = dict(zip(axes, shape, strict=True)), Image.MAX_IMAGE_PIXELS or math.inf
     pixels, samples = sizes.get("Y", 1) * sizes.get("X", 1), planes.shape[1] * sizes.get("S", 1)
     if pixels > limit or pixels * samples > 4 * limit:
-        raise UserError(f"{name}: shape {shape}, over the limit of {limit} pixels (a decompression bomb?)")
+        raise UserError(
+            f"{name}: shape {shape}, over the limit of {limit} pixels (a decompression bomb?)",
+            field=name,
+            code="invalid",
+        )
     if len(series) < planes.size and (series.dataoffset or file.filehandle.size) + series.nbytes > file.filehandle.size:
-        raise UserError(f"{name}: says shape {shape}, but pages are missing")
+        raise UserError(f"{name}: says shape {shape}, but pages are missing", field=name, code="unreadable")
     alpha = sum(int(kind) in ALPHA for kind in getattr(first, "extrasamples", ()))
     return _Layout(
         planes, page, sizes["S"] - alpha if "S" in axes else None, "S" in axes and axes.index("S") == len(stacked)
@@ -153,11 +169,12 @@ def one(data: bytes, name: str) -> NDArray[Any]:
                 raise BadImage(
                     f"{name}: a stack of {len(layout.planes)} pictures (axes {series.axes} {series.shape}):"
                     " give this file alone as SOURCE, split stacks beforehand (docs/data.md), or say in its "
-                    "metadata that its pages are channels (axes CYX)"
+                    "metadata that its pages are channels (axes CYX)",
+                    code="unsupported",
                 )
             return usual(_picture(file, layout, 0), BadImage, name)
     except UserError as error:
-        raise BadImage(str(error)) from None
+        raise BadImage(str(error), code=error.code) from None
     except MemoryError:
         raise
     except Exception as error:  # broken files raise all sorts of things
@@ -172,7 +189,7 @@ def open_stack(path: str) -> Source:
     except (UserError, OSError, MemoryError):
         raise
     except Exception as error:
-        raise UserError(f"SOURCE {_reason(error, path)}") from None
+        raise UserError(f"SOURCE {_reason(error, path)}", field="SOURCE", code="unreadable") from None
     keys = [f"page-{i:06d}" for i in range(len(layout.planes))]
     return Source(keys, partial(_read, file, layout, path))
 

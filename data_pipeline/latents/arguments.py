@@ -33,15 +33,23 @@ class LatentRequest:
 
     def __post_init__(self) -> None:
         if self.size < 8 or self.size % 8:
-            raise UserError(f"--size {self.size}: with --latents it must be a multiple of 8, at least 8")
+            raise UserError(
+                f"--size {self.size}: with --latents it must be a multiple of 8, at least 8",
+                field="--size",
+                code="invalid",
+            )
         if self.crop not in ("centre", "random"):
-            raise UserError(f"--crop {self.crop}: must be centre or random")
+            raise UserError(f"--crop {self.crop}: must be centre or random", field="--crop", code="unknown")
         if self.buckets is not None and (self.buckets < 8 or self.buckets % 8):
-            raise UserError(f"--buckets {self.buckets}: must be a multiple of 8, at least 8")
+            raise UserError(
+                f"--buckets {self.buckets}: must be a multiple of 8, at least 8", field="--buckets", code="invalid"
+            )
         if len(self.sizes) < 2 and self.buckets:
             raise UserError(
                 f"--buckets {self.buckets}: too large for --size {self.size}, it leaves {len(self.sizes)} size "
-                f"of about {self.size}x{self.size} pixels: give at most {max(8, self.size // 16 * 8)}"
+                f"of about {self.size}x{self.size} pixels: give at most {max(8, self.size // 16 * 8)}",
+                field="--buckets",
+                code="invalid",
             )
 
     @property
@@ -98,10 +106,12 @@ def from_arguments(args: argparse.Namespace, corruption: Corruption) -> LatentRe
         }
         for flag, value in given.items():
             if value:
-                raise UserError(f"{flag}: only with --latents")
+                raise UserError(f"{flag}: only with --latents", field=flag, code="conflict")
         return None
     if args.size is None:
-        raise UserError("--latents needs --size PIXELS, the side of the squares that it encodes")
+        raise UserError(
+            "--latents needs --size PIXELS, the side of the squares that it encodes", field="--size", code="missing"
+        )
     check_channels(args.channels)
     check_corruption(corruption)
     crop: Literal["centre", "random"] = args.crop or "centre"
@@ -115,7 +125,11 @@ def from_arguments(args: argparse.Namespace, corruption: Corruption) -> LatentRe
 def check_channels(channels: int | None) -> None:
     """Raises UserError for a number of channels that VAEs do not take."""
     if channels not in (None, 3):
-        raise UserError(f"--channels {channels}: with --latents it must be 3, since VAEs take colour images")
+        raise UserError(
+            f"--channels {channels}: with --latents it must be 3, since VAEs take colour images",
+            field="--channels",
+            code="conflict",
+        )
 
 
 def check_corruption(corruption: Corruption) -> None:
@@ -123,10 +137,14 @@ def check_corruption(corruption: Corruption) -> None:
     if isinstance(corruption, Measured):
         raise UserError(
             "--corruption measured with --latents: a photograph's noise is not Gaussian after a VAE; train on "
-            "pixels (without --latents), or drown it in latent noise: --corruption gaussian --sigma LEVEL"
+            "pixels (without --latents), or drown it in latent noise: --corruption gaussian --sigma LEVEL",
+            field="--corruption",
+            code="conflict",
         )
     if isinstance(corruption, Degraded):
         raise UserError(
             f"--corruption {corruption.steps} with --latents: is made for pixels, and would mean nothing on a "
-            "latent; take --corruption gaussian --sigma LEVEL"
+            "latent; take --corruption gaussian --sigma LEVEL",
+            field="--corruption",
+            code="conflict",
         )

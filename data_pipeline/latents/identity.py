@@ -65,7 +65,9 @@ def require_same(recorded: str, found: str, what: str) -> None:
     """Raises UserError where the two hashes differ. what: such as "the VAE of models/sdxl"."""
     if recorded != found:
         raise UserError(
-            f"{what}: {found[:16]}, but the data were made with {recorded[:16]}: give the same, or make the data again"
+            f"{what}: {found[:16]}, but the data were made with {recorded[:16]}: give the same, or make the data again",
+            field=what,
+            code="mismatch",
         )
 
 
@@ -104,14 +106,22 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
     with file.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
         if 8 + length > size:
-            raise UserError(f"{file}: not a whole safetensors file: download or copy it again")
+            raise UserError(
+                f"{file}: not a whole safetensors file: download or copy it again", field=file, code="unreadable"
+            )
         try:
             header = dict(from_json(f.read(length)))
             end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
         except (ValueError, KeyError, TypeError, IndexError):
-            raise UserError(f"{file}: not a safetensors file: download or copy it again") from None
+            raise UserError(
+                f"{file}: not a safetensors file: download or copy it again", field=file, code="unreadable"
+            ) from None
     if 8 + length + end != size:
-        raise UserError(f"{file}: {size} bytes, its header says {8 + length + end}: download or copy it again")
+        raise UserError(
+            f"{file}: {size} bytes, its header says {8 + length + end}: download or copy it again",
+            field=file,
+            code="unreadable",
+        )
     return header, 8 + length
 
 
@@ -121,6 +131,6 @@ def _read(file: Path, start: int, end: int) -> Iterator[bytes]:
         while start < end:
             chunk = f.read(min(CHUNK, end - start))
             if not chunk:
-                raise UserError(f"{file}: ends early: download or copy it again")
+                raise UserError(f"{file}: ends early: download or copy it again", field=file, code="unreadable")
             start += len(chunk)
             yield chunk

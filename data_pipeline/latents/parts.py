@@ -28,13 +28,19 @@ def find_parts(flag: str, source: str, names: Sequence[str]) -> dict[str, Path]:
     """
     path = Path(source).expanduser()
     if path.is_file():
-        raise UserError(f"{flag} {source}: is a file; give a folder in diffusers' layout, or a hub id")
+        raise UserError(
+            f"{flag} {source}: is a file; give a folder in diffusers' layout, or a hub id", field=flag, code="invalid"
+        )
     root = path if path.is_dir() else _download(flag, source, names)
     if len(names) == 1 and not (root / names[0]).is_dir() and (root / "config.json").is_file():
         return {names[0]: root}
     for name in names:
         if not (root / name).is_dir():
-            raise UserError(f"{flag} {source}: no {name}/ in it; give a pipeline in diffusers' layout, or a hub id")
+            raise UserError(
+                f"{flag} {source}: no {name}/ in it; give a pipeline in diffusers' layout, or a hub id",
+                field=flag,
+                code="not_found",
+            )
     return {name: root / name for name in names}
 
 
@@ -62,7 +68,9 @@ def _download(flag: str, source: str, names: Sequence[str]) -> Path:
         reason = str(error).strip().splitlines() or [""]
         raise UserError(
             f"{flag} {source}: no such folder here, and no such model came from the hub "
-            f"({type(error).__name__}: {reason[0]})"
+            f"({type(error).__name__}: {reason[0]})",
+            field=flag,
+            code="not_found",
         ) from None
 
 
@@ -70,7 +78,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a part. Raises UserError."""
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(f"{folder}: no config.json in it; give a folder in diffusers' layout")
+        raise UserError(
+            f"{folder}: no config.json in it; give a folder in diffusers' layout", field=folder, code="not_found"
+        )
     return read_mapping(path, "JSON", str(path))
 
 
@@ -81,14 +91,18 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
         return [whole]
     if not index.is_file():
         raise UserError(
-            f"{folder}: no {stem}.safetensors in it (weights in .bin files are pickles, which are never read)"
+            f"{folder}: no {stem}.safetensors in it (weights in .bin files are pickles, which are never read)",
+            field=folder,
+            code="not_found",
         )
     try:
         names = sorted(set(from_json(text_of(index))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: not an index of weights ({in_one_line(error, with_kind=True)})") from None
+        raise UserError(
+            f"{index}: not an index of weights ({in_one_line(error, with_kind=True)})", field=index, code="unreadable"
+        ) from None
     files = [folder / Path(name).name for name in names]
     missing = next((file for file in files if not file.is_file()), None)
     if missing or not files:
-        raise UserError(f"{index}: names weights that are missing: {missing}")
+        raise UserError(f"{index}: names weights that are missing: {missing}", field=index, code="not_found")
     return files

@@ -55,7 +55,9 @@ def write_text_cache(folder: Path, captions: Iterable[str], encoder: Encoder) ->
         lines = "".join(json.dumps(caption, ensure_ascii=False) + "\n" for caption in distinct).encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"caption {error.object[error.start - 40 : error.end]!r}: not valid Unicode: correct it"
+            f"caption {error.object[error.start - 40 : error.end]!r}: not valid Unicode: correct it",
+            field="caption",
+            code="unreadable",
         ) from None
     described: dict[str, Any] = {
         "format": FORMAT,
@@ -66,7 +68,11 @@ def write_text_cache(folder: Path, captions: Iterable[str], encoder: Encoder) ->
     }
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / CAPTIONS).is_file() and (folder / CAPTIONS).read_bytes() != lines:
-        raise UserError(f"{folder}: holds the embeddings of other captions: delete it, or choose another OUTPUT")
+        raise UserError(
+            f"{folder}: holds the embeddings of other captions: delete it, or choose another OUTPUT",
+            field=folder,
+            code="in_use",
+        )
     if (folder / DONE).is_file():
         TextCache(folder).require(encoder.identity)
         return
@@ -126,7 +132,9 @@ class TextCache:
             described = from_json(text_of(folder / DONE))
             if described["format"] != FORMAT:
                 raise UserError(
-                    f"{folder / DONE}: format {described['format']}, this version reads {FORMAT}: encode again"
+                    f"{folder / DONE}: format {described['format']}, this version reads {FORMAT}: encode again",
+                    field=folder / DONE,
+                    code="unsupported",
                 )
             self.identity, self.cut = str(described["identity"]), int(described["cut"])
             self._arrays = [np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in ARRAYS]
@@ -134,16 +142,22 @@ class TextCache:
         except FileNotFoundError as error:
             raise UserError(
                 f"{folder}: no {Path(error.filename).name} in it, so the embeddings are not complete: encode "
-                "the captions again"
+                "the captions again",
+                field=folder,
+                code="not_found",
             ) from None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{folder}: not a text cache ({in_one_line(error, with_kind=True)}): encode the captions again"
+                f"{folder}: not a text cache ({in_one_line(error, with_kind=True)}): encode the captions again",
+                field=folder,
+                code="unreadable",
             ) from None
         for name, array, shape in zip(ARRAYS, self._arrays, shapes, strict=True):
             if array.shape != shape or array.dtype != np.float16:
                 raise UserError(
-                    f"{folder / name}: {array.dtype} {array.shape}, {DONE} says float16 {shape}: encode again"
+                    f"{folder / name}: {array.dtype} {array.shape}, {DONE} says float16 {shape}: encode again",
+                    field=folder / name,
+                    code="unreadable",
                 )
 
     def __len__(self) -> int:
@@ -159,7 +173,9 @@ class TextCache:
         there."""
         wrong = next((i for i in ids if not 0 <= i < len(self)), None)
         if wrong is not None:
-            raise UserError(f"{self.folder}: caption id {wrong}: it has 0 to {len(self) - 1}")
+            raise UserError(
+                f"{self.folder}: caption id {wrong}: it has 0 to {len(self) - 1}", field=self.folder, code="not_found"
+            )
         prompt_embeds, pooled = (torch.from_numpy(array[np.asarray(ids, dtype=np.int64)]) for array in self._arrays)
         return prompt_embeds, pooled
 
@@ -169,7 +185,9 @@ class TextCache:
             return [self._ids[caption] for caption in captions]
         except KeyError as error:
             raise UserError(
-                f"{self.folder}: the caption {error.args[0]!r} was not encoded: encode the captions again"
+                f"{self.folder}: the caption {error.args[0]!r} was not encoded: encode the captions again",
+                field=self.folder,
+                code="not_found",
             ) from None
 
     @cached_property

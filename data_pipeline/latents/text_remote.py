@@ -48,7 +48,9 @@ def open_text(place: str) -> TextCache:
     except FileNotFoundError as error:
         name = os.path.basename(error.filename)
         raise UserError(
-            f"{place}: no {name} in it, so the embeddings are not complete: encode the captions again"
+            f"{place}: no {name} in it, so the embeddings are not complete: encode the captions again",
+            field=place,
+            code="not_found",
         ) from None
     except OSError as error:
         raise WorkFailed(f"{place}: cannot be fetched: {error.strerror or error}") from None

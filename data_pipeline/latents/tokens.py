@@ -53,4 +53,6 @@ def _load(folder: Path) -> Any:
         return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, TypeError) as error:
         reason = str(error).strip().splitlines() or [""]
-        raise UserError(f"{folder}: cannot be loaded as CLIPTokenizer: {reason[0]}") from None
+        raise UserError(
+            f"{folder}: cannot be loaded as CLIPTokenizer: {reason[0]}", field=folder, code="unreadable"
+        ) from None

@@ -47,12 +47,16 @@ def load_part(class_: Any, folder: Path, stem: str, **options: Any) -> Any:
     except (OSError, ValueError, RuntimeError, KeyError) as error:  # what the libraries raise for files that do not fit
         reason = str(error).strip().splitlines() or [""]
         raise UserError(
-            f"{folder}: cannot be loaded as {class_.__name__}: {type(error).__name__}: {reason[0]}"
+            f"{folder}: cannot be loaded as {class_.__name__}: {type(error).__name__}: {reason[0]}",
+            field=folder,
+            code="unreadable",
         ) from None
     if report["missing_keys"]:
         raise UserError(
             f"{folder}: not the weights of its config.json: {len(report['missing_keys'])} are missing, such as "
-            f"{sorted(report['missing_keys'])[0]}"
+            f"{sorted(report['missing_keys'])[0]}",
+            field=folder,
+            code="unreadable",
         )
     return part.requires_grad_(False).eval()
 
@@ -61,7 +65,11 @@ def load_vae(folder: Path) -> AutoencoderKL:
     """float32, whatever the files hold: SDXL's own VAE overflows in float16."""
     name = read_config(folder).get("_class_name")
     if name != "AutoencoderKL":
-        raise UserError(f"{folder}: config.json says {name}; only an AutoencoderKL, as SDXL has, can make latents")
+        raise UserError(
+            f"{folder}: config.json says {name}; only an AutoencoderKL, as SDXL has, can make latents",
+            field=folder,
+            code="unsupported",
+        )
     if not torch.cuda.is_available():
         logging.getLogger("xformers").setLevel(logging.ERROR)  # it has no operator for CPU, and says so at length
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL  # here, since it takes seconds
@@ -82,7 +90,9 @@ class Vae:
         config = module.config
         if config.latents_mean is not None or config.latents_std is not None:
             raise UserError(
-                f"--latents {source}: a VAE with latents_mean and latents_std is not supported; SDXL's has none"
+                f"--latents {source}: a VAE with latents_mean and latents_std is not supported; SDXL's has none",
+                field="--latents",
+                code="unsupported",
             )
         self.scale, self.shift = float(config.scaling_factor), float(config.shift_factor or 0)
         self.in_channels, self.channels = int(config.in_channels), int(config.latent_channels)
@@ -93,7 +103,9 @@ class Vae:
         if width % self.factor or height % self.factor:
             raise UserError(
                 f"--latents {self.source}: {width}x{height} pixels: its VAE takes multiples of {self.factor}: "
-                "change --size"
+                "change --size",
+                field="--latents",
+                code="mismatch",
             )
         return self.channels, height // self.factor, width // self.factor
 
@@ -113,7 +125,9 @@ class Vae:
         if channels != self.in_channels:
             raise UserError(
                 f"--latents {self.source}: images of {channels} channels, its VAE takes {self.in_channels}: "
-                f"give --channels {self.in_channels}"
+                f"give --channels {self.in_channels}",
+                field="--latents",
+                code="mismatch",
             )
         shape = self.shape(width, height)
         with torch.inference_mode(), one_thread():

@@ -38,7 +38,9 @@ class ShardCache:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"data.cache_dir {folder}: cannot be made: {error.strerror}") from None
+            raise UserError(
+                f"data.cache_dir {folder}: cannot be made: {error.strerror}", field="data.cache_dir", code="unwritable"
+            ) from None
 
     def open(self, shard: Shard) -> BinaryIO:
         """The copy of a shard, fetched where there is none. It stays in the cache as long as the file is open.

@@ -52,7 +52,9 @@ class Loader:
         if config.flip and self.index.request.get("latents"):
             raise UserError(
                 f"data.flip true: {config.shards} holds latents, and a mirrored latent is not the mirrored "
-                "image's: set it to false (data_pipeline.shard --latents has its own --flip)"
+                "image's: set it to false (data_pipeline.shard --latents has its own --flip)",
+                field="data.flip",
+                code="conflict",
             )
         self.skipped = self.cut = 0
         self._warned: set[str] = set()

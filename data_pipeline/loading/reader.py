@@ -104,12 +104,16 @@ class ShardReader:
                     out[i] = npy_array(shard.content(observation, usual_size + npy.LONGEST_HEADER), shape)
                 about.append(meta(shard.content(record, LONGEST_META)))
             except BadSample as error:
-                raise UserError(f"{shard.path}: sample {shard.keys[row]}: {error}") from None
+                raise UserError(
+                    f"{shard.path}: sample {shard.keys[row]}: {error}", field=shard.path, code="unreadable"
+                ) from None
             keys.append(shard.keys[row])
         if not all_finite(out):
             i = next(i for i, x in enumerate(out) if not all_finite(x))
             raise UserError(
-                f"{self.open(shards[i]).path}: sample {keys[i]}: the observation has NaN or Inf in it: shard again"
+                f"{self.open(shards[i]).path}: sample {keys[i]}: the observation has NaN or Inf in it: shard again",
+                field=self.open(shards[i]).path,
+                code="unreadable",
             )
         return keys, about
 
@@ -123,7 +127,9 @@ class ShardReader:
             observation, record = shard.sample(row)
             members = {META: shard.content(record, LONGEST_META), OBSERVATION: shard.content(observation, longest)}
         except BadSample as error:
-            raise UserError(f"{shard.path}: sample {shard.keys[row]}: {error}") from None
+            raise UserError(
+                f"{shard.path}: sample {shard.keys[row]}: {error}", field=shard.path, code="unreadable"
+            ) from None
         local = {} if self._cache else {"__local_path__": shard.path}
         return {"__key__": shard.keys[row], "__url__": shard.path, **local, **members}
 
@@ -177,17 +183,23 @@ class ShardReader:
             except CacheFull:
                 raise UserError(
                     f"data.cache_gb: too small for the shards in use, and {path} ({shard.bytes / 1e9:.3g} GB): "
-                    "raise it, or lower data.group"
+                    "raise it, or lower data.group",
+                    field="data.cache_gb",
+                    code="invalid",
                 ) from None
         try:
             file = Path(path).open("rb", buffering=0)  # noqa: SIM115 closed with the shard
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):  # this process's fault, not the shard's
-                raise UserError(f"{path}: {error.strerror}: lower data.group, or raise `ulimit -n`") from None
-            raise BadShard(f"{path}: cannot be read: {error.strerror}") from None
+                raise UserError(
+                    f"{path}: {error.strerror}: lower data.group, or raise `ulimit -n`", field=path, code="unreadable"
+                ) from None
+            raise BadShard(f"{path}: cannot be read: {error.strerror}", field=path, code="unreadable") from None
         if (size := os.fstat(file.fileno()).st_size) != shard.bytes:
             file.close()
-            raise BadShard(f"{path}: {size} bytes, the index says {shard.bytes}: shard again")
+            raise BadShard(
+                f"{path}: {size} bytes, the index says {shard.bytes}: shard again", field=path, code="unreadable"
+            )
         return file
 
     def _parsed(self, file: BinaryIO, shard: Shard) -> OpenShard:
@@ -195,7 +207,7 @@ class ShardReader:
         try:
             found = members(file)
         except (OSError, ValueError) as error:
-            raise BadShard(f"{path}: cannot be read: {error}: shard again") from None
+            raise BadShard(f"{path}: cannot be read: {error}: shard again", field=path, code="unreadable") from None
         opened, last = OpenShard(path, file, found, [], [], []), None
         for i, name in enumerate(found.names):
             key, _, extension = name.partition(".")
@@ -210,9 +222,13 @@ class ShardReader:
                 opened.metas[-1] = i
         if len(set(opened.keys)) != len(opened.keys):
             twice = next(key for i, key in enumerate(opened.keys) if key in opened.keys[:i])
-            raise BadShard(f"{path}: two samples have the key {twice}: shard again")
+            raise BadShard(f"{path}: two samples have the key {twice}: shard again", field=path, code="unreadable")
         if len(opened.keys) != shard.samples:
-            raise BadShard(f"{path}: {len(opened.keys)} samples, the index says {shard.samples}: shard again")
+            raise BadShard(
+                f"{path}: {len(opened.keys)} samples, the index says {shard.samples}: shard again",
+                field=path,
+                code="unreadable",
+            )
         return opened
 
 
@@ -233,7 +249,9 @@ def _verify(file: BinaryIO, shard: Shard, path: str) -> None:
         digest.update(chunk)
     if digest.hexdigest() != shard.sha256:
         raise BadShard(
-            f"{path}: its checksum is {digest.hexdigest()[:12]}..., the index says {shard.sha256[:12]}...: shard again"
+            f"{path}: its checksum is {digest.hexdigest()[:12]}..., the index says {shard.sha256[:12]}...: shard again",
+            field=path,
+            code="unreadable",
         )
 
 

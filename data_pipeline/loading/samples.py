@@ -45,15 +45,23 @@ class ExactSamples(DataPipeline, FluidInterface):  # pyright: ignore[reportIncom
         if config.flip or config.sigma_scale != 1:
             raise UserError(
                 f"data.flip {str(config.flip).lower()}, data.sigma_scale {config.sigma_scale:g}: samples come as they "
-                "are stored: leave both out, and change the samples by a stage"
+                "are stored: leave both out, and change the samples by a stage",
+                field="data.flip",
+                code="unsupported",
             )
         if layout.batch_size % (layout.world * layout.micro_batch_size):
             raise UserError(
                 f"batch_size {layout.batch_size}: must be a multiple of {layout.world} ranks x micro_batch_size "
-                f"{layout.micro_batch_size}"
+                f"{layout.micro_batch_size}",
+                field="batch_size",
+                code="invalid",
             )
         if start < 0 or start % layout.batch_size:
-            raise UserError(f"start {start}: must be a multiple of batch_size {layout.batch_size}, at least 0")
+            raise UserError(
+                f"start {start}: must be a multiple of batch_size {layout.batch_size}, at least 0",
+                field="start",
+                code="invalid",
+            )
         folder = ShardFolder(config, layout.batch_size, seed)
         micro_batches = MicroBatches(folder.order, layout, start // layout.batch_size, end)
         super().__init__(micro_batches, _Samples(folder, config.on_error == "skip"))

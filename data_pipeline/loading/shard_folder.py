@@ -41,7 +41,9 @@ class ShardFolder:
         if needed > config.cache_gb:
             raise UserError(
                 f"data.cache_gb {config.cache_gb:g}: two groups of {self.order.group} shards take {needed:.3g} GB: "
-                "raise it, or lower data.group"
+                "raise it, or lower data.group",
+                field="data.cache_gb",
+                code="invalid",
             )
 
 

@@ -129,7 +129,8 @@ def observe(request: Request, picture: Picture, key: str, channels: int) -> Obse
     """Of pixels. Raises BadImage for an image that cannot be used, and UserError for a request that fits none."""
     if isinstance(request.corruption, Measured) and picture.channels != channels:
         raise BadImage(
-            f"{picture.channels} channels, {channels} are wanted: converting would change the noise that was measured"
+            f"{picture.channels} channels, {channels} are wanted: converting would change the noise that was measured",
+            code="mismatch",
         )
     x0 = prepare(picture, request.size, channels, request.value_range)
     return _check(request.corruption(x0, generator_of(request.seed, key)))
@@ -149,5 +150,5 @@ def _check_shape(observation: Observation, plan: Plan) -> None:
         return
     (channels, height, width), (planned, *first) = observation.x_n.shape, plan.shapes[0]
     if channels != planned:
-        raise BadImage(f"{channels} channels, the first image has {planned}")
-    raise BadImage(f"{width}x{height} pixels, the first image has {first[1]}x{first[0]}: give --size")
+        raise BadImage(f"{channels} channels, the first image has {planned}", code="mismatch")
+    raise BadImage(f"{width}x{height} pixels, the first image has {first[1]}x{first[0]}: give --size", code="mismatch")

@@ -59,14 +59,18 @@ class Request:
             "--shard-size": self.shard_size,
         }.items():
             if value is not None and value < 1:
-                raise UserError(f"{name} {value}: must be at least 1")
+                raise UserError(f"{name} {value}: must be at least 1", field=name, code="invalid")
         if self.size is not None and self.size > LARGEST:
-            raise UserError(f"--size {self.size}: must be at most {LARGEST}")
+            raise UserError(f"--size {self.size}: must be at most {LARGEST}", field="--size", code="invalid")
         if self.latents is not None:
             check_channels(self.channels)
             check_corruption(self.corruption)
             if self.size != self.latents.size:
-                raise UserError(f"--size {self.size}: the latents' size is {self.latents.size}: give the same")
+                raise UserError(
+                    f"--size {self.size}: the latents' size is {self.latents.size}: give the same",
+                    field="--size",
+                    code="mismatch",
+                )
 
     def recorded(self) -> dict[str, Any]:
         """As JSON gives it back. A folder is recorded by its full path."""
@@ -87,7 +91,9 @@ DEFAULTS = {field.name: field.default for field in fields(Request)}
 def refuse_another(output: str, recorded: dict[str, Any], asked: dict[str, Any]) -> None:
     """Raises UserError that names the fields in which the two requests differ."""
     if found := differences(_flat(recorded), _flat(asked)):
-        raise UserError(f"{output} holds shards made with {found}: choose another OUTPUT")
+        raise UserError(
+            f"{output} holds shards made with {found}: choose another OUTPUT", field=output, code="mismatch"
+        )
 
 
 def _flat(request: dict[str, Any]) -> dict[str, Any]:
@@ -166,7 +172,9 @@ def check_source(source: Source, request: dict[str, Any], count: int, keys: str)
         now = f"{there} images, not {count}" if there != count else "images of other names"
         raise UserError(
             f"SOURCE {request['source']}: it has {now}, since OUTPUT was begun: bring them back, or choose "
-            "another OUTPUT"
+            "another OUTPUT",
+            field="SOURCE",
+            code="mismatch",
         )
 
 
@@ -183,9 +191,15 @@ def read_plan(output: str) -> Plan | None:
     try:
         data = from_json(storage.read_bytes(path))
         if data.pop("format") != FORMAT:
-            raise UserError(f"{path}: begun by another version: finish it with that one, or choose another OUTPUT")
+            raise UserError(
+                f"{path}: begun by another version: finish it with that one, or choose another OUTPUT",
+                field=path,
+                code="unsupported",
+            )
         return Plan(**{**data, "shapes": tuple(tuple(shape) for shape in data["shapes"])})
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path}: not a plan ({in_one_line(error, with_kind=True)}): remove OUTPUT, or choose another"
+            f"{path}: not a plan ({in_one_line(error, with_kind=True)}): remove OUTPUT, or choose another",
+            field=path,
+            code="unreadable",
         ) from None

@@ -72,7 +72,11 @@ def read_record(output: str, number: int) -> Record:
         captions, fields = tuple(data.pop("captions", ())), tuple(data.pop("fields"))
         return Record(shard=shard, rejected=rejected, fields=fields, captions=captions, **data)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not a shard's record ({type(error).__name__}): remove it, and run again") from None
+        raise UserError(
+            f"{path}: not a shard's record ({type(error).__name__}): remove it, and run again",
+            field=path,
+            code="unreadable",
+        ) from None
 
 
 def _path(output: str, number: int) -> str:
@@ -107,7 +111,11 @@ def refuse_other_files(output: str) -> None:
     begun = plan.NAME in names
     for name in names:
         if not OWN.fullmatch(name) or (not begun and name.startswith("shard-")):
-            raise UserError(f"OUTPUT {output}: the folder holds other files, such as {name}: choose a new one")
+            raise UserError(
+                f"OUTPUT {output}: the folder holds other files, such as {name}: choose a new one",
+                field="OUTPUT",
+                code="in_use",
+            )
 
 
 def remove_leftovers(output: str, done: Iterable[int]) -> None:

@@ -33,7 +33,9 @@ def look(request: Request, picture: Picture, observation: Observation) -> Iterat
                 f"--sigma {sigma:g}: the first image varies by {spread:.2g} in all, noise and all, with {low:g} "
                 f"and {high:g} at -1 and 1; levels are in these units: "
                 f"divide one in the file's own by {(high - low) / 2:g}, and see that --range is about the "
-                "darkest and the brightest"
+                "darkest and the brightest",
+                field="--sigma",
+                code="mismatch",
             )
         if request.size is not None and picture.pixels.shape[:2] != (request.size, request.size):
             height, width = picture.pixels.shape[:2]

@@ -40,7 +40,9 @@ class Limit:
     def __post_init__(self) -> None:
         if not 0 <= self.asked < math.inf or (self.asked >= 1 and self.asked != int(self.asked)):
             raise UserError(
-                f"--max-rejected {self.asked:g}: must be a share of the images below 1, or a whole number of them"
+                f"--max-rejected {self.asked:g}: must be a share of the images below 1, or a whole number of them",
+                field="--max-rejected",
+                code="invalid",
             )
 
     def check(self, output: str, rejected: Iterable[Rejected], count: int) -> None:
@@ -65,7 +67,7 @@ def preprocess(request: Request, output: str, max_rejected: float, write: Write)
     if local is not None:
         output = str(local)
         if local.exists() and not local.is_dir():
-            raise UserError(f"OUTPUT {output}: is a file; give a folder")
+            raise UserError(f"OUTPUT {output}: is a file; give a folder", field="OUTPUT", code="invalid")
     if storage.exists(storage.join(output, index.NAME)):
         return _complete(request, output)
     progress_records.refuse_other_files(output)
@@ -90,11 +92,13 @@ def preprocess(request: Request, output: str, max_rejected: float, write: Write)
 def _refuse_places(source: str, output: str) -> None:
     """Raises UserError for an OUTPUT that would become a part of SOURCE, or is none."""
     if not output.strip():
-        raise UserError("OUTPUT: is empty (a variable that is not set?): give a folder")
+        raise UserError("OUTPUT: is empty (a variable that is not set?): give a folder", field="OUTPUT", code="missing")
     one, other = storage.local_path(source), storage.local_path(output)
     if one and other and one.is_dir() and other.resolve().is_relative_to(one.resolve()):
         raise UserError(
-            f"OUTPUT {output}: lies in SOURCE {source}, and would become a part of it: choose another place"
+            f"OUTPUT {output}: lies in SOURCE {source}, and would become a part of it: choose another place",
+            field="OUTPUT",
+            code="conflict",
         )
 
 
@@ -107,7 +111,9 @@ def _complete(request: Request, output: str) -> ShardIndex:
         shard, size = damaged
         raise UserError(
             f"{storage.join(output, shard.name)}: {size} bytes, the index says {shard.bytes}: remove the "
-            "folder, or choose another, and shard again"
+            "folder, or choose another, and shard again",
+            field=storage.join(output, shard.name),
+            code="unreadable",
         )
     if there.keys and not request.source.startswith("packaged:"):  # those do not change
         try:
@@ -228,7 +234,11 @@ def _alone(output: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             os.close(folder)
-            raise UserError(f"OUTPUT {output}: another process writes it: wait for it, or choose another") from None
+            raise UserError(
+                f"OUTPUT {output}: another process writes it: wait for it, or choose another",
+                field="OUTPUT",
+                code="in_use",
+            ) from None
     try:  # a file system without locks on folders: then without
         yield
     finally:

@@ -104,7 +104,7 @@ Write = Callable[[Work, Source, Sequence[int], OnImages, OnRecord], None]
 def in_processes(workers: int) -> Write:
     """Who writes shards in so many processes of this machine. Raises UserError for none."""
     if workers < 1:
-        raise UserError(f"--workers {workers}: must be at least 1")
+        raise UserError(f"--workers {workers}: must be at least 1", field="--workers", code="invalid")
     return partial(write_shards, workers=workers)
 
 

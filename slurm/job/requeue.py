@@ -39,7 +39,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if "SLURM_JOB_ID" not in os.environ:
-        raise UserError("SLURM_JOB_ID: not set: this command is for a job's batch script")
+        raise UserError(
+            "SLURM_JOB_ID: not set: this command is for a job's batch script", field="SLURM_JOB_ID", code="missing"
+        )
     array, index = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID", "0")
     job = f"{array}_{index}" if array else os.environ["SLURM_JOB_ID"]
     number = int(os.environ.get("SLURM_RESTART_COUNT", "0"))

@@ -66,7 +66,10 @@ class Checkpoints:
         path = self.folder / (named(pointer) or "nothing")
         if not (path / "state.json").is_file():
             raise UserError(
-                f"{pointer} names {path.name}, which is not there: write into it the name of a folder beside it that is"
+                f"{pointer} names {path.name}, which is not there: write into it the name of a folder beside it "
+                "that is",
+                field=pointer,
+                code="not_found",
             )
         return path
 
@@ -77,17 +80,25 @@ class Checkpoints:
             return self.latest()
         if which == "best":
             if self.config.keep_best is None:
-                raise UserError("--checkpoint best: this run judges none; train it with checkpoint.keep_best")
+                raise UserError(
+                    "--checkpoint best: this run judges none; train it with checkpoint.keep_best",
+                    field="--checkpoint",
+                    code="not_found",
+                )
             if (best := _best(self._scores(steps))) is not None:
                 return self.path(best)
             raise UserError(
                 f"--checkpoint best: none of {self.folder} is judged by {self.config.keep_best.metric} yet; "
-                "those at multiples of checkpoint.every are"
+                "those at multiples of checkpoint.every are",
+                field="--checkpoint",
+                code="not_found",
             )
         if which.isdecimal() and int(which) in steps:
             return self.path(int(which))
         raise UserError(
-            f"--checkpoint {which}: must be latest, best or a step; {self.folder} has {', '.join(map(str, steps))}"
+            f"--checkpoint {which}: must be latest, best or a step; {self.folder} has {', '.join(map(str, steps))}",
+            field="--checkpoint",
+            code="unknown",
         )
 
     def begin(

@@ -87,10 +87,12 @@ def reconstructed(run_dir: Path, config: AnyEMA, checkpoint: Path, step: int, si
     they do not reach this width."""
     asked = f"--ema-sigma-rel {sigma_rel:g}"
     if not 0 < sigma_rel < WIDEST:
-        raise UserError(f"{asked}: must be above 0 and below {WIDEST}")
+        raise UserError(f"{asked}: must be above 0 and below {WIDEST}", field="--ema-sigma-rel", code="invalid")
     if not isinstance(config, PowerEMA) or config.snapshots is None:
         raise UserError(
-            f"{asked}: {run_dir} kept no snapshots, only {config}: train with ema.snapshots.every, such as 500"
+            f"{asked}: {run_dir} kept no snapshots, only {config}: train with ema.snapshots.every, such as 500",
+            field="--ema-sigma-rel",
+            code="not_found",
         )
     profiles = [p for p in _snapshots(run_dir) if p.step < step]
     profiles += [Profile(step, width, checkpoint / f"{name}.safetensors") for name, width in config.widths().items()]
@@ -103,7 +105,9 @@ def reconstructed(run_dir: Path, config: AnyEMA, checkpoint: Path, step: int, si
         raise UserError(
             f"{asked}: the {found} in {run_dir} give its profile with an error of {error:.0%}, above "
             f"{MOST:.0%}; they reach {min(reached):.2g} to {max(reached):.2g}; a smaller ema.snapshots.every "
-            "reaches further"
+            "reaches further",
+            field="--ema-sigma-rel",
+            code="invalid",
         )
     average = _sum({p.file: float(c) for p, c in zip(profiles, coefficients, strict=True)})
     return (
@@ -121,7 +125,9 @@ def _snapshots(run_dir: Path) -> list[Profile]:
                 told = opened.metadata()
             found.append(Profile(int(told["step"]), float(told["sigma_rel"]), file))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{file}: not a snapshot ({error}): move it away to go on without it") from None
+            raise UserError(
+                f"{file}: not a snapshot ({error}): move it away to go on without it", field=file, code="unreadable"
+            ) from None
     return found
 
 
@@ -131,7 +137,11 @@ def _sum(coefficients: Mapping[Path, float]) -> State:
     for file, coefficient in coefficients.items():
         tensors = read_tensors(file.parent, file.stem)
         if total and total.keys() != tensors.keys():
-            raise UserError(f"{file}: its parameters are not those of {next(iter(coefficients))}: move it away")
+            raise UserError(
+                f"{file}: its parameters are not those of {next(iter(coefficients))}: move it away",
+                field=file,
+                code="mismatch",
+            )
         for name, value in tensors.items():
             total[name] = total.get(name, torch.zeros(())) + coefficient * value.double()
     return {name: value.float() for name, value in total.items()}

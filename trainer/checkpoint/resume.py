@@ -29,7 +29,9 @@ def newest_whole(checkpoints: Checkpoints, names: Iterable[str], ranks: Ranks) -
         except (UserError, OSError) as error:  # the others wait
             failed = error
     if ranks.any(failed is not None):
-        raise failed or UserError(f"{checkpoints.folder}: rank 0 found no whole checkpoint")
+        raise failed or UserError(
+            f"{checkpoints.folder}: rank 0 found no whole checkpoint", field=checkpoints.folder, code="not_found"
+        )
     chosen = int(ranks.max(torch.tensor(chosen, device=ranks.device)))
     return (None if chosen < 0 else checkpoints.path(chosen)), warning
 
@@ -52,7 +54,9 @@ def _choose(checkpoints: Checkpoints, names: list[str]) -> tuple[int, str | None
         problems.append(problem)
         torn.append(step)
     raise UserError(
-        f"{'; '.join(problems)}; no checkpoint in {checkpoints.folder} is whole: move that folder away to begin anew"
+        f"{'; '.join(problems)}; no checkpoint in {checkpoints.folder} is whole: move that folder away to begin anew",
+        field=checkpoints.folder,
+        code="unreadable",
     )
 
 

@@ -25,13 +25,19 @@ def exclusive(directory: Path, ranks: Ranks, patience: float = 0.0) -> Iterator[
         directory.mkdir(parents=True, exist_ok=True)
         file = (directory / ".lock").open("w")
     except OSError as error:
-        raise UserError(f"run_dir {directory}: cannot be written: {error.strerror}") from None
+        raise UserError(
+            f"run_dir {directory}: cannot be written: {error.strerror}", field="run_dir", code="unwritable"
+        ) from None
     key = directory.resolve()
     with file:
         deadline = time.monotonic() + patience
         while key in _held or not _locked(file):
             if time.monotonic() >= deadline:
-                raise UserError(f"run_dir {directory}: another process trains in it: wait for it, or choose another")
+                raise UserError(
+                    f"run_dir {directory}: another process trains in it: wait for it, or choose another",
+                    field="run_dir",
+                    code="in_use",
+                )
             time.sleep(0.5)
         _held.add(key)
         try:

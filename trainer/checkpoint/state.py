@@ -82,12 +82,16 @@ def read_state(path: Path) -> TrainState:
         if told not in (None, signed(data)[CHECKSUM]):
             raise ValueError("its checksum is not that of its contents")
         if data.pop("format") != FORMAT:
-            raise AnotherFormat(f"{path}: another format of checkpoint; this version reads {FORMAT}")
+            raise AnotherFormat(
+                f"{path}: another format of checkpoint; this version reads {FORMAT}", field=path, code="unsupported"
+            )
         if told is None:
             raise ValueError("it has no checksum")
         return state_from(data)
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path / 'state.json'}: not a checkpoint's state: {error}") from None
+        raise UserError(
+            f"{path / 'state.json'}: not a checkpoint's state: {error}", field=path / "state.json", code="unreadable"
+        ) from None
 
 
 def signed(data: dict[str, Any]) -> dict[str, Any]:

@@ -28,10 +28,12 @@ def read_tensors(path: Path, name: str) -> State:
             told = (opened.metadata() or {}).get(CHECKSUM)
             tensors: State = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     except (OSError, MemoryError, SafetensorError) as error:  # it is mapped, which may need more than there is
-        raise UserError(f"{file} cannot be read ({error})") from None
+        raise UserError(f"{file} cannot be read ({error})", field=file, code="unreadable") from None
     if told != checksum(tensors):
         raise UserError(
-            f"{file} is damaged: its checksum is {told or 'missing'}, and that of its contents {checksum(tensors)}"
+            f"{file} is damaged: its checksum is {told or 'missing'}, and that of its contents {checksum(tensors)}",
+            field=file,
+            code="unreadable",
         )
     return tensors
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ambient_core.arguments import meant
+from ambient_core.errors import Code
 
 PLAINER = {
     "bool_parsing": "must be true or false",
@@ -40,9 +41,25 @@ def dataclasses_in(kind: Any) -> Iterator[Any]:
             yield from dataclasses_in(argument)
 
 
-def explain(kind: Any, error: Any) -> str:
-    """One line of one of pydantic's errors: the field, its value, what it must be, and what may have been meant.
-    kind: the dataclass that was to be made."""
+def explain(kind: Any, error: Any) -> tuple[str, str, Code]:
+    """One line of one of pydantic's errors: the field, its value, what it must be, and what may have been meant; the
+    field alone; and the kind of mistake. kind: the dataclass that was to be made."""
+    text = _line(kind, error)
+    return text, re.split("[: ]", text, maxsplit=1)[0], CODES.get(error["type"], "invalid")
+
+
+CODES: dict[str, Code] = {
+    "unexpected_keyword_argument": "unknown",
+    "extra_forbidden": "unknown",
+    "union_tag_invalid": "unknown",
+    "literal_error": "unknown",
+    "missing": "missing",
+    "missing_argument": "missing",
+}
+"""By pydantic's types of errors."""
+
+
+def _line(kind: Any, error: Any) -> str:
     tags = {inner.kind for inner in dataclasses_in(kind) if hasattr(inner, "kind")}
     location = [str(part) for i, part in enumerate(error["loc"]) if not (part in tags and i > 0)]
     name = ".".join(location)

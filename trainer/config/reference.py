@@ -169,7 +169,7 @@ def _default_kind(path: str) -> str | None:
 
 def main(argv: list[str] | None = None) -> int:
     if argv or (argv is None and sys.argv[1:]):
-        raise errors.UserError("takes no arguments: it prints docs/configuration.md")
+        raise errors.UserError("takes no arguments: it prints docs/configuration.md", field="arguments", code="unknown")
     print(page(), end="")
     return errors.DONE
 

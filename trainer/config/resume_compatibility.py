@@ -31,7 +31,9 @@ def refuse_another_run(config: RunConfig, directory: Path) -> None:
     """Raises UserError where the directory holds a run whose fixed fields have other values."""
     path = directory / "config.yaml"
     if path.is_file() and (found := differences(_fixed(load(path)), _fixed(config))):
-        raise UserError(f"{directory} holds a run with {found}: choose another run_dir")
+        raise UserError(
+            f"{directory} holds a run with {found}: choose another run_dir", field=directory, code="mismatch"
+        )
 
 
 def _fixed(config: RunConfig) -> dict[str, object]:

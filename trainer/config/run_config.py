@@ -108,17 +108,25 @@ class RunConfig:
         """Raises UserError where the batch, or its particles, cannot be split over so many ranks."""
         rows, rest = divmod(self.batch_size, world)
         if rest or rows == 0:
-            raise UserError(f"batch_size {self.batch_size}: must be a multiple of the {world} ranks")
+            raise UserError(
+                f"batch_size {self.batch_size}: must be a multiple of the {world} ranks",
+                field="batch_size",
+                code="invalid",
+            )
         micro = min(self.micro_batch_size or rows, rows)
         if rows % micro:
             raise UserError(
                 f"micro_batch_size {self.micro_batch_size}: must divide the {rows} samples that each of {world} "
-                f"ranks has of batch_size {self.batch_size}"
+                f"ranks has of batch_size {self.batch_size}",
+                field="micro_batch_size",
+                code="invalid",
             )
         if self.consistency and micro % self.stride:
             raise UserError(
                 f"consistency.batch_size {self.consistency.batch_size}: takes every {self.stride}th sample, so "
-                f"the {micro} samples of a micro-batch must be a multiple of {self.stride}"
+                f"the {micro} samples of a micro-batch must be a multiple of {self.stride}",
+                field="consistency.batch_size",
+                code="invalid",
             )
         return Layout(self.batch_size, micro, rank, world)
 
@@ -129,7 +137,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     if (base := data.pop("base", None)) is not None:
         base_data = _read(path.parent / str(base))
         if "base" in base_data:
-            raise UserError(f"{path.parent / str(base)}: base: has a base of its own; one level only")
+            raise UserError(
+                f"{path.parent / str(base)}: base: has a base of its own; one level only",
+                field="base",
+                code="unsupported",
+            )
         data = merge(base_data, data)
     for override in overrides:
         data = merge(data, _parse_override(override))
@@ -143,7 +155,7 @@ def parse(data: dict[str, Any], where: str, overridden: Sequence[str] = ()) -> R
         try:
             refuse_password(str(value))
         except ValueError as error:
-            raise UserError(f"{where}: {name}: {error}") from None
+            raise UserError(f"{where}: {name}: {error}", field=name, code="invalid") from None
     return parse_as(RunConfig, data, where, overridden)
 
 
@@ -161,11 +173,13 @@ def parse_as(kind: type[T], data: dict[str, Any], where: str, overridden: Sequen
         for name, value in flatten(data):  # pydantic takes true for 1
             if isinstance(value, bool) and isinstance(taken.get(name), int | float) and taken[name] is not value:
                 raise UserError(
-                    f"{'the command line' if name in overridden else where}: {name}: {value!r}: must be a number"
+                    f"{'the command line' if name in overridden else where}: {name}: {value!r}: must be a number",
+                    field=name,
+                    code="invalid",
                 )
         return made
     except ValidationError as error:
-        said = explain(kind, error.errors()[0])
+        said, field, code = explain(kind, error.errors()[0])
         name = said.partition(":")[0]
         from_there = any(
             f"{path}.".startswith(f"{name}.")
@@ -173,7 +187,7 @@ def parse_as(kind: type[T], data: dict[str, Any], where: str, overridden: Sequen
             or name.startswith(f"{path} ")  # of the whole, which begins with the field
             for path in overridden
         )
-        raise UserError(f"{'the command line' if from_there else where}: {said}") from None
+        raise UserError(f"{'the command line' if from_there else where}: {said}", field=field, code=code) from None
 
 
 def to_data(config: RunConfig) -> dict[str, Any]:
@@ -196,11 +210,13 @@ DEEPEST = 8
 def _parse_override(text: str) -> dict[str, Any]:
     path, separator, value = text.partition("=")
     if not separator or not path or not all(path.split(".")) or path.count(".") > DEEPEST:
-        raise UserError(f"{text}: an override is key.path=value, such as optimizer.lr=3e-4")
+        raise UserError(
+            f"{text}: an override is key.path=value, such as optimizer.lr=3e-4", field="override", code="invalid"
+        )
     try:
         parsed = from_yaml(value)
     except ValueError:
-        raise UserError(f"{text}: {value} is not a YAML value; quote it") from None
+        raise UserError(f"{text}: {value} is not a YAML value; quote it", field="override", code="invalid") from None
     for name in reversed(path.split(".")):
         parsed = {name: parsed}
     return parsed

@@ -27,7 +27,9 @@ def adam(parameters: list[nn.Parameter], options: dict[str, Any]) -> torch.optim
     except Exception as error:  # also what its library lacks
         raise UserError(
             f"engine.adam 8bit: bitsandbytes cannot be imported ({in_one_line(error, 200)}): pip install "
-            "'ambient-trainer[eight-bit]', or set engine.adam=torch"
+            "'ambient-trainer[eight-bit]', or set engine.adam=torch",
+            field="engine.adam",
+            code="dependency",
         ) from None
     return AdamW8bit(parameters, **options)
 

@@ -93,18 +93,30 @@ def settings(
             if owner.value is not None and not _equal(value, owner.value):
                 raise UserError(
                     f"{where}: {name} {json.dumps(value)}: the config says {owner.field} {owner.says}; make "
-                    "them the same, or remove it from the file"
+                    "them the same, or remove it from the file",
+                    field=name,
+                    code="conflict",
                 )
         elif name.startswith(UNUSED):
             unused.append(name)
         elif top in ("optimizer", "scheduler"):
-            raise UserError(f"{where}: {name} {json.dumps(value)}: the config's optimizer.* decides; remove it")
+            raise UserError(
+                f"{where}: {name} {json.dumps(value)}: the config's optimizer.* decides; remove it",
+                field=name,
+                code="conflict",
+            )
         elif name == "zero_optimization":
-            raise UserError(f"{where}: {name}: must be a mapping")
+            raise UserError(f"{where}: {name}: must be a mapping", field=name, code="invalid")
         elif top not in MERGED:
-            raise UserError(f"{where}: {name}: cannot be merged; what can is {', '.join(MERGED)}")
+            raise UserError(
+                f"{where}: {name}: cannot be merged; what can is {', '.join(MERGED)}", field=name, code="unsupported"
+            )
         elif top == "zero_optimization" and (held := set(inner.split(".")) & {*ELSEWHERE}):
-            raise UserError(f"{where}: {name}: checkpoints cannot hold the state of {held.pop()}; remove it")
+            raise UserError(
+                f"{where}: {name}: checkpoints cannot hold the state of {held.pop()}; remove it",
+                field=name,
+                code="unsupported",
+            )
     kept = {name: value for name, value in given.items() if name in MERGED}
     return merge(told, kept), unused
 

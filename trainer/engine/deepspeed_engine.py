@@ -84,7 +84,9 @@ class Engine:
         except Exception as error:  # of the compiler, of ninja, of torch: all kinds
             raise UserError(
                 f"engine.adam cpu: DeepSpeed cannot compile it ({in_one_line(error, 300)}): install a C++ "
-                "compiler and ninja, or set engine.adam=torch"
+                "compiler and ninja, or set engine.adam=torch",
+                field="engine.adam",
+                code="dependency",
             ) from None
 
     def __call__(self, *args: Any) -> Any:
@@ -206,7 +208,9 @@ class Engine:
         if missing := self._named.keys() ^ weights.keys():
             raise UserError(
                 f"the checkpoint's parameters are not this model's: {sorted(missing)[0]} and {len(missing) - 1} "
-                "more: was the base changed, or another diffusers installed?"
+                "more: was the base changed, or another diffusers installed?",
+                field="model",
+                code="mismatch",
             )
         if moments:
             split: list[list[Tensor]] = []
@@ -262,5 +266,7 @@ def _refusals_in_one_line(config: EngineConfig) -> Iterator[None]:
         if config.deepspeed is None:
             raise
         raise UserError(
-            f"engine.deepspeed: {config.deepspeed}: DeepSpeed refuses it: {in_one_line(error, 300)}; change it there"
+            f"engine.deepspeed: {config.deepspeed}: DeepSpeed refuses it: {in_one_line(error, 300)}; change it there",
+            field="engine.deepspeed",
+            code="invalid",
         ) from error

@@ -28,7 +28,9 @@ def forced(wanted: bool) -> Iterator[None]:
         if "deterministic" not in str(error):
             raise
         raise UserError(
-            f"engine.deterministic: {str(error).partition('. ')[0]}: set it to false, or leave out what uses that"
+            f"engine.deterministic: {str(error).partition('. ')[0]}: set it to false, or leave out what uses that",
+            field="engine.deterministic",
+            code="unsupported",
         ) from None
     finally:
         torch.use_deterministic_algorithms(before[0])

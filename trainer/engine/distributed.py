@@ -61,13 +61,19 @@ def init() -> Ranks:
     if alone and os.environ.get("WORLD_SIZE", "1") != "1":
         missing = [name for name in names if name not in given]
         raise UserError(
-            f"the environment has WORLD_SIZE but not {', '.join(missing)}: start with torchrun, or set all four"
+            f"the environment has WORLD_SIZE but not {', '.join(missing)}: start with torchrun, or set all four",
+            field=missing[0],
+            code="missing",
         )
     rank, world = (0, 1) if alone else (_number("RANK"), _number("WORLD_SIZE"))
     if torch.cuda.is_available():
         local, there = _number("LOCAL_RANK"), torch.cuda.device_count()
         if local >= there:
-            raise UserError(f"LOCAL_RANK {local}: this machine has {there} GPUs: start at most {there} processes on it")
+            raise UserError(
+                f"LOCAL_RANK {local}: this machine has {there} GPUs: start at most {there} processes on it",
+                field="LOCAL_RANK",
+                code="invalid",
+            )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     else:
@@ -82,5 +88,9 @@ def init() -> Ranks:
 def _number(name: str) -> int:
     text = os.environ.get(name, "0")
     if not text.isdigit():
-        raise UserError(f"{name} {text!r} in the environment: must be a whole number, as torchrun sets it")
+        raise UserError(
+            f"{name} {text!r} in the environment: must be a whole number, as torchrun sets it",
+            field=name,
+            code="invalid",
+        )
     return int(text)

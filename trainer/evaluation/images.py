@@ -38,7 +38,9 @@ class Images:
             picture = self.source.read_for(i, size)
             return torch.from_numpy(prepare(picture, size, channels, self.value_range))
         except BadImage as error:
-            raise UserError(f"{self.name}: {self.source.keys[i]}: {error}: mend it or remove it") from None
+            raise UserError(
+                f"{self.name}: {self.source.keys[i]}: {error}: mend it or remove it", field=self.name, code=error.code
+            ) from None
 
     def part_of(self, number: int) -> Images:
         """At most `number` of them, evenly spaced, since sources are often in the order of their classes."""

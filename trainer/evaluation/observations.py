@@ -79,18 +79,28 @@ class Observations:
 def open_observations(folder: str, shape: Sequence[int]) -> Observations:
     """shape: (C, H, W) of what a run draws. Raises UserError for shards that do not fit."""
     if storage.is_url(folder):
-        raise UserError(f"--measured {folder}: give a folder of this machine: copy the shards to one")
+        raise UserError(
+            f"--measured {folder}: give a folder of this machine: copy the shards to one",
+            field="--measured",
+            code="unsupported",
+        )
     try:
         index = read_index(folder)
     except UserError as error:
-        raise UserError(f"--measured: {error}") from None
+        raise UserError(f"--measured: {error}", field="--measured", code=error.code) from None
     if index.request.get("latents"):
-        raise UserError(f"--measured {folder}: these are shards of latents: give those of the pixels")
+        raise UserError(
+            f"--measured {folder}: these are shards of latents: give those of the pixels",
+            field="--measured",
+            code="mismatch",
+        )
     if index.shapes != (tuple(shape),):
         found = " and ".join("x".join(map(str, s)) for s in index.shapes)
         raise UserError(
             f"--measured {folder}: observations of {found}, the run draws {'x'.join(map(str, shape))}: shard "
-            "them with its --size and --channels"
+            "them with its --size and --channels",
+            field="--measured",
+            code="mismatch",
         )
     try:
         told = dict(index.request["corruption"])
@@ -98,7 +108,9 @@ def open_observations(folder: str, shape: Sequence[int]) -> Observations:
         return Observations(folder, index, KINDS[told.pop("kind")](**told))
     except (KeyError, TypeError, ValueError, UserError) as error:
         raise UserError(
-            f"--measured {folder}: its index does not say how its images were corrupted ({error}): shard them again"
+            f"--measured {folder}: its index does not say how its images were corrupted ({error}): shard them again",
+            field="--measured",
+            code="unreadable",
         ) from None
 
 

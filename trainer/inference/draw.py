@@ -117,10 +117,12 @@ def _claim(folder: Path, record: dict[str, Any]) -> None:
         if path.exists():
             return
         if folder.exists() and any(folder.iterdir()):
-            raise UserError(f"--out {folder}: holds other files: choose a new folder")
+            raise UserError(f"--out {folder}: holds other files: choose a new folder", field="--out", code="in_use")
         storage.write_atomically(str(path), (json.dumps(record, indent=2) + "\n").encode())
     except OSError as error:
-        raise UserError(f"--out {folder}: cannot be written: {error.strerror}") from None
+        raise UserError(
+            f"--out {folder}: cannot be written: {error.strerror}", field="--out", code="unwritable"
+        ) from None
 
 
 def _check(folder: Path, record: dict[str, Any]) -> None:
@@ -128,9 +130,15 @@ def _check(folder: Path, record: dict[str, Any]) -> None:
     try:
         there = from_json(text_of(path))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}: remove the folder, or choose another --out") from None
+        raise UserError(
+            f"{path}: cannot be read: {error}: remove the folder, or choose another --out",
+            field=path,
+            code="unreadable",
+        ) from None
     if found := differences(there, record):
-        raise UserError(f"--out {folder} holds images with {found}: choose another folder")
+        raise UserError(
+            f"--out {folder} holds images with {found}: choose another folder", field="--out", code="mismatch"
+        )
 
 
 def _save(pixels: Any, path: Path) -> None:

@@ -31,7 +31,9 @@ def read(folder: Path) -> tuple[RunConfig, TrainState, Denoiser, str]:
         recorded = from_json(text_of(path))
         data, state, average = recorded["config"], state_from(recorded["state"]), str(recorded["average"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read ({type(error).__name__}): export the run again") from None
+        raise UserError(
+            f"{path}: cannot be read ({type(error).__name__}): export the run again", field=path, code="unreadable"
+        ) from None
     config = parse(data, str(path))
     config = replace(config, model=config.model.adapter.config_of_export(folder))
     adapter = config.model.adapter
@@ -40,5 +42,7 @@ def read(folder: Path) -> tuple[RunConfig, TrainState, Denoiser, str]:
         adapter.load_export(denoiser, folder)
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         weights, reason = folder / adapter.weights_file, in_one_line(error, 200)
-        raise UserError(f"{weights}: not the weights of {path}: {reason}: export the run again") from None
+        raise UserError(
+            f"{weights}: not the weights of {path}: {reason}: export the run again", field=weights, code="mismatch"
+        ) from None
     return config, state, denoiser, average

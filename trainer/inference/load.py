@@ -42,19 +42,25 @@ def restore(run_dir: Path, checkpoint: str = "latest", sigma_rel: float | None =
         if checkpoint != "latest" or sigma_rel is not None:
             raise UserError(
                 f"{run_dir}: is an export, which has one checkpoint and one average: give the run instead, or "
-                "leave --checkpoint and --ema-sigma-rel out"
+                "leave --checkpoint and --ema-sigma-rel out",
+                field=run_dir,
+                code="unsupported",
             )
         config, state, denoiser, average = exported.read(run_dir)
         return Restored(config, state, _ready(denoiser), average)
     if not (run_dir / "config.yaml").is_file():
         raise UserError(
-            f"{run_dir}: not a run directory, nor an export: neither config.yaml nor {exported.NAME} is in it"
+            f"{run_dir}: not a run directory, nor an export: neither config.yaml nor {exported.NAME} is in it",
+            field=run_dir,
+            code="not_found",
         )
     config = load(run_dir / "config.yaml")
     path = Checkpoints(run_dir, config.checkpoint).find(checkpoint)
     if path is None:
         raise UserError(
-            f"{run_dir}: no checkpoint yet; train it with `python -m trainer.train {run_dir / 'config.yaml'}`"
+            f"{run_dir}: no checkpoint yet; train it with `python -m trainer.train {run_dir / 'config.yaml'}`",
+            field=run_dir,
+            code="not_found",
         )
     if config.threads:  # what was chosen for this machine's cores holds for drawing, too
         torch.set_num_threads(config.threads)
@@ -72,7 +78,9 @@ def restore(run_dir: Path, checkpoint: str = "latest", sigma_rel: float | None =
         denoiser.load_state_dict(average, strict=False)
     except RuntimeError:  # also for another shape
         raise UserError(
-            f"{path}: these weights are not of the model in {run_dir / 'config.yaml'}; was it edited?"
+            f"{path}: these weights are not of the model in {run_dir / 'config.yaml'}; was it edited?",
+            field=path,
+            code="mismatch",
         ) from None
     return Restored(config, state, _ready(denoiser), told)
 

@@ -75,7 +75,9 @@ def choose(wanted: Attention, dims: list[int], dtype: torch.dtype, device: torch
         if result.problem:
             raise UserError(
                 f"engine.attention xformers: cannot run on {device.type} in {_name(dtype)}: {result.problem}: "
-                "set engine.attention to auto or sdpa"
+                "set engine.attention to auto or sdpa",
+                field="engine.attention",
+                code="unsupported",
             )
         return Choice("xformers", "asked for", result)
     if result.problem:
@@ -134,7 +136,11 @@ def use(module: nn.Module, backend: Backend) -> None:
     for layer in _layers(module):
         if not isinstance(layer.processor, (AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor)):
             name = type(layer.processor).__name__
-            raise UserError(f"engine.attention {backend}: this model's attention is {name}, which has no other form")
+            raise UserError(
+                f"engine.attention {backend}: this model's attention is {name}, which has no other form",
+                field="engine.attention",
+                code="unsupported",
+            )
         layer.set_processor(AttnProcessor2_0() if backend == "sdpa" else XFormersAttnProcessor())
 
 

@@ -82,5 +82,7 @@ class DiTAdapter(DiffusersAdapter):
         if shape[1] != shape[2] or shape[1] % patch:
             raise UserError(
                 f"model.patch {patch}: a dit takes squares whose side is a multiple of it; "
-                f"the shards have {shape[2]}x{shape[1]}: shard with --size, or change it"
+                f"the shards have {shape[2]}x{shape[1]}: shard with --size, or change it",
+                field="model.patch",
+                code="mismatch",
             )

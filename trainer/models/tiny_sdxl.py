@@ -91,7 +91,7 @@ def write_tiny_sdxl(folder: Path, seed: int = 0, unet: dict[str, Any] = UNET) ->
     """The same bytes for the same seed and versions of the libraries. unet: settings of a larger one, for
     benchmarks. Raises UserError where `folder` has content."""
     if not paths.is_free(folder):
-        raise UserError(f"FOLDER {folder}: exists already: choose a new one")
+        raise UserError(f"FOLDER {folder}: exists already: choose a new one", field="FOLDER", code="in_use")
     import torch
 
     quieten_xformers()

@@ -85,5 +85,8 @@ class UNet2DAdapter(DiffusersAdapter):
         if shape[1] % halvings or shape[2] % halvings:
             raise UserError(
                 f"model.channels has {resolutions} resolutions, so image sides must be multiples of {halvings}; "
-                f"the shards have {shape[2]}x{shape[1]}: shard with another --size or --buckets, or give fewer channels"
+                f"the shards have {shape[2]}x{shape[1]}: shard with another --size or --buckets, or give fewer "
+                "channels",
+                field="model.channels",
+                code="mismatch",
             )

@@ -18,7 +18,9 @@ def proposal(
     if latents is None and (base or prompt):
         raise UserError(
             f"--{'base' if base else 'prompt'}: {shards} holds pixels, not latents; shard with --latents for "
-            "Stable Diffusion XL"
+            "Stable Diffusion XL",
+            field="--base" if base else "--prompt",
+            code="mismatch",
         )
     plain = index.sigma_max == 0 or index.not_gaussian is not None  # pairs and consistency are for Gaussian noise
     data: dict[str, Any] = {
@@ -37,7 +39,11 @@ def proposal(
     budget = {"overhead_budget": 0.2, "start": 1_000 if gpus else 200}
     if latents is not None:
         if not index.captioned and prompt is None:
-            raise UserError(f"--prompt: {shards} has no captions: give one prompt for all images, such as 'a face'")
+            raise UserError(
+                f"--prompt: {shards} has no captions: give one prompt for all images, such as 'a face'",
+                field="--prompt",
+                code="missing",
+            )
         encoded = prompt is None and index.text is None  # captions whose embeddings were not stored
         return data | {
             "model": {

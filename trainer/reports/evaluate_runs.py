@@ -73,17 +73,23 @@ def subjects(runs: Sequence[Path], request: Request, weights: Weights, say: Call
         adapter = model.adapter
         if weights.prompt is not None and not adapter.takes_prompt:
             raise UserError(
-                f"--prompt {weights.prompt}: needs a run with text, and the model of {run_dir} is a {model.kind}"
+                f"--prompt {weights.prompt}: needs a run with text, and the model of {run_dir} is a {model.kind}",
+                field="--prompt",
+                code="conflict",
             )
         if request.attack_sigma is not None and not process.sigma_min < request.attack_sigma < process.sigma_max:
             raise UserError(
                 f"--attack-sigma {request.attack_sigma:g}: must be between {process.sigma_min:g} and "
-                f"{process.sigma_max:g}, of {run_dir}"
+                f"{process.sigma_max:g}, of {run_dir}",
+                field="--attack-sigma",
+                code="invalid",
             )
         if request.reference and not levels_within(request, run):
             raise UserError(
                 f"--levels {' '.join(f'{level:g}' for level in request.levels)}: none is from "
-                f"{process.sigma_min:g} to {process.sigma_max:g}, of {run_dir}"
+                f"{process.sigma_min:g} to {process.sigma_max:g}, of {run_dir}",
+                field="--levels",
+                code="invalid",
             )
         prompt = weights.prompt if weights.prompt is not None else adapter.prompt or ""
         asked, shape = index.request if index else {}, adapter.image_shape(run.state.shape)
@@ -96,12 +102,18 @@ def subjects(runs: Sequence[Path], request: Request, weights: Weights, say: Call
         )
         for option, images in (("--reference", reference), ("--training", training)):
             if images and images.count < FEWEST:
-                raise UserError(f"{option} {images.name}: {images.count} images, at least {FEWEST} are needed")
+                raise UserError(
+                    f"{option} {images.name}: {images.count} images, at least {FEWEST} are needed",
+                    field=option,
+                    code="invalid",
+                )
         observations = open_observations(request.measured, shape) if request.measured else None
         if observations and observations.index.samples < FEWEST:
             raise UserError(
                 f"--measured {request.measured}: {observations.index.samples} observations, at least {FEWEST} "
-                "are needed"
+                "are needed",
+                field="--measured",
+                code="invalid",
             )
         if observations and index:
             theirs, its = observations.index.request, index.request
@@ -133,7 +145,9 @@ def _open_images(
     if local is not None and (local / INDEX).is_file():
         raise UserError(
             f"{option} {name}: these are shards of observations: give clean images; observations are for "
-            f"--measured {name}"
+            f"--measured {name}",
+            field=option,
+            code="mismatch",
         )
     source = open_source(name, option)
     return Images(name, source, shape, min(limit or len(source), len(source)), value_range)

@@ -71,4 +71,6 @@ def read(folder: Path) -> Evaluation | None:
         pictures = [Picture(**picture) for picture in data.pop("pictures")]
         return Evaluation(**data, sigma_n=sigma_n and tuple(sigma_n), curve=curve and Curve(**curve), pictures=pictures)
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is damaged ({error}): remove {folder}, and evaluate again") from None
+        raise UserError(
+            f"{path}: is damaged ({error}): remove {folder}, and evaluate again", field=path, code="unreadable"
+        ) from None

@@ -49,7 +49,9 @@ class MLflowLogger:
             self._began = int(records[0]["time"]) if records else int(time.time() * 1000)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{run_dir}: metrics.jsonl or mlflow.json is damaged ({error}): mend it or move it away"
+                f"{run_dir}: metrics.jsonl or mlflow.json is damaged ({error}): mend it or move it away",
+                field=run_dir,
+                code="unreadable",
             ) from None
         self._file = self._records.open("a")
         self._sent_bytes = sum(len(line.encode()) + 1 for line in lines[: self._state["sent"]])

@@ -188,7 +188,9 @@ def _check_levels(config: RunConfig, loader: Loader) -> None:
     if highest * NEAREST >= config.process.sigma_max:
         raise UserError(
             f"process.sigma_max {config.process.sigma_max:g}: must be above the data's highest sigma_n "
-            f"{highest:g} ({config.data.shards})"
+            f"{highest:g} ({config.data.shards})",
+            field="process.sigma_max",
+            code="mismatch",
         )
 
 
@@ -199,5 +201,7 @@ def _claim(config: RunConfig, settings: Mapping[str, object], directory: Path, r
             (directory / "config.yaml").write_text(to_yaml(config))
             (directory / "deepspeed.json").write_text(json.dumps(settings, indent=2))
         except OSError as error:
-            raise UserError(f"run_dir {directory}: cannot be written: {error.strerror}") from None
+            raise UserError(
+                f"run_dir {directory}: cannot be written: {error.strerror}", field="run_dir", code="unwritable"
+            ) from None
     ranks.barrier()

@@ -36,7 +36,9 @@ def check_data(base: str, prompt: str | None, encoded: bool, index: ShardIndex, 
     latents = index.request.get("latents")
     if not latents:
         raise UserError(
-            f"model.kind sdxl: {shards} holds pixels, not latents: shard with --latents {base}, or train a unet2d"
+            f"model.kind sdxl: {shards} holds pixels, not latents: shard with --latents {base}, or train a unet2d",
+            field="model.kind",
+            code="mismatch",
         )
     folders = folders_of(base)
     unet = read_config(folders["unet"])
@@ -46,13 +48,17 @@ def check_data(base: str, prompt: str | None, encoded: bool, index: ShardIndex, 
             raise UserError(
                 f"model.base {base}: its UNet takes latents of {unet['in_channels']} channels, with sides that "
                 f"are multiples of {halvings}; {shards} has {(channels, height, width)}: shard with another "
-                "--size or --buckets"
+                "--size or --buckets",
+                field="model.base",
+                code="mismatch",
             )
     require_same(latents["vae"], vae_identity(folders["vae"]), f"the VAE of model.base {base}")
     if prompt is None and encoded and not index.captioned:
         raise UserError(
             f"model.prompt null: {shards} has no captions: give one prompt for all images, such as 'a face', or "
-            "shard with captions"
+            "shard with captions",
+            field="model.prompt",
+            code="missing",
         )
     if prompt is None and not encoded:
         if index.text is None:
@@ -61,7 +67,9 @@ def check_data(base: str, prompt: str | None, encoded: bool, index: ShardIndex, 
                 otherwise = "or set model.text to encoded"
             raise UserError(
                 f"model.prompt null: {shards} has no embeddings of captions (text/): give one prompt for all "
-                f"images, such as 'a face', {otherwise}"
+                f"images, such as 'a face', {otherwise}",
+                field="model.prompt",
+                code="missing",
             )
         from data_pipeline.latents.text import encoders_identity
 
@@ -75,26 +83,38 @@ def check_schedule(base: str, process: AnyProcess, prediction: Prediction) -> No
     try:
         recorded: dict[str, Any] = from_json(text_of(path))
     except (OSError, ValueError) as error:
-        raise UserError(f"model.base {base}: {path.name} cannot be read: {error}") from None
+        raise UserError(
+            f"model.base {base}: {path.name} cannot be read: {error}", field="model.base", code="unreadable"
+        ) from None
     if not isinstance(recorded, dict) or not all(
         isinstance(recorded.get(f"beta_{end}"), float) for end in ("start", "end")
     ):
-        raise UserError(f"model.base {base}: {path.name} does not say beta_start and beta_end")
+        raise UserError(
+            f"model.base {base}: {path.name} does not say beta_start and beta_end",
+            field="model.base",
+            code="unreadable",
+        )
     if recorded.get("beta_schedule") != "scaled_linear":
         raise UserError(
             f"model.base {base}: its beta_schedule is {recorded.get('beta_schedule')}; only scaled_linear, "
-            "SDXL's, is supported"
+            "SDXL's, is supported",
+            field="model.base",
+            code="unsupported",
         )
     table = VPTable(recorded["beta_start"], recorded["beta_end"], recorded.get("num_train_timesteps", 1000))
     if process != table:
         raise UserError(
             f"process.kind {process.kind}: model.base {base} was trained with kind: vp_table, beta_start: "
-            f"{table.beta_start:g}, beta_end: {table.beta_end:g}, steps: {table.steps}: give these"
+            f"{table.beta_start:g}, beta_end: {table.beta_end:g}, steps: {table.steps}: give these",
+            field="process.kind",
+            code="mismatch",
         )
     its = {"epsilon": "eps", "v_prediction": "v"}.get(recorded.get("prediction_type", "epsilon"))
     if prediction != its:
         raise UserError(
-            f"prediction {prediction}: model.base {base} predicts {recorded.get('prediction_type')}: set it to {its}"
+            f"prediction {prediction}: model.base {base} predicts {recorded.get('prediction_type')}: set it to {its}",
+            field="prediction",
+            code="mismatch",
         )
 
 

@@ -136,7 +136,9 @@ def _require_sdxl(base: str, unet: Any) -> None:
     if (embedded := unet.config.addition_embed_type) != "text_time":
         raise UserError(
             f"model.base {base}: not Stable Diffusion XL: its UNet takes no size and crop (addition_embed_type "
-            f"is {embedded})"
+            f"is {embedded})",
+            field="model.base",
+            code="unsupported",
         )
 
 
@@ -145,7 +147,7 @@ def _architectures(base: str, encoded: bool) -> dict[str, dict[str, Any]]:
     names = ["unet", *(ENCODERS if encoded else ())]
     if not Path(base).expanduser().is_dir():
         if base.startswith(("/", ".", "~")) or base.count("/") != 1:
-            raise UserError(f"model.base {base}: no such folder")
+            raise UserError(f"model.base {base}: no such folder", field="model.base", code="not_found")
         print(
             f"model.base {base}: no folder here, so it is taken for a hub's, with SDXL's own networks", file=sys.stderr
         )
