@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,23 +66,17 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def train(shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """Runs `trainer.train` on the tiny configuration: one rank in this process, which saves seconds of imports, more
-    by torchrun."""
+    """Runs `trainer.train` on the tiny configuration: one rank in this process, two in processes that wait for the
+    next training, which saves seconds of imports."""
 
     def call(name: str, *overrides: str, ranks: int = 1) -> Outcome:
         arguments = [str(TINY), f"run_dir={tmp_path / name}", f"data.shards={shards}", *overrides]
         if ranks == 1:
             return in_process(arguments)
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-        result = subprocess.run(
-            [*launcher, "-m", "trainer.train", *arguments],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=HANG_S,
-        )
-        return result.returncode, result.stdout
+        from tests.trainer.in_turn import on_two_ranks
+
+        assert ranks == 2
+        return on_two_ranks([arguments])
 
     def in_process(arguments: list[str]) -> Outcome:
         from ambient_core import errors

@@ -50,6 +50,7 @@ SMALLER = {
     r"--ema-sigma-rel \S+": "--ema-sigma-rel 0.1",
     r"--shared \S+ --tracking \S+": "--shared .",
     r"(keep_every|snapshots\.every)=\d+": r"\1=4",
+    r"(trainer\.plan configs/sdxl-face\.yaml)": r"\1 model.base=models/tiny-sdxl",
     r"((slurm\.submit|trainer\.study) (?!.*--dry-run).*)": r"\1 --dry-run",
     r"(slurm\.submit .*)": r"\1 run_dir=runs/new",
     r"(trainer\.train .*)": r"\1 steps=4",

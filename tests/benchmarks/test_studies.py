@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ambient_core.batch import Batch
-from benchmarks import exactness, tweedie_range
+from benchmarks import exactness, toy, tweedie_range
 from benchmarks.mixtures import Mixture
 from benchmarks.official import OfficialConsistency
 from benchmarks.toy import Method, Problem, Training, error
@@ -53,7 +53,10 @@ def test_the_published_loop_costs_what_it_costs_and_is_zero_at_the_exact_denoise
     assert OfficialConsistency(sampler_steps)(wrong, batch, Uniform(), StreamNoise(generator)) > 0.01
 
 
-def test_quick_ends_with_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_quick_ends_with_one_line_of_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With errors and distances over a tenth of the points."""
+    monkeypatch.setattr(toy.error, "__defaults__", (2000,))
+    monkeypatch.setattr(toy.distance, "__defaults__", (1000,))
     assert exactness.main(["--quick", "--steps", "40"]) == 0
     printed = capsys.readouterr().out
     result = json.loads(printed.splitlines()[-1])

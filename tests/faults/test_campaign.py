@@ -13,7 +13,7 @@ from tests.waiting import HANG_S
 def test_killed_at_random_moments_nothing_is_lost_and_nothing_differs() -> None:
     """In a process of its own, since it forks, which is not for one that has trained already. It has a time-out for
     each of its starts."""
-    words = ["--rounds", "6", "--seed", "5"]
+    words = ["--rounds", "3", "--seed", "5"]
     result = subprocess.run(
         [sys.executable, "-m", "tests.faults.campaign", *words],
         cwd=ROOT,
@@ -22,6 +22,6 @@ def test_killed_at_random_moments_nothing_is_lost_and_nothing_differs() -> None:
         timeout=2 * HANG_S,
     )
     found = json.loads(result.stdout.splitlines()[-1])
-    assert found == {"rounds": 6, "failures": 0, "samples_lost": 0, "samples_twice": 0}, result.stdout
+    assert found == {"rounds": 3, "failures": 0, "samples_lost": 0, "samples_twice": 0}, result.stdout
     for kind in ("shards", "1 rank", "2 ranks"):
         assert f"  {kind}, " in result.stdout, "each kind of work was killed"

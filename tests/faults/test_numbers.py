@@ -5,9 +5,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from ambient_core.batch import Batch
-from tests.conftest import ROOT, Outcome
+from tests.conftest import Outcome
+from tests.trainer.in_turn import on_two_ranks
 from tests.trainer.training.test_runs import assert_same_files, curve, edit_state, final
-from tests.waiting import HANG_S
 from trainer.training import step as step_module
 from trainer.training.run import Run
 
@@ -215,25 +212,6 @@ def test_without_a_checkpoint_there_is_nowhere_to_go_back_to(
 
 
 def test_two_ranks_go_back_together_where_one_has_the_bad_sample(tmp_path: Path, shards: Path) -> None:
-    program = tmp_path / "program.py"
-    program.write_text(
-        """
-import sys
-from ambient_core import errors
-from trainer.training import step as step_module
-from trainer.train import main
-honest, left = step_module.step_loss, [1]
-def spoilt(run, batch, step, *rest):
-    loss = honest(run, batch, step, *rest)
-    if step == 4 and run.ranks.rank == 1 and left.pop():
-        left.append(0)
-        return loss * float("nan")
-    return loss
-step_module.step_loss = spoilt
-sys.exit(errors.run(main))
-"""
-    )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
     words = [
         "tests/tiny.yaml",
         f"run_dir={tmp_path / 'run'}",
@@ -241,12 +219,9 @@ sys.exit(errors.run(main))
         "engine.zero_stage=2",
         "recovery.roll_back=1",
     ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [*launcher, *words], cwd=ROOT, capture_output=True, text=True, timeout=HANG_S, env=environment
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count("back to step 3, past the samples of steps 4 to 5") == 1
+    code, output = on_two_ranks([words], "tests.faults.spoilt_on_one_rank")
+    assert code == 0, output
+    assert output.count("back to step 3, past the samples of steps 4 to 5") == 1
     assert sorted(curve(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]
 
 

@@ -1,14 +1,18 @@
-"""Trainings one after another in the same processes, which are imported once: `torchrun -m tests.trainer.in_turn FILE`.
-
-FILE: JSON, a list of the arguments of `trainer.train`. Ends with the exit code of the first training that does not
-succeed."""
+"""Trainings one after another in the same processes, which are imported once. Two ranks are started when a test first
+asks for them, and wait for more: `torchrun -m tests.trainer.in_turn FOLDER`. A command other than trainer.train is
+named by its module, whose `main` is called."""
 
 from __future__ import annotations
 
+import atexit
+import importlib
 import json
+import os
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,32 +39,99 @@ def as_in_a_process_of_its_own() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def in_turn(trainings: list[list[str]]) -> int:
-    """Here, as one rank of those that the environment describes."""
-    from ambient_core import errors
-    from trainer.train import main
+TRAIN = "trainer.train"
 
-    for arguments in trainings:
+
+def in_turn(calls: list[list[str]], module: str = TRAIN) -> int:
+    """Here, as one rank of those that the environment describes. calls: the arguments of each. Returns the exit code of
+    the first that does not succeed, else 0."""
+    from ambient_core import errors
+
+    main = importlib.import_module(module).main
+    for arguments in calls:
         with as_in_a_process_of_its_own():
             if code := errors.run(lambda arguments=arguments: main(arguments)):
                 return code
     return 0
 
 
-def on_two_ranks(trainings: list[list[str]], file: Path) -> tuple[int, str]:
-    """file: a new one, for the arguments. Returns the exit code and all that was printed."""
-    file.write_text(json.dumps(trainings))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [*launcher, "-m", "tests.trainer.in_turn", str(file)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=HANG_S,
-    )
-    return result.returncode, result.stdout
+ENVIRONMENT = dict(os.environ)
+"""As it was before any test changed it."""
+
+
+class TwoRanks:
+    """Two processes that do what they are asked. FOLDER has, of each request: N.json, the module and the calls; N.out,
+    what was printed; N.0 and N.1, the exit codes."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="two-ranks-"))
+        self._requests = 0
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        self.launcher = subprocess.Popen(
+            [*launcher, "-m", "tests.trainer.in_turn", str(self.folder)],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            start_new_session=True,
+        )
+        atexit.register(self.end)
+
+    def end(self) -> None:
+        if self.launcher.poll() is None:
+            os.killpg(self.launcher.pid, signal.SIGKILL)
+            self.launcher.wait()
+
+    def call(self, calls: list[list[str]], module: str) -> tuple[int, str]:
+        number, self._requests = self._requests, self._requests + 1
+        _write(self.folder, f"{number}.json", json.dumps({"calls": calls, "module": module}))
+        until, codes = time.monotonic() + HANG_S, [self.folder / f"{number}.{rank}" for rank in range(2)]
+        while not all(code.is_file() for code in codes):
+            if self.launcher.poll() is not None:  # a rank ended with a traceback
+                return self.launcher.returncode, self._printed(number)
+            if any(code.is_file() and int(code.read_text()) for code in codes):
+                until = min(until, time.monotonic() + 60)  # the other one may wait for it for ever
+            if time.monotonic() > until:
+                raise TimeoutError(f"two ranks do not end {module} {calls}:\n{self._printed(number)}")
+            time.sleep(0.02)
+        return max(int(code.read_text()) for code in codes), self._printed(number)
+
+    def _printed(self, number: int) -> str:
+        return (self.folder / f"{number}.out").read_text()
+
+
+_waiting: list[TwoRanks] = []
+
+
+def on_two_ranks(calls: list[list[str]], module: str = TRAIN) -> tuple[int, str]:
+    """As `in_turn`: the exit code, and all that was printed. What failed may have left one rank behind: then the next
+    calls get new ones."""
+    ranks = _waiting.pop() if _waiting else TwoRanks()
+    code, output = ranks.call(calls, module)
+    if code:
+        ranks.end()
+    else:
+        _waiting.append(ranks)
+    return code, output
+
+
+def _write(folder: Path, name: str, text: str) -> None:
+    """Whole, or not there."""
+    (folder / f"{name}.part").write_text(text)
+    (folder / f"{name}.part").replace(folder / name)
+
+
+def serve(folder: Path) -> None:
+    """One of the ranks. It ends with its launcher."""
+    for number in range(sys.maxsize):
+        while not (request := folder / f"{number}.json").is_file():
+            time.sleep(0.02)
+        printed = os.open(folder / f"{number}.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(printed, 1)
+        os.dup2(printed, 2)
+        os.close(printed)
+        code = in_turn(**json.loads(request.read_text()))
+        sys.stdout.flush()
+        _write(folder, f"{number}.{os.environ['RANK']}", str(code))
 
 
 if __name__ == "__main__":
-    sys.exit(in_turn(json.loads(Path(sys.argv[1]).read_text())))
+    serve(Path(sys.argv[1]))

@@ -82,15 +82,16 @@ def theirs(pipeline: Any) -> Tensor:
     ids=["adapters", "adapters of text", "whole"],
 )
 def test_diffusers_alone_makes_the_same_images(
-    options: tuple[str, ...], train_sdxl: Train, tiny_sdxl: Path, tmp_path: Path
+    options: tuple[str, ...], train_sdxl: Train, tiny_sdxl: Path, small_sdxl: Path, tmp_path: Path
 ) -> None:
     from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
     from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 
-    code, output = train_sdxl("run", *options, "optimizer.lr=0.01", "steps=3")
+    folder = tiny_sdxl if options == (ALL_OPTIONS,) else small_sdxl  # with three levels once
+    code, output = train_sdxl("run", *options, f"model.base={folder}", "optimizer.lr=0.01", "steps=3")
     assert code == 0, output
     out = exported(tmp_path / "run")
-    base: Any = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, local_files_only=True)
+    base: Any = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True)
     base.scheduler = EulerDiscreteScheduler.from_config(
         base.scheduler.config, use_karras_sigmas=True, timestep_spacing="linspace"
     )  # pyright: ignore[reportAttributeAccessIssue]

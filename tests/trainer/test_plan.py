@@ -54,10 +54,10 @@ def test_sdxl_has_the_parameters_that_are_known() -> None:
     assert weights.frozen == 0
 
 
-def test_adapters_are_those_that_training_adds(tiny_sdxl: Path) -> None:
+def test_adapters_are_those_that_training_adds(small_sdxl: Path) -> None:
     fields = ["lora: {rank: 4, targets: [attention, convolutions]}", "base_dtype: bf16"]
-    planned = of_sdxl(tiny_sdxl, *fields)
-    trained = sdxl(tiny_sdxl, *fields).model.adapter.backbone((4, 8, 8))
+    planned = of_sdxl(small_sdxl, *fields)
+    trained = sdxl(small_sdxl, *fields).model.adapter.backbone((4, 8, 8))
     described = [
         [(name, p.shape, p.dtype, p.requires_grad) for name, p in backbone.named_parameters()]
         for backbone in (planned.backbone, trained)
@@ -65,8 +65,8 @@ def test_adapters_are_those_that_training_adds(tiny_sdxl: Path) -> None:
     assert described[0] == described[1]
 
 
-def test_a_base_of_another_architecture_is_one_line(tiny_sdxl: Path, tmp_path: Path) -> None:
-    shutil.copytree(tiny_sdxl, tmp_path / "base")
+def test_a_base_of_another_architecture_is_one_line(small_sdxl: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_sdxl, tmp_path / "base")
     path = tmp_path / "base" / "unet" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "addition_embed_type": None}))
     with pytest.raises(UserError, match="not Stable Diffusion XL: its UNet takes no size and crop"):
@@ -106,13 +106,13 @@ def by_layer(network: Denoiser, call: Callable[[], object], monkeypatch: pytest.
 
 @pytest.mark.parametrize("kind", ["unet2d", "lora"])
 def test_the_flops_are_those_of_real_tensors_and_of_the_layers(
-    kind: str, tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, small_sdxl: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if kind == "unet2d":
         config, shape = config_of(), SHAPE
         network = config.model.adapter.denoiser(SHAPE, config.process, config.prediction, config.seed)
     else:
-        config, shape = sdxl(tiny_sdxl, "lora: {rank: 4}", "base_dtype: fp32"), (4, 8, 8)
+        config, shape = sdxl(small_sdxl, "lora: {rank: 4}", "base_dtype: fp32"), (4, 8, 8)
         network = models.configured(config, shape)
     told = config.model.adapter.conditioning_shapes(network)
     found = flops(network, shape, told)
@@ -129,11 +129,11 @@ def test_the_flops_are_those_of_real_tensors_and_of_the_layers(
     assert low < found.both / found.forward <= high
 
 
-def test_checkpointing_takes_less_memory_and_is_no_work_of_the_model(tiny_sdxl: Path) -> None:
+def test_checkpointing_takes_less_memory_and_is_no_work_of_the_model(small_sdxl: Path) -> None:
     plain, checkpointed = (
-        of_sdxl(tiny_sdxl, "base_dtype: fp32", *more) for more in ([], ["activation_checkpointing: true"])
+        of_sdxl(small_sdxl, "base_dtype: fp32", *more) for more in ([], ["activation_checkpointing: true"])
     )
-    told = sdxl(tiny_sdxl).model.adapter.conditioning_shapes(plain)
+    told = sdxl(small_sdxl).model.adapter.conditioning_shapes(plain)
     assert flops(plain, (4, 8, 8), told) == flops(checkpointed, (4, 8, 8), told)
     rows = passes(config_of("consistency=null"), 4, False)
     kept = [activations(network, (4, 8, 8), told, rows, None).forward for network in (plain, checkpointed)]

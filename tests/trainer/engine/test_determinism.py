@@ -42,7 +42,7 @@ def test_also_on_two_ranks(shards: Path, tmp_path: Path) -> None:
         ["tests/tiny.yaml", f"run_dir={tmp_path / name}", f"data.shards={shards}", "engine.zero_stage=1"]
         for name in ("one", "other")
     ]
-    code, output = on_two_ranks(words, tmp_path / "words.json")
+    code, output = on_two_ranks(words)
     assert code == 0, output
     assert untimed(tmp_path / "one") == untimed(tmp_path / "other")
     for name in ("weights", "ema", "optimizer"):

@@ -4,7 +4,6 @@ passes."""
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -39,10 +38,6 @@ from trainer.models.sdxl.network import encoders_of
 Train = Callable[..., Outcome]
 ENCODED = "model.text=encoded"
 ADAPTERS = (ENCODED, "model.lora.text_encoders=true", "model.lora.targets=[attention, feed_forward]")
-
-ONE_TOKEN = re.compile(r"\.(down_blocks\.2|mid_block|up_blocks\.0)\..*\.attn1\.to_[qk]\.")
-"""Queries and keys of self-attention at the UNet's lowest resolution, where latents of 4x4 are one token. A softmax
-over one token is 1, so their gradient is 0; kernels give it as 0 or as rounding noise, by the processor."""
 
 
 @pytest.fixture
@@ -181,10 +176,8 @@ def test_a_checkpoint_holds_the_adapters_of_both_text_encoders(train_sdxl: Train
     assert len(text) == 6 * 2 * (2 + 3)
     assert all(held[name].dtype == torch.float32 for name in held)
     products = [name for name in held if ".lora_B." in name]
-    with_gradient = [name for name in products if not ONE_TOKEN.search(name)]
-    # q and k of each transformer block there: down, middle and up
-    assert len(products) - len(with_gradient) == 2 * (4 + 2 + 6)
-    assert all(held[name].any() for name in with_gradient), "all of them were trained"
+    assert len(products) > 6 * (2 + 3)
+    assert all(held[name].any() for name in products), "all of them were trained"
     run = restore(tmp_path / "run")
     restored = dict(run.denoiser.named_parameters())
     assert all(torch.equal(restored[name].cpu(), value) for name, value in held.items())

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
-from tests.conftest import ROOT
-from tests.waiting import HANG_S
+from tests.trainer.in_turn import on_two_ranks
 from trainer.monitor.stragglers import slow
 
 
@@ -26,26 +22,7 @@ def test_a_rank_is_compared_with_the_middle_one_of_the_others() -> None:
     assert slow([(0.0, 9.0), (0.0, 1.0), (0.0, 1.0), (0.0, 9.0), (0.0, 1.0)], 10.0).keys() == {0, 3}
 
 
-HELD_BACK = """
-import sys, time
-from ambient_core import errors
-from trainer.train import main
-from trainer.training import step as step_module
-honest = step_module.step_loss
-def held_back(run, batch, step, *rest):
-    if run.ranks.rank == 1 and step >= 4:
-        time.sleep(1)
-    return honest(run, batch, step, *rest)
-step_module.step_loss = held_back
-sys.exit(errors.run(main))
-"""
-"""A training whose rank 1 takes a second more for each step from the fifth on."""
-
-
 def test_a_rank_that_becomes_slow_is_named_at_the_next_report(shards: Path, tmp_path: Path) -> None:
-    program = tmp_path / "held_back.py"
-    program.write_text(HELD_BACK)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
     words = [
         "tests/tiny.yaml",
         f"run_dir={tmp_path / 'run'}",
@@ -55,11 +32,10 @@ def test_a_rank_that_becomes_slow_is_named_at_the_next_report(shards: Path, tmp_
         "logging.every=4",
         "checkpoint.every=12",
     ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    job = subprocess.run([*launcher, *words], cwd=ROOT, capture_output=True, text=True, timeout=HANG_S, env=environment)
-    assert job.returncode == 0, job.stderr
+    code, output = on_two_ranks([words], "tests.trainer.monitor.held_back")
+    assert code == 0, output
     named = f"rank 1 on {socket.gethostname()} is slow: of the last "
-    assert f"warning: {named}" in job.stderr
+    assert f"warning: {named}" in output
     reports = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert min(r["step"] for r in reports if "notice" in r and named in r["notice"][1]) <= 8
     shares = {r["step"]: r["metrics"]["speed/share_waiting_for_slowest_rank"] for r in reports if "metrics" in r}

@@ -30,7 +30,12 @@ def measure(config: Path, overrides: list[str]) -> int:
     return live.peak
 
 
-if __name__ == "__main__":
-    peak = measure(Path(sys.argv[1]), sys.argv[2:])
+def main(argv: list[str]) -> int:
+    peak = measure(Path(argv[0]), argv[1:])
     if distributed.init().is_main:
         print(json.dumps({"peak": peak}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -34,21 +34,21 @@ def test_the_real_ones_have_the_parameters_that_are_known() -> None:
     assert models.weights_of(network).frozen == sum(both)
 
 
-def test_adapters_are_those_that_training_adds(tiny_sdxl: Path) -> None:
-    config = sdxl(tiny_sdxl, "lora: {rank: 4, text_encoders: true}", "base_dtype: bf16")
+def test_adapters_are_those_that_training_adds(small_sdxl: Path) -> None:
+    config = sdxl(small_sdxl, "lora: {rank: 4, text_encoders: true}", "base_dtype: bf16")
     planned, trained = models.configured(config, LATENT).backbone, config.model.adapter.backbone(LATENT)
     a, b = ({name: (p.shape, p.dtype, p.requires_grad) for name, p in m.named_parameters()} for m in (planned, trained))
     assert a == b
     assert any(name.startswith("text.text_encoder_2.") and p[2] for name, p in a.items())
 
 
-def test_a_caption_takes_what_its_layers_do(tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    frozen = models.configured(sdxl(tiny_sdxl, "base_dtype: fp32"), LATENT)
-    trained = models.configured(sdxl(tiny_sdxl, "lora: {rank: 4, text_encoders: true}", "base_dtype: fp32"), LATENT)
+def test_a_caption_takes_what_its_layers_do(small_sdxl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen = models.configured(sdxl(small_sdxl, "base_dtype: fp32"), LATENT)
+    trained = models.configured(sdxl(small_sdxl, "lora: {rank: 4, text_encoders: true}", "base_dtype: fp32"), LATENT)
     of_frozen, found = (text_flops(encoders_of(network.backbone)) for network in (frozen, trained))
     assert of_frozen.both == of_frozen.forward
     assert 1.5 < found.both / found.forward < 3
-    config = sdxl(tiny_sdxl, "lora: {rank: 4, text_encoders: true}", "base_dtype: fp32")
+    config = sdxl(small_sdxl, "lora: {rank: 4, text_encoders: true}", "base_dtype: fp32")
     encoders = encoders_of(config.model.adapter.backbone(LATENT))
     assert encoders is not None
     tokens = torch.zeros(1, 2, 77, dtype=torch.int64)

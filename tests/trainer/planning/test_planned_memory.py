@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.conftest import ROOT, TINY, Outcome
+from tests.conftest import TINY, Outcome
+from tests.trainer.in_turn import on_two_ranks
 from tests.trainer.planning.measured_memory import measure
 from tests.trainer.test_plan import SHAPE, WIDE
-from tests.waiting import HANG_S
 from trainer.config.run_config import RunConfig, load
 from trainer.planning import models
 from trainer.planning.estimate import Estimate, Setting, setting_of
@@ -105,16 +103,9 @@ def test_two_ranks_take_the_memory_that_was_planned(shards: Path, tmp_path: Path
         "engine.attention=sdpa",
         *WIDE,
     ]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [*launcher, "-m", "tests.trainer.planning.measured_memory", str(TINY), *wanted],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=HANG_S,
-        check=True,
-    )
-    peak = json.loads(result.stdout.splitlines()[-1])["peak"]
+    code, output = on_two_ranks([[str(TINY), *wanted]], "tests.trainer.planning.measured_memory")
+    assert code == 0, output
+    (peak,) = [json.loads(line)["peak"] for line in output.splitlines() if line.startswith('{"peak"')]
     config = load(TINY, wanted)
     assert peak == pytest.approx(predicted(config, stage, 2), rel=MEMORY_TOLERANCE)
     assert peak < 0.9 * predicted(config, stage, 1), "ranks share"

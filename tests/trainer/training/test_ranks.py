@@ -16,7 +16,6 @@ import shutil
 from itertools import count
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import pytest
 import torch
@@ -26,7 +25,6 @@ from tests.conftest import TINY
 from tests.trainer.in_turn import in_turn, on_two_ranks
 from tests.trainer.training.test_runs import WEIGHT_TOLERANCE, curve, final
 from trainer.engine.deepspeed_engine import Engine
-from trainer.models.tiny_sdxl import UNET
 
 pytestmark = pytest.mark.distributed
 
@@ -40,30 +38,6 @@ AVERAGES = "ema.snapshots={every: 2}"
 STEPS = {"loss/ambient", "loss/consistency", "optimizer/gradient_norm"}
 AGAIN = "micro_batch_size=4"
 """Two micro-batches a step in one process, instead of one."""
-
-
-@pytest.fixture(scope="module")
-def small_sdxl(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny pipeline with fewer layers: ZeRO's time goes by their number. With two levels the deepest has 2x2
-    positions; with a third it has one, which attends to itself whatever q and k are: their gradients are rounding
-    alone, which Adam makes steps of."""
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
-    folder = tmp_path_factory.mktemp("models") / "small-sdxl"
-    shutil.copytree(tiny_sdxl, folder, ignore=shutil.ignore_patterns("diffusion_pytorch_model.safetensors"))
-    shutil.copytree(tiny_sdxl / "vae", folder / "vae", dirs_exist_ok=True)
-    fewer: dict[str, Any] = {
-        "layers_per_block": 1,
-        "transformer_layers_per_block": 1,
-        "block_out_channels": (16, 32),
-        "attention_head_dim": (1, 2),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        UNet2DConditionModel(**UNET | fewer).save_pretrained(folder / "unet")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +105,7 @@ def runs(shards: Path, latents: Path, small_sdxl: Path, tmp_path_factory: pytest
         if stage == 3:
             options.append(f"engine.deepspeed={folder / 'short.json'}")
         trainings += [sdxl(f"sdxl-{stage}", *options, "steps=12"), sdxl(f"sdxl-{stage}", *options, "steps=20")]
-    code, output = on_two_ranks(trainings, folder / "trainings.json")
+    code, output = on_two_ranks(trainings)
     assert code == 0, output
     assert "going on at step 12 of 20" in output
 

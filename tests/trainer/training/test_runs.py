@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT, TINY, Outcome
+from tests.trainer.in_turn import in_turn
+from tests.trainer.training.signalled import SIGNALS
 from tests.waiting import HANG_S
 from trainer.checkpoint.run_lock import exclusive
 from trainer.checkpoint.state import signed
@@ -84,53 +86,34 @@ def test_a_seed_decides_everything(train: Train, tmp_path: Path) -> None:
         assert_same_files(tmp_path / "a", tmp_path / "c")
 
 
-SIGNALLED = """
-import os, sys
-from ambient_core import errors
-from trainer.train import main
-from trainer.training import step as step_module
-honest = step_module.step_loss
-def signalled(run, batch, step, *rest):
-    if step == 4:
-        os.killpg(0, int(sys.argv[1]))
-    return honest(run, batch, step, *rest)
-step_module.step_loss = signalled
-sys.exit(errors.run(lambda: main(sys.argv[2:])))
-"""
-"""A training that sends a signal to its process group in the middle of its fifth step."""
+LONGER = ["steps=30", "checkpoint.every=1000", "data.workers=1"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT], ids=lambda s: s.name)
+@pytest.fixture(scope="module")
+def signalled(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run for each signal, by its name, which that signal ended; and one that none did."""
+    folder = tmp_path_factory.mktemp("signalled")
+    words = [str(TINY), f"data.shards={shards}", *LONGER]
+    program = [sys.executable, "-m", "tests.trainer.training.signalled", str(folder), *words]
+    subprocess.run(program, cwd=ROOT, timeout=2 * HANG_S, check=True)
+    assert in_turn([[*words, f"run_dir={folder / 'uncut'}"]]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda s: s.name)
 def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(
-    number: signal.Signals, train: Train, shards: Path, tmp_path: Path
+    number: signal.Signals, signalled: Path, shards: Path
 ) -> None:
     """The signal goes to the whole process group, as from a terminal or a time limit, so the reader's process gets
     it, too."""
-    steps = ["steps=30", "checkpoint.every=1000", "data.workers=1"]
-    words = [str(number.value), str(TINY), f"run_dir={tmp_path / 'cut'}", f"data.shards={shards}", *steps]
-    cut = subprocess.run(
-        [sys.executable, "-c", SIGNALLED, *words],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        timeout=HANG_S,
-    )
-    assert cut.returncode == 75, cut.stdout
-    assert "interrupted, run it again to go on" in cut.stdout
-    done = json.loads(
-        (
-            (tmp_path / "cut" / "checkpoints" / (tmp_path / "cut" / "checkpoints" / "latest").read_text())
-            / "state.json"
-        ).read_text()
-    )
+    run = signalled / number.name
+    printed = (signalled / f"{number.name}-0.log").read_text()
+    assert (signalled / f"{number.name}.code").read_text() == "75", printed
+    assert "interrupted, run it again to go on" in printed
+    done = json.loads((run / "checkpoints" / (run / "checkpoints" / "latest").read_text() / "state.json").read_text())
     assert 4 <= done["step"] < 30
-    code, output = train("cut", *steps)
-    assert code == 0, output
-    code, output = train("uncut", *steps)
-    assert code == 0, output
-    assert_same_files(tmp_path / "uncut", tmp_path / "cut")
+    assert in_turn([[str(TINY), f"data.shards={shards}", f"run_dir={run}", *LONGER]]) == 0
+    assert_same_files(signalled / "uncut", run)
 
 
 def test_another_run_in_the_same_directory_is_refused(train: Train) -> None:
