@@ -65,11 +65,11 @@ def read_mapping(path: Path, language: Literal["JSON", "YAML"], where: str) -> d
     try:
         data = (from_json if language == "JSON" else from_yaml)(text_of(path))
     except OSError as error:
-        raise UserError(f"{where}: cannot be read: {error.strerror}", field=where, code="unreadable") from None
+        raise UserError(f"{where}: cannot be read: {error.strerror}", field=path, code="unreadable") from None
     except ValueError as error:  # also where it is not UTF-8
-        raise UserError(f"{where}: not {language}: {in_one_line(error)}", field=where, code="unreadable") from None
+        raise UserError(f"{where}: not {language}: {in_one_line(error)}", field=path, code="unreadable") from None
     if not isinstance(data, dict):
-        raise UserError(f"{where}: must be a mapping of fields to values", field=where, code="unreadable")
+        raise UserError(f"{where}: must be a mapping of fields to values", field=path, code="unreadable")
     return data
 
 

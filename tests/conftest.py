@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two ranks on two cores, and sum
 
 from data_pipeline.corruption.corruption import Gaussian
 from data_pipeline.shard import shard
+from tests.refusals import run
 from tests.waiting import HANG_S
 from trainer.models.tiny_sdxl import write_tiny_sdxl
 from trainer.tracking.logger import MLflowLogger
@@ -79,13 +80,12 @@ def train(shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Ca
         return on_two_ranks([arguments])
 
     def in_process(arguments: list[str]) -> Outcome:
-        from ambient_core import errors
         from trainer.train import main
 
         capfd.readouterr()
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
         try:
-            code = errors.run(lambda: main(arguments))
+            code = run(lambda: main(arguments))
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)

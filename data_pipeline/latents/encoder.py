@@ -46,7 +46,7 @@ class LatentEncoder:
     def __init__(self, request: LatentRequest, device: torch.device | None = None) -> None:
         self.request = request
         found = vae_identity(find_parts("--latents", request.source, ["vae"])["vae"])
-        require_same(request.vae, found, f"the VAE of --latents {request.source}")
+        require_same(request.vae, found, "--latents", f"the VAE of --latents {request.source}")
         self.vae = Vae(request.source, device)
         self.shapes: tuple[Shape, ...] = tuple(self.vae.shape(size.width, size.height) for size in request.sizes)
         """(C, H, W) of the observations, of each of the request's sizes."""

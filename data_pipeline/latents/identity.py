@@ -61,12 +61,13 @@ def text_identity(encoders: Mapping[str, Path], tokens: Mapping[str, Mapping[str
     return hashlib.sha256(_canonical({"encoders": parts, "tokenizers": tokens})).hexdigest()
 
 
-def require_same(recorded: str, found: str, what: str) -> None:
-    """Raises UserError where the two hashes differ. what: such as "the VAE of models/sdxl"."""
+def require_same(recorded: str, found: str, field: str | Path, what: str) -> None:
+    """Raises UserError where the two hashes differ. field: what to change, such as --latents. what: such as "the VAE of
+    --latents models/sdxl"."""
     if recorded != found:
         raise UserError(
             f"{what}: {found[:16]}, but the data were made with {recorded[:16]}: give the same, or make the data again",
-            field=what,
+            field=field,
             code="mismatch",
         )
 

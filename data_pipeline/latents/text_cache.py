@@ -79,7 +79,7 @@ def write_text_cache(folder: Path, captions: Iterable[str], encoder: Encoder) ->
     state = {"done": 0, "cut": 0}
     if (folder / CAPTIONS).is_file() and (folder / PROGRESS).is_file():
         recorded = from_json(text_of(folder / PROGRESS))
-        require_same(recorded["identity"], encoder.identity, f"{folder}, half done: the text encoders")
+        require_same(recorded["identity"], encoder.identity, folder, f"{folder}, half done: the text encoders")
         state = {"done": recorded["done"], "cut": recorded["cut"]}
     else:
         _write(folder / CAPTIONS, lines)
@@ -166,7 +166,7 @@ class TextCache:
 
     def require(self, identity: str) -> None:
         """Raises UserError where other text encoders made this."""
-        require_same(self.identity, identity, f"{self.folder}: the text encoders")
+        require_same(self.identity, identity, self.folder, f"{self.folder}: the text encoders")
 
     def rows(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         """prompt_embeds (N, T, D) and pooled (N, P), float16, of caption ids. Raises UserError for one that is not

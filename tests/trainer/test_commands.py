@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 
 from ambient_core import errors
+from ambient_core.errors import Code
 from tests.conftest import TINY, Outcome
 from tests.pages import called
+from tests.refusals import refusal, run
 from tests.trainer.in_turn import on_two_ranks
 from trainer import cli, sample
 from trainer.evaluation.denoiser_error import denoiser_error
@@ -107,27 +109,27 @@ def test_a_guide_changes_the_samples_unless_the_scale_is_one(train: Train, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected"),
+    ("arguments", "field", "mistake"),
     [
-        (["{run}", "--number", "0"], "--number 0: must be at least 1"),
-        (["{run}", "--stop-at", "30"], "--stop-at 30: must be from 0.05 to below 20"),
-        (["{run}", "--out", "grid.jpg"], "--out grid.jpg: must be a file that ends in .png, or a folder"),
-        (["{run}", "--out", "{run}"], "run: holds other files: choose a new folder"),
-        (["{run}", "--out", "{run}/config.yaml"], "config.yaml: must be a file that ends in .png, or a folder"),
-        (["{run}", "--out", "{run}/config.yaml/a"], "config.yaml/a: cannot be written"),
-        (["{tmp}/nowhere"], "not a run directory"),
-        (["{run}", "--guidance", "2"], "--guidance 2: needs --guide, or a run with text"),
-        (["{run}", "--guidance", "0"], "--guidance 0: must be above 0 and below 100"),
-        (["{run}", "--guide", "{tmp}/nowhere"], "nowhere: not a run directory"),
+        (["{run}", "--number", "0"], "--number", "invalid"),
+        (["{run}", "--stop-at", "30"], "--stop-at", "invalid"),
+        (["{run}", "--out", "grid.jpg"], "--out", "invalid"),
+        (["{run}", "--out", "{run}"], "--out", "in_use"),
+        (["{run}", "--out", "{run}/config.yaml"], "--out", "invalid"),
+        (["{run}", "--out", "{run}/config.yaml/a"], "--out", "unwritable"),
+        (["{tmp}/nowhere"], "nowhere", "not_found"),
+        (["{run}", "--guidance", "2"], "--guidance", "conflict"),
+        (["{run}", "--guidance", "0"], "--guidance", "invalid"),
+        (["{run}", "--guide", "{tmp}/nowhere"], "nowhere", "not_found"),
     ],
 )
 def test_a_wrong_request_to_sample_is_one_line(
-    arguments: list[str], expected: str, train: Train, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    arguments: list[str], field: str, mistake: Code, train: Train, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert train("run", "steps=1")[0] == 0
     filled = [a.format(run=tmp_path / "run", tmp=tmp_path) for a in arguments]
-    assert errors.run(lambda: sample.main(filled)) == 2
-    assert expected in capfd.readouterr().err.splitlines()[-1]
+    assert run(lambda: sample.main(filled)) == 2
+    assert refusal() == (field, mistake)
 
 
 def test_the_denoisers_error_is_the_mean_square_per_level() -> None:

@@ -14,10 +14,11 @@ import pytest
 import tifffile
 from PIL import Image
 
-from ambient_core.errors import UserError
+from ambient_core.errors import Code, UserError
 from data_pipeline.inputs.sources import BadImage, Source, open_source
 from tests.data_pipeline.inputs.test_bad_sources import GREY, HUGE, PICKLED, P, array_bytes, parquet, tar, zip_of
 from tests.data_pipeline.inputs.test_sources import PIXELS
+from tests.refusals import refused
 
 
 def huge_png(width: int, height: int) -> bytes:
@@ -133,20 +134,23 @@ def test_one_picture_of_a_zip_or_of_a_table_that_has_no_bytes(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("files", "kind", "expected"),
+    ("files", "kind", "field", "mistake"),
     [
         (
             {"a.png": P, "a.txt": b"x", "metadata.csv": b"file_name,text\na.png,y"},
             UserError,
-            "two captions that differ, 'y' and 'x'",
+            "a.png",
+            "conflict",
         ),
-        ({"a.png": P, "a.txt": b"\xff"}, BadImage, "the caption is not UTF-8"),
+        ({"a.png": P, "a.txt": b"\xff"}, BadImage, "SOURCE", "unreadable"),
     ],
 )
-def test_a_caption_that_is_wrong(files: dict[str, bytes], kind: type[UserError], expected: str, tmp_path: Path) -> None:
+def test_a_caption_that_is_wrong(
+    files: dict[str, bytes], kind: type[UserError], field: str, mistake: Code, tmp_path: Path
+) -> None:
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
-    with pytest.raises(UserError, match=expected) as error:
+    with refused(field, mistake) as error:
         open_source(str(tmp_path)).read(0)
     assert error.type is kind
 

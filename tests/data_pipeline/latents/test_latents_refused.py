@@ -13,6 +13,7 @@ from data_pipeline.latents.arguments import LatentRequest
 from data_pipeline.shard import main
 from data_pipeline.sharding import plan
 from data_pipeline.sharding.plan import Request, refuse_another
+from tests.refusals import refused
 
 
 @pytest.mark.parametrize(
@@ -40,9 +41,9 @@ def test_wrong_requests_are_one_line(
 
 def test_what_a_request_cannot_be_is_said_to_other_callers_too(tmp_path: Path) -> None:
     latents = LatentRequest("sdxl", "1234", 32)
-    with pytest.raises(UserError, match="--size 64: the latents' size is 32"):
+    with refused("--size", "mismatch"):
         Request(str(tmp_path), Gaussian(0.4), size=64, latents=latents)
-    with pytest.raises(UserError, match="with --latents: is made for pixels"):
+    with refused("--corruption", "conflict"):
         Request(str(tmp_path), Degraded("blur:2"), size=32, latents=latents)
 
 

@@ -16,12 +16,13 @@ import pytest
 import torch
 
 from ambient_core import storage
-from ambient_core.errors import UserError, WorkFailed
-from data_pipeline.format.index import NAME, read_index
+from ambient_core.errors import Code, WorkFailed
+from data_pipeline.format.index import read_index
 from data_pipeline.loading import cache as cache_module
 from data_pipeline.loading.cache import CacheFull, ShardCache
 from data_pipeline.loading.config import DataConfig, Layout
 from data_pipeline.loading.loader import Loader
+from tests.refusals import refused
 
 CPU = torch.device("cpu")
 
@@ -195,18 +196,18 @@ def test_a_partial_file_may_vanish_while_room_is_made(
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("config", "field", "mistake"),
     [
-        ({"cache_gb": 1e-6}, r"data\.cache_gb 1e-06: two groups of 16 shards take"),
-        ({"cache_dir": "/proc/none"}, r"data\.cache_dir /proc/none: cannot be made"),
-        ({"shards": "memory://nowhere"}, f"memory://nowhere: no {NAME} in it"),
-        ({"shards": "nosuch://x"}, f"nosuch://x/{NAME}: Protocol not known"),
+        ({"cache_gb": 1e-6}, "data.cache_gb", "invalid"),
+        ({"cache_dir": "/proc/none"}, "data.cache_dir", "unwritable"),
+        ({"shards": "memory://nowhere"}, "memory://nowhere", "not_found"),
+        ({"shards": "nosuch://x"}, "nosuch://x/index.json", "invalid"),
     ],
 )
 def test_a_wrong_request_is_named(
-    config: dict[str, Any], message: str, url: str, waits: list[float], tmp_path: Path
+    config: dict[str, Any], field: str, mistake: Code, url: str, waits: list[float], tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=message):
+    with refused(field, mistake):
         keys(DataConfig(**{"shards": url, "workers": 1, "cache_dir": str(tmp_path), **config}))
 
 

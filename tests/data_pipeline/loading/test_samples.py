@@ -19,13 +19,14 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ambient_core.errors import UserError
+from ambient_core.errors import Code
 from data_pipeline.format.index import read_index
 from data_pipeline.loading.config import DataConfig, Layout
 from data_pipeline.loading.loader import Loader
 from data_pipeline.loading.order import Order
 from data_pipeline.loading.samples import ExactSamples
 from tests.conftest import ROOT
+from tests.refusals import refused
 
 Samples = Iterable[dict[str, Any]]
 wds: Any = webdataset  # it makes its names when they are asked for, which no type checker sees
@@ -183,7 +184,7 @@ def test_a_shard_that_cannot_be_read_stops_it_or_is_replaced(
     shutil.copytree(shards, tmp_path / "damaged")
     os.truncate(tmp_path / "damaged" / "shard-000002.tar", 3000)
     config = DataConfig(str(tmp_path / "damaged"), group=4)
-    with pytest.raises(UserError, match=r"shard-000002\.tar: 3000 bytes, the index says"):
+    with refused("shard-000002.tar", "unreadable"):
         list(ExactSamples(config, 5, 0, N))
     whole = keys(ExactSamples(DataConfig(str(shards), group=4), 5, 0, N))
     found = keys(ExactSamples(DataConfig(config.shards, group=4, on_error="skip"), 5, 0, N))
@@ -194,19 +195,19 @@ def test_a_shard_that_cannot_be_read_stops_it_or_is_replaced(
 
 
 @pytest.mark.parametrize(
-    ("config", "options", "message"),
+    ("config", "options", "field", "mistake"),
     [
-        ({"flip": True}, {}, r"data\.flip true, data\.sigma_scale 1: samples come as they are stored"),
-        ({"sigma_scale": 0.5}, {}, r"data\.sigma_scale 0\.5: samples come as they are stored"),
-        ({}, {"start": 7, "layout": Layout(4, 4, 0, 1)}, "start 7: must be a multiple of batch_size 4"),
-        ({}, {"start": -1}, "start -1: must be"),
-        ({}, {"layout": Layout(8, 3, 0, 2)}, "batch_size 8: must be a multiple of 2 ranks x micro_batch_size 3"),
+        ({"flip": True}, {}, "data.flip", "unsupported"),
+        ({"sigma_scale": 0.5}, {}, "data.flip", "unsupported"),
+        ({}, {"start": 7, "layout": Layout(4, 4, 0, 1)}, "start", "invalid"),
+        ({}, {"start": -1}, "start", "invalid"),
+        ({}, {"layout": Layout(8, 3, 0, 2)}, "batch_size", "invalid"),
     ],
 )
 def test_a_wrong_request_is_refused(
-    config: dict[str, Any], options: dict[str, Any], message: str, shards: Path
+    config: dict[str, Any], options: dict[str, Any], field: str, mistake: Code, shards: Path
 ) -> None:
-    with pytest.raises(UserError, match=message):
+    with refused(field, mistake):
         ExactSamples(DataConfig(str(shards), **config), **options)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ambient_core.errors import UserError
+from tests.refusals import refused
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.checkpoint.resume import newest_whole
 from trainer.checkpoint.retention import CheckpointConfig
@@ -156,7 +156,7 @@ def test_a_step_may_be_torn_again(saved: Checkpoints) -> None:
 def test_where_all_are_torn_the_run_is_refused_and_nothing_is_renamed(saved: Checkpoints) -> None:
     for step in (10, 20, 30):
         (saved.path(step) / "weights.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match=r"weights.safetensors cannot be read .*move that folder away"):
+    with refused("checkpoints", "unreadable"):
         newest_whole(saved, NAMES, ALONE)
     assert saved.steps() == [10, 20, 30]
 

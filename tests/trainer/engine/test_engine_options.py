@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ambient_core.errors import Code
 from tests.conftest import Outcome
+from tests.refusals import refusal
 from tests.trainer.training.test_runs import WEIGHT_TOLERANCE, assert_same_files, curve, final
 from trainer.engine import adam_8bit, deepspeed_engine, loss_scaler
 from trainer.engine.loss_scaler import LossScale
@@ -222,55 +224,70 @@ def test_a_file_of_deepspeeds_settings_is_merged_and_what_it_was_told_is_kept(tr
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("text", "field", "mistake"),
     [
         (
             {"zero_optimization": {"stage": 3}},
-            "zero_optimization.stage 3: the config says engine.zero_stage 0; make them",
+            "zero_optimization.stage",
+            "conflict",
         ),
-        ({"train_batch_size": 16}, "train_batch_size 16: the config says batch_size 8"),
-        ({"train_micro_batch_size_per_gpu": 4}, "4: the config says micro_batch_size 8 of batch_size 8"),
-        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps 2: the config says micro_batch_size 8"),
-        ({"gradient_clipping": 0.5}, "gradient_clipping 0.5: the config says optimizer.clip 1.0"),
-        ({"bf16": {"enabled": True}}, "bf16.enabled true: the config says engine.precision fp32"),
-        ({"fp16": {"enabled": True}}, "fp16.enabled true: the config says engine.precision fp32"),
-        ({"torch_autocast": {"enabled": True}}, "torch_autocast.enabled true: the config says engine.precision fp32"),
-        ({"optimizer": {"type": "Lamb"}}, 'optimizer.type "Lamb": the config says'),
+        ({"train_batch_size": 16}, "train_batch_size", "conflict"),
+        ({"train_micro_batch_size_per_gpu": 4}, "train_micro_batch_size_per_gpu", "conflict"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps", "conflict"),
+        ({"gradient_clipping": 0.5}, "gradient_clipping", "conflict"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled", "conflict"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled", "conflict"),
+        ({"torch_autocast": {"enabled": True}}, "torch_autocast.enabled", "conflict"),
+        ({"optimizer": {"type": "Lamb"}}, "optimizer.type", "conflict"),
         (
             {"optimizer": {"type": "AdamW", "params": {"lr": 1}}},
-            "optimizer.params.lr 1: the config says optimizer.lr 0.001",
+            "optimizer.params.lr",
+            "conflict",
         ),
         (
             {"optimizer": {"params": {"amsgrad": True}}},
-            "optimizer.params.amsgrad true: the config's optimizer.* decides",
+            "optimizer.params.amsgrad",
+            "conflict",
         ),
         (
             {"scheduler": {"params": {"warmup_num_steps": 9}}},
-            "warmup_num_steps 9: the config says optimizer.warmup_steps 2",
+            "scheduler.params.warmup_num_steps",
+            "conflict",
         ),
         (
             {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
-            "the config says engine.offload_optimizer False",
+            "zero_optimization.offload_optimizer.device",
+            "conflict",
         ),
         (
             {"zero_optimization": {"offload_param": {"device": "nvme"}}},
-            "the config says engine.offload_parameters False",
+            "zero_optimization.offload_param.device",
+            "conflict",
         ),
-        ({"zero_optimization": {"offload_optimizer": {"ratio": 0.5}}}, "checkpoints cannot hold the state of ratio"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"ratio": 0.5}}},
+            "zero_optimization.offload_optimizer.ratio",
+            "unsupported",
+        ),
         (
             {"zero_optimisation": {"stage": 0}},
-            "zero_optimisation.stage: cannot be merged; what can is zero_optimization, ",
+            "zero_optimisation.stage",
+            "unsupported",
         ),
-        ({"zero_optimization": {"overlapcomm": True}}, "DeepSpeed refuses it: "),
-        ({"zero_optimization": {"reduce_bucket_size": "many"}}, "DeepSpeed refuses it: "),
-        ({"zero_optimization": 2}, "zero_optimization: must be a mapping"),
-        ([1], "must be a mapping of fields to values"),
-        ("{", "not JSON: Expecting property name"),
-        (None, "cannot be read: No such file"),
+        ({"zero_optimization": {"overlapcomm": True}}, "engine.deepspeed", "invalid"),
+        ({"zero_optimization": {"reduce_bucket_size": "many"}}, "engine.deepspeed", "invalid"),
+        ({"zero_optimization": 2}, "zero_optimization", "invalid"),
+        ([1], "ds.json", "unreadable"),
+        ("{", "ds.json", "unreadable"),
+        (
+            None,
+            "ds.json",
+            "unreadable",
+        ),
     ],
 )
 def test_a_file_that_contradicts_or_cannot_be_used_is_one_line(
-    text: object, expected: str, train: Train, tmp_path: Path
+    text: object, field: str, mistake: Code, train: Train, tmp_path: Path
 ) -> None:
     path = tmp_path / "ds.json"
     if text is not None:
@@ -279,34 +296,37 @@ def test_a_file_that_contradicts_or_cannot_be_used_is_one_line(
     assert code == 2, output
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert line.startswith(f"error: engine.deepspeed: {path}: ")
-    assert expected in line
+    assert refusal() == (field, mistake)
     assert "Traceback" not in output
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 @pytest.mark.parametrize(
-    ("overrides", "expected"),
+    ("overrides", "field", "mistake"),
     [
         (
             ["engine.offload_optimizer=true"],
-            "engine: zero_stage 0, offload_optimizer True: offload_optimizer needs zero_stage 1, 2 or 3, not 0",
+            "engine",
+            "invalid",
         ),
         (
             ["engine.zero_stage=2", "engine.offload_parameters=true"],
-            "offload_parameters needs zero_stage 3, not 2",
+            "engine",
+            "invalid",
         ),
         (
             ["engine.zero_stage=1", "engine.adam=8bit", "engine.offload_optimizer=true"],
-            "adam 8bit keeps its small moments",
+            "engine",
+            "invalid",
         ),
-        (["engine.zero_stage=1", "engine.adam=cpu"], "set offload_optimizer to true, or adam to torch"),
-        (["engine.adam=adamw"], "engine.adam: 'adamw': "),
-        (["engine.precision=half"], "engine.precision: 'half': "),
-        (["engine.offload_optimiser=true"], "did you mean offload_optimizer?"),
+        (["engine.zero_stage=1", "engine.adam=cpu"], "engine", "invalid"),
+        (["engine.adam=adamw"], "engine.adam", "unknown"),
+        (["engine.precision=half"], "engine.precision", "unknown"),
+        (["engine.offload_optimiser=true"], "engine.offload_optimiser", "unknown"),
     ],
 )
-def test_a_wrong_option_is_one_line(overrides: list[str], expected: str, train: Train) -> None:
+def test_a_wrong_option_is_one_line(overrides: list[str], field: str, mistake: Code, train: Train) -> None:
     code, output = train("run", *overrides)
     assert code == 2
-    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert expected in line
+    assert output.count("error: ") == 1
+    assert refusal() == (field, mistake)

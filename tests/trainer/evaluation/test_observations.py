@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
-from ambient_core.errors import UserError
 from data_pipeline.corruption.corruption import Degraded, Gaussian, Measured, generator_of
 from data_pipeline.inputs.sources import open_source
 from data_pipeline.shard import shard
+from tests.refusals import refused
 from trainer.evaluation.distances import kid
 from trainer.evaluation.features import PACKAGED, open_extractor
 from trainer.evaluation.images import Images
@@ -104,11 +103,11 @@ def test_clean_samples_are_at_no_distance_and_noisy_or_other_ones_are(tmp_path: 
 
 def test_shards_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     shard(source(tmp_path / "clean.npy", discs(12, 0)), tmp_path / "shards", Gaussian(0.2), value_range=(-1, 1))
-    with pytest.raises(UserError, match=r"observations of 1x16x16, the run draws 3x32x32: shard them with its --size"):
+    with refused("--measured", "mismatch"):
         open_observations(str(tmp_path / "shards"), (3, 32, 32))
     index = tmp_path / "shards" / "index.json"
     index.write_text(index.read_text().replace('"kind": "gaussian"', '"kind": "nothing that is known"'))
-    with pytest.raises(UserError, match="does not say how its images were corrupted"):
+    with refused("--measured", "unreadable"):
         open_observations(str(tmp_path / "shards"), SHAPE)
-    with pytest.raises(UserError, match="no such shard folder"):
+    with refused("--measured", "not_found"):
         open_observations(str(tmp_path / "nowhere"), SHAPE)

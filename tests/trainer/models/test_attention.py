@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ambient_core.errors import UserError
 from tests.conftest import Outcome
+from tests.refusals import refused
 from trainer.engine.distributed import Ranks
 from trainer.models import attention
 from trainer.models.attention import choose, head_dims, probe, sdpa_kernel, set_attention
@@ -151,7 +151,7 @@ def test_a_layer_without_another_form_is_refused() -> None:
     layer = Attention(16, heads=2, dim_head=8)
     layer.set_processor(AttnAddedKVProcessor2_0())  # pyright: ignore[reportArgumentType]
     model = nn.Sequential(layer)
-    with pytest.raises(UserError, match="attention is AttnAddedKVProcessor2_0, which has no other form"):
+    with refused("engine.attention", "unsupported"):
         set_attention(model, "sdpa", torch.float32, ALONE)
 
 

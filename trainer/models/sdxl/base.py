@@ -52,7 +52,7 @@ def check_data(base: str, prompt: str | None, encoded: bool, index: ShardIndex, 
                 field="model.base",
                 code="mismatch",
             )
-    require_same(latents["vae"], vae_identity(folders["vae"]), f"the VAE of model.base {base}")
+    require_same(latents["vae"], vae_identity(folders["vae"]), "model.base", f"the VAE of model.base {base}")
     if prompt is None and encoded and not index.captioned:
         raise UserError(
             f"model.prompt null: {shards} has no captions: give one prompt for all images, such as 'a face', or "
@@ -73,7 +73,9 @@ def check_data(base: str, prompt: str | None, encoded: bool, index: ShardIndex, 
             )
         from data_pipeline.latents.text import encoders_identity
 
-        require_same(index.text["identity"], encoders_identity(base), f"the text encoders of model.base {base}")
+        require_same(
+            index.text["identity"], encoders_identity(base), "model.base", f"the text encoders of model.base {base}"
+        )
 
 
 def check_schedule(base: str, process: AnyProcess, prediction: Prediction) -> None:
