@@ -22,14 +22,14 @@ class Parser(argparse.ArgumentParser):
 
     def _meant(self, message: str) -> str:
         if found := re.match(r"unrecognized arguments: (--[^ =]+)", message):
-            return meant(found[1], self._option_string_actions)
+            return did_you_mean(found[1], self._option_string_actions)
         if found := re.match(r"argument (\S+): invalid choice: '(.*?)'", message):
             choices = next((a.choices for a in self._actions if found[1] in (a.dest, "/".join(a.option_strings))), None)
-            return meant(found[2], map(str, choices or ()))
+            return did_you_mean(found[2], map(str, choices or ()))
         return ""
 
 
-def meant(word: object, known: Iterable[str]) -> str:
+def did_you_mean(word: object, known: Iterable[str]) -> str:
     """ "; did you mean lr?" where one of the known words is like this one, else "". In what case letters are makes no
     difference."""
     by_lower = {name.lower(): name for name in known}

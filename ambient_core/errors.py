@@ -10,13 +10,13 @@ from functools import partial
 from typing import Any, Literal
 
 DONE, FAILED, BAD_REQUEST, INTERRUPTED = 0, 1, 2, 75
-"""0 done; 1 the work failed; 2 the request was wrong; 75 interrupted with a checkpoint saved: run again to go on."""
+"""0 done; 1 the work failed; 2 the request was wrong; 75 interrupted with a checkpoint saved: run again to resume."""
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
 """Of errors that come from a disk, and need no traceback even where they do not say of which file they speak."""
 
 
-class Told(Exception):
+class OneLineError(Exception):
     """An error whose message is for the user."""
 
     def __str__(self) -> str:
@@ -41,7 +41,7 @@ Code = Literal[
 """What kind of mistake a UserError is."""
 
 
-class UserError(Told):
+class UserError(OneLineError):
     """The request cannot be met. The message names the field or file, its value, and what to do, in one line.
 
     field: what to change: an option such as --sigma, a field such as optimizer.lr, an argument such as SOURCE, or a
@@ -57,11 +57,11 @@ class UserError(Told):
         return partial(type(self), field=self.field, code=self.code), self.args
 
 
-class WorkFailed(Told):
+class WorkFailed(OneLineError):
     """The request was right and the work failed, for a reason that one line explains."""
 
 
-def in_one_line(error: BaseException, most: int | None = None, with_kind: bool = False) -> str:
+def one_line(error: BaseException, most: int | None = None, with_kind: bool = False) -> str:
     """What somebody else's error says, or, where it says nothing, what it is. most: characters. with_kind: what it
     is, too."""
     text, kind = " ".join(str(error).split())[:most], type(error).__name__

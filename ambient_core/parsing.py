@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from ambient_core.errors import UserError, in_one_line
+from ambient_core.errors import UserError, one_line
 
 LARGEST = 2**63
 LONGEST = 1 << 28
@@ -37,7 +37,7 @@ def from_json(text: str | bytes) -> Any:
 
 
 def json_lines(path: Path) -> Iterator[Any]:
-    """What stands in the lines of a file, one after the other; a line that a kill has cut is passed over, and a file
+    """The values in the lines of a file, one after the other; a line that a kill has cut is skipped, and a file
     that is not there has none."""
     if path.is_file():
         with path.open("rb") as file:
@@ -57,7 +57,7 @@ def from_yaml(text: str) -> Any:
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except Exception as error:  # PyYAML has errors of its own, and lets those of its insides through
-        raise ValueError(in_one_line(error)) from None
+        raise ValueError(one_line(error)) from None
 
 
 def read_mapping(path: Path, language: Literal["JSON", "YAML"], where: str) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def read_mapping(path: Path, language: Literal["JSON", "YAML"], where: str) -> d
     except OSError as error:
         raise UserError(f"{where}: cannot be read: {error.strerror}", field=path, code="unreadable") from None
     except ValueError as error:  # also where it is not UTF-8
-        raise UserError(f"{where}: not {language}: {in_one_line(error)}", field=path, code="unreadable") from None
+        raise UserError(f"{where}: not {language}: {one_line(error)}", field=path, code="unreadable") from None
     if not isinstance(data, dict):
         raise UserError(f"{where}: must be a mapping of fields to values", field=path, code="unreadable")
     return data

@@ -32,7 +32,7 @@ def is_free(folder: Path) -> bool:
 
 
 @contextmanager
-def appearing(folder: Path) -> Iterator[Path]:
+def created_whole(folder: Path) -> Iterator[Path]:
     """A folder to be filled, which becomes `folder` at the end, and vanishes if there was an error. folder: a free
     place. Raises UserError where one cannot write."""
     try:

@@ -137,7 +137,7 @@ class Stepper:
     def _take(self, batch: Batch) -> None:
         self.run.engine.backward(step_loss(self.run, batch, self._step, self._step, 0, self._meter))
         self.run.engine.step(self._step)
-        self.run.ema.update(self.run.engine.masters, self._step + 1)
+        self.run.ema.update(self.run.engine.fp32_shards, self._step + 1)
 
 
 @dataclass

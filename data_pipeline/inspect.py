@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ambient_core import errors, storage
 from ambient_core.arguments import Parser
-from ambient_core.errors import WorkFailed, in_one_line
+from ambient_core.errors import WorkFailed, one_line
 from ambient_core.progress import progress_bar
 from data_pipeline.corruption.corruption import ORIGIN
 from data_pipeline.format import index as indices
@@ -116,7 +116,7 @@ def _read(path: str, shard: Shard, index: ShardIndex, rows: set[int], contents: 
     except OSError as error:
         return [*wrong, f"cannot be read: {error.strerror}"]
     except (tarfile.TarError, ValueError) as error:
-        return [*wrong, f"after {count} samples: {in_one_line(error)}"]
+        return [*wrong, f"after {count} samples: {one_line(error)}"]
     return wrong if count == shard.samples else [*wrong, f"{count} samples, the index says {shard.samples}"]
 
 

@@ -26,7 +26,7 @@ EXAMPLE = """examples:
   python -m slurm.shard my_images/ data/mine --sigma 0.2 --cluster configs/clusters/local.yaml --jobs 4    # by jobs
   python -m data_pipeline.shard my_images/ data/mine --sigma 0.4 --size 1024 --latents models/sdxl --crop random
 
-Run the same command again to go on after an interruption: finished shards are kept. `python -m data_pipeline.inspect
+Run the same command again to resume after an interruption: finished shards are kept. `python -m data_pipeline.inspect
 data/mine` verifies and shows what was written.
 """
 
@@ -100,7 +100,7 @@ def shard(
     workers: int = 1,
     write: Write | None = None,
 ) -> ShardIndex:
-    """Writes OUTPUT, goes on with it, or returns its index where it already holds what is asked for.
+    """Writes OUTPUT, resumes it, or returns its index where it already holds what is asked for.
 
     write: who writes the shards, such as `slurm.shard.by_jobs`, in the place of `workers` processes on this machine.
     With several workers it must be called from a module that a new process can import: a script guards its start by `if

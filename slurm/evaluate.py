@@ -69,8 +69,8 @@ def evaluate_by_jobs(jobs: Sequence[EvaluationJob], cluster: ClusterConfig) -> N
         wait(handles, cluster, look)
     failed = [(job.run, *failure_of(handle)) for job, handle in zip(jobs, handles, strict=True) if handle.exception()]
     if failed:
-        told = "; ".join(f"{run}: {reason} ({log})" for run, reason, log in failed)
-        raise WorkFailed(f"{len(failed)} of {len(jobs)} evaluations failed: {told}")
+        reasons = "; ".join(f"{run}: {reason} ({log})" for run, reason, log in failed)
+        raise WorkFailed(f"{len(failed)} of {len(jobs)} evaluations failed: {reasons}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ambient_core.arguments import meant
+from ambient_core.arguments import did_you_mean
 from ambient_core.errors import UserError
 from slurm.cluster import ClusterConfig
 from slurm.points import Point
@@ -20,7 +20,7 @@ def check_memory(point: Point, cluster: ClusterConfig) -> None:
     on_gpus = cluster.gpus_per_node > 0
     if cluster.gpu is not None and cluster.gpu not in GPUS:
         raise UserError(
-            f"gpu {cluster.gpu}: must be one of {', '.join(GPUS)}{meant(cluster.gpu, GPUS)}",
+            f"gpu {cluster.gpu}: must be one of {', '.join(GPUS)}{did_you_mean(cluster.gpu, GPUS)}",
             field="gpu",
             code="unknown",
         )

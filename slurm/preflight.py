@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ambient_core.arguments import meant
+from ambient_core.arguments import did_you_mean
 from ambient_core.errors import UserError, WorkFailed
 from slurm.cluster import SLURM_ONLY, ClusterConfig
 from slurm.job import queue
@@ -30,16 +30,16 @@ def problems(points: Sequence[Point], cluster: ClusterConfig) -> list[str]:
         wrong = [
             line
             for check in (_free, _run_dir, _ranks, _tracking, _model)
-            for line in _said(lambda check=check, point=point: check(point, cluster))
+            for line in _problems(lambda check=check, point=point: check(point, cluster))
         ]
-        wrong += [] if wrong else _said(lambda point=point: check_memory(point, cluster))  # it needs a sound run
+        wrong += [] if wrong else _problems(lambda point=point: check_memory(point, cluster))  # it needs a sound run
         found.update(dict.fromkeys(wrong))
-    for line in (*_said(lambda: _logs(cluster)), *_said(lambda: _machine(cluster))):
+    for line in (*_problems(lambda: _logs(cluster)), *_problems(lambda: _machine(cluster))):
         found[line] = None
     return list(found)
 
 
-def _said(check: Callable[[], object]) -> Iterator[str]:
+def _problems(check: Callable[[], object]) -> Iterator[str]:
     try:
         check()
     except (UserError, WorkFailed) as error:
@@ -149,7 +149,7 @@ def _machine(cluster: ClusterConfig) -> None:
         if cluster.partition and known and cluster.partition not in known:
             raise UserError(
                 f"partition {cluster.partition}: no such partition; there are "
-                f"{', '.join(known)}{meant(cluster.partition, known)}",
+                f"{', '.join(known)}{did_you_mean(cluster.partition, known)}",
                 field="partition",
                 code="unknown",
             )
@@ -175,11 +175,11 @@ def refused_by_slurm(text: str) -> str | None:
     lines = [line.removeprefix("sbatch: error: ").strip() for line in result.stderr.splitlines() if line.strip()]
     if any("configless" in line or "dns_srv" in line or "Unable to contact" in line for line in lines):
         return f"no SLURM answers: is SLURM_CONF set, and is its controller up? ({lines[-1]})"
-    told = (
+    reasons = (
         [line for line in lines if not line.startswith("allocation failure")] or lines or ["sbatch --test-only failed"]
     )
     return (
-        f"the cluster refuses the job: {'; '.join(told)}; hold nodes, gpus_per_node, cpus_per_task, mem_gb and "
+        f"the cluster refuses the job: {'; '.join(reasons)}; hold nodes, gpus_per_node, cpus_per_task, mem_gb and "
         "constraint of the cluster's file against `sinfo -lNe`"
     )
 

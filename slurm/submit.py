@@ -26,14 +26,14 @@ EXAMPLE = """examples:
   python -m slurm.submit configs/quickstart.yaml --cluster configs/clusters/local.yaml
   python -m slurm.status runs/digits          # how far it is
 
-Submitted again with the same run_dir, a run goes on from its last checkpoint, on any number of nodes.
+Submitted again with the same run_dir, a run resumes from its last checkpoint, on any number of nodes.
 """
 
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="python -m slurm.submit",
-        description="Submits a training, which goes on by itself when the cluster ends it for time or for another job.",
+        description="Submits a training, which resumes by itself when the cluster ends it for time or for another job.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

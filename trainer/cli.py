@@ -7,14 +7,14 @@ from importlib import import_module
 
 import trainer
 from ambient_core import errors
-from ambient_core.arguments import giving, meant
+from ambient_core.arguments import did_you_mean, giving
 from ambient_core.errors import UserError
 
 COMMANDS = {
     "shard": ("data_pipeline.shard", "corrupt images once, and write them as shards"),
     "inspect": ("data_pipeline.inspect", "verify shards, and show what is in them"),
     "init": ("trainer.init", "write a commented configuration for your shards and GPUs"),
-    "train": ("trainer.train", "train a run, or go on with it"),
+    "train": ("trainer.train", "train a run, or resume it"),
     "sample": ("trainer.sample", "draw images from a run"),
     "evaluate": ("trainer.evaluate", "judge runs by clean images: quality, error per level, memorization"),
     "study": ("trainer.study", "a grid of runs, trained and judged alike, and one table"),
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
         print(completion({name: module for name, (module, _) in COMMANDS.items()}), end="")
         return errors.DONE
     if argv[0] not in COMMANDS:
-        hint = meant(argv[0], [*COMMANDS, "completion"]) or f"; there are {', '.join(COMMANDS)}"
+        hint = did_you_mean(argv[0], [*COMMANDS, "completion"]) or f"; there are {', '.join(COMMANDS)}"
         raise UserError(f"{argv[0]}: no such command{hint}", field="COMMAND", code="unknown")
     module = COMMANDS[argv[0]][0]
     if giving(argv[1:], "--cluster"):

@@ -99,7 +99,7 @@ def parser_of_request(prog: str, examples: str) -> argparse.ArgumentParser:
         nargs="+",
         default=Request.levels,
         metavar="SIGMA",
-        help="noise levels of the denoiser's error; those that a run's process lacks are left out (default: 0.05 to 4)",
+        help="noise levels of the denoiser's error; those that a run's process lacks are skipped (default: 0.05 to 4)",
     )
     p.add_argument(
         "--extractor",
@@ -192,7 +192,7 @@ def check(args: argparse.Namespace) -> None:
     if args.training and not args.reference:
         raise UserError(
             f"--training {args.training}: needs --reference, clean images that training never saw, which the "
-            "attacks are held against",
+            "attacks are compared with",
             field="--training",
             code="conflict",
         )

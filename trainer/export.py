@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     from trainer.inference.model_card import card  # imports from here on take seconds, which --help should not
 
     run = restore(args.run_dir, args.checkpoint, args.ema_sigma_rel)
-    with paths.appearing(args.out) as partial:
+    with paths.created_whole(args.out) as partial:
         run.config.model.adapter.export(run.denoiser, partial)
         (partial / exported.NAME).write_text(exported.describe(run.config, run.state, run.average))
         (partial / "README.md").write_text(card(run, args.run_dir))

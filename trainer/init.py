@@ -30,7 +30,7 @@ EXAMPLE = """examples:
 Sizes, rates and weights are where to begin, not results: docs/studies.md says what was measured.
 """
 LONG_S = 2 * 3600
-"""A training on a CPU that takes longer is told how it could be shorter."""
+"""For a training on a CPU that takes longer, it says how it could be shorter."""
 LONGEST = 170
 """Characters of a comment; a longer one is cut at the end of a sentence."""
 

@@ -134,7 +134,7 @@ def _python(module: str, *arguments: str) -> None:
     finally:
         signal.signal(signal.SIGINT, handler)
     if code == errors.INTERRUPTED:
-        raise WorkFailed("interrupted; run it again to go on")
+        raise WorkFailed("interrupted; run it again to resume")
     if code:
         raise WorkFailed(f"`python {shlex.join(command)}` ended with exit code {code}")
 

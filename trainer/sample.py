@@ -23,7 +23,7 @@ EXAMPLE = """examples:
   python -m trainer.sample runs/sdxl-face --prompt "a face" --guidance 5
   python -m trainer.sample runs/mine --checkpoint best --ema-sigma-rel 0.08
   python -m trainer.sample runs/mine --number 16 --sampler ancestral --steps 200 --out mine.png
-  torchrun --nproc_per_node 2 -m trainer.sample runs/mine --number 10000 --out samples/mine    # goes on where it was
+  torchrun --nproc_per_node 2 -m trainer.sample runs/mine --number 10000 --out samples/mine    # can be resumed
 """
 
 
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
             code="invalid",
         )
     from trainer.engine import distributed  # imports from here on take seconds, which --help should not
-    from trainer.inference.draw import Wanted, drawer, into_folder, into_grid
+    from trainer.inference.draw import SamplingRequest, drawer, into_folder, into_grid
     from trainer.inference.grids import save_grid
     from trainer.inference.load import restore
 
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     if guide:
         _check_guide(args, run, guide)
     guidance = args.guidance or (1.5 if guide else 1.0)
-    wanted = Wanted(args.seed, args.steps, args.sampler, args.stop_at, guidance, _prompt(args, run))
+    wanted = SamplingRequest(args.seed, args.steps, args.sampler, args.stop_at, guidance, _prompt(args, run))
     draw, at_once = drawer(run, guide, wanted)
     if a_grid:
         save_grid(into_grid(draw, at_once, args.number), out, columns=max(1, round(args.number**0.5)))

@@ -134,7 +134,7 @@ def _make(study: Study, data: str) -> None:
 
 
 def _train(study: Study, points: Sequence[Point], at_once: int) -> list[str]:
-    """Returns what to say of those that failed; the others go on."""
+    """Returns what to say of those that failed; the others continue."""
 
     def train(point: Point) -> str | None:
         log = study.folder / f"{point.name}.log"

@@ -1,4 +1,4 @@
-"""`python -m trainer.train CONFIG [key.path=value ...]`: trains a run, or goes on with it."""
+"""`python -m trainer.train CONFIG [key.path=value ...]`: trains a run, or resumes it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXAMPLE = """examples:
   python -m trainer.train configs/quickstart.yaml optimizer.lr=3e-4
   torchrun --nproc_per_node 2 -m trainer.train configs/quickstart.yaml engine.zero_stage=2
 
-Started again with the same run_dir, it goes on from the last checkpoint.
+Started again with the same run_dir, it resumes from the last checkpoint.
 Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 75 interrupted with a checkpoint saved
 (torchrun itself ends with 1 whenever a rank does not end with 0).
 """
@@ -105,7 +105,7 @@ def _train(run: Run, stop: Callable[[], bool]) -> int:
                 f"{run.directory}: {run.state.step} steps, {run.state.evaluations} network evaluations, "
                 f"{run.state.seconds:.0f} s of training"
             )
-            + ("" if finished else "; interrupted, run it again to go on")
+            + ("" if finished else "; interrupted, run it again to resume")
         )
     return errors.DONE if finished else errors.INTERRUPTED
 

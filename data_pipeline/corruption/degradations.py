@@ -14,7 +14,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
-from ambient_core.arguments import meant
+from ambient_core.arguments import did_you_mean
 from ambient_core.errors import UserError
 from data_pipeline.corruption.noise_levels import FORMS, Levels, parse_levels, text_of
 from data_pipeline.format.types import Array, BadImage
@@ -160,7 +160,7 @@ def _parse_step(word: str, words: str) -> Step:
     if name not in KINDS:
         known = (*NAMES, "measured")
         raise UserError(
-            f"{where}no such corruption; there are {', '.join(known)}{meant(name, known)}",
+            f"{where}no such corruption; there are {', '.join(known)}{did_you_mean(name, known)}",
             field="--corruption",
             code="unknown",
         )

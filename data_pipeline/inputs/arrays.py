@@ -16,7 +16,7 @@ from ambient_core import storage
 from ambient_core.errors import UserError
 from data_pipeline.format import npy
 from data_pipeline.format.types import BadImage
-from data_pipeline.inputs.picture import DTYPES, PerProcess, Picture, Source, channels_last, usual
+from data_pipeline.inputs.picture import DTYPES, PerProcess, Picture, Source, canonical, channels_last
 
 NAMES = ("images", "arr_0")
 MOST_DEFLATED = 1040
@@ -157,4 +157,4 @@ def _pixels(array: NDArray[Any], name: str) -> NDArray[Any]:
     """One picture of a set that `_check` let through, with its channels last."""
     if array.ndim == 3 and array.shape[2] != 1 and not channels_last(array.shape):
         array = np.moveaxis(array, 0, 2)
-    return usual(array, BadImage, name)
+    return canonical(array, BadImage, name)

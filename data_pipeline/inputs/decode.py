@@ -14,7 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from data_pipeline.format import npy
 from data_pipeline.format.types import BadImage
 from data_pipeline.inputs import tiff
-from data_pipeline.inputs.picture import one_picture, usual
+from data_pipeline.inputs.picture import canonical, one_picture
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".pgm", ".ppm"})
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
@@ -86,7 +86,7 @@ def _by_pillow(data: bytes, name: str, size: int | None) -> NDArray[Any]:
             raise BadImage(f"{name}: PPM with 16 bits a channel is not read: convert it to TIFF", code="unsupported")
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I;16"):
-            return usual(np.asarray(upright), BadImage, name)
+            return canonical(np.asarray(upright), BadImage, name)
         if upright.mode == "I":  # 16-bit PGM
             pixels = np.asarray(upright)
             if pixels.min() < 0 or pixels.max() > 65535:
@@ -110,4 +110,4 @@ def _png_16_bits(data: bytes, name: str, orientation: int) -> NDArray[Any]:
             code="dependency",
         ) from None
     pixels = png_decode(data)[..., : PNG_16_BITS_COLOUR[data[25]]]
-    return usual(tiff.upright(pixels, orientation), BadImage, name)
+    return canonical(tiff.upright(pixels, orientation), BadImage, name)

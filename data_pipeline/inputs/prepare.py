@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from ambient_core.errors import UserError
 from data_pipeline.format.types import Array, BadImage
-from data_pipeline.inputs.picture import Picture, usual
+from data_pipeline.inputs.picture import Picture, canonical
 
 LUMA = np.array([0.299, 0.587, 0.114])
 """ITU-R 601-2, as Pillow's `convert("L")`."""
@@ -32,7 +32,7 @@ def prepare(
     uint8 with 1 or 3 channels is resized in 8 bits, as Pillow does it; all else in float32, channel by channel.
     Raises BadImage for NaN, Inf or another number of channels; UserError for a missing or impossible range.
     """
-    pixels = usual(picture.pixels, BadImage, "the picture")
+    pixels = canonical(picture.pixels, BadImage, "the picture")
     least, most = float(pixels.min()), float(pixels.max())
     if not (math.isfinite(least) and math.isfinite(most)):
         raise BadImage("it has NaN or Inf in it")

@@ -32,7 +32,7 @@ OPENERS = {".zip": open_zip, ".npy": open_npy, ".npz": open_npz, ".tif": open_st
 def open_source(name: str, asked: str = "SOURCE") -> Source:
     """The pictures of SOURCE: a path or any URL of fsspec, or `packaged:NAME[/train|/test]`; see UNDERSTOOD.
 
-    Folders are searched recursively, in the order of their paths; hidden files are passed over, linked folders not
+    Folders are searched recursively, in the order of their paths; hidden files are skipped, linked folders not
     entered. Listing opens no image. Raises UserError where nothing fits, or more than one thing does; asked: the
     option or field that it names then."""
     try:

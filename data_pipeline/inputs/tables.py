@@ -15,7 +15,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from ambient_core import storage
-from ambient_core.errors import UserError, in_one_line
+from ambient_core.errors import UserError, one_line
 from ambient_core.parsing import from_json
 from data_pipeline.format.types import BadImage
 from data_pipeline.inputs.captions import FIELDS, caption_in
@@ -235,5 +235,5 @@ def _unreadable(path: str, what: str, error: Exception) -> Exception:
     """pyarrow raises OSError for what it cannot parse, without a number; those with one are the storage's."""
     if isinstance(error, OSError) and error.errno is not None:
         return OSError(error.errno, error.strerror or str(error), path)
-    text = in_one_line(error, 200)
+    text = one_line(error, 200)
     return UserError(f"SOURCE {path}: {what}: {text}", field="SOURCE", code="unreadable")

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ambient_core import storage
-from ambient_core.errors import UserError, in_one_line
+from ambient_core.errors import UserError, one_line
 from data_pipeline.format.types import BadImage
-from data_pipeline.inputs.picture import DTYPES, PerProcess, Picture, Source, usual
+from data_pipeline.inputs.picture import DTYPES, PerProcess, Picture, Source, canonical
 
 if TYPE_CHECKING:
     from tifffile import TiffFile
@@ -172,7 +172,7 @@ def one(data: bytes, name: str) -> NDArray[Any]:
                     "metadata that its pages are channels (axes CYX)",
                     code="unsupported",
                 )
-            return usual(_picture(file, layout, 0), BadImage, name)
+            return canonical(_picture(file, layout, 0), BadImage, name)
     except UserError as error:
         raise BadImage(str(error), code=error.code) from None
     except MemoryError:
@@ -197,7 +197,7 @@ def open_stack(path: str) -> Source:
 def _read(file: PerProcess[TiffFile], layout: _Layout, path: str, i: int) -> Picture:
     name = f"{path}, picture {i}"
     try:
-        return Picture(usual(_picture(file.get(), layout, i), BadImage, name))
+        return Picture(canonical(_picture(file.get(), layout, i), BadImage, name))
     except (UserError, OSError, MemoryError):
         raise
     except Exception as error:
@@ -215,6 +215,6 @@ def _tifffile() -> Any:
 
 
 def _reason(error: Exception, name: str) -> str:
-    text = in_one_line(error, 200)
+    text = one_line(error, 200)
     codec = ": pip install imagecodecs" if isinstance(error, ImportError) or "imagecodecs" in text else ""
     return f"{name}: cannot be read as an image: {text}{codec}"

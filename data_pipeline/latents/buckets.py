@@ -1,7 +1,7 @@
 """Sizes that pictures are brought to: one square, or aspect-ratio buckets; and what of a picture is cut off.
 
 As Stable Diffusion XL was trained: a picture is resized to cover its bucket, mirrored or not, and cropped. The network
-is told its original size, the crop and the bucket (`time_ids`), so that it does not learn to draw crops.
+is given its original size, the crop and the bucket (`time_ids`), so that it does not learn to draw crops.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ FOLDER = "text"
 
 
 def write_captions(output: str, source: str, captions: Sequence[str]) -> dict[str, Any] | None:
-    """Writes OUTPUT/text/, or goes on with it. source: of the VAE, whose pipeline may have text encoders.
+    """Writes OUTPUT/text/, or resumes it. source: of the VAE, whose pipeline may have text encoders.
 
     Gives what the index records of it; None where there are no captions, or, with a note, no text encoders.
     """

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ambient_core.errors import UserError, in_one_line
+from ambient_core.errors import UserError, one_line
 from ambient_core.parsing import from_json, read_mapping, text_of
 
 STEMS = {
@@ -99,7 +99,7 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
         names = sorted(set(from_json(text_of(index))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{index}: not an index of weights ({in_one_line(error, with_kind=True)})", field=index, code="unreadable"
+            f"{index}: not an index of weights ({one_line(error, with_kind=True)})", field=index, code="unreadable"
         ) from None
     files = [folder / Path(name).name for name in names]
     missing = next((file for file in files if not file.is_file()), None)

@@ -2,7 +2,7 @@
 
 captions.jsonl: one caption a line, as a JSON string; its line number, from 0, is its id, and line 0 is the empty
 caption, for training that drops captions. prompt_embeds.npy, pooled.npy: a row for each id, float16. text.json: what
-encoded them and their shapes, written last, so a folder that has it is complete. A run that was killed goes on after
+encoded them and their shapes, written last, so a folder that has it is complete. A run that was killed resumes after
 the last whole chunk.
 """
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ambient_core.errors import UserError, in_one_line
+from ambient_core.errors import UserError, one_line
 from ambient_core.parsing import from_json, text_of
 from ambient_core.paths import replacing
 from ambient_core.progress import progress_bar
@@ -148,7 +148,7 @@ class TextCache:
             ) from None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{folder}: not a text cache ({in_one_line(error, with_kind=True)}): encode the captions again",
+                f"{folder}: not a text cache ({one_line(error, with_kind=True)}): encode the captions again",
                 field=folder,
                 code="unreadable",
             ) from None

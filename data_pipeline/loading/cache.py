@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from ambient_core import storage
-from ambient_core.errors import UserError, WorkFailed, in_one_line
+from ambient_core.errors import UserError, WorkFailed, one_line
 from data_pipeline.format.index import Shard
 
 T = TypeVar("T")
@@ -160,14 +160,12 @@ def retrying(work: Callable[[], T], retries: int, what: str) -> T:
         except UserError:
             raise
         except (FileNotFoundError, PermissionError, ImportError) as error:
-            raise WorkFailed(f"{what}: cannot be fetched: {in_one_line(error, with_kind=True)}") from None
+            raise WorkFailed(f"{what}: cannot be fetched: {one_line(error, with_kind=True)}") from None
         except Exception as error:  # each client of a store has errors of its own
             if attempt == retries:
                 if isinstance(error, WorkFailed):
                     raise
                 times = f"{attempt + 1} attempts" if attempt else "1 attempt"
-                raise WorkFailed(
-                    f"{what}: cannot be fetched in {times}: {in_one_line(error, with_kind=True)}"
-                ) from None
+                raise WorkFailed(f"{what}: cannot be fetched in {times}: {one_line(error, with_kind=True)}") from None
             time.sleep(min(0.5 * 2**attempt, LONGEST_WAIT))
     raise AssertionError("unreachable")

@@ -1,4 +1,4 @@
-"""What a loader is told: which shards, and which rows of a batch are whose."""
+"""The configuration of a loader: which shards, and which rows of a batch are whose."""
 
 from __future__ import annotations
 

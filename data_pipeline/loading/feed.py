@@ -20,14 +20,14 @@ from data_pipeline.loading.batch_order import BatchOrder, MicroBatch
 from data_pipeline.loading.reader import ShardReader
 from data_pipeline.loading.stages import Readable, ReadAhead
 
-Words = Callable[[Sequence[str]], tuple[NDArray[np.int64], Sequence[int]]]
+CaptionEncoder = Callable[[Sequence[str]], tuple[NDArray[np.int64], Sequence[int]]]
 """Captions -> what the network is given of them, (B, ...); and which of them were cut."""
 
 
-class Piece(NamedTuple):
+class WorkerBatch(NamedTuple):
     """A micro-batch as it travels from process to process: its observations, float16 of this shape, wait in slot
     `number % len(slots)` of its worker; sigma_n (B,) float32 and the conditioning travel in the message. skipped:
-    how many samples stand in for one in a shard that failed. failed: the shards that failed since the piece before,
+    how many samples replace one of a shard that failed. failed: the shards that failed since the piece before,
     as messages. cut: the keys of the samples whose captions were cut."""
 
     worker: int
@@ -42,7 +42,7 @@ class Piece(NamedTuple):
 
 
 def conditioning_of(
-    about: Sequence[Mapping[str, Any]], words: Words | None
+    about: Sequence[Mapping[str, Any]], encode_captions: CaptionEncoder | None
 ) -> tuple[dict[str, NDArray[Any]], Sequence[int]]:
     """From what is recorded beside each observation to what the backbone is given: arrays whose first dimension is
     B, by name; and which captions were cut. time_ids (B, 6) float32, of latents. caption (B, ...) int64, what
@@ -51,12 +51,12 @@ def conditioning_of(
     if all("time_ids" in record for record in about):
         conditioning["time_ids"] = np.array([record["time_ids"] for record in about], np.float32)
     cut: Sequence[int] = ()
-    if words is not None:
-        conditioning["caption"], cut = words([record.get("caption", "") for record in about])
+    if encode_captions is not None:
+        conditioning["caption"], cut = encode_captions([record.get("caption", "") for record in about])
     return conditioning, cut
 
 
-class Slots:
+class SharedBuffers:
     """Memory in which background processes leave observations, mapped before they are forked, and used again and again.
 
     Fresh memory for each batch would cost more than reading into it: a page fault for every 4 KiB, in both processes.
@@ -76,11 +76,11 @@ class Slots:
         self._numbers[worker, slot] = number
         return self._slot(worker, slot, shape)
 
-    def copied(self, piece: Piece, out: Tensor) -> Tensor:
+    def copied(self, worker_batch: WorkerBatch, out: Tensor) -> Tensor:
         """out (B, C, H, W), with the piece's observations."""
-        slot = piece.number % self._numbers.shape[1]
-        out.copy_(torch.from_numpy(self._slot(piece.worker, slot, piece.shape)))
-        assert self._numbers[piece.worker, slot] == piece.number, "a slot was written before it was read"
+        slot = worker_batch.number % self._numbers.shape[1]
+        out.copy_(torch.from_numpy(self._slot(worker_batch.worker, slot, worker_batch.shape)))
+        assert self._numbers[worker_batch.worker, slot] == worker_batch.number, "a slot was written before it was read"
         return out
 
     def _slot(self, worker: int, slot: int, shape: Shape) -> NDArray[np.float16]:
@@ -88,35 +88,36 @@ class Slots:
 
 
 class Feed:
-    """The last stage: from places to pieces. flip: as in DataConfig. skip: goes on without shards that fail.
+    """The last stage: from places to pieces. flip: as in DataConfig. skip: continues without shards that fail.
     words: what the network is given of captions, if anything."""
 
     def __init__(
         self,
         order: BatchOrder,
         reader: ShardReader,
-        slots: Slots,
+        buffers: SharedBuffers,
         flip: bool,
         skip: bool,
-        words: Words | None = None,
+        encode_captions: CaptionEncoder | None = None,
     ) -> None:
-        self._seed, self._reader, self._slots, self._flip, self._words = order.seed, reader, slots, flip, words
+        self._seed, self._reader, self._buffers = order.seed, reader, buffers
+        self._flip, self._encode_captions = flip, encode_captions
         self._read_ahead = ReadAhead(order, reader, skip)
 
-    def pieces(self, micro_batches: Iterator[MicroBatch]) -> Iterator[Piece | UserError | WorkFailed]:
+    def worker_batches(self, micro_batches: Iterator[MicroBatch]) -> Iterator[WorkerBatch | UserError | WorkFailed]:
         """Errors are carried as values, as a background process would wrap them in its traceback; they end the
         stream."""
         try:
             for number, readable in enumerate(self._read_ahead(micro_batches)):
-                yield self._piece(number, readable)
+                yield self._worker_batch(number, readable)
         except (UserError, WorkFailed) as error:
             yield error
 
-    def _piece(self, number: int, readable: Readable) -> Piece:
+    def _worker_batch(self, number: int, readable: Readable) -> WorkerBatch:
         micro_batch, shards, rows, skipped, failed = readable
         worker = get_worker_info()
         shape = self._reader.shapes[micro_batch.shape]
-        x_n = self._slots.empty(worker.id if worker else 0, number, shape)
+        x_n = self._buffers.empty(worker.id if worker else 0, number, shape)
         keys, about = self._reader.observations(shards.tolist(), rows.tolist(), x_n)
         if self._flip:
             # The mirror image of Gaussian noise is Gaussian noise, so x_n may be mirrored for x0.
@@ -124,8 +125,8 @@ class Feed:
             mirrored = [i for i in range(len(shards)) if address(self._seed, "flip", first + i) % 2]
             x_n[mirrored] = x_n[mirrored, ..., ::-1]
         sigma_n = np.array([record["sigma_n"] for record in about], np.float32)
-        conditioning, cut = conditioning_of(about, self._words)
-        return Piece(
+        conditioning, cut = conditioning_of(about, self._encode_captions)
+        return WorkerBatch(
             worker.id if worker else 0,
             number,
             shape,

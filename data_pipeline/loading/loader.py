@@ -22,7 +22,7 @@ from ambient_core.errors import UserError
 from data_pipeline.latents.caption_embeddings import FOLDER as TEXT
 from data_pipeline.latents.text_remote import open_text
 from data_pipeline.loading.config import DataConfig, Layout
-from data_pipeline.loading.feed import Feed, Piece, Slots, Words
+from data_pipeline.loading.feed import CaptionEncoder, Feed, SharedBuffers, WorkerBatch
 from data_pipeline.loading.shard_folder import ShardFolder
 from data_pipeline.loading.stages import MicroBatches
 
@@ -33,8 +33,10 @@ PREFETCH = 2
 class Loader:
     """Batches of one rank. Position p of the global sequence is row p % batch_size of step p // batch_size.
 
-    captions: what batches have of captions: ids in the shards' text cache ("ids"), or what these `Words` make of them.
-    skipped: samples of this rank that others stood in for since the loader was made; 0 unless data.on_error is skip.
+    captions: what batches have of captions: ids in the shards' text cache ("ids"), or what this `CaptionEncoder`
+    makes of them.
+    skipped: samples of this rank that were replaced by others since the loader was made; 0 unless data.on_error is
+    skip.
     cut: samples of this rank so far whose captions had too many tokens.
     """
 
@@ -44,7 +46,7 @@ class Loader:
         layout: Layout,
         seed: int,
         device: torch.device,
-        captions: Literal["ids"] | Words | None = None,
+        captions: Literal["ids"] | CaptionEncoder | None = None,
     ) -> None:
         self.config, self.layout, self.device, self._captions = config, layout, device, captions
         self._folder = ShardFolder(config, layout.batch_size, seed)
@@ -66,65 +68,69 @@ class Loader:
         """
         assert samples_consumed % self.layout.batch_size == 0, "a position is a step's border"
         workers = self.config.workers
-        slots = Slots(workers, PREFETCH + 1 if workers else 1, self.layout.micro_batch_size, self.index.shapes)
+        buffers = SharedBuffers(
+            workers, PREFETCH + 1 if workers else 1, self.layout.micro_batch_size, self.index.shapes
+        )
         pipeline: Any = DataPipeline(
             MicroBatches(self.order, self.layout, samples_consumed // self.layout.batch_size),
-            lambda micro_batches: self._feed(slots).pieces(micro_batches),
+            lambda micro_batches: self._feed(buffers).worker_batches(micro_batches),
         )
-        pieces: Any = iter(pipeline)
+        worker_batches: Any = iter(pipeline)
         if workers:
             # Forked, so that they share the slots. A worker starts on a piece when the one PREFETCH before it was
             # taken.
             settings: dict[str, Any] = {"num_workers": workers, "prefetch_factor": PREFETCH, "collate_fn": _as_is}
             settings["worker_init_fn"] = _leave_signals_to_the_training
-            pieces = iter(DataLoader(pipeline, batch_size=None, multiprocessing_context="fork", **settings))
-        batches = self._batches(pieces, slots)
+            worker_batches = iter(DataLoader(pipeline, batch_size=None, multiprocessing_context="fork", **settings))
+        batches = self._batches(worker_batches, buffers)
         try:
             error = yield from self._ahead(batches) if self.device.type == "cuda" else batches
         finally:  # now, as the traceback of an exception would keep all of it for as long as it is kept itself
-            pieces._shutdown_workers() if workers else pieces.close()
-            del pieces, batches
+            worker_batches._shutdown_workers() if workers else worker_batches.close()
+            del worker_batches, batches
         raise error
 
-    def _batches(self, pieces: Iterator[Piece | Exception], slots: Slots) -> Generator[Batch, None, Exception]:
+    def _batches(
+        self, worker_batches: Iterator[WorkerBatch | Exception], buffers: SharedBuffers
+    ) -> Generator[Batch, None, Exception]:
         """Returns the error that ended the stream."""
-        for piece in pieces:
-            if isinstance(piece, Exception):
-                return piece
-            yield self._batch(piece, slots)
+        for worker_batch in worker_batches:
+            if isinstance(worker_batch, Exception):
+                return worker_batch
+            yield self._batch(worker_batch, buffers)
         raise AssertionError("the order is endless")
 
-    def _feed(self, slots: Slots) -> Feed:
+    def _feed(self, buffers: SharedBuffers) -> Feed:
         """In the background process, where there is one."""
         config = self.config
         captions = self._captions
-        words = _ids(storage.join(self._folder.path, TEXT)) if isinstance(captions, str) else captions
-        return Feed(self.order, self._folder.reader(), slots, config.flip, config.on_error == "skip", words)
+        encode_captions = _ids(storage.join(self._folder.path, TEXT)) if isinstance(captions, str) else captions
+        return Feed(self.order, self._folder.reader(), buffers, config.flip, config.on_error == "skip", encode_captions)
 
-    def _batch(self, piece: Piece, slots: Slots) -> Batch:
-        self.skipped += piece.skipped
-        for message in piece.failed:
+    def _batch(self, worker_batch: WorkerBatch, buffers: SharedBuffers) -> Batch:
+        self.skipped += worker_batch.skipped
+        for message in worker_batch.failed:
             if message not in self._warned:
                 self._warned.add(message)
-                note = f"warning: rank {self.layout.rank}: {message}; others of its group stand in for its samples"
+                note = f"warning: rank {self.layout.rank}: {message}; its samples are replaced by others of its group"
                 tqdm.write(note, file=sys.stderr)
-        if piece.cut and not self.cut:
+        if worker_batch.cut and not self.cut:
             note = (
-                f"warning: rank {self.layout.rank}: the caption of {piece.cut[0]} has more tokens than the text "
+                f"warning: rank {self.layout.rank}: the caption of {worker_batch.cut[0]} has more tokens than the text "
                 "encoders take, and is cut, as all such captions are"
             )
             tqdm.write(note, file=sys.stderr)
-        self.cut += len(piece.cut)
-        sigma_n = torch.from_numpy(piece.sigma_n) * self.config.sigma_scale
-        conditioning = {name: torch.from_numpy(value) for name, value in piece.conditioning.items()}
-        shape = (len(sigma_n), *piece.shape)
+        self.cut += len(worker_batch.cut)
+        sigma_n = torch.from_numpy(worker_batch.sigma_n) * self.config.sigma_scale
+        conditioning = {name: torch.from_numpy(value) for name, value in worker_batch.conditioning.items()}
+        shape = (len(sigma_n), *worker_batch.shape)
         if self.device.type == "cuda":  # float16 from pinned memory, and float32 where half the bytes have travelled
-            x_n = slots.copied(piece, torch.empty(shape, dtype=torch.float16, pin_memory=True))
-            batch = Batch(x_n, sigma_n.pin_memory(), conditioning, piece.keys).to(self.device)
+            x_n = buffers.copied(worker_batch, torch.empty(shape, dtype=torch.float16, pin_memory=True))
+            batch = Batch(x_n, sigma_n.pin_memory(), conditioning, worker_batch.keys).to(self.device)
             return replace(batch, x_n=batch.x_n.float())
         # numpy asks for huge pages, torch does not: on 48 MB that is seven times as fast.
-        x_n = slots.copied(piece, torch.from_numpy(np.empty(shape, np.float32)))
-        return Batch(x_n, sigma_n, conditioning, piece.keys).to(self.device)
+        x_n = buffers.copied(worker_batch, torch.from_numpy(np.empty(shape, np.float32)))
+        return Batch(x_n, sigma_n, conditioning, worker_batch.keys).to(self.device)
 
     def _ahead(self, batches: Generator[Batch, None, Exception]) -> Generator[Batch, None, Exception]:
         """On a GPU: the next batch travels, on a stream of its own, while the one before is computed with."""
@@ -149,7 +155,7 @@ class Loader:
         return following
 
 
-def _ids(place: str) -> Words:
+def _ids(place: str) -> CaptionEncoder:
     """Of the text cache at a folder or URL."""
     text = open_text(place)
     return lambda captions: (np.array(text.ids(captions), np.int64), ())
@@ -171,6 +177,6 @@ def _end_when_the_parent_says(parent: int) -> None:
     os._exit(0)
 
 
-def _as_is(piece: Piece | Exception) -> Piece | Exception:
+def _as_is(worker_batch: WorkerBatch | Exception) -> WorkerBatch | Exception:
     """Pieces are batches already."""
-    return piece
+    return worker_batch

@@ -110,7 +110,7 @@ class Order:
         return shards if self.numbers is None else self.numbers[shards]
 
 
-def stand_in(group: Group, shard: int, usable: Callable[[int], bool]) -> int | None:
+def substitute(group: Group, shard: int, usable: Callable[[int], bool]) -> int | None:
     """Which shard of the group is read in place of one that cannot be: the next usable one in the epoch's order.
 
     Whoever finds the same shards usable, chooses the same."""

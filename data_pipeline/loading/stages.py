@@ -15,7 +15,7 @@ from torch.utils.data import get_worker_info
 from ambient_core.errors import WorkFailed
 from data_pipeline.loading.batch_order import BatchOrder, MicroBatch
 from data_pipeline.loading.config import Layout
-from data_pipeline.loading.order import Group, Int, stand_in
+from data_pipeline.loading.order import Group, Int, substitute
 from data_pipeline.loading.reader import BadShard, ShardReader
 
 
@@ -122,7 +122,7 @@ class ReadAhead:
         for i, shard in enumerate(places.shards.tolist()):
             group = order.group_at(places.first + i)
             if not usable(group.epoch, shard):
-                instead = stand_in(group, shard, partial(usable, group.epoch))
+                instead = substitute(group, shard, partial(usable, group.epoch))
                 if instead is None:
                     raise WorkFailed(f"{self._bad[group.epoch, shard]}; and no other shard of its group can be read")
                 shards[i], rows[i] = instead, rows[i] % self._order.counts[instead]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FLOAT16 = float(np.finfo(np.float16).max)
 
 Reject = Callable[[int, BadImage], None]
-"""Told of each image that cannot be used, by its place in the source."""
+"""Called for each image that cannot be used, with its place in the source."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ambient_core import storage
-from ambient_core.errors import UserError, differences, in_one_line
+from ambient_core.errors import UserError, differences, one_line
 from ambient_core.parsing import from_json
 from data_pipeline.corruption.corruption import Corruption
 from data_pipeline.format.index import Shape
@@ -199,7 +199,7 @@ def read_plan(output: str) -> Plan | None:
         return Plan(**{**data, "shapes": tuple(tuple(shape) for shape in data["shapes"])})
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path}: not a plan ({in_one_line(error, with_kind=True)}): remove OUTPUT, or choose another",
+            f"{path}: not a plan ({one_line(error, with_kind=True)}): remove OUTPUT, or choose another",
             field=path,
             code="unreadable",
         ) from None

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ambient_core import storage
-from ambient_core.errors import UserError, WorkFailed, in_one_line
+from ambient_core.errors import UserError, WorkFailed, one_line
 from ambient_core.parsing import from_json
 from data_pipeline.format import index
 from data_pipeline.format.index import REJECTED, Shard, ShardIndex
@@ -33,7 +33,7 @@ class Rejected:
 
     @classmethod
     def of(cls, key: str, error: Exception) -> Rejected:
-        return cls(key, in_one_line(error))
+        return cls(key, one_line(error))
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def preprocess(request: Request, output: str, max_rejected: float, write: Write)
         try:
             return _work(Work(request, planned, output), source, limit, write)
         except KeyboardInterrupt:
-            print(f"{output}: finished shards are kept; run again to go on", file=sys.stderr)
+            print(f"{output}: finished shards are kept; run again to resume", file=sys.stderr)
             raise
 
 

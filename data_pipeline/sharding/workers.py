@@ -94,9 +94,9 @@ def write_shard(work: Work, source: Source, number: int, on_image: Callable[[], 
 
 
 OnImages = Callable[[int], object]
-"""Told how many images were gone through since the last time."""
+"""Called with the number of images that were read since the last call."""
 OnRecord = Callable[[Record], None]
-"""Told of each finished shard."""
+"""Called for each finished shard."""
 Write = Callable[[Work, Source, Sequence[int], OnImages, OnRecord], None]
 """Who writes the shards of these numbers: `in_processes` on this machine, `slurm.shard.by_jobs` on a cluster."""
 
@@ -126,7 +126,7 @@ def write_shards(
     with_torch = ["data_pipeline.latents.encoder"] if work.request.latents else list[str]()
     context.set_forkserver_preload([__name__, *with_torch])
     counter, stop = context.Value("Q", 0), context.Event()
-    told, waiting = 0, iter(numbers)
+    reported, waiting = 0, iter(numbers)
     running: set[Future[Record]] = set()
     pool = ProcessPoolExecutor(min(workers, len(numbers)), context, _start, (work, counter, stop))
     try:
@@ -137,8 +137,8 @@ def write_shards(
                 return
             done, running = wait(running, POLL, FIRST_COMPLETED)
             seen = counter.value
-            on_images(seen - told)
-            told = seen
+            on_images(seen - reported)
+            reported = seen
             for future in done:
                 on_record(future.result())
     except BrokenProcessPool:

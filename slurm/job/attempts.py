@@ -145,7 +145,7 @@ def decide(run_dir: Path, job: str, number: int, code: int, most: int) -> Decisi
     elif follows == "another start" and number >= most:
         follows, why = (
             "a person",
-            f"{why}; started again {number} times, which is max_requeues: submit it again to go on",
+            f"{why}; started again {number} times, which is max_requeues: submit it again to resume",
         )
     return Decision(follows, f"step {step}: {why}", step, time.time())
 

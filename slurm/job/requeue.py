@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         return args.code or (errors.DONE if decision.follows == "nothing" else errors.INTERRUPTED)
     result = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
     if result.returncode:
-        raise WorkFailed(f"scontrol requeue {job}: {' '.join(result.stderr.split())}: submit it again to go on")
+        raise WorkFailed(f"scontrol requeue {job}: {' '.join(result.stderr.split())}: submit it again to resume")
     return errors.INTERRUPTED
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ambient_core import errors
-from ambient_core.errors import UserError, WorkFailed, in_one_line
+from ambient_core.errors import UserError, WorkFailed, one_line
 from slurm.job import attempts, environment
 from slurm.job.attempts import Ending
 from slurm.job.watchdog import Watchdog
@@ -58,7 +58,9 @@ class TrainingJob:
             code, ending = self._train(at, attempt, stop)
         attempts.end(attempt, at.rank, ending)
         if at.restarts is None and at.rank == 0:
-            self._decide_locally(run_dir, attempt, code, by_hand=bool({signal.SIGTERM, signal.SIGINT} & set(stopped)))
+            self._decide_locally(
+                run_dir, attempt, code, stopped_by_user=bool({signal.SIGTERM, signal.SIGINT} & set(stopped))
+            )
         if code not in (errors.DONE, errors.INTERRUPTED):
             raise SystemExit(code)
 
@@ -69,7 +71,7 @@ class TrainingJob:
             number = int(attempt.name.rpartition("-")[2])
             if number > self.most:
                 raise WorkFailed(
-                    f"started again {number} times, more than max_requeues {self.most}: submit it again to go on"
+                    f"started again {number} times, more than max_requeues {self.most}: submit it again to resume"
                 )
             environment.meet(at)
             config = parse(dict(self.config), "the submitted configuration")
@@ -82,18 +84,18 @@ class TrainingJob:
             code, ending = errors.FAILED, Ending("failed", str(error))
         except Exception as error:
             traceback.print_exc()
-            code, ending = errors.FAILED, Ending("crashed", in_one_line(error, with_kind=True))
+            code, ending = errors.FAILED, Ending("crashed", one_line(error, with_kind=True))
         print(f"{ending.outcome}: {ending.message}", file=sys.stderr, flush=True)
         return code, ending
 
-    def _decide_locally(self, run_dir: Path, attempt: Path, code: int, by_hand: bool) -> None:
-        """On this machine no script outlives the ranks; rank 0 decides at its own end. by_hand: who stops a job here
-        by a signal means it, as nobody preempts it."""
+    def _decide_locally(self, run_dir: Path, attempt: Path, code: int, stopped_by_user: bool) -> None:
+        """On this machine no script outlives the ranks; rank 0 decides at its own end. stopped_by_user: who stops a job
+        here by a signal means it, as nobody preempts it."""
         job, _, number = attempt.name.rpartition("-")
         decision = attempts.decide(run_dir, job, int(number), code, self.most)
-        if by_hand and decision.follows == "another start":
+        if stopped_by_user and decision.follows == "another start":
             decision = replace(
-                decision, follows="a person", reason=f"{decision.reason}; by a signal: submit it again to go on"
+                decision, follows="a person", reason=f"{decision.reason}; by a signal: submit it again to resume"
             )
         attempts.record(attempt, decision)
         print(decision.reason, file=sys.stderr, flush=True)

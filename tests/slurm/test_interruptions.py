@@ -157,7 +157,7 @@ def test_a_node_that_slurm_lost_gives_way_to_the_new_start(submit: Submit) -> No
         assert not Path(f"/proc/{old}").exists()
         steps = list(curve(job.run_dir))  # read once: the run goes on
         assert steps == list(range(1, len(steps) + 1)), "each step once, in order"
-        assert "going on at step" in job.logs
+        assert "resuming at step" in job.logs
     finally:
         ask(str(SCRIPT), "node-up", node)
         until(lambda: ask("sinfo", "-h", "-n", node, "-o", "%T").split()[0] in ("idle", "mixed"), f"{node} is back")

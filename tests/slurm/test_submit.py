@@ -108,7 +108,7 @@ def test_a_job_on_this_machine_that_is_killed_saves_and_stays_down(call: Call, t
     assert start.decision.step >= 1
     assert (
         start.decision.reason
-        == f"step {start.decision.step}: interrupted, and saved; by a signal: submit it again to go on"
+        == f"step {start.decision.step}: interrupted, and saved; by a signal: submit it again to resume"
     )
 
 

@@ -19,7 +19,7 @@ import torch
 from ambient_core.errors import UserError, WorkFailed
 from ambient_core.paths import replacing, sync
 from trainer.checkpoint.retention import CheckpointConfig, kept
-from trainer.checkpoint.state import FORMAT, TrainState, read_state, signed
+from trainer.checkpoint.state import FORMAT, TrainState, read_state, with_checksum
 from trainer.checkpoint.tensors import State, read_tensors, write
 from trainer.engine.distributed import Ranks
 
@@ -110,7 +110,7 @@ class Checkpoints:
         moments: State,
         pool: State,
     ) -> None:
-        """Begins to write a checkpoint, which a thread goes on with; it is there after `end`. A collective. Rank 0
+        """Begins to write a checkpoint, which a thread completes; it is there after `end`. A collective. Rank 0
         writes what is whole, each rank its rows of the pool.
 
         averages: by the name of their file. The tensors may not be changed until then."""
@@ -140,7 +140,7 @@ class Checkpoints:
                 sync(file)
             if ranks.is_main:
                 file = begun.partial / "state.json"
-                file.write_text(json.dumps(signed({"format": FORMAT, **asdict(state)})))
+                file.write_text(json.dumps(with_checksum({"format": FORMAT, **asdict(state)})))
                 sync(file)
 
         if begun.error is None:
@@ -181,7 +181,7 @@ class Checkpoints:
             shutil.rmtree(begun.partial, ignore_errors=True)
         raise WorkFailed(
             f"cannot write the checkpoint {begun.final} ({begun.error or 'another rank failed'}); the last good "
-            f"one is {self._last_good()}: make room or mend the disk, and run it again to go on from there"
+            f"one is {self._last_good()}: make room or mend the disk, and run it again to resume from there"
         )
 
     def _last_good(self) -> str:

@@ -122,11 +122,11 @@ def _snapshots(run_dir: Path) -> list[Profile]:
     for file in sorted((run_dir / "ema").glob("step-*.safetensors")):
         try:
             with safe_open(file, "pt") as opened:
-                told = opened.metadata()
-            found.append(Profile(int(told["step"]), float(told["sigma_rel"]), file))
+                metadata = opened.metadata()
+            found.append(Profile(int(metadata["step"]), float(metadata["sigma_rel"]), file))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"{file}: not a snapshot ({error}): move it away to go on without it", field=file, code="unreadable"
+                f"{file}: not a snapshot ({error}): move it away to continue without it", field=file, code="unreadable"
             ) from None
     return found
 

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest that is whole."""
+"""From which checkpoint a run resumes: the newest that is complete and undamaged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainer.engine.distributed import Ranks
 def newest_whole(checkpoints: Checkpoints, names: Iterable[str], ranks: Ranks) -> tuple[Path | None, str | None]:
     """That checkpoint, None where there is none yet, and a warning where it is not the newest. A collective.
 
-    names: of its files of tensors. Newer ones that are torn get another name, step-N.torn, and stay. What is newer
+    names: of its files of tensors. Newer ones that are damaged get another name, step-N.torn, and stay. What is newer
     than the one that `latest` names is left alone, as a person may have gone back. Raises UserError where all are
     torn."""
     chosen, warning, failed = -1, None, None
@@ -78,7 +78,7 @@ def _set_aside(checkpoints: Checkpoints, torn: list[int], problems: list[str], s
 
 
 def damage(path: Path, names: list[str]) -> str | None:
-    """What a checkpoint lacks to be gone on from, if anything. names: of its files of tensors, beside those of the
+    """Why a checkpoint cannot be resumed from, if it cannot. names: of its files of tensors, beside those of the
     pool.
 
     A file that was cut anywhere, or in which a bit has flipped, is found: each has its checksum."""

@@ -37,7 +37,7 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class Tally:
     """Sum of a metric over the steps reported since the last complete one. complete: at a multiple of checkpoint.every,
-    whose checkpoint is judged by the mean. An incomplete one is gone on with when the run is started again."""
+    whose checkpoint is judged by the mean. An incomplete one is continued when the run is started again."""
 
     metric: str
     total: float = 0.0

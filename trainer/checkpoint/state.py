@@ -24,7 +24,7 @@ class TrainState:
     of samples so far, over all ranks. seconds: time spent training, over all starts. shape: (C, H, W) of an image.
     period: of consistency, once a budget has chosen it. tally: of the metric that checkpoints are judged by.
     loss_scale: of the step to come. usual_loss: of steps without and with consistency, where spikes are looked for.
-    rolled_back: how often training has gone back, which leaves `samples` ahead of `step`. in_a_row: steps left out
+    rolled_back: how often training has gone back, which leaves `samples` ahead of `step`. in_a_row: steps skipped
     up to this one. pools: how many files of particles the checkpoint has."""
 
     step: int
@@ -78,14 +78,14 @@ def read_state(path: Path) -> TrainState:
         data = from_json(text_of(path / "state.json"))
         if not isinstance(data, dict):
             raise ValueError("it must be a mapping of fields to values")
-        told = data.pop(CHECKSUM, None)
-        if told not in (None, signed(data)[CHECKSUM]):
+        recorded = data.pop(CHECKSUM, None)
+        if recorded not in (None, with_checksum(data)[CHECKSUM]):
             raise ValueError("its checksum is not that of its contents")
         if data.pop("format") != FORMAT:
             raise AnotherFormat(
                 f"{path}: another format of checkpoint; this version reads {FORMAT}", field=path, code="unsupported"
             )
-        if told is None:
+        if recorded is None:
             raise ValueError("it has no checksum")
         return state_from(data)
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -94,6 +94,6 @@ def read_state(path: Path) -> TrainState:
         ) from None
 
 
-def signed(data: dict[str, Any]) -> dict[str, Any]:
+def with_checksum(data: dict[str, Any]) -> dict[str, Any]:
     """With the checksum of what is in it."""
     return {**data, CHECKSUM: f"{zlib.crc32(json.dumps(data, sort_keys=True).encode()):08x}"}

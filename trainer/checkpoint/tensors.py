@@ -20,18 +20,18 @@ one core."""
 
 
 def read_tensors(path: Path, name: str) -> State:
-    """name: of the file, such as weights. Raises UserError for a missing or torn file, or one with other contents
+    """name: of the file, such as weights. Raises UserError for a missing or damaged file, or one with other contents
     than were written."""
     file = path / f"{name}.safetensors"
     try:
         with safe_open(file, "pt") as opened:
-            told = (opened.metadata() or {}).get(CHECKSUM)
+            recorded = (opened.metadata() or {}).get(CHECKSUM)
             tensors: State = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     except (OSError, MemoryError, SafetensorError) as error:  # it is mapped, which may need more than there is
         raise UserError(f"{file} cannot be read ({error})", field=file, code="unreadable") from None
-    if told != checksum(tensors):
+    if recorded != checksum(tensors):
         raise UserError(
-            f"{file} is damaged: its checksum is {told or 'missing'}, and that of its contents {checksum(tensors)}",
+            f"{file} is damaged: its checksum is {recorded or 'missing'}, and that of its contents {checksum(tensors)}",
             field=file,
             code="unreadable",
         )

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ambient_core.arguments import meant
+from ambient_core.arguments import did_you_mean
 from ambient_core.errors import Code
 
 PLAINER = {
@@ -75,11 +75,11 @@ def _line(kind: Any, error: Any) -> str:
         known = re.findall("'(.*?)'", error["ctx"]["expected_tags"])
         return (
             f"{name}.kind: {error['ctx']['tag']!r}: must be one of "
-            f"{', '.join(known)}{meant(error['ctx']['tag'], known)}"
+            f"{', '.join(known)}{did_you_mean(error['ctx']['tag'], known)}"
         )
     if error["type"] == "literal_error":
         known = re.findall("'(.*?)'", error["ctx"]["expected"])
-        return f"{name}: {value!r}: must be {error['ctx']['expected']}{meant(value, known)}"
+        return f"{name}: {value!r}: must be {error['ctx']['expected']}{did_you_mean(value, known)}"
     message = PLAINER[error["type"]] if error["type"] in PLAINER else error["msg"].removeprefix("Value error, ")
     if error["type"] == "string_type" and isinstance(value, int | float):  # which YAML makes of 1 and of yes
         message += ": put it in quotes"
@@ -122,7 +122,7 @@ def _where_it_is(kind: Any, loc: Sequence[str], location: Sequence[str]) -> str:
         return f"; it is one of kind {of}, which {above}.kind is not"
     if elsewhere:
         return f"; did you mean {' or '.join(dict.fromkeys(path for path, _ in elsewhere[:3]))}?"
-    return meant(last, here) or f"; there are {', '.join(here)}"
+    return did_you_mean(last, here) or f"; there are {', '.join(here)}"
 
 
 def _paths(kind: Any, prefix: str = "") -> Iterator[tuple[str, str | None]]:

@@ -61,14 +61,20 @@ def groups(configs: Sequence[Any] = (RunConfig,), path: str = "", null: str = "n
     nulls: dict[str, str] = {}
     for config in configs:
         hints = typing.get_type_hints(config)
-        about, told = described(config)
+        about, descriptions = described(config)
         named = [f for f in dataclasses.fields(config) if f.name != "kind"]
         below |= {f.name: parts for f in named if (parts := members(hints[f.name]))}
         for f in named:
             if "null" in _choices(hints[f.name]):
                 nulls[f.name] = "default" if f.default is None else "allowed"
         leaves = [
-            Field(f.name, _values(hints[f.name]), tuple(_choices(hints[f.name])), _default(f), told.get(f.name, ""))
+            Field(
+                f.name,
+                _values(hints[f.name]),
+                tuple(_choices(hints[f.name])),
+                _default(f),
+                descriptions.get(f.name, ""),
+            )
             for f in named
             if f.name not in below
         ]
@@ -82,12 +88,12 @@ def described(config: Any) -> tuple[str, dict[str, str]]:
     text = " ".join((inspect.getdoc(config) or "").split())
     names = "|".join(f.name for f in dataclasses.fields(config))
     first, *rest = re.split(rf"(?:^|(?<=[.;] ))((?:{names})(?:, (?:{names}))*): ", text)
-    told = {
+    descriptions = {
         name: about.strip()
         for together, about in zip(rest[::2], rest[1::2], strict=True)
         for name in together.split(", ")
     }
-    return first.strip(), told
+    return first.strip(), descriptions
 
 
 def _values(hint: Any) -> str:

@@ -50,7 +50,7 @@ AnyModel = Annotated[
 class RunConfig:
     """A training run.
 
-    run_dir: where everything of the run is written; starting again on it goes on from its last checkpoint. steps:
+    run_dir: where everything of the run is written; starting again on it resumes from its last checkpoint. steps:
     optimiser steps. batch_size: samples a step, over all ranks and micro-batches. micro_batch_size: samples a pass on
     one rank; null takes the rank's whole share. seed: of all that is drawn: order of the data, levels, noise, the
     network's first weights. threads: CPU threads a rank; null leaves it to torch. prediction: what the network's output

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ambient_core.errors import UserError, in_one_line
+from ambient_core.errors import UserError, one_line
 
 BLOCK = 256
 AT_ONCE = 2**16
@@ -26,7 +26,7 @@ def adam(parameters: list[nn.Parameter], options: dict[str, Any]) -> torch.optim
         from bitsandbytes.optim import AdamW8bit
     except Exception as error:  # also what its library lacks
         raise UserError(
-            f"engine.adam 8bit: bitsandbytes cannot be imported ({in_one_line(error, 200)}): pip install "
+            f"engine.adam 8bit: bitsandbytes cannot be imported ({one_line(error, 200)}): pip install "
             "'ambient-trainer[eight-bit]', or set engine.adam=torch",
             field="engine.adam",
             code="dependency",

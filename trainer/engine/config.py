@@ -16,7 +16,7 @@ MOST_IN_BUCKET = 500_000_000
 class EngineConfig:
     """zero_stage: what DeepSpeed shards over ranks: 0 nothing, 1 the optimiser, 2 and gradients, 3 and parameters.
     precision: of the network's arithmetic; bf16 and fp16 are by autocast, around float32 weights; fp16 scales the
-    loss, and leaves out steps that overflow; auto is bf16 where the device multiplies it natively, else fp32 (a CPU
+    loss, and skips steps that overflow; auto is bf16 where the device multiplies it natively, else fp32 (a CPU
     that emulates bf16 takes ten times as long). offload_optimizer: Adam's moments and step are the CPU's, at stages
     1 to 3. offload_parameters: at stage 3 the weights, a frozen base's too, wait in the CPU's memory for their
     layer's turn. adam: by torch; cpu is DeepSpeed's for offload_optimizer, compiled when first used; 8bit is

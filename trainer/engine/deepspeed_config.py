@@ -1,4 +1,4 @@
-"""What DeepSpeed is told: by our fields, and by a JSON file of its own (`engine.deepspeed`), which is merged.
+"""The configuration of DeepSpeed: by our fields, and by a JSON file of its own (`engine.deepspeed`), which is merged.
 
 What a field of ours says, the file may say again, or leave to "auto", as Hugging Face's trainer writes it; it may not
 say otherwise. So there is one place for each number, and the file adds what we have no field for.
@@ -80,9 +80,9 @@ def settings(
 ) -> tuple[dict[str, Any], list[str]]:
     """For deepspeed.initialize, and the keys of the file that have no use here. precision: `auto` where the machine
     that trains is not this one. Raises UserError naming the file and the key."""
-    told = _told(config, optimizer, layout, precision)
+    own = _told(config, optimizer, layout, precision)
     if config.deepspeed is None:
-        return told, []
+        return own, []
     where = f"engine.deepspeed: {config.deepspeed}"
     given = _without_auto(read_mapping(Path(config.deepspeed), "JSON", where))
     owned = _owned(config, optimizer, layout, precision)
@@ -118,7 +118,7 @@ def settings(
                 code="unsupported",
             )
     kept = {name: value for name, value in given.items() if name in MERGED}
-    return merge(told, kept), unused
+    return merge(own, kept), unused
 
 
 def _told(config: EngineConfig, optimizer: OptimizerConfig, layout: Layout, precision: Precision) -> dict[str, Any]:

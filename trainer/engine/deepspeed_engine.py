@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ambient_core.errors import one_line
+
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else a CUDA toolkit without a GPU misleads it
 os.environ.setdefault("DS_LOG_LEVEL", "warning")
@@ -23,7 +25,7 @@ import deepspeed
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import safe_get_full_fp32_param
 
-from ambient_core.errors import UserError, in_one_line
+from ambient_core.errors import UserError
 from trainer.engine import adam_8bit, deepspeed_private
 from trainer.engine.config import MOST_IN_BUCKET, EngineConfig, OptimizerConfig, Precision
 from trainer.engine.loss_scaler import FIRST, LossScale
@@ -83,7 +85,7 @@ class Engine:
             return DeepSpeedCPUAdam(parameters, adamw_mode=True, **options)
         except Exception as error:  # of the compiler, of ninja, of torch: all kinds
             raise UserError(
-                f"engine.adam cpu: DeepSpeed cannot compile it ({in_one_line(error, 300)}): install a C++ "
+                f"engine.adam cpu: DeepSpeed cannot compile it ({one_line(error, 300)}): install a C++ "
                 "compiler and ninja, or set engine.adam=torch",
                 field="engine.adam",
                 code="dependency",
@@ -157,14 +159,14 @@ class Engine:
             self.loss_scale = self.loss_scale.after(overflow)
 
     def count(self, left_out: bool) -> None:
-        """To be told of each step, once it is known on the host, whether it left the weights where they were."""
+        """To be called for each step, once it is known on the host, whether it left the weights where they were."""
         if left_out and self.precision != "fp16":
             self.loss_scale = replace(self.loss_scale, skipped=self.loss_scale.skipped + 1)
 
     # State. Every method below is a collective: all ranks must call it.
 
     @property
-    def masters(self) -> list[Tensor]:
+    def fp32_shards(self) -> list[Tensor]:
         """This rank's float32 share of the trainable weights, as flat or shaped tensors; what the optimiser updates."""
         if self.config.zero_stage == 0:
             return [p.data for p in self._named.values()]
@@ -176,15 +178,15 @@ class Engine:
         return {name: _cpu(safe_get_full_fp32_param(p)) for name, p in self._named.items()}
 
     @contextmanager
-    def replaced(self, masters: list[Tensor]) -> Iterator[None]:
-        """Within it, `weights()` reads these tensors (an average, say) in the place of `masters`."""
-        kept = [t.clone() for t in self.masters]
-        for target, value in zip(self.masters, masters, strict=True):
+    def replaced(self, fp32_shards: list[Tensor]) -> Iterator[None]:
+        """Within it, `weights()` reads these tensors (an average, say) in the place of `fp32_shards`."""
+        kept = [t.clone() for t in self.fp32_shards]
+        for target, value in zip(self.fp32_shards, fp32_shards, strict=True):
             target.copy_(value)
         try:
             yield
         finally:
-            for target, value in zip(self.masters, kept, strict=True):
+            for target, value in zip(self.fp32_shards, kept, strict=True):
                 target.copy_(value)
 
     def moments(self) -> State:
@@ -216,7 +218,7 @@ class Engine:
             split: list[list[Tensor]] = []
             for moment in MOMENTS:  # split as weights are
                 self._set({name: moments[f"{moment}.{name}"] for name in self._named})
-                split.append([t.clone() for t in self.masters])
+                split.append([t.clone() for t in self.fp32_shards])
             for share, m, v in zip(self._shares(), *split, strict=True):
                 if self.config.adam == "8bit":
                     self._base.state[share] = adam_8bit.state_of(self._base, (m, v), steps)
@@ -241,7 +243,7 @@ class Engine:
         return deepspeed_private.inner_optimizer(self._zero) if self.config.zero_stage else self._zero
 
     def _shares(self) -> list[Tensor]:
-        """What the optimiser has as parameters: the keys of its state, one for each of `masters`."""
+        """What the optimiser has as parameters: the keys of its state, one for each of `fp32_shards`."""
         return self._flat() if self.config.zero_stage else list(self._named.values())
 
     def _flat(self) -> list[Tensor]:
@@ -266,7 +268,7 @@ def _refusals_in_one_line(config: EngineConfig) -> Iterator[None]:
         if config.deepspeed is None:
             raise
         raise UserError(
-            f"engine.deepspeed: {config.deepspeed}: DeepSpeed refuses it: {in_one_line(error, 300)}; change it there",
+            f"engine.deepspeed: {config.deepspeed}: DeepSpeed refuses it: {one_line(error, 300)}; change it there",
             field="engine.deepspeed",
             code="invalid",
         ) from error

@@ -104,14 +104,14 @@ def power_of(sigma_rel: float) -> float:
 
 
 class EMA:
-    """averages: by name, of the tensors of `Engine.masters`, one for one; samples take the one named ema."""
+    """averages: by name, of the tensors of `Engine.fp32_shards`, one for one; samples take the one named ema."""
 
-    def __init__(self, config: AnyEMA, masters: list[Tensor]) -> None:
+    def __init__(self, config: AnyEMA, fp32_shards: list[Tensor]) -> None:
         self.config = config
-        self.averages = {name: [t.clone() for t in masters] for name in config.betas(1)}
+        self.averages = {name: [t.clone() for t in fp32_shards] for name in config.betas(1)}
 
     @torch.no_grad()
-    def update(self, masters: list[Tensor], steps: int) -> None:
-        """steps: how many optimiser steps the masters have seen, at least 1."""
+    def update(self, fp32_shards: list[Tensor], steps: int) -> None:
+        """steps: how many optimiser steps the weights have seen, at least 1."""
         for name, beta in self.config.betas(steps).items():
-            torch._foreach_lerp_(self.averages[name], masters, 1 - beta)
+            torch._foreach_lerp_(self.averages[name], fp32_shards, 1 - beta)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ambient_core import storage
-from ambient_core.errors import UserError, in_one_line
+from ambient_core.errors import UserError, one_line
 from ambient_core.parsing import from_json, text_of
 from ambient_core.paths import cache
 from ambient_core.progress import progress_bar
@@ -86,7 +86,7 @@ def _torchscript(path: Path, device: torch.device) -> Extractor:
         network = torch.jit.load(str(path), map_location=device).eval()
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"--extractor {path}: not a TorchScript file: {in_one_line(error, 200)}",
+            f"--extractor {path}: not a TorchScript file: {one_line(error, 200)}",
             field="--extractor",
             code="unreadable",
         ) from None
@@ -114,7 +114,7 @@ def _transformers(path: Path, device: torch.device) -> Extractor:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"--extractor {path}: not the folder of a transformers vision model with preprocessor_config.json: "
-            f"{in_one_line(error, 200)}",
+            f"{one_line(error, 200)}",
             field="--extractor",
             code="unreadable",
         ) from None

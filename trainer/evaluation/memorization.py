@@ -1,4 +1,4 @@
-"""Has the model learned its images by heart? Similarities, and what they say when training images are held against
+"""Has the model learned its images by heart? Similarities, and what they say when training images are compared with
 images that were held out and treated alike: for a model that has not, the two cannot be told apart."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Judging without clean images: samples get what the data have, and are held against observations that training never
+"""Judging without clean images: samples get what the data have, and are compared with observations that training never
 saw.
 
 If samples are of the clean distribution, samples with the data's corruption are of the observations' (the idea of
@@ -103,9 +103,9 @@ def open_observations(folder: str, shape: Sequence[int]) -> Observations:
             code="mismatch",
         )
     try:
-        told = dict(index.request["corruption"])
-        told.pop("sigma_n_origin", None)
-        return Observations(folder, index, KINDS[told.pop("kind")](**told))
+        recorded = dict(index.request["corruption"])
+        recorded.pop("sigma_n_origin", None)
+        return Observations(folder, index, KINDS[recorded.pop("kind")](**recorded))
     except (KeyError, TypeError, ValueError, UserError) as error:
         raise UserError(
             f"--measured {folder}: its index does not say how its images were corrupted ({error}): shard them again",

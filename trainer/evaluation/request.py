@@ -25,8 +25,8 @@ def check_numbers(number: int, attacked: int, compared: int, steps: int, levels:
 @dataclass(frozen=True)
 class Request:
     """reference, training: names of sources of clean images; reference None leaves out all that needs them, training
-    None memorization. measured: a folder of shards, of observations that samples are held against, or None. number:
-    samples, 0 for none. attacked: images of either kind. compared: training images that samples are held against, at
+    None memorization. measured: a folder of shards, of observations that samples are compared with, or None. number:
+    samples, 0 for none. attacked: images of either kind. compared: training images that samples are compared with, at
     most. levels: of the denoiser's error. attack_sigma, attack_visible: see `attacks`; None is for the run to say.
     steps: levels of a sample, and of a reconstruction."""
 

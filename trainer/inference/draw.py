@@ -33,7 +33,7 @@ depends on the seed and on its own number; the company that it is drawn in chang
 
 
 @dataclass(frozen=True)
-class Wanted:
+class SamplingRequest:
     """Of every image. stop_at, guidance: see `generate`; prompt: for a run with text."""
 
     seed: int = 0
@@ -44,7 +44,7 @@ class Wanted:
     prompt: str = ""
 
 
-def drawer(run: Restored, guide: Restored | None, wanted: Wanted) -> tuple[Draw, int]:
+def drawer(run: Restored, guide: Restored | None, wanted: SamplingRequest) -> tuple[Draw, int]:
     """Draws from a run; and how many images it draws at once."""
     adapter, prompts, shape = run.config.model.adapter, [wanted.prompt], run.state.shape
     given, away = adapter.of_prompts(run.denoiser, prompts, shape)

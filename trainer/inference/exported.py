@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ambient_core.errors import UserError, in_one_line
+from ambient_core.errors import UserError, one_line
 from ambient_core.parsing import from_json, text_of
 from trainer.checkpoint.state import TrainState, state_from
 from trainer.config.run_config import RunConfig, parse, to_data
@@ -41,7 +41,7 @@ def read(folder: Path) -> tuple[RunConfig, TrainState, Denoiser, str]:
     try:
         adapter.load_export(denoiser, folder)
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        weights, reason = folder / adapter.weights_file, in_one_line(error, 200)
+        weights, reason = folder / adapter.weights_file, one_line(error, 200)
         raise UserError(
             f"{weights}: not the weights of {path}: {reason}: export the run again", field=weights, code="mismatch"
         ) from None

@@ -66,9 +66,9 @@ def restore(run_dir: Path, checkpoint: str = "latest", sigma_rel: float | None =
         torch.set_num_threads(config.threads)
     state = read_state(path)
     denoiser = config.model.adapter.denoiser(state.shape, config.process, config.prediction, config.seed)
-    average, told = read_tensors(path, "ema"), str(config.ema)
+    average, average_name = read_tensors(path, "ema"), str(config.ema)
     if sigma_rel is not None:
-        average, told = reconstructed(run_dir, config.ema, path, state.step, sigma_rel)
+        average, average_name = reconstructed(run_dir, config.ema, path, state.step, sigma_rel)
     trained = {
         name for name, p in denoiser.named_parameters() if p.requires_grad
     }  # a frozen base is not in checkpoints
@@ -82,7 +82,7 @@ def restore(run_dir: Path, checkpoint: str = "latest", sigma_rel: float | None =
             field=path,
             code="mismatch",
         ) from None
-    return Restored(config, state, _ready(denoiser), told)
+    return Restored(config, state, _ready(denoiser), average_name)
 
 
 def _ready(denoiser: Denoiser) -> Denoiser:

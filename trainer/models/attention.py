@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ambient_core.errors import UserError, in_one_line
+from ambient_core.errors import UserError, one_line
 from trainer.engine.config import Attention
 from trainer.engine.distributed import Ranks
 from trainer.models import quieten_xformers
@@ -177,7 +177,7 @@ def _synchronize(device: torch.device) -> None:
 def _reason(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         return f"{error}; pip install xformers"
-    return in_one_line(error)
+    return one_line(error)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ambient_core.batch import Batch, Conditioning
-from data_pipeline.loading.feed import Words
+from data_pipeline.loading.feed import CaptionEncoder
 from trainer.diffusion.denoiser import Denoiser
 from trainer.diffusion.noise import Noise
 from trainer.diffusion.tensors import expand
@@ -59,9 +59,9 @@ class TrainingConditioning:
     nothing."""
 
     @property
-    def captions(self) -> Literal["ids"] | Words | None:
-        """What the Loader makes of captions: their ids in the shards, or what these `Words` make of them; None:
-        nothing."""
+    def captions(self) -> Literal["ids"] | CaptionEncoder | None:
+        """What the Loader makes of captions: their ids in the shards, or what this `CaptionEncoder` makes of them;
+        None: nothing."""
         return None
 
     @property

@@ -116,7 +116,7 @@ def write_tiny_sdxl(folder: Path, seed: int = 0, unet: dict[str, Any] = UNET) ->
         hidden_act="gelu",
         **TEXT,
     )
-    with paths.appearing(folder) as partial, torch.random.fork_rng():
+    with paths.created_whole(folder) as partial, torch.random.fork_rng():
         torch.manual_seed(seed)
         UNet2DConditionModel(**unet).save_pretrained(partial / "unet")
         AutoencoderKL(**VAE).save_pretrained(partial / "vae")

@@ -18,13 +18,13 @@ same everywhere has 0, and a consistency loss of 0 (the collapse that arXiv 2404
 
 
 class CollapseGuard:
-    """Told each report's figures; says once what to do."""
+    """Given each report's figures, warns once, with what to do."""
 
     def __init__(self, config: ConsistencyConfig) -> None:
         self._advice = f"lower consistency.weight (now {config.weight:g})"
         if config.gradient == "both":
             self._advice += ", or set consistency.gradient to low, which hardly ever collapses"
-        self._highest, self._said = 0.0, False
+        self._highest, self._warned = 0.0, False
         self._first: list[float] = []  # ambient losses
         self._last: deque[tuple[float, float]] = deque(maxlen=REPORTS)  # spreads and ambient losses
 
@@ -35,7 +35,7 @@ class CollapseGuard:
         if len(self._first) < REPORTS:
             self._first.append(ambient_loss)
             return None
-        if self._said:
+        if self._warned:
             return None
         first, last = mean(self._first), mean(loss for _, loss in self._last)
         if max(spread for spread, _ in self._last) < FALLEN * self._highest:
@@ -50,5 +50,5 @@ class CollapseGuard:
             )
         else:
             return None
-        self._said = True
+        self._warned = True
         return f"step {step}: {sign}; {self._advice}"

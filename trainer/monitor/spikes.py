@@ -16,8 +16,8 @@ class RecoveryConfig:
 
     spike: a loss so many times the usual one must not count; null looks for none. The usual one is the mean of about
     the last hundred steps, of those with consistency and of the others apart; the first twenty of a run are let
-    pass. leave_out: how many steps in a row may be left out whose loss or gradients are not finite, or whose loss is
-    a spike; they move nothing, and are counted. roll_back: how often in a run, where no more may be left out, to go
+    pass. leave_out: how many steps in a row may be skipped whose loss or gradients are not finite, or whose loss is
+    a spike; they move nothing, and are counted. roll_back: how often in a run, where no more may be skipped, to go
     back to the last checkpoint and on with the samples after those of the step; the next such step stops the run."""
 
     spike: float | None = None
@@ -52,7 +52,7 @@ class Usual:
 
 
 class Spikes:
-    """Told the loss of each step, the same on all ranks; says which are spikes."""
+    """Given the loss of each step, the same on all ranks, finds the spikes."""
 
     def __init__(self, factor: float, usual: tuple[Usual, Usual]) -> None:
         """factor: recovery.spike. usual: of the checkpoint that training starts from, without and with consistency."""
@@ -64,7 +64,7 @@ class Spikes:
 
     def observe(self, loss: float, with_consistency: bool) -> str | None:
         """What is wrong with it, if it is a spike; else it counts among the usual ones. One that is not finite does
-        neither. Where the usual loss is not above 0, as that of pairs may be, it has no multiple to be held against."""
+        neither. Where the usual loss is not above 0, as that of pairs may be, it has no multiple to compare with."""
         usual = self._usual[with_consistency]
         if usual.steps >= WARM_UP and usual.mean > 0 and loss > self._factor * usual.mean:
             return f"the loss {loss:.4g} is {loss / usual.mean:.3g} times the usual {usual.mean:.4g}"

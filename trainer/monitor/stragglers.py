@@ -61,10 +61,12 @@ class Pace:
         now = time.perf_counter()
         whole, own = now - self._since, [self._waited, self._computed if self._compares_passes else 0.0]
         self._events, self._waited, self._computed, self._since = [], 0.0, 0.0, now
-        told = self._ranks.gather(torch.tensor([*own, whole], dtype=torch.float64, device=self._ranks.device)).tolist()
+        gathered = self._ranks.gather(
+            torch.tensor([*own, whole], dtype=torch.float64, device=self._ranks.device)
+        ).tolist()
         by_rank, whole = (
-            [each[:2] for each in told],
-            max(each[2] for each in told),
+            [each[:2] for each in gathered],
+            max(each[2] for each in gathered),
         )  # the same on all ranks, who decide alike
         shares = {"speed/share_waiting_for_data": sum(waited for waited, _ in by_rank) / len(by_rank) / whole}
         excess = [mine - others for *_, mine, others in compared(by_rank)]

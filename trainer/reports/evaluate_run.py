@@ -20,7 +20,7 @@ from trainer.evaluation.images import Images
 from trainer.evaluation.measures import Model
 from trainer.evaluation.observations import Observations, as_observed
 from trainer.evaluation.request import Request
-from trainer.inference.draw import Wanted
+from trainer.inference.draw import SamplingRequest
 from trainer.inference.load import Restored
 from trainer.models.conditioning import repeated
 from trainer.reports import figures
@@ -35,7 +35,7 @@ SHOWN = 48
 @dataclass(frozen=True)
 class Subject:
     """A run under evaluation. index: of its shards, None where they are gone. reference, training: clean images as
-    it sees them. observations: noisy ones that samples are held against. prompt: for a run with text. folder: for
+    it sees them. observations: noisy ones that samples are compared with. prompt: for a run with text. folder: for
     all that is kept of it."""
 
     name: str
@@ -52,7 +52,7 @@ class Subject:
         record = {
             "run": f"{self.name}, step {self.run.state.step}, averaged by {self.run.average}",
             "guide": None,
-            **asdict(Wanted(request.seed, request.steps, SAMPLER, prompt=self.prompt)),
+            **asdict(SamplingRequest(request.seed, request.steps, SAMPLER, prompt=self.prompt)),
         }
         return self.folder / f"samples-{_digest(record)}", record
 

@@ -18,7 +18,7 @@ from trainer.evaluation.features import open_extractor
 from trainer.evaluation.images import Images
 from trainer.evaluation.observations import open_observations
 from trainer.evaluation.request import FEWEST, Request
-from trainer.inference.draw import Wanted, drawer, into_folder
+from trainer.inference.draw import SamplingRequest, drawer, into_folder
 from trainer.inference.load import restore, shards_of
 from trainer.reports.evaluate_run import SAMPLER, Subject, judge, levels_within
 from trainer.reports.html import COLUMNS, report, value
@@ -64,7 +64,8 @@ def _warn(text: str) -> None:
 
 
 def subjects(runs: Sequence[Path], request: Request, weights: Weights, say: Callable[[str], None]) -> list[Subject]:
-    """say: told what is odd of them. Raises UserError for what does not fit a run, before anything is drawn."""
+    """say: is called with what is odd about them. Raises UserError for what does not fit a run, before anything is
+    drawn."""
     found: list[Subject] = []
     opened = cache(_open_images)  # runs that see the same images share them, and what is known of them
     for run_dir in runs:
@@ -156,16 +157,18 @@ def _open_images(
 def _draw(subject: Subject, request: Request, ranks: Ranks) -> None:
     """A collective."""
     folder, record = subject.sampling(request)
-    draw, at_once = drawer(subject.run, None, Wanted(request.seed, request.steps, SAMPLER, prompt=subject.prompt))
+    draw, at_once = drawer(
+        subject.run, None, SamplingRequest(request.seed, request.steps, SAMPLER, prompt=subject.prompt)
+    )
     into_folder(draw, at_once, request.number, folder, record, ranks)
 
 
 def _line(evaluation: Evaluation) -> str:
     """The figures that one looks at first, as the report has them."""
-    told = [
+    shown = [
         f"{heading} {value(evaluation, name)}" for name, (heading, _) in COLUMNS.items() if name in evaluation.metrics
     ]
-    return f"{evaluation.run}, step {evaluation.step}: " + ", ".join(told)
+    return f"{evaluation.run}, step {evaluation.step}: " + ", ".join(shown)
 
 
 def _log(run_dir: Path, config: LoggingConfig, evaluation: Evaluation, folder: Path) -> None:
@@ -174,8 +177,8 @@ def _log(run_dir: Path, config: LoggingConfig, evaluation: Evaluation, folder: P
     if marker.exists() and marker.read_text() == folder.name:
         return
     settings = evaluation.settings
-    told = ("extractor", "number", "reference", "measured", "training", "attacked", "steps")
-    tags = {f"evaluation.{name}": str(settings[name]) for name in told if settings.get(name)}
+    shown = ("extractor", "number", "reference", "measured", "training", "attacked", "steps")
+    tags = {f"evaluation.{name}": str(settings[name]) for name in shown if settings.get(name)}
     tags["evaluation.folder"] = folder.name
     try:
         sent = attach(config, run_dir, evaluation.step, evaluation.metrics, tags, folder)

@@ -130,7 +130,7 @@ def _shared_settings(of: dict[str, Evaluation]) -> list[tuple[str, str]]:
     """What all runs were evaluated with: labels and values."""
     first, *others = (evaluation.settings for evaluation in of.values())
     shared = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
-    return [(label, _said(shared[key])) for key, label in LABELS.items() if shared.get(key) not in (None, "")]
+    return [(label, _text_of(shared[key])) for key, label in LABELS.items() if shared.get(key) not in (None, "")]
 
 
 def _unlike(evaluations: Sequence[Evaluation]) -> list[str]:
@@ -155,7 +155,7 @@ HELD_AGAINST = (
 
 
 def incomparable(evaluations: Sequence[Evaluation]) -> str | None:
-    """What to say of evaluations whose figures cannot be held against one another, if so."""
+    """What to say of evaluations whose figures cannot be compared with one another, if so."""
     first = evaluations[0]
     for other in evaluations[1:]:
         keys = [key for key in HELD_AGAINST if other.settings.get(key) != first.settings.get(key)]
@@ -168,7 +168,7 @@ def incomparable(evaluations: Sequence[Evaluation]) -> str | None:
     return None
 
 
-def _said(value: object) -> str:
+def _text_of(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
@@ -182,7 +182,7 @@ LABELS = {
     "number": "samples drawn",
     "reference_number": "number of held-out images",
     "training_number": "number of training images",
-    "compared": "training images that samples were held against",
+    "compared": "training images that samples were compared with",
     "attacks": "attacks",
     "attacked": "images attacked, training and held out",
     "checked": "images of the denoiser's error",
@@ -202,7 +202,7 @@ def _rows(of: dict[str, Evaluation], shown: Sequence[str]) -> list[list[str]]:
         return [head, *([name, str(e.step), *(value(e, m) for m in shown)] for name, e in of.items())]
     rows = [["", *of, ""], ["step", *(str(e.step) for e in of.values()), ""]]
     rows += [
-        [LABELS[key], *(_said(e.settings.get(key)) for e in of.values()), "a setting in which they differ"]
+        [LABELS[key], *(_text_of(e.settings.get(key)) for e in of.values()), "a setting in which they differ"]
         for key in _unlike(list(of.values()))
     ]
     return rows + [[COLUMNS[m][0], *(value(e, m) for e in of.values()), COLUMNS[m][1]] for m in shown]

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ambient_core.errors import WorkFailed, in_one_line
+from ambient_core.errors import WorkFailed, one_line
 from trainer.tracking import pages
 from trainer.tracking.config import LoggingConfig
 
@@ -104,7 +104,7 @@ def attach(
         client.log_artifacts(run_id, str(folder), f"evaluation/{folder.name}")
         client.set_experiment_tag(experiment_id, *pages.view())
     except (MlflowException, OSError) as error:
-        raise WorkFailed(f"MLflow at {config.uri(run_dir)}: {in_one_line(error, 300)}") from None
+        raise WorkFailed(f"MLflow at {config.uri(run_dir)}: {one_line(error, 300)}") from None
     return True
 
 

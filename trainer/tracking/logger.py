@@ -152,7 +152,7 @@ class MLflowLogger:
                 )
                 if first:
                     print(
-                        f"MLflow: {self._problem}; training goes on, the records wait in {self._records}",
+                        f"MLflow: {self._problem}; training continues, the records wait in {self._records}",
                         file=sys.stderr,
                         flush=True,
                     )

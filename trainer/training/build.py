@@ -72,7 +72,7 @@ def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = 
     stride = config.stride
     born_up_to = config.process.sigma_max if c and c.where == "everywhere" else None
     pool = ParticlePool(layout.rows // stride, c.pool_depth if c else 1, sigma_min, born_up_to)
-    state, ema = TrainState(0, 0, 0, 0.0, shape), EMA(config.ema, engine.masters)
+    state, ema = TrainState(0, 0, 0, 0.0, shape), EMA(config.ema, engine.fp32_shards)
     path, torn = newest_whole(checkpoints, ["weights", "optimizer", *ema.averages], ranks)
     if path is not None:
         state = _load(path, engine, ema, pool, layout.first_row(0) // stride, ranks)
@@ -129,7 +129,7 @@ def _load(path: Path, engine: Engine, ema: EMA, pool: ParticlePool, first_partic
     state = read_state(path)
     for name in ema.averages:
         engine.load(read_tensors(path, name), {}, state.step, state.loss_scale)
-        ema.averages[name] = [t.clone() for t in engine.masters]
+        ema.averages[name] = [t.clone() for t in engine.fp32_shards]
     weights, moments = read_tensors(path, "weights"), read_tensors(path, "optimizer")
     engine.load(weights, moments, state.step, state.loss_scale)
     particles = read_pool(path, first_particle, pool.rows)
@@ -138,8 +138,8 @@ def _load(path: Path, engine: Engine, ema: EMA, pool: ParticlePool, first_partic
 
 
 def roll_back(run: Run) -> bool:
-    """Sets a run back to its last checkpoint, but for the samples, of which it goes on with those after. A collective.
-    False where it has none, or has gone back as often as it may."""
+    """Sets a run back to its last checkpoint, but for the samples, of which it takes those after. A collective. False
+    where it has none, or has gone back as often as it may."""
     here = run.state
     if here.rolled_back >= run.config.recovery.roll_back:
         return False
@@ -165,8 +165,8 @@ def _logger(config: RunConfig, ranks: Ranks, engine: Engine, more: dict[str, str
     """Of the first rank; the others have none."""
     if not ranks.is_main:
         return None
-    parameters, told = dict(flatten(to_data(config))), {**tags(), "engine.precision": engine.precision, **more}
-    return MLflowLogger(config.logging, Path(config.run_dir), parameters, told)
+    parameters, run_tags = dict(flatten(to_data(config))), {**tags(), "engine.precision": engine.precision, **more}
+    return MLflowLogger(config.logging, Path(config.run_dir), parameters, run_tags)
 
 
 def _budget(config: ConsistencyConfig | None, state: TrainState) -> Budget | None:
@@ -195,7 +195,7 @@ def _check_levels(config: RunConfig, loader: Loader) -> None:
 
 
 def _claim(config: RunConfig, settings: Mapping[str, object], directory: Path, ranks: Ranks) -> None:
-    """Writes config.yaml, once all that it asks for could be built, and what DeepSpeed was told."""
+    """Writes config.yaml, once all that it asks for could be built, and the configuration of DeepSpeed."""
     if ranks.is_main:
         try:
             (directory / "config.yaml").write_text(to_yaml(config))

@@ -23,12 +23,12 @@ from trainer.training.preview import Preview
 from trainer.training.reports import Reports, warn
 from trainer.training.run import Run
 from trainer.training.step import run_passes
-from trainer.training.step_status import Step, Verdict, Verdicts
+from trainer.training.step_status import Step, StepStatus, StepStatuses
 
 
 def train(run: Run, stop: Callable[[], bool]) -> bool:
     """Trains to the last step, or until `stop()` is true on any rank. Returns whether it reached the last step. Raises
-    Diverged, on all ranks, at a step that may not be left out.
+    Diverged, on all ranks, at a step that may not be skipped.
 
     Every step is a pure function of the checkpoint before it: data are addressed by position, noise by (seed, batch of
     the data, row), where the batch is the step but for a run that has gone back.
@@ -40,7 +40,7 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
     spikes = Spikes(config.recovery.spike, before.usual_loss) if config.recovery.spike else None
     evaluations_before, saved_at = run.denoiser.evaluations, before.step
     passed_over = before.samples // layout.batch_size - before.step
-    verdicts, in_a_row = Verdicts(ranks), before.in_a_row
+    statuses, in_a_row = StepStatuses(ranks), before.in_a_row
     batches = run.loader.stream(before.samples)
     bar = progress_bar(
         total=config.steps, initial=before.step, desc=run.directory.name, unit="step", disable=not ranks.is_main
@@ -51,7 +51,7 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
         for step in range(before.step, config.steps):
             started, done = time.perf_counter(), step + 1
             passes = run_passes(run, batches, step, step + passed_over, reports, spikes)
-            run.ema.update(engine.masters, done)
+            run.ema.update(engine.fp32_shards, done)
             period = _spend(run, step, started + passes.waited)
 
             evaluations = (run.denoiser.evaluations - evaluations_before) * ranks.world
@@ -72,13 +72,13 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
             asked, saves = stop(), done % config.checkpoint.every == 0 or done == config.steps
             reports_now = done % config.logging.every == 0 or done == config.steps
             judged = Step(run.state, passes.keys, passes.spike, engine.loss_scale.scale)
-            verdicts.tell(judged, asked, run.checkpoints.written, passes.finite, engine.left_out)
-            known = verdicts.known(saves or reports_now or (asked and ranks.world == 1))
-            if stopping := any(verdict.stop for verdict in known):
-                known += verdicts.known(of_all=True)
-            for verdict in known:
-                in_a_row = _judge(run, verdict, in_a_row)
-            if any(verdict.written for verdict in known):
+            statuses.tell(judged, asked, run.checkpoints.written, passes.finite, engine.left_out)
+            known = statuses.known(saves or reports_now or (asked and ranks.world == 1))
+            if stopping := any(status.stop for status in known):
+                known += statuses.known(of_all=True)
+            for status in known:
+                in_a_row = _act_on(run, status, in_a_row)
+            if any(status.written for status in known):
                 run.checkpoints.end(ranks)
             run.state = replace(run.state, loss_scale=engine.loss_scale, in_a_row=in_a_row)
 
@@ -136,34 +136,34 @@ def _spend(run: Run, step: int, started: float) -> int | None:
     return choice.period
 
 
-def _judge(run: Run, verdict: Verdict, in_a_row: int) -> int:
+def _act_on(run: Run, status: StepStatus, in_a_row: int) -> int:
     """Says what of a step is wrong, if anything; returns how many such steps there are in a row. Raises Diverged,
-    with the run's state that of the step, where it may not be left out."""
-    engine, step = run.engine, verdict.step
-    engine.count(verdict.left_out)
+    with the run's state that of the step, where it may not be skipped."""
+    engine, step = run.engine, status.step
+    engine.count(status.left_out)
     done = step.state.step
-    problem = f"{step.spike} at step {done}" if step.spike else _not_finite(verdict, engine.precision)
+    problem = f"{step.spike} at step {done}" if step.spike else _not_finite(status, engine.precision)
     if problem is None:
         return 0
     # The weights moved, or never will.
-    if not verdict.left_out or step.scale < 1 or in_a_row >= run.config.recovery.leave_out:
+    if not status.left_out or step.scale < 1 or in_a_row >= run.config.recovery.leave_out:
         run.state = replace(step.state, loss_scale=engine.loss_scale)
         run.checkpoints.end(run.ranks)
         raise Diverged(problem, _last_words(run, problem, step.keys))
-    if verdict.here or step.spike:
+    if status.here or step.spike:
         tqdm.write(f"warning: {problem}; samples of rank {run.ranks.rank}: {' '.join(step.keys)}", file=sys.stderr)
-    warn(run, "not_finite", f"{problem}; it was left out, {engine.loss_scale.skipped} such steps so far", done)
+    warn(run, "not_finite", f"{problem}; it was skipped, {engine.loss_scale.skipped} such steps so far", done)
     return in_a_row + 1
 
 
-def _not_finite(verdict: Verdict, precision: str) -> str | None:
+def _not_finite(status: StepStatus, precision: str) -> str | None:
     """What of a step is not finite, if that is not for the loss's scale to mend."""
-    done = verdict.step.state.step
-    if verdict.loss:
+    done = status.step.state.step
+    if status.loss:
         return f"the loss is not finite at step {done}"
-    if verdict.step.scale < 1:
+    if status.step.scale < 1:
         return f"the gradients are not finite at step {done}, however the loss is scaled"
-    if verdict.left_out and precision != "fp16":
+    if status.left_out and precision != "fp16":
         return f"the gradients are not finite at step {done}, though the loss is"
     return None
 
@@ -180,7 +180,7 @@ def _last_words(run: Run, problem: str, keys: list[str]) -> str:
 
 @contextmanager
 def _last_checkpoint(run: Run) -> Iterator[None]:
-    """What was begun is ended; after an error on one of several ranks it cannot be, as the others go on or wait
+    """What was begun is ended; after an error on one of several ranks it cannot be, as the others continue or wait
     elsewhere."""
     try:
         yield

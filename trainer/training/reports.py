@@ -16,7 +16,7 @@ from trainer.training.run import Run
 
 
 class Reports:
-    """Since the last report. meter: told the losses. pace: told what each rank does by itself."""
+    """Since the last report. meter: is given the losses. pace: is given the times of each rank alone."""
 
     def __init__(self, run: Run) -> None:
         config = run.config

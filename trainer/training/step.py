@@ -52,7 +52,7 @@ def run_passes(
             if micro == last:
                 mean = float(ranks.sum(torch.stack(losses).sum())) / len(losses) / ranks.world
                 spike = spikes.observe(mean, run.schedule.has_consistency(step))
-        engine.backward(loss * math.nan if spike else loss)  # steps of such gradients are left out
+        engine.backward(loss * math.nan if spike else loss)  # steps of such gradients are skipped
         engine.step(step)
     if spike and engine.precision == "fp16":  # no overflow, so the scale stays
         engine.loss_scale = replace(scale, skipped=engine.loss_scale.skipped)

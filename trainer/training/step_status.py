@@ -29,7 +29,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class StepStatus:
     """step: what it is of. stop: a rank was asked to. loss: it is not finite on some rank. here: it is not finite on
     this one. left_out: the weights did not move, as gradients were not finite. written: all ranks have written their
     parts of a checkpoint."""
@@ -42,7 +42,7 @@ class Verdict:
     written: bool
 
 
-class Verdicts:
+class StepStatuses:
     """Of the steps whose verdict was not asked for yet."""
 
     def __init__(self, ranks: Ranks) -> None:
@@ -61,13 +61,13 @@ class Verdicts:
             event.record()
         self._waiting.append((step, flags, event))
 
-    def known(self, of_all: bool) -> list[Verdict]:
-        """In order: of all steps told of, which waits for the device, or of all but the last. On all ranks alike."""
-        found: list[Verdict] = []
+    def known(self, of_all: bool) -> list[StepStatus]:
+        """In order: of all steps so far, which waits for the device, or of all but the last. On all ranks alike."""
+        found: list[StepStatus] = []
         while len(self._waiting) > (0 if of_all else 1):
             step, flags, event = self._waiting.popleft()
             if event:
                 event.synchronize()
             stop, writes, left_out, loss, here = (bool(flag) for flag in flags.tolist())
-            found.append(Verdict(step, stop, loss, here, left_out, not writes))
+            found.append(StepStatus(step, stop, loss, here, left_out, not writes))
         return found

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from data_pipeline.loading.batch_order import BatchOrder
 from data_pipeline.loading.config import DataConfig, Layout
 from data_pipeline.loading.loader import Loader
-from data_pipeline.loading.order import Order, Places, stand_in
+from data_pipeline.loading.order import Order, Places, substitute
 from data_pipeline.loading.stages import MicroBatches
 
 COUNTS = st.lists(st.integers(1, 30), min_size=1, max_size=20)
@@ -137,7 +137,7 @@ def test_resuming_opens_no_more_files_than_a_group_has(
 def test_the_next_usable_shard_of_the_group_stands_in() -> None:
     group = Order([4] * 6, 0, 3).group_at(0)
     a, b, c = group.shards
-    assert stand_in(group, a, lambda shard: True) == b
-    assert stand_in(group, a, lambda shard: shard != b) == c
-    assert stand_in(group, c, lambda shard: shard != c) == a
-    assert stand_in(group, c, lambda shard: False) is None
+    assert substitute(group, a, lambda shard: True) == b
+    assert substitute(group, a, lambda shard: shard != b) == c
+    assert substitute(group, c, lambda shard: shard != c) == a
+    assert substitute(group, c, lambda shard: False) is None

@@ -173,7 +173,7 @@ def test_ctrl_c_ends_all_and_says_how_to_go_on(workers: int, start: Started, tmp
     os.killpg(process.pid, signal.SIGCONT)
     _, err = process.communicate(timeout=HANG_S)
     assert process.returncode == 130
-    assert "finished shards are kept; run again to go on" in err
+    assert "finished shards are kept; run again to resume" in err
     assert "Traceback" not in err
     wait_until_gone(children)
     assert not list((tmp_path / "out").glob(".*.partial"))

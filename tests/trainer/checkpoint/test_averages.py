@@ -97,7 +97,7 @@ def test_a_run_of_before_there_were_kinds_goes_on(train: Train, tmp_path: Path) 
     assert restore(tmp_path / "old").average == "a fixed decay of 0.7 a step"
     code, output = train("old", "ema={sigma_rel: 0.1, decay: 0.7}", "steps=6")
     assert code == 0, output
-    assert "going on at step 3" in output
+    assert "resuming at step 3" in output
     assert train("whole", "ema={kind: fixed, decay: 0.7}", "steps=6")[0] == 0
     for name in ("weights", "ema"):
         a, b = (

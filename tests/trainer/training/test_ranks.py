@@ -107,7 +107,7 @@ def runs(shards: Path, latents: Path, small_sdxl: Path, tmp_path_factory: pytest
         trainings += [sdxl(f"sdxl-{stage}", *options, "steps=12"), sdxl(f"sdxl-{stage}", *options, "steps=20")]
     code, output = on_two_ranks(trainings)
     assert code == 0, output
-    assert "going on at step 12 of 20" in output
+    assert "resuming at step 12 of 20" in output
 
     # what was sharded goes on in one process, without sharding
     trainings = [pixels(f"two-{stage}", "steps=9", "engine.zero_stage=0") for stage in range(4)]

@@ -21,7 +21,7 @@ from tests.trainer.in_turn import in_turn
 from tests.trainer.training.signalled import SIGNALS
 from tests.waiting import HANG_S
 from trainer.checkpoint.run_lock import exclusive
-from trainer.checkpoint.state import signed
+from trainer.checkpoint.state import with_checksum
 from trainer.diffusion.consistency import ConsistencyConfig
 from trainer.engine.distributed import Ranks
 from trainer.training.consistency_budget import settled
@@ -47,7 +47,7 @@ def edit_state(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> 
     state = json.loads(file.read_text())
     del state["crc32"]
     change(state)
-    file.write_text(json.dumps(signed(state)))
+    file.write_text(json.dumps(with_checksum(state)))
 
 
 def assert_same_files(one: Path, other: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(
     run = signalled / number.name
     printed = (signalled / f"{number.name}-0.log").read_text()
     assert (signalled / f"{number.name}.code").read_text() == "75", printed
-    assert "interrupted, run it again to go on" in printed
+    assert "interrupted, run it again to resume" in printed
     done = json.loads((run / "checkpoints" / (run / "checkpoints" / "latest").read_text() / "state.json").read_text())
     assert 4 <= done["step"] < 30
     assert in_turn([[str(TINY), f"data.shards={shards}", f"run_dir={run}", *LONGER]]) == 0

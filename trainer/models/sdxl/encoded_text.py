@@ -15,7 +15,7 @@ class EncodedText(TextEncoders):
     """Captions as tokens (B, 2, T) int64, of the two tokenizers -> prompt_embeds (B, T, D) and pooled (B, P), in the
     encoders' type. Each distinct caption is encoded once a call.
 
-    In training once a micro-batch, however many passes it has: `begin` is told all of its captions, the first call
+    In training once a micro-batch, however many passes it has: `begin` is given all of its captions, the first call
     encodes them, with gradient where there are adapters, and all calls until the next `begin` share the result.
     """
 
@@ -52,7 +52,7 @@ class EncodedText(TextEncoders):
             with torch.set_grad_enabled(self.trained):
                 self._encoded = self.encode(self._begun)
         same = (captions[:, None] == self._begun).flatten(2).all(2)
-        assert bool(same.any(1).all()), "a caption that `begin` was not told of"
+        assert bool(same.any(1).all()), "a caption that `begin` was not given"
         rows = same.int().argmax(1)
         return self._encoded[0][rows], self._encoded[1][rows]
 
