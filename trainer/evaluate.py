@@ -37,16 +37,39 @@ def parser_of_request(prog: str, examples: str) -> argparse.ArgumentParser:
     """The options that say what is evaluated, and by what."""
     p = Parser(
         prog=prog,
-        description="Judges runs by clean images that they never saw: distances of samples to them, and the denoiser's "
-        "error at each noise level. "
-        "With --measured, where there are none, by noisy ones: samples get the data's corruption, and are held "
-        "against shards of observations. "
-        "With --training also whether the run knows its images by heart: what it makes of them after severe "
-        "corruption, and how near its samples are to them.",
+        description=(
+            "Evaluates runs with clean images that they never saw: the distance of samples to them, and the "
+            "denoiser's error at each noise level. With --measured, where there are no clean images, with noisy ones: "
+            "samples get the data's corruption, and are compared with shards of observations. With --training also "
+            "whether the run memorized its images: what it makes of them after severe corruption, and how near its "
+            "samples are to them."
+        ),
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folders of runs, or of exports")
+    _add_images(p)
+    _add_measures(p)
+    p.add_argument("--steps", type=int, default=Request.steps, help="noise levels on the way down (default: 25)")
+    p.add_argument("--seed", type=int, default=Request.seed, help="of samples and attacks (default: 0)")
+    p.add_argument(
+        "--prompt", metavar="TEXT", help="what to draw, for runs with text (default: each one's model.prompt)"
+    )
+    add_weights(p)
+    p.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help=(
+            "the report (default: report.html in the run's evaluation/ for one run, comparison.html beside the "
+            "first of several)"
+        ),
+    )
+    return p
+
+
+def _add_images(p: argparse.ArgumentParser) -> None:
+    """With what samples are compared."""
     p.add_argument("--reference", metavar="DATA", help="clean images that training never saw")
     p.add_argument(
         "--measured",
@@ -64,6 +87,10 @@ def parser_of_request(prog: str, examples: str) -> argparse.ArgumentParser:
             "and no attacks)"
         ),
     )
+
+
+def _add_measures(p: argparse.ArgumentParser) -> None:
+    """What is measured, and on how much."""
     p.add_argument("--number", type=int, default=Request.number, help="samples to draw; 0 for none (default: 1000)")
     p.add_argument(
         "--attacked",
@@ -110,22 +137,6 @@ def parser_of_request(prog: str, examples: str) -> argparse.ArgumentParser:
             "Inception, or the folder of a transformers vision model, such as DINOv2"
         ),
     )
-    p.add_argument("--steps", type=int, default=Request.steps, help="noise levels on the way down (default: 25)")
-    p.add_argument("--seed", type=int, default=Request.seed, help="of samples and attacks (default: 0)")
-    p.add_argument(
-        "--prompt", metavar="TEXT", help="what to draw, for runs with text (default: each one's model.prompt)"
-    )
-    add_weights(p)
-    p.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help=(
-            "the report (default: report.html in the run's evaluation/ for one run, comparison.html beside the "
-            "first of several)"
-        ),
-    )
-    return p
 
 
 def main(argv: list[str] | None = None) -> int:
