@@ -1,4 +1,5 @@
-"""Averages of the weights of any width, after training, from snapshots of others (Karras et al. 2024, sec. 3).
+"""Averages of the weights of any width, after training, from snapshots of others (Karras et al. 2024, arXiv 2312.02696,
+sec. 3).
 
 The profile of an average at step T is p(t) = (gamma + 1) t^gamma / T^(gamma + 1) from 0 to T: how much the weights of
 each moment count. An update a step gives its integral over that step exactly. Averages that were kept can be summed to
@@ -39,7 +40,8 @@ class Profile:
 
 
 def inner(t: Tensor, gamma: Tensor, u: Tensor, delta: Tensor) -> Tensor:
-    """The integral of the product of the profiles (t, gamma) and (u, delta), elementwise; float64, steps from 1."""
+    """The integral of the product of the profiles (t, gamma) and (u, delta) (eq. 151), elementwise; float64, steps from
+    1."""
     early, late = torch.minimum(t, u), torch.maximum(t, u)
     of_the_later = torch.where(t < u, delta, gamma)
     return (gamma + 1) * (delta + 1) / (gamma + delta + 1) * (early / late) ** of_the_later / late
@@ -47,7 +49,7 @@ def inner(t: Tensor, gamma: Tensor, u: Tensor, delta: Tensor) -> Tensor:
 
 def mixture(steps: Sequence[int], widths: Sequence[float], step: int, width: float) -> tuple[Tensor, float]:
     """Coefficients (N,) float64, whose sum is 1, by which averages at `steps` of `widths` come nearest to the one at
-    `step` of `width`, and the relative error in the L2 norm of its profile.
+    `step` of `width` (Algorithm 3), and the relative error in the L2 norm of its profile.
 
     Sums of 1 leave weights that stand still as they are; without that rule errors of averages are far larger, since
     weights move little on their way from where they began."""
