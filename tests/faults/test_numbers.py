@@ -87,7 +87,7 @@ def test_a_step_that_is_left_out_moves_nothing_and_the_run_goes_on(
     code, output = train("run", *words)
     assert code == 0, output
     assert "the loss is not finite at step 4; samples of rank 0: disc " in output or gradient
-    assert "it was left out, 2 such steps so far" in output
+    assert "it was skipped, 2 such steps so far" in output
     run = tmp_path / "run"
     for a, b in itertools.pairwise((3, 4, 5)):
         assert all(torch.equal(weights(run, a)[name], value) for name, value in weights(run, b).items())
@@ -96,7 +96,7 @@ def test_a_step_that_is_left_out_moves_nothing_and_the_run_goes_on(
         assert all(value.isfinite().all() for value in final(tmp_path / "run", name).values()), name
     records = curve(tmp_path / "run")
     assert [records[step]["optimizer/skipped_steps"] for step in (3, 4, 5, 6, 8)] == [0, 1, 2, 2, 2]
-    assert any("it was left out" in text for text in notices(tmp_path / "run"))
+    assert any("it was skipped" in text for text in notices(tmp_path / "run"))
 
 
 def test_a_run_that_leaves_steps_out_ends_with_the_same_bits_when_it_is_stopped(
@@ -237,7 +237,7 @@ def test_a_spike_stops_a_run_or_is_left_out(train: Train, spoil: Callable[..., N
     assert "at step 24; samples of rank 0: disc " in line
     code, output = train("goes-on", *SPIKY, "recovery.leave_out=1")
     assert code == 0, output
-    assert "it was left out, 1 such steps so far" in output
+    assert "it was skipped, 1 such steps so far" in output
 
     run = tmp_path / "goes-on"
     assert all(torch.equal(weights(run, 23)[name], value) for name, value in weights(run, 24).items())
