@@ -51,7 +51,7 @@ def test_others_of_the_group_stand_in_for_a_failed_shard_on_any_ranks(
     whole, none_skipped = global_keys(DataConfig(str(shards), workers=0, group=4), 1)
     found, skipped = global_keys(DataConfig(str(damaged), workers=0, group=4, on_error="skip"), 1)
     warnings = capsys.readouterr().err.splitlines()
-    assert [w.split(": ")[2].rpartition("/")[2] for w in sorted(warnings) if "stand in" in w] == [
+    assert [w.split(": ")[2].rpartition("/")[2] for w in sorted(warnings) if "are replaced by" in w] == [
         "shard-000002.tar",
         "shard-000005.tar",
     ]

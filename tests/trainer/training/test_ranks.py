@@ -35,6 +35,8 @@ TIMES, LEAST = 20, 3e-3
 weights go. Measured without AVX-512, the farthest tensor and metric: spread 6e-5, two ranks 3e-4. Of a lost gradient
 half of the tensors are farther than 1.5e-2."""
 AVERAGES = "ema.snapshots={every: 2}"
+SDXL_STAGES = (0, 2, 3)
+"""Without 1, which splits the moments as 2 does, and which pixels are trained at."""
 STEPS = {"loss/ambient", "loss/consistency", "optimizer/gradient_norm"}
 AGAIN = "micro_batch_size=4"
 """Two micro-batches a step in one process, instead of one."""
@@ -104,7 +106,8 @@ def runs(shards: Path, latents: Path, small_sdxl: Path, tmp_path_factory: pytest
             options.append("model.activation_checkpointing=true")
         if stage == 3:
             options.append(f"engine.deepspeed={folder / 'short.json'}")
-        trainings += [sdxl(f"sdxl-{stage}", *options, "steps=12"), sdxl(f"sdxl-{stage}", *options, "steps=20")]
+        if stage in SDXL_STAGES:
+            trainings += [sdxl(f"sdxl-{stage}", *options, "steps=12"), sdxl(f"sdxl-{stage}", *options, "steps=20")]
     code, output = on_two_ranks(trainings)
     assert code == 0, output
     assert "resuming at step 12 of 20" in output
@@ -221,7 +224,7 @@ def test_moments_of_8_bits_come_back_on_two_ranks(runs: Path) -> None:
         assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", SDXL_STAGES)
 def test_two_ranks_follow_one_process_for_20_steps_of_sdxl_with_adapters(
     stage: int, runs: Path, tolerances: dict[str, float]
 ) -> None:
