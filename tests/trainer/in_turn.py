@@ -1,5 +1,5 @@
 """Trainings one after another in the same processes, which are imported once. Two ranks are started when a test first
-asks for them, and wait for more: `torchrun -m tests.trainer.in_turn FOLDER`. A command other than trainer.train is
+asks for them, and wait for more: `torchrun -m tests.trainer.in_turn FOLDER PID`. A command other than trainer.train is
 named by its module, whose `main` is called."""
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import torch
 
 from tests.conftest import ROOT
@@ -68,7 +69,7 @@ class TwoRanks:
         self._requests = 0
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         self.launcher = subprocess.Popen(
-            [*launcher, "-m", "tests.trainer.in_turn", str(self.folder)],
+            [*launcher, "-m", "tests.trainer.in_turn", str(self.folder), str(os.getpid())],
             cwd=ROOT,
             env=ENVIRONMENT,
             start_new_session=True,
@@ -119,10 +120,12 @@ def _write(folder: Path, name: str, text: str) -> None:
     (folder / f"{name}.part").replace(folder / name)
 
 
-def serve(folder: Path) -> None:
-    """One of the ranks. It ends with its launcher."""
+def serve(folder: Path, tests: int) -> None:
+    """One of the ranks. It ends after the process that runs the tests, which may have had no time to end it."""
     for number in range(sys.maxsize):
         while not (request := folder / f"{number}.json").is_file():
+            if not psutil.pid_exists(tests):
+                return
             time.sleep(0.02)
         printed = os.open(folder / f"{number}.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(printed, 1)
@@ -134,4 +137,4 @@ def serve(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]))
+    serve(Path(sys.argv[1]), int(sys.argv[2]))
