@@ -82,7 +82,7 @@ def _train(run: Run, stop: Callable[[], bool]) -> int:
     if run.ranks.is_main and run.state.step:
         print(
             (
-                f"{run.directory}: {'already done' if run.state.step >= config.steps else 'going on'} at step "
+                f"{run.directory}: {'already done' if run.state.step >= config.steps else 'resuming'} at step "
                 f"{run.state.step} of {config.steps}"
             ),
             file=sys.stderr,

@@ -70,7 +70,7 @@ def _set_aside(checkpoints: Checkpoints, torn: list[int], problems: list[str], s
     if not problems:
         return None
     checkpoints.point_at(step)
-    warning = f"{'; '.join(problems)}; going on from step {step}"
+    warning = f"{'; '.join(problems)}; resuming from step {step}"
     if torn:
         warning += f", and {', '.join(checkpoints.path(each).name for each in torn)} was renamed to .torn"
     print(f"warning: {warning}", file=sys.stderr)

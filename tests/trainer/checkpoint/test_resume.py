@@ -96,7 +96,7 @@ def test_a_file_that_was_cut_anywhere_is_noticed_and_the_one_before_is_taken(sav
         assert path == saved.path(20), length
         assert warning is not None
         assert name in warning
-        assert "going on from step 20" in warning
+        assert "resuming from step 20" in warning
         assert saved.latest() == path, "and so do the commands that read a run"
         torn = saved.folder / "step-00000030.torn"
         torn.rename(saved.path(30))
@@ -122,7 +122,7 @@ def test_a_pointer_that_was_cut_is_mended(saved: Checkpoints, text: str) -> None
     (saved.folder / "latest").write_text(text)
     path, warning = newest_whole(saved, NAMES, ALONE)
     assert path == saved.path(30)
-    assert "going on from step 30" in str(warning)
+    assert "resuming from step 30" in str(warning)
     assert newest_whole(saved, NAMES, ALONE) == (path, None)
 
 

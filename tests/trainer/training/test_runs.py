@@ -150,7 +150,7 @@ def test_old_checkpoints_go_and_after_a_torn_one_the_run_goes_on_from_the_one_be
     code, output = train("run", "steps=7")
     assert code == 0, output
     assert f"warning: {weights} cannot be read" in output
-    assert "going on from step 5, and step-00000006 was renamed to .torn" in output
+    assert "resuming from step 5, and step-00000006 was renamed to .torn" in output
     assert (folder / "step-00000006.torn").is_dir()
     assert_same_files(tmp_path / "whole", tmp_path / "run")
 
