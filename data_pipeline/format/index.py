@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ambient_core import storage
-from ambient_core.errors import UserError, WorkFailed
+from ambient_core.errors import Code, UserError, WorkFailed
 from ambient_core.parsing import from_json
 from data_pipeline.format.writer import META
 
@@ -170,13 +170,18 @@ def read_index(folder: str | Path) -> ShardIndex:
         there = set(os.listdir(local))  # one call, where asking for each shard would be 100,000
         missing = [shard.name for shard in index.shards if shard.name not in there]
         if missing:
-            raise UserError(
-                f"{folder}: {len(missing)} of {len(index.shards)} shards are missing, first {missing[0]}: "
-                "remove the folder, or choose another, and shard again",
-                field=folder,
+            raise _shard_again(
+                folder,
+                f"{len(missing)} of {len(index.shards)} shards are missing, first {missing[0]}",
                 code="not_found",
             )
     return index
+
+
+def _shard_again(place: str | Path, problem: str, code: Code = "unreadable") -> UserError:
+    return UserError(
+        f"{place}: {problem}: remove the folder, or choose another, and shard again", field=place, code=code
+    )
 
 
 def wrong_size(folder: str, index: ShardIndex) -> tuple[Shard, int] | None:
@@ -193,12 +198,7 @@ def parse_index(path: str, content: bytes) -> ShardIndex:
     try:
         data = from_json(content)
         if data["format"] != FORMAT:
-            raise UserError(
-                f"{path}: format {data['format']}, this version reads {FORMAT}: remove the folder, or choose "
-                "another, and shard again",
-                field=path,
-                code="unsupported",
-            )
+            raise _shard_again(path, f"format {data['format']}, this version reads {FORMAT}", code="unsupported")
         index = ShardIndex(
             shards=tuple(Shard(**shard) for shard in data["shards"]),
             shapes=tuple(tuple(shape) for shape in data["shapes"]),
@@ -211,42 +211,19 @@ def parse_index(path: str, content: bytes) -> ShardIndex:
             keys=str(data.get("keys", "")),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path}: not a shard index ({type(error).__name__}: {error}): remove the folder, or choose "
-            "another, and shard again",
-            field=path,
-            code="unreadable",
-        ) from None
+        raise _shard_again(path, f"not a shard index ({type(error).__name__}: {error})") from None
     numbers = [number for shard in index.shards for number in (shard.samples, shard.bytes)]
     numbers += [side for shape in index.shapes for side in shape]
     if any(len(shape) != 3 for shape in index.shapes) or any(type(n) is not int or n < 1 for n in numbers):
-        raise UserError(
-            f"{path}: shapes, samples and bytes must be whole numbers, at least 1: remove the folder, or choose "
-            "another, and shard again",
-            field=path,
-            code="unreadable",
-        )
+        raise _shard_again(path, "shapes, samples and bytes must be whole numbers, at least 1")
     if any(type(shard.shape) is not int for shard in index.shards) or (
         index.shards and {shard.shape for shard in index.shards} != set(range(len(index.shapes)))
     ):
-        raise UserError(
-            f"{path}: its shards are not of its {len(index.shapes)} shapes: remove the folder, or choose "
-            "another, and shard again",
-            field=path,
-            code="unreadable",
-        )
+        raise _shard_again(path, f"its shards are not of its {len(index.shapes)} shapes")
     if not all(type(text) is str for shard in index.shards for text in (shard.name, shard.sha256)):
-        raise UserError(
-            f"{path}: a name or a checksum that is not text: remove the folder, or choose another, and shard again",
-            field=path,
-            code="unreadable",
-        )
+        raise _shard_again(path, "a name or a checksum that is not text")
     if not 0 <= index.sigma_min <= index.sigma_max < math.inf:
-        raise UserError(
-            f"{path}: a level that is not a number: remove the folder, or choose another, and shard again",
-            field=path,
-            code="unreadable",
-        )
+        raise _shard_again(path, "a level that is not a number")
     names = {shard.name for shard in index.shards}
     if any(os.path.basename(name) != name for name in names):
         raise UserError(
@@ -255,16 +232,7 @@ def parse_index(path: str, content: bytes) -> ShardIndex:
             code="unreadable",
         )
     if any(not re.fullmatch("[0-9a-f]{64}", shard.sha256) for shard in index.shards):
-        raise UserError(
-            f"{path}: a checksum that is not 64 hexadecimal digits: remove the folder, or choose another, and "
-            "shard again",
-            field=path,
-            code="unreadable",
-        )
+        raise _shard_again(path, "a checksum that is not 64 hexadecimal digits")
     if not names or len(names) != len(index.shards):
-        raise UserError(
-            f"{path}: no shards, or two with the same name: remove the folder, or choose another, and shard again",
-            field=path,
-            code="unreadable",
-        )
+        raise _shard_again(path, "no shards, or two with the same name")
     return index

@@ -1,4 +1,4 @@
-"""What a background process does: from positions to pieces, which are batches before they are on the device."""
+"""What a background process does: from positions to worker batches, which are batches before they are on the device."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CaptionEncoder = Callable[[Sequence[str]], tuple[NDArray[np.int64], Sequence[int
 class WorkerBatch(NamedTuple):
     """A micro-batch as it travels from process to process: its observations, float16 of this shape, wait in slot
     `number % len(slots)` of its worker; sigma_n (B,) float32 and the conditioning travel in the message. skipped:
-    how many samples replace one of a shard that failed. failed: the shards that failed since the piece before,
+    how many samples replace one of a shard that failed. failed: the shards that failed since the batch before,
     as messages. cut: the keys of the samples whose captions were cut."""
 
     worker: int
@@ -71,13 +71,13 @@ class SharedBuffers:
         self._memory = np.frombuffer(mmap.mmap(-1, 2 * size * count), np.float16).reshape(-1, depth, size)
 
     def empty(self, worker: int, number: int, shape: Shape) -> NDArray[np.float16]:
-        """The slot that a worker's piece `number` is to be written to, (B, C, H, W)."""
+        """The slot that a worker's batch `number` is to be written to, (B, C, H, W)."""
         slot = number % self._numbers.shape[1]
         self._numbers[worker, slot] = number
         return self._slot(worker, slot, shape)
 
     def copied(self, worker_batch: WorkerBatch, out: Tensor) -> Tensor:
-        """out (B, C, H, W), with the piece's observations."""
+        """out (B, C, H, W), with the worker batch's observations."""
         slot = worker_batch.number % self._numbers.shape[1]
         out.copy_(torch.from_numpy(self._slot(worker_batch.worker, slot, worker_batch.shape)))
         assert self._numbers[worker_batch.worker, slot] == worker_batch.number, "a slot was written before it was read"
@@ -88,7 +88,7 @@ class SharedBuffers:
 
 
 class Feed:
-    """The last stage: from places to pieces. flip: as in DataConfig. skip: continues without shards that fail.
+    """The last stage: from places to worker batches. flip: as in DataConfig. skip: continues without shards that fail.
     words: what the network is given of captions, if anything."""
 
     def __init__(

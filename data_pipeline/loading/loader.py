@@ -77,7 +77,7 @@ class Loader:
         )
         worker_batches: Any = iter(pipeline)
         if workers:
-            # Forked, so that they share the slots. A worker starts on a piece when the one PREFETCH before it was
+            # Forked, so that they share the slots. A worker starts on a batch when the one PREFETCH before it was
             # taken.
             settings: dict[str, Any] = {"num_workers": workers, "prefetch_factor": PREFETCH, "collate_fn": _as_is}
             settings["worker_init_fn"] = _leave_signals_to_the_training

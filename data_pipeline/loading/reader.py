@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ambient_core import storage
-from ambient_core.errors import UserError
+from ambient_core.errors import Code, UserError
 from ambient_core.parsing import from_json
 from data_pipeline.format import npy
 from data_pipeline.format.index import Shard, ShardIndex
@@ -58,6 +58,9 @@ class OpenShard:
 
 class BadShard(UserError):
     """A file that is not what the index says."""
+
+    def __init__(self, text: str, *, field: str, code: Code = "unreadable") -> None:
+        super().__init__(text, field=field, code=code)
 
 
 class ShardReader:
@@ -194,12 +197,10 @@ class ShardReader:
                 raise UserError(
                     f"{path}: {error.strerror}: lower data.group, or raise `ulimit -n`", field=path, code="unreadable"
                 ) from None
-            raise BadShard(f"{path}: cannot be read: {error.strerror}", field=path, code="unreadable") from None
+            raise BadShard(f"{path}: cannot be read: {error.strerror}", field=path) from None
         if (size := os.fstat(file.fileno()).st_size) != shard.bytes:
             file.close()
-            raise BadShard(
-                f"{path}: {size} bytes, the index says {shard.bytes}: shard again", field=path, code="unreadable"
-            )
+            raise BadShard(f"{path}: {size} bytes, the index says {shard.bytes}: shard again", field=path)
         return file
 
     def _parsed(self, file: BinaryIO, shard: Shard) -> OpenShard:
@@ -207,7 +208,7 @@ class ShardReader:
         try:
             found = members(file)
         except (OSError, ValueError) as error:
-            raise BadShard(f"{path}: cannot be read: {error}: shard again", field=path, code="unreadable") from None
+            raise BadShard(f"{path}: cannot be read: {error}: shard again", field=path) from None
         opened, last = OpenShard(path, file, found, [], [], []), None
         for i, name in enumerate(found.names):
             key, _, extension = name.partition(".")
@@ -222,12 +223,11 @@ class ShardReader:
                 opened.metas[-1] = i
         if len(set(opened.keys)) != len(opened.keys):
             twice = next(key for i, key in enumerate(opened.keys) if key in opened.keys[:i])
-            raise BadShard(f"{path}: two samples have the key {twice}: shard again", field=path, code="unreadable")
+            raise BadShard(f"{path}: two samples have the key {twice}: shard again", field=path)
         if len(opened.keys) != shard.samples:
             raise BadShard(
                 f"{path}: {len(opened.keys)} samples, the index says {shard.samples}: shard again",
                 field=path,
-                code="unreadable",
             )
         return opened
 
@@ -251,7 +251,6 @@ def _verify(file: BinaryIO, shard: Shard, path: str) -> None:
         raise BadShard(
             f"{path}: its checksum is {digest.hexdigest()[:12]}..., the index says {shard.sha256[:12]}...: shard again",
             field=path,
-            code="unreadable",
         )
 
 

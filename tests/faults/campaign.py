@@ -23,7 +23,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ from tqdm import tqdm
 
 from ambient_core import errors
 from data_pipeline import shard
-from tests.faults.starts import Start
+from tests.faults.starts import Start, preload
 from trainer import train
 
 TINY = Path(__file__).parent.parent / "tiny.yaml"
@@ -93,8 +92,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def campaign(rounds: int, seed: int, folder: Path) -> Outcome:
     """folder: an empty one."""
-    for name in ("trainer.training.build", "diffusers.models.unets.unet_2d"):
-        import_module(name)  # which takes each start seconds, were it not here already
+    preload()
     outcome, rng = Outcome(), random.Random(seed)
     pictures = pictures_in(folder / "pictures")
     whole: dict[str, Undisturbed] = {

@@ -4,7 +4,6 @@ named by its module, whose `main` is called."""
 
 from __future__ import annotations
 
-import atexit
 import importlib
 import json
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from ambient_core.storage import write_atomically
 from tests.conftest import ROOT
 from tests.waiting import HANG_S
 
@@ -74,7 +74,6 @@ class TwoRanks:
             env=ENVIRONMENT,
             start_new_session=True,
         )
-        atexit.register(self.end)
 
     def end(self) -> None:
         if self.launcher.poll() is None:
@@ -83,7 +82,8 @@ class TwoRanks:
 
     def call(self, calls: list[list[str]], module: str) -> tuple[int, str]:
         number, self._requests = self._requests, self._requests + 1
-        _write(self.folder, f"{number}.json", json.dumps({"calls": calls, "module": module}))
+        request = json.dumps({"calls": calls, "module": module})
+        write_atomically(str(self.folder / f"{number}.json"), request.encode())
         until, codes = time.monotonic() + HANG_S, [self.folder / f"{number}.{rank}" for rank in range(2)]
         while not all(code.is_file() for code in codes):
             if self.launcher.poll() is not None:  # a rank ended with a traceback
@@ -114,12 +114,6 @@ def on_two_ranks(calls: list[list[str]], module: str = TRAIN) -> tuple[int, str]
     return code, output
 
 
-def _write(folder: Path, name: str, text: str) -> None:
-    """Whole, or not there."""
-    (folder / f"{name}.part").write_text(text)
-    (folder / f"{name}.part").replace(folder / name)
-
-
 def serve(folder: Path, tests: int) -> None:
     """One of the ranks. It ends after the process that runs the tests, which may have had no time to end it."""
     for number in range(sys.maxsize):
@@ -133,7 +127,7 @@ def serve(folder: Path, tests: int) -> None:
         os.close(printed)
         code = in_turn(**json.loads(request.read_text()))
         sys.stdout.flush()
-        _write(folder, f"{number}.{os.environ['RANK']}", str(code))
+        write_atomically(str(folder / f"{number}.{os.environ['RANK']}"), str(code).encode())
 
 
 if __name__ == "__main__":

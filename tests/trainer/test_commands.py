@@ -187,7 +187,7 @@ def test_console_script(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "did_you_mean"),
+    ("words", "suggested"),
     [
         ("shard a b --sigm 0.2", "--sigma"),
         ("sample a --samplr=ddim", "--sampler"),
@@ -196,11 +196,11 @@ def test_console_script(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_of_a_misspelt_option_or_value_it_says_what_may_be_meant(
-    words: str, did_you_mean: str, capsys: pytest.CaptureFixture[str]
+    words: str, suggested: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(words.split())
     said = capsys.readouterr().err
     assert ended.value.code == 2
-    assert f"; did you mean {did_you_mean}?; see python -m" in said
+    assert f"; did you mean {suggested}?; see python -m" in said
     assert said.count("\n") == 1

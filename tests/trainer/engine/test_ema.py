@@ -169,7 +169,7 @@ def test_a_snapshot_that_cannot_be_written_stops_the_run(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("written", "did_you_mean"),
+    ("written", "expected"),
     [
         ({"sigma_rel": 0.07, "decay": None}, PowerEMA(0.07)),
         ({"sigma_rel": 0.1, "decay": 0.999}, FixedEMA(0.999)),
@@ -180,9 +180,9 @@ def test_a_snapshot_that_cannot_be_written_stops_the_run(tmp_path: Path) -> None
         ({"kind": "fixed", "decay": 0.9}, FixedEMA(0.9)),
     ],
 )
-def test_runs_of_before_there_were_kinds_load(written: dict[str, object], did_you_mean: PowerEMA | FixedEMA) -> None:
+def test_runs_of_before_there_were_kinds_load(written: dict[str, object], expected: PowerEMA | FixedEMA) -> None:
     config = parse({**to_data(load(TINY)), "ema": written}, "file")
-    assert config.ema == did_you_mean
+    assert config.ema == expected
     assert parse(to_data(config), "again") == config
 
 

@@ -7,12 +7,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from ambient_core import errors
-from tests.faults.starts import Start
+from tests.faults.starts import Start, preload
 from trainer import train
 from trainer.training import step as step_module
 
@@ -32,8 +31,7 @@ def training(number: signal.Signals, folder: Path, words: list[str]) -> int:
 
 
 def main(folder: Path, words: list[str]) -> None:
-    for name in ("trainer.training.build", "diffusers.models.unets.unet_2d"):
-        import_module(name)  # which takes each of them seconds, were it not here already
+    preload()
     for number in SIGNALS:
         start = Start(lambda _, number=number: training(number, folder, words), 1, folder, number.name)
         (folder / f"{number.name}.code").write_text(str(start.end()[0]))
