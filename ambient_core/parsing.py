@@ -15,7 +15,7 @@ from ambient_core.errors import UserError, one_line
 
 LARGEST = 2**63
 LONGEST = 1 << 28
-"""Bytes of a text that is read whole."""
+"""Largest size, in bytes, of a text file that is read."""
 
 
 def text_of(path: Path) -> str:
@@ -87,7 +87,7 @@ PASSWORD = re.compile(r"(://[^/@:]*:)[^/@]+@")
 
 
 def refuse_password(address: str) -> None:
-    """Addresses are written to logs, to MLflow and beside data. Raises ValueError, without the password in it."""
+    """Addresses are written to logs, to MLflow and next to data. Raises ValueError, without the password in it."""
     if PASSWORD.search(address):
         masked = PASSWORD.sub(r"\1***@", address)
         raise ValueError(

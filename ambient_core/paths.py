@@ -1,4 +1,4 @@
-"""Where what was fetched is kept for the next time, and files and folders that appear whole or not at all."""
+"""Where what was fetched is kept for the next time, and files and folders that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def created_whole(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing(path: Path, alone: bool = False) -> Iterator[Path]:
-    """A file to be written beside `path`, which it replaces at the end, when it is on the disk; where nothing was
+    """A file to be written next to `path`, which it replaces at the end, when it is on the disk; where nothing was
     written, or there was an error, `path` stays as it is. Its folder must be there. Raises OSError.
 
     alone: no other process writes the same path at the same time. The name is then always the same, so that what a

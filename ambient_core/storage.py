@@ -1,9 +1,8 @@
 """Files by path or by URL: local ones at the price of `open`, all others through fsspec.
 
-Every function opens anew and keeps nothing, so that it is safe in forked and spawned processes alike. A backend that is
-not installed is a UserError; everything else that goes wrong is an OSError with the path in it (`FileNotFoundError` for
-what is not there), whatever the backend raised.
-"""
+Every function opens its own connection and keeps nothing, so that it is safe in forked and spawned processes alike. A
+backend that is not installed is a UserError; everything else that goes wrong is an OSError with the path in it
+(`FileNotFoundError` for what is not there), whatever the backend raised."""
 
 from __future__ import annotations
 
@@ -112,8 +111,8 @@ def list_files(folder: str) -> list[str]:
 
 
 def write_atomically(path: str, data: bytes) -> None:
-    """The whole file or none of it, in a folder that is made where there is none. Local: a temporary file in the same
-    folder, which replaces the old one when it is on the disk. Remote: one put, which object stores make atomic."""
+    """Writes a complete file or nothing, in a folder that is made where there is none. Local: a temporary file in the
+    same folder, which replaces the old one when it is on the disk. Remote: one put, which object stores make atomic."""
     local = local_path(path)
     if local is None:
         with one_error(path):

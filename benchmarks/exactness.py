@@ -83,7 +83,7 @@ Row = dict[str, Any]
 def main(argv: list[str] | None = None) -> int:
     def add(p: argparse.ArgumentParser) -> None:
         p.add_argument("--quick", action="store_true", help="one problem, five methods, two seeds")
-        p.add_argument("--steps", type=int, help="optimiser steps of each training (default: 3000; 1500 with --quick)")
+        p.add_argument("--steps", type=int, help="optimizer steps of each training (default: 3000; 1500 with --quick)")
         p.add_argument("--jobs", type=int, default=1, help="trainings of other problems at the same time (default: 1)")
         p.add_argument("--folder", type=Path, default=Path("runs/exactness"), help="where finished parts are kept")
 

@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     def add(p: argparse.ArgumentParser) -> None:
         p.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of images (default: 30 ... 10000)")
         p.add_argument("--seeds", type=int, default=2, help="trainings of each (default: 2)")
-        p.add_argument("--steps", type=int, default=1500, help="optimiser steps (default: 1500)")
+        p.add_argument("--steps", type=int, default=1500, help="optimizer steps (default: 1500)")
         p.add_argument("--dataset", default="fashion", help="a packaged set of images (default: fashion)")
         p.add_argument(
             "--at-once", type=int, default=2, help="trainings at the same time, one thread each (default: 2)"

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         p.add_argument("--dataset", help="a packaged set of images (default: fashion; digits with --quick)")
         p.add_argument("--sigmas", type=float, nargs="+", help="noise levels (default: 0.2 0.5 1.0; 0.5 with --quick)")
         p.add_argument("--seeds", type=int, help="trainings of each (default: 2; 1 with --quick)")
-        p.add_argument("--steps", type=int, help="optimiser steps (default: 600; 300 with --quick)")
+        p.add_argument("--steps", type=int, help="optimizer steps (default: 600; 300 with --quick)")
         p.add_argument(
             "--samples", type=int, help="images drawn for the feature distance (default: 1000; 0 with --quick)"
         )

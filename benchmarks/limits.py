@@ -89,7 +89,7 @@ def factors(steps: int) -> dict[str, list[Method]]:
 def main(argv: list[str] | None = None) -> int:
     def add(p: argparse.ArgumentParser) -> None:
         p.add_argument("--problem", choices=PROBLEMS, help="one of them alone (default: all)")
-        p.add_argument("--steps", type=int, default=3000, help='optimiser steps of "ours" (default: 3000)')
+        p.add_argument("--steps", type=int, default=3000, help='optimizer steps of "ours" (default: 3000)')
         p.add_argument("--seeds", type=int, default=3, help="trainings of each (default: 3)")
         p.add_argument("--folder", type=Path, default=Path("runs/limits"), help="where finished parts are kept")
 

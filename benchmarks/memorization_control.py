@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             "--steps",
             type=int,
             default=1500,
-            help="optimiser steps of the overfitted one; the other has a fifth (default: 1500)",
+            help="optimizer steps of the overfitted one; the other has a fifth (default: 1500)",
         )
         p.add_argument("--number", type=int, default=500, help="images that the other is attacked with (default: 500)")
         p.add_argument("--at-once", type=int, default=2, help="trainings at the same time (default: 2)")

@@ -31,7 +31,7 @@ WEIGHTS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 
 def main(argv: list[str] | None = None) -> int:
     def add(p: argparse.ArgumentParser) -> None:
-        p.add_argument("--steps", type=int, default=2000, help="optimiser steps of each training (default: 2000)")
+        p.add_argument("--steps", type=int, default=2000, help="optimizer steps of each training (default: 2000)")
         p.add_argument("--seeds", type=int, default=3, help="trainings of each (default: 3)")
 
     args = arguments(__doc__, argv, add)

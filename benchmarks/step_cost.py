@@ -14,7 +14,7 @@ passes       network passes a step, in batches
 text         the share of the published step that the text encoders take; of real SDXL at 1024 px it is a few percent,
 of
              a tiny U-Net on 8 x 8 latents much more, so the ratio of "ambient alone" depends on it
-overhead     of whole runs by the loop itself: time outside the network, the backward pass and the optimiser, as a
+overhead     of whole runs by the loop itself: time outside the network, the backward pass and the optimizer, as a
 share;
              reading, noise, the pool, the average and logging
 """
@@ -87,7 +87,7 @@ SIZES = (Size("tiny", UNET, 8, 16, 12), Size("about 100 M parameters", MID, 16, 
 
 @dataclass
 class Timed:
-    """An engine whose time is counted. seconds: in the network, the backward pass and the optimiser."""
+    """An engine whose time is counted. seconds: in the network, the backward pass and the optimizer."""
 
     engine: Any
     seconds: float = 0.0

@@ -35,7 +35,7 @@ from trainer.training.run import Run
 WARM, STEPS = 8, 32
 KINDS = {
     "noise": ("normal_", "uniform_", "random_"),
-    "optimiser, clipping, average": ("adam", "foreach", "optimizer"),
+    "optimizer, clipping, average": ("adam", "foreach", "optimizer"),
     "convolutions": ("conv",),
     "products of matrices": ("mm", "aten::linear", "dot_product", "flash_attention"),
     "norms and activations": ("norm", "silu", "gelu", "softmax", "sigmoid"),

@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
 def inspect(output: str, verify: bool = True) -> tuple[ShardIndex, Contents, list[str]]:
     """The index, what the samples say, and a line for each thing that is wrong: the file's path, and what.
 
-    Raises UserError for a folder without a whole index.
+    Raises UserError for a folder without a complete index.
     """
     path = storage.join(output, indices.NAME)
     if not storage.exists(path):
@@ -121,7 +121,7 @@ def _read(path: str, shard: Shard, index: ShardIndex, rows: set[int], contents: 
 
 
 def _opened(path: str, verify: bool) -> BinaryIO:
-    """A remote file is fetched whole where all of it is read, and otherwise in the parts that are read."""
+    """A remote file is fetched completely if all of it is read, else only the parts that are read."""
     remote = storage.local_path(path) is None
     return BytesIO(storage.read_bytes(path)) if remote and verify else storage.open_binary(path)
 

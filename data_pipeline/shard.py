@@ -102,7 +102,7 @@ def shard(
 ) -> ShardIndex:
     """Writes OUTPUT, resumes it, or returns its index where it already holds what is asked for.
 
-    write: who writes the shards, such as `slurm.shard.by_jobs`, in the place of `workers` processes on this machine.
+    write: who writes the shards, such as `slurm.shard.by_jobs`, instead of `workers` processes on this machine.
     With several workers it must be called from a module that a new process can import: a script guards its start by `if
     __name__ == "__main__"`. Raises UserError for a wrong request, or when OUTPUT holds something else; WorkFailed when
     too many images cannot be used, or a worker or job dies.

@@ -125,7 +125,7 @@ def new_logs(config: ClusterConfig, name: str) -> Path:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a job has around it, beside what its cluster's file asks for. tasks: processes on each node. code: the
+    """What a job needs in addition to what its cluster's file asks for. tasks: processes on each node. code: the
     folder whose code it runs; None: where it is submitted. before, after: shell commands around its processes
     (slurm)."""
 

@@ -8,7 +8,8 @@ from slurm.cluster import ClusterConfig
 from slurm.points import Point
 
 PROCESS_GB = 0.7
-"""Of a rank beside its tensors: Python and the libraries, as `memory/process_gb` of small runs on CPUs has it."""
+"""Of a rank in addition to its tensors: Python and the libraries, as `memory/process_gb` of small runs on CPUs has
+it."""
 
 
 def check_memory(point: Point, cluster: ClusterConfig) -> None:

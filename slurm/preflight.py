@@ -128,7 +128,7 @@ def _tracking(point: Point, cluster: ClusterConfig) -> None:
     uri = logging.uri(point.run_dir)
     if uri.startswith("sqlite:///"):
         file = Path(uri.removeprefix("sqlite:///"))
-        _writable("logging.tracking_uri", file.parent)  # SQLite writes its journal beside the file
+        _writable("logging.tracking_uri", file.parent)  # SQLite writes its journal next to the file
         if file.exists() and not os.access(file, os.W_OK):
             raise UserError(
                 f"logging.tracking_uri {uri}: {file} cannot be written", field="logging.tracking_uri", code="unwritable"

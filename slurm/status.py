@@ -115,7 +115,7 @@ class Status:
         return "\n".join([*lines, f"logs in {self.folder}"])
 
     def _without_decision(self, start: Attempt) -> str:
-        """Of a start that SLURM ended or began again by itself, or that goes on."""
+        """Of a start that SLURM ended or restarted by itself, or that still runs."""
         said = sorted({ending.outcome for ending in start.endings.values()})
         if not said:
             return (

@@ -37,7 +37,7 @@ _ambient() {
         esac
     fi
     COMPREPLY=($(compgen -P "$before" -W "$words" -- "$word"))
-    if [[ ! $of && $words == *=* && $word != */* ]]; then  # where a file may stand beside fields
+    if [[ ! $of && $words == *=* && $word != */* ]]; then  # where both files and fields are valid
         while IFS= read -r name; do
             [[ -d $name ]] && COMPREPLY+=("$(printf %q "$name")/") || COMPREPLY+=("$(printf %q "$name")")
         done < <(compgen -f -- "$word")

@@ -242,7 +242,7 @@ def communication() -> Iterator[Finding]:
 
 
 def shared_folder(folder: Path) -> Iterator[Finding]:
-    """What checkpoints need: files that appear whole, a lock that excludes, and a disk that keeps."""
+    """What checkpoints need: files that appear complete, a lock that excludes, and a disk that keeps."""
     name = f".doctor-{uuid.uuid4().hex}"
     first, second = folder / f"{name}.a", folder / f"{name}.b"
     try:

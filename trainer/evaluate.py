@@ -61,7 +61,7 @@ def parser_of_request(prog: str, examples: str) -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help=(
-            "the report (default: report.html in the run's evaluation/ for one run, comparison.html beside the "
+            "the report (default: report.html in the run's evaluation/ for one run, comparison.html next to the "
             "first of several)"
         ),
     )
@@ -184,7 +184,7 @@ def report_on(args: argparse.Namespace, request: Request, weights: Weights, comm
     done = evaluate(args.runs, request, args.extractor, command, weights)
     if done:
         page: Path = args.out or (done[0][1] / REPORT if len(done) == 1 else args.runs[0].parent / "comparison.html")
-        replaced = " (in the place of an older one)" if page.exists() else ""
+        replaced = " (replaces an older one)" if page.exists() else ""
         storage.write_atomically(str(page), report(done, command).encode())
         if unlike := incomparable([evaluation for evaluation, _ in done]):
             print(f"warning: {unlike}", file=sys.stderr)

@@ -13,7 +13,7 @@ from trainer.inference.arguments import add_weights
 
 EXAMPLE = """examples:
   python -m trainer.export runs/sdxl-face exports/face       # adapters: pytorch_lora_weights.safetensors
-  python -m trainer.export runs/sdxl-whole exports/whole     # a model that was trained whole: a pipeline's folder
+  python -m trainer.export runs/sdxl-full exports/full       # a model that was trained in full: a pipeline's folder
   python -m trainer.export runs/mine exports/mine --checkpoint best --ema-sigma-rel 0.08
 """
 

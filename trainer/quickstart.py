@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--config", type=Path, default=Path("configs/quickstart.yaml"), help="default: configs/quickstart.yaml"
     )
-    p.add_argument("--steps", type=int, help="optimiser steps (default: the configuration's)")
+    p.add_argument("--steps", type=int, help="optimizer steps (default: the configuration's)")
     p.add_argument("--out", type=Path, default=Path("quickstart.png"), help="the picture (default: quickstart.png)")
     p.add_argument("--folder", type=Path, default=Path("runs"), help="where runs and shards go (default: runs)")
     p.add_argument("--started", type=float, help=argparse.SUPPRESS)  # `make` counts the installation, too

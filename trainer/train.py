@@ -65,9 +65,8 @@ def train(
 ) -> int:
     """Trains as one of the ranks that the environment describes; returns the exit code, DONE or INTERRUPTED.
 
-    stop: asked at each step; when it is true on any rank, all save and leave. tags: of the MLflow run, beside its own.
-    patience: seconds to wait for another process that trains in the same run directory.
-    """
+    stop: asked at each step; when it is true on any rank, all save and leave. tags: of the MLflow run, in addition to
+    its own. patience: seconds to wait for another process that trains in the same run directory."""
     from trainer.checkpoint.run_lock import exclusive
     from trainer.engine import determinism, distributed
     from trainer.training import build

@@ -109,7 +109,7 @@ def _plain(shard: Shard) -> dict[str, str | int]:
 
 
 def write_index(folder: str, index: ShardIndex) -> None:
-    """Atomically: either the whole file appears or none. One line a shard: 100,000 of them take a second."""
+    """Atomically: either the complete file appears or none. One line a shard: 100,000 of them take a second."""
     head = {
         "format": FORMAT,
         "samples": index.samples,

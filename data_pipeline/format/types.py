@@ -11,7 +11,7 @@ from ambient_core.errors import Code, UserError
 class BadImage(UserError):
     """ONE picture cannot be read or used; the message is the reason, in one line that is the same in every run.
 
-    It is a UserError so that it ends as one line where nobody sets the picture aside and goes on."""
+    It is a UserError so that it ends as one line where nobody skips the picture."""
 
     def __init__(self, text: str, *, field: str = "SOURCE", code: Code = "unreadable") -> None:
         super().__init__(text, field=field, code=code)

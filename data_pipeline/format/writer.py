@@ -1,4 +1,4 @@
-"""Writes samples as a WebDataset tar shard, which appears whole or not at all."""
+"""Writes samples as a WebDataset tar shard, which appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from data_pipeline.format.types import Array
 OBSERVATION, META = "x_n.npy", "json"
 """The members of a sample: the observation, (C, H, W) float16; and {"sigma_n": float, ...}."""
 LONGEST_META = 1 << 20
-"""Bytes of what is recorded beside a sample, at most."""
+"""Largest size of a sample's record, in bytes."""
 
 Members = dict[str, bytes]
 """The bytes of a sample's members, by their extensions."""

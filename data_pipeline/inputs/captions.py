@@ -1,4 +1,4 @@
-"""Captions beside image files: metadata.jsonl, metadata.csv, or a text file for each image.
+"""Captions next to image files: metadata.jsonl, metadata.csv, or a text file for each image.
 
 Where two of them caption the same image they must say the same; so none takes precedence over another.
 """

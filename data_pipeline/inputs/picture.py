@@ -34,7 +34,7 @@ class Picture:
 class Source:
     """Named pictures. keys: unique, without dots or slashes, made of the names in the source alone.
 
-    Sources can be pickled, and used after a fork: what they hold open belongs to a process, and is opened anew in
+    Sources can be pickled, and used after a fork: what they hold open belongs to a process, and is opened again in
     another. `read` raises BadImage for a picture that cannot be read, UserError where the source is not what it was or
     says two things at once, and OSError where the storage fails.
     """

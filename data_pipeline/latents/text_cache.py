@@ -1,9 +1,9 @@
-"""Text embeddings, once per distinct caption, in a folder beside the shards (OUTPUT/text).
+"""Text embeddings, once per distinct caption, in a folder next to the shards (OUTPUT/text).
 
 captions.jsonl: one caption a line, as a JSON string; its line number, from 0, is its id, and line 0 is the empty
 caption, for training that drops captions. prompt_embeds.npy, pooled.npy: a row for each id, float16. text.json: what
 encoded them and their shapes, written last, so a folder that has it is complete. A run that was killed resumes after
-the last whole chunk.
+the last complete chunk.
 """
 
 from __future__ import annotations

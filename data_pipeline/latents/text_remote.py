@@ -1,4 +1,5 @@
-"""A text cache at a URL: made in a folder of this machine and put there; fetched into one, whole, before it is read."""
+"""A text cache at a URL: made in a folder of this machine and put there; fetched completely into one before it is
+read."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ FILES = (CAPTIONS, *ARRAYS, DONE)
 
 
 def workplace(url: str) -> Path:
-    """Where the cache of this URL is made; the same in a later call, which goes on with it."""
+    """Where the cache of this URL is made; the same in a later call, which continues it."""
     return paths.cache() / "text" / "made" / hashlib.sha256(url.encode()).hexdigest()[:16]
 
 

@@ -1,6 +1,6 @@
 """A folder of this machine that holds shards of a remote one, within a bound, for all processes together.
 
-Each shard is a file named by its checksum, which appears whole. Who reads one holds a shared lock (flock) on it, who
+Each shard is a file named by its checksum, which appears complete. Who reads one holds a shared lock (flock) on it, who
 fetches one an exclusive lock on its partial file; so a file that can be locked exclusively is not in use, and may go.
 The system frees the locks of a process that dies, however it dies.
 """

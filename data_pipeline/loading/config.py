@@ -8,19 +8,19 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class DataConfig:
-    """shards: the folder that `data_pipeline.shard` wrote, or its URL (s3://..., any that fsspec knows).
-    sigma_scale: what the training takes the recorded sigma_n for, as a factor: 1 trusts it, 0 takes noisy images for
-    clean (the naive baseline), others study a wrong estimate. workers: background processes that read, per rank; 0
-    reads in the training process. group: shards shuffled together, shared out among the shapes where there are
-    several; docs/loader.md has what more or fewer cost. flip: mirrors each image left to right with probability 1/2,
-    drawn anew in each epoch; for sets whose mirror images belong to them. Not for latents: the latent of a mirrored
-    image is not the mirrored latent. cache_dir: where copies of a remote folder's shards are kept, for all ranks of
-    a machine together; null: in AMBIENT_CACHE, or else ~/.cache/ambient-trainer. cache_gb: what they may take there,
-    in 10^9 bytes. retries: how often a remote read that fails is tried again, after 0.5, 1, 2, ... up to 30 seconds.
-    verify: compares each shard's checksum when a process first opens it. A remote shard always is, when it is
-    fetched; local ones by size alone unless this is set, as each process would read every byte once more. on_error:
-    what to do about a shard that cannot be read: stop, with its name; or skip, which puts samples of its group in
-    place of its own, warns, and counts them."""
+    """shards: the folder that `data_pipeline.shard` wrote, or its URL (s3:// or another protocol of fsspec).
+    sigma_scale: factor on the recorded sigma_n: 1 uses it as recorded, 0 takes noisy images for clean (the naive
+    baseline), other values study a wrong estimate. workers: reader processes per rank; 0 reads in the training process.
+    group: shards that are shuffled together (the shuffle block). If there are several image shapes, they share the
+    block. docs/loader.md says what a larger or smaller block costs. flip: mirrors each image left to right with
+    probability 1/2, drawn anew in each epoch. Use it only if mirrored images belong to the data. Not for latents: the
+    latent of a mirrored image is not the mirrored latent. cache_dir: folder for local copies of remote shards, shared
+    by all ranks of a machine; null is AMBIENT_CACHE, or ~/.cache/ambient-trainer if that is not set. cache_gb: largest
+    size of these copies, in 10^9 bytes. retries: how often a failed remote read is tried again, after 0.5, 1, 2, ... up
+    to 30 seconds. verify: compares the checksum of each local shard when a process first opens it, which reads every
+    byte once more. Without it only the size is compared. Remote shards are always verified when they are fetched.
+    on_error: what to do if a shard cannot be read: stop names the shard and ends the run; skip warns, replaces its
+    samples by others of the same shuffle block, and counts them."""
 
     shards: str
     sigma_scale: float = 1.0
@@ -56,7 +56,7 @@ class Layout:
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches before an optimiser step."""
+        """Micro-batches before an optimizer step."""
         return self.rows // self.micro_batch_size
 
     def first_row(self, micro: int) -> int:

@@ -44,7 +44,7 @@ class WorkerBatch(NamedTuple):
 def conditioning_of(
     about: Sequence[Mapping[str, Any]], encode_captions: CaptionEncoder | None
 ) -> tuple[dict[str, NDArray[Any]], Sequence[int]]:
-    """From what is recorded beside each observation to what the backbone is given: arrays whose first dimension is
+    """From what is recorded with each observation to what the backbone is given: arrays whose first dimension is
     B, by name; and which captions were cut. time_ids (B, 6) float32, of latents. caption (B, ...) int64, what
     `words` makes of the captions, where it is given; "" is no caption."""
     conditioning: dict[str, NDArray[Any]] = {}

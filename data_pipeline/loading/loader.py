@@ -112,8 +112,8 @@ class Loader:
         for message in worker_batch.failed:
             if message not in self._warned:
                 self._warned.add(message)
-                note = f"warning: rank {self.layout.rank}: {message}; its samples are replaced by others of its group"
-                tqdm.write(note, file=sys.stderr)
+                note = f"{message}; its samples are replaced by others of its shuffle block"
+                tqdm.write(f"warning: rank {self.layout.rank}: {note}", file=sys.stderr)
         if worker_batch.cut and not self.cut:
             note = (
                 f"warning: rank {self.layout.rank}: the caption of {worker_batch.cut[0]} has more tokens than the text "

@@ -1,8 +1,8 @@
 """Which sample is at which position: a pure function of (seed, epoch), whatever the ranks and workers.
 
 The global sequence is endless: position p is in epoch p // N, and each epoch holds every sample once. Shards are
-permuted each epoch and taken in groups; within a group the samples are shuffled together. So a reader needs one group's
-shards at a time, and finding a position costs the same at any place in the run.
+permuted each epoch and divided into shuffle blocks of `group` shards; the samples of a block are shuffled together. So
+a reader needs one block's shards at a time, and finding a position costs the same at any place in the run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Int = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Places:
-    """Consecutive positions of an order, and the samples that stand there: shards[i], their numbers in the index, and
+    """Consecutive positions of an order, and the samples at them: shards[i], their numbers in the index, and
     rows[i], the rows in them."""
 
     first: int
@@ -32,9 +32,9 @@ class Places:
 
 
 @dataclass(frozen=True)
-class Group:
+class ShuffleBlock:
     """Shards that are shuffled together. first: the position of its first sample. shards: in the epoch's order.
-    number: its place among the groups of the epoch."""
+    number: its place among the blocks of the epoch."""
 
     epoch: int
     number: int
@@ -69,40 +69,42 @@ class Order:
         return Order, (self.counts, self.seed, self.group, self.numbers)
 
     def range(self, first: int, count: int) -> Places:
-        """The samples at positions first .. first + count - 1; they may lie in several groups and epochs."""
+        """The samples at positions first .. first + count - 1; they may lie in several blocks and epochs."""
         parts: list[tuple[Int, Int]] = []
         position, end = first, first + count
         while position < end:
-            group = self.group_at(position)
-            shards, rows = self._shuffled(group)
-            part = slice(position - group.first, end - group.first)
+            block = self.block_at(position)
+            shards, rows = self._shuffled(block)
+            part = slice(position - block.first, end - block.first)
             parts.append((shards[part], rows[part]))
-            position = group.first + group.samples
+            position = block.first + block.samples
         if len(parts) == 1:
             return Places(first, *parts[0])
         return Places(first, np.concatenate([s for s, _ in parts]), np.concatenate([r for _, r in parts]))
 
-    def group_at(self, position: int) -> Group:
-        """The group whose samples stand at `position`. The one after it starts at `first + samples`."""
+    def block_at(self, position: int) -> ShuffleBlock:
+        """The shuffle block that `position` is in. The one after it starts at `first + samples`."""
         epoch, offset = divmod(position, self.total)
         shards, ends = self._epoch(epoch)
         number = int(np.searchsorted(ends, offset, side="right"))
         start = int(ends[number - 1]) if number else 0
         members = self._named(shards[number * self.group : (number + 1) * self.group])
-        return Group(epoch, number, position - offset + start, int(ends[number]) - start, tuple(members.tolist()))
+        return ShuffleBlock(
+            epoch, number, position - offset + start, int(ends[number]) - start, tuple(members.tolist())
+        )
 
     def _epoch_of(self, epoch: int) -> tuple[Int, Int]:
-        """The epoch's order of shards, by their places in `counts`, and the offset at which each group ends."""
+        """The epoch's order of shards, by their places in `counts`, and the offset at which each block ends."""
         shards = np.random.default_rng([self.seed, epoch]).permutation(len(self._counts))
         ends = np.cumsum(self._counts[shards])
-        last_of_groups = np.minimum(np.arange(self.group, len(shards) + self.group, self.group), len(shards)) - 1
-        return shards, ends[last_of_groups]
+        last_of_blocks = np.minimum(np.arange(self.group, len(shards) + self.group, self.group), len(shards)) - 1
+        return shards, ends[last_of_blocks]
 
-    def _shuffled_of(self, group: Group) -> tuple[Int, Int]:
-        """Shard and row of each sample of the group, shuffled."""
-        members = self._epoch(group.epoch)[0][group.number * self.group : (group.number + 1) * self.group]
+    def _shuffled_of(self, block: ShuffleBlock) -> tuple[Int, Int]:
+        """Shard and row of each sample of the block, shuffled."""
+        members = self._epoch(block.epoch)[0][block.number * self.group : (block.number + 1) * self.group]
         ends = np.cumsum(self._counts[members])
-        chosen = np.random.default_rng([self.seed, group.epoch, 1 + group.number]).permutation(group.samples)
+        chosen = np.random.default_rng([self.seed, block.epoch, 1 + block.number]).permutation(block.samples)
         which = np.searchsorted(ends, chosen, side="right")
         return self._named(members[which]), chosen - (ends - self._counts[members])[which]
 
@@ -110,9 +112,9 @@ class Order:
         return shards if self.numbers is None else self.numbers[shards]
 
 
-def substitute(group: Group, shard: int, usable: Callable[[int], bool]) -> int | None:
-    """Which shard of the group is read in place of one that cannot be: the next usable one in the epoch's order.
+def substitute(block: ShuffleBlock, shard: int, usable: Callable[[int], bool]) -> int | None:
+    """Which shard of the block is read in place of one that cannot be: the next usable one in the epoch's order.
 
     Whoever finds the same shards usable, chooses the same."""
-    at = group.shards.index(shard)
-    return next((other for other in group.shards[at + 1 :] + group.shards[:at] if usable(other)), None)
+    at = block.shards.index(shard)
+    return next((other for other in block.shards[at + 1 :] + block.shards[:at] if usable(other)), None)

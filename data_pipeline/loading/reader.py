@@ -27,7 +27,7 @@ from data_pipeline.format.writer import LONGEST_META, META, OBSERVATION
 from data_pipeline.loading.cache import CacheFull, ShardCache
 
 LONGEST_KEPT = 1 << 12
-"""Bytes of what is recorded beside a sample that is kept; ours have a hundred, and the caption."""
+"""Largest size, in bytes, of a sample's record that is cached. Ours have a hundred bytes, and the caption."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class OpenShard:
     metas: list[int]
 
     def sample(self, row: int) -> tuple[int, int]:
-        """The numbers of its observation and of what is recorded beside it. Raises BadSample where one is missing."""
+        """The numbers of its observation and of its record. Raises BadSample where one is missing."""
         observation, record = self.observations[row], self.metas[row]
         if observation < 0 or record < 0:
             raise BadSample(f"has no member {self.keys[row]}.{OBSERVATION if observation < 0 else META}")
@@ -85,7 +85,7 @@ class ShardReader:
         self, shards: Sequence[int], rows: Sequence[int], out: NDArray[np.float16]
     ) -> tuple[list[str], list[Mapping[str, Any]]]:
         """Reads the samples (shards[i], rows[i]), all of one shape, into out (B, C, H, W), and returns their keys,
-        and what is recorded beside each: {"sigma_n": ...}. Raises UserError, with the shard and the key, for a bad
+        and the record of each: {"sigma_n": ...}. Raises UserError, with the shard and the key, for a bad
         sample."""
         keys: list[str] = []
         about: list[Mapping[str, Any]] = []
@@ -98,12 +98,12 @@ class ShardReader:
             try:
                 observation, record = shard.sample(row)
                 # The usual npy file goes where it belongs, without a copy; its header is compared, not parsed.
-                usual = shard.members.sizes[observation] == usual_size
-                if usual:
+                same_size = shard.members.sizes[observation] == usual_size
+                if same_size:
                     there = os.preadv(shard.file.fileno(), [header, flat[i]], shard.members.offsets[observation])
                     if there != usual_size:
                         raise BadSample(f"the file ends {usual_size - there} bytes before the observation does")
-                if not usual or header != usual_header:
+                if not same_size or header != usual_header:
                     out[i] = npy_array(shard.content(observation, usual_size + npy.LONGEST_HEADER), shape)
                 about.append(meta(shard.content(record, LONGEST_META)))
             except BadSample as error:
@@ -278,7 +278,7 @@ def npy_array(data: bytes, shape: tuple[int, int, int]) -> NDArray[np.float16]:
 
 
 def meta(data: bytes) -> Mapping[str, Any]:
-    """What is recorded beside an observation; at least a level, "sigma_n". Equal for many samples, so it is kept."""
+    """The record of an observation; at least a level, "sigma_n". Equal for many samples, so it is kept."""
     return _kept(data) if len(data) <= LONGEST_KEPT else _meta(data)
 
 

@@ -79,7 +79,9 @@ class _Samples:
         reader, warned = self.folder.reader(), set[str]()
         for readable in ReadAhead(self.folder.order, reader, self.skip)(micro_batches):
             for message in set(readable.failed) - warned:
-                tqdm.write(f"warning: {message}; others of its group are read for its samples", file=sys.stderr)
+                tqdm.write(
+                    f"warning: {message}; its samples are replaced by others of its shuffle block", file=sys.stderr
+                )
             warned.update(readable.failed)
             for shard, row in zip(readable.shards.tolist(), readable.rows.tolist(), strict=True):
                 yield reader.sample(shard, row)

@@ -31,17 +31,17 @@ class ShardFolder:
             self._cache = ShardCache(config.shards, _cache_folder(config), int(config.cache_gb * 1e9), config.retries)
 
     def reader(self) -> ShardReader:
-        """A new one; each process needs its own. It keeps two groups open, as one follows the other."""
+        """A new one; each process needs its own. It keeps two shuffle blocks open, as one follows the other."""
         return ShardReader(self.path, self.index, 2 * self.order.group, self._cache, self._verify)
 
     def _check_cache(self, config: DataConfig) -> None:
-        """Two groups are in use when one follows the other."""
+        """Two shuffle blocks are in use when one follows the other."""
         largest = max(shard.bytes for shard in self.index.shards)
         needed = min(2 * self.order.group, len(self.index.shards)) * largest / 1e9
         if needed > config.cache_gb:
             raise UserError(
-                f"data.cache_gb {config.cache_gb:g}: two groups of {self.order.group} shards take {needed:.3g} GB: "
-                "raise it, or lower data.group",
+                f"data.cache_gb {config.cache_gb:g}: two shuffle blocks of {self.order.group} shards take {needed:.3g} "
+                "GB: raise it, or lower data.group",
                 field="data.cache_gb",
                 code="invalid",
             )

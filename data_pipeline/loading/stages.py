@@ -15,7 +15,7 @@ from torch.utils.data import get_worker_info
 from ambient_core.errors import WorkFailed
 from data_pipeline.loading.batch_order import BatchOrder, MicroBatch
 from data_pipeline.loading.config import Layout
-from data_pipeline.loading.order import Group, Int, substitute
+from data_pipeline.loading.order import Int, ShuffleBlock, substitute
 from data_pipeline.loading.reader import BadShard, ShardReader
 
 
@@ -57,19 +57,20 @@ class Readable(NamedTuple):
 
 
 class ReadAhead:
-    """The second stage: asks for the shards of the next group while one is read, and closes those of the group before.
+    """The second stage: asks for the shards of the next shuffle block while one is read, and closes those of the one
+    before.
 
-    skip: puts samples of other shards of the group in the place of those in a shard that cannot be read."""
+    skip: replaces samples of a shard that cannot be read by others of the same shuffle block."""
 
     def __init__(self, order: BatchOrder, reader: ShardReader, skip: bool) -> None:
         self._order, self._reader, self._skip = order, reader, skip
-        self._groups: dict[int, Group] = {}
+        self._blocks: dict[int, ShuffleBlock] = {}
         """That each shape is in."""
         self._bad: dict[tuple[int, int], str] = {}
         """What was wrong with a shard in an epoch; it is tried again in the next."""
 
     def __call__(self, micro_batches: Iterator[MicroBatch]) -> Iterator[Readable]:
-        """Raises WorkFailed for a group without a shard that can be read, under `skip`."""
+        """Raises WorkFailed for a shuffle block without a shard that can be read, under `skip`."""
         wanted: SimpleQueue[int | None] = SimpleQueue()
         Thread(target=self._prefetch, args=(wanted,), daemon=True).start()
         try:
@@ -88,21 +89,21 @@ class ReadAhead:
             self._reader.prefetch(shard)
 
     def _enter(self, micro_batch: MicroBatch, wanted: SimpleQueue[int | None]) -> None:
-        """In another group than before: closes what is done with, and asks for this group and the next."""
-        order, before = self._order.orders[micro_batch.shape], self._groups.get(micro_batch.shape)
-        group = order.group_at(micro_batch.places.first)
-        if group == before:
+        """At the start of a block: closes the shards of earlier ones, and asks for those of this block and the next."""
+        order, before = self._order.orders[micro_batch.shape], self._blocks.get(micro_batch.shape)
+        block = order.block_at(micro_batch.places.first)
+        if block == before:
             return
-        following = order.group_at(group.first + group.samples)
-        for shard in following.shards if before else (*group.shards, *following.shards):
+        following = order.block_at(block.first + block.samples)
+        for shard in following.shards if before else (*block.shards, *following.shards):
             wanted.put(shard)
-        self._groups[micro_batch.shape] = group
-        used = {shard for group in self._groups.values() for shard in group.shards}
+        self._blocks[micro_batch.shape] = block
+        used = {shard for block in self._blocks.values() for shard in block.shards}
         self._reader.release(keep=used)
         self._bad = {shard: why for shard, why in self._bad.items() if shard[1] in used}  # the others are tried again
 
     def _replaced(self, micro_batch: MicroBatch) -> Readable:
-        """With samples of other shards in the place of those in shards that fail: a pure function of the places and of
+        """Replaces samples of shards that fail by those of other shards: a pure function of the places and of
         which shards fail, but for the messages about those that fail for the first time."""
         places, order = micro_batch.places, self._order.orders[micro_batch.shape]
         failed: list[str] = []
@@ -120,10 +121,12 @@ class ReadAhead:
 
         shards, rows = places.shards.copy(), places.rows.copy()
         for i, shard in enumerate(places.shards.tolist()):
-            group = order.group_at(places.first + i)
-            if not usable(group.epoch, shard):
-                instead = substitute(group, shard, partial(usable, group.epoch))
+            block = order.block_at(places.first + i)
+            if not usable(block.epoch, shard):
+                instead = substitute(block, shard, partial(usable, block.epoch))
                 if instead is None:
-                    raise WorkFailed(f"{self._bad[group.epoch, shard]}; and no other shard of its group can be read")
+                    raise WorkFailed(
+                        f"{self._bad[block.epoch, shard]}; and no other shard of its shuffle block can be read"
+                    )
                 shards[i], rows[i] = instead, rows[i] % self._order.counts[instead]
         return Readable(micro_batch, shards, rows, int((shards != places.shards).sum()), tuple(failed))

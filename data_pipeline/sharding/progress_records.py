@@ -1,4 +1,4 @@
-"""Which shards are finished: a record beside each (`shard-000000.json`), merged into the index when all are there."""
+"""Which shards are finished: a record next to each (`shard-000000.json`), merged into the index when all are there."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Record:
 
 
 def write_record(output: str, record: Record) -> None:
-    """Written after the tar: so where there is a record, there is a whole shard."""
+    """Written after the tar: so where there is a record, there is a complete shard."""
     storage.write_atomically(_path(output, record.number), json.dumps(asdict(record)).encode())
 
 
@@ -94,7 +94,7 @@ def recorded(names: Iterable[str]) -> set[int]:
 
 def finished(output: str, wanted: Iterable[int]) -> dict[int, Record]:
     """The records of those shards among the wanted ones that are there, and whose tars are, too."""
-    names, remote = set(names_in(output)), storage.local_path(output) is None  # a put is whole or not there
+    names, remote = set(names_in(output)), storage.local_path(output) is None  # a put is complete or not there
     done: dict[int, Record] = {}
     for number in sorted(recorded(names) & set(wanted)):
         record = read_record(output, number)
@@ -122,7 +122,7 @@ def remove_leftovers(output: str, done: Iterable[int]) -> None:
     """Of a call that was killed: parts of files, and shards without their record."""
     kept = {plan.name_of(number) for number in done}
     for name in names_in(output):
-        if name.startswith(f"{TEXT}/"):  # the text cache goes on with its own
+        if name.startswith(f"{TEXT}/"):  # the text cache has its own
             continue
         if name.endswith(".partial") or (name.startswith("shard-") and name.endswith(".tar") and name not in kept):
             storage.remove(storage.join(output, name))

@@ -1,4 +1,4 @@
-"""From a request to a complete OUTPUT: plans, writes what is missing, merges. Goes on wherever an earlier call
+"""From a request to a complete OUTPUT: plans, writes what is missing, merges. Continues where an earlier call
 ended."""
 
 from __future__ import annotations

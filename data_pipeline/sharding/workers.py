@@ -1,4 +1,4 @@
-"""Writes planned shards, in this process or in several: each is finished whole, whoever is killed when."""
+"""Writes planned shards, in this process or in several: each is complete or absent, even if a process is killed."""
 
 from __future__ import annotations
 

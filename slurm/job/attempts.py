@@ -23,7 +23,7 @@ from slurm.job.environment import Place
 from trainer.checkpoint.progress import steps_done
 
 SHORT = 200
-"""Characters of a crash's message in a decision; the log has it whole."""
+"""Characters of a crash's message in a decision; the log has all of it."""
 
 Outcome = Literal["done", "interrupted", "refused", "failed", "crashed"]
 Follows = Literal["nothing", "another start", "a person"]

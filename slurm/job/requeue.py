@@ -1,7 +1,7 @@
 """`python -m slurm.job.requeue FOLDER CODE`: the last command of a training's batch script, when its ranks have ended.
 
 The script outlives the ranks, however they ended, so this is the one place on SLURM where it is decided whether the
-job goes on.
+job continues.
 """
 
 from __future__ import annotations

@@ -114,8 +114,8 @@ def _tags(at: environment.Place, number: int) -> dict[str, str]:
 
 
 def _newer(attempt: Path) -> Callable[[], bool]:
-    """Tells whether the run was started anew since: SLURM does so with jobs of nodes that it no longer reaches,
-    where the ranks may well go on. The older start leaves."""
+    """Tells whether the run was restarted since: SLURM does so with jobs of nodes that it no longer reaches,
+    where the ranks may still be running. The older start leaves."""
     known, looked = set(os.listdir(attempt.parent)), time.monotonic()
     found = False
 

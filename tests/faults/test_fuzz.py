@@ -20,7 +20,7 @@ from data_pipeline.format.index import NAME
 from tests.conftest import TINY
 from tests.faults.hostile import documented, use_index, use_shards
 from trainer.checkpoint.checkpoints import Checkpoints
-from trainer.checkpoint.resume import newest_whole
+from trainer.checkpoint.resume import newest_intact
 from trainer.checkpoint.retention import CheckpointConfig
 from trainer.config.run_config import load
 from trainer.engine.distributed import Ranks
@@ -181,7 +181,7 @@ def test_a_run(name: str, data: st.DataObject, trained: Path, scratch: Path) -> 
     shutil.copytree(trained, folder)
     (folder / place / name).write_bytes(data.draw(spoilt(content)))
     documented(lambda: restore(folder))
-    documented(lambda: newest_whole(Checkpoints(folder, CheckpointConfig()), ["weights", "optimizer", "ema"], ALONE))
+    documented(lambda: newest_intact(Checkpoints(folder, CheckpointConfig()), ["weights", "optimizer", "ema"], ALONE))
     assert set(scratch.iterdir()) <= {folder, trained, scratch / "index", scratch / "shard"}, "nothing beside it"
 
 

@@ -1,7 +1,7 @@
-"""Checkpoints: safetensors and JSON, whole or absent, for any number of ranks.
+"""Checkpoints: safetensors and JSON, complete or absent, for any number of ranks.
 
 RUN_DIR/checkpoints/step-00000600/   weights, ema, ema-WIDTH, optimizer, pool-R-of-W (.safetensors), state.json
-RUN_DIR/checkpoints/latest           the name of the newest whole one
+RUN_DIR/checkpoints/latest           the name of the newest complete one
 """
 
 from __future__ import annotations
@@ -52,21 +52,21 @@ class _Begun:
 
 
 class Checkpoints:
-    """The checkpoints of one run directory. One is written at a time, beside the work of whoever began it."""
+    """The checkpoints of one run directory. One is written at a time, while training continues."""
 
     def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
         self.folder, self.config = run_dir / "checkpoints", config
         self._begun: _Begun | None = None
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint, or None."""
+        """The newest complete checkpoint, or None."""
         pointer = self.folder / "latest"
         if not pointer.is_file():
             return None
         path = self.folder / (named(pointer) or "nothing")
         if not (path / "state.json").is_file():
             raise UserError(
-                f"{pointer} names {path.name}, which is not there: write into it the name of a folder beside it "
+                f"{pointer} names {path.name}, which is not there: write into it the name of a folder next to it "
                 "that is",
                 field=pointer,
                 code="not_found",

@@ -16,7 +16,7 @@ from trainer.checkpoint.tensors import read_tensors
 from trainer.engine.distributed import Ranks
 
 
-def newest_whole(checkpoints: Checkpoints, names: Iterable[str], ranks: Ranks) -> tuple[Path | None, str | None]:
+def newest_intact(checkpoints: Checkpoints, names: Iterable[str], ranks: Ranks) -> tuple[Path | None, str | None]:
     """That checkpoint, None where there is none yet, and a warning where it is not the newest. A collective.
 
     names: of its files of tensors. Newer ones that are damaged get another name, step-N.torn, and stay. What is newer
@@ -30,7 +30,7 @@ def newest_whole(checkpoints: Checkpoints, names: Iterable[str], ranks: Ranks) -
             failed = error
     if ranks.any(failed is not None):
         raise failed or UserError(
-            f"{checkpoints.folder}: rank 0 found no whole checkpoint", field=checkpoints.folder, code="not_found"
+            f"{checkpoints.folder}: rank 0 found no intact checkpoint", field=checkpoints.folder, code="not_found"
         )
     chosen = int(ranks.max(torch.tensor(chosen, device=ranks.device)))
     return (None if chosen < 0 else checkpoints.path(chosen)), warning
@@ -54,7 +54,7 @@ def _choose(checkpoints: Checkpoints, names: list[str]) -> tuple[int, str | None
         problems.append(problem)
         torn.append(step)
     raise UserError(
-        f"{'; '.join(problems)}; no checkpoint in {checkpoints.folder} is whole: move that folder away to begin anew",
+        f"{'; '.join(problems)}; no checkpoint in {checkpoints.folder} is intact: move that folder away to start again",
         field=checkpoints.folder,
         code="unreadable",
     )
@@ -78,14 +78,14 @@ def _set_aside(checkpoints: Checkpoints, torn: list[int], problems: list[str], s
 
 
 def damage(path: Path, names: list[str]) -> str | None:
-    """Why a checkpoint cannot be resumed from, if it cannot. names: of its files of tensors, beside those of the
-    pool.
+    """Why a checkpoint cannot be resumed from, if it cannot. names: of its files of tensors, in addition to those of
+    the pool.
 
     A file that was cut anywhere, or in which a bit has flipped, is found: each has its checksum."""
     try:
         pools = read_state(path).pools
     except AnotherFormat:
-        return None  # it is whole, and whoever reads it is told
+        return None  # it is intact, and the reader is warned
     except UserError as error:
         return str(error)
     for name in [*names, *(f"pool-{rank:05d}-of-{pools:05d}" for rank in range(pools))]:

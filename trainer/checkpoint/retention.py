@@ -9,15 +9,17 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class BestConfig:
-    """metric: a name in the reports, such as loss/ambient; lower is better."""
+    """metric: name of a logged metric, such as loss/ambient; the lowest mean over the steps before a checkpoint is
+    best."""
 
     metric: str
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """every: steps between checkpoints. keep: how many of the newest to keep. keep_every: those at multiples of it
-    are never deleted. keep_best: nor is the one before which a metric was lowest."""
+    """every: steps between checkpoints. keep: number of newest checkpoints that are kept. keep_every: checkpoints at
+    multiples of this step are kept for ever; null keeps none of them. keep_best: also keeps the checkpoint with the
+    lowest value of a metric."""
 
     every: int = 500
     keep: int = 2

@@ -20,7 +20,7 @@ FORMAT = 3
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where training is. step: optimiser steps done. samples: position in the data. evaluations: network evaluations
+    """Where training is. step: optimizer steps done. samples: position in the data. evaluations: network evaluations
     of samples so far, over all ranks. seconds: time spent training, over all starts. shape: (C, H, W) of an image.
     period: of consistency, once a budget has chosen it. tally: of the metric that checkpoints are judged by.
     loss_scale: of the step to come. usual_loss: of steps without and with consistency, where spikes are looked for.

@@ -47,7 +47,7 @@ def write(tensors: State, path: Path, metadata: dict[str, str] | None = None) ->
 
 
 def write_whole(tensors: State, path: Path, metadata: dict[str, str]) -> None:
-    """Writes a file that is there whole or not at all. Raises OSError or SafetensorError."""
+    """Writes a file that is there complete or not at all. Raises OSError or SafetensorError."""
     with replacing(path, alone=True) as partial:
         write(tensors, partial, metadata)
 

@@ -106,8 +106,9 @@ def _values(hint: Any) -> str:
         return " or ".join(_values(argument) for argument in arguments)
     if origin in (list, tuple):
         inner = [argument for argument in arguments if argument is not ...]
-        return f"list of {_values(inner[0])}" if len(set(inner)) == 1 else "list"
-    return {int: "whole number", float: "number", str: "text", bool: "true, false", types.NoneType: "null"}[hint]
+        each = _values(inner[0])
+        return f"list of {each}{'' if ',' in each else 's'}" if len(set(inner)) == 1 else "list"
+    return {int: "integer", float: "number", str: "text", bool: "true, false", types.NoneType: "null"}[hint]
 
 
 def _choices(hint: Any) -> Iterator[str]:

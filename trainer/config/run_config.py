@@ -1,8 +1,7 @@
 """One YAML file and `key.path=value` overrides make a RunConfig, or one clear line says why not.
 
-The parts of the configuration are frozen dataclasses beside the components that they configure. pydantic checks them,
-here and nowhere else.
-"""
+The parts of the configuration are frozen dataclasses in the files of the components that they configure. pydantic
+checks them, here and nowhere else."""
 
 from __future__ import annotations
 
@@ -50,12 +49,12 @@ AnyModel = Annotated[
 class RunConfig:
     """A training run.
 
-    run_dir: where everything of the run is written; starting again on it resumes from its last checkpoint. steps:
-    optimiser steps. batch_size: samples a step, over all ranks and micro-batches. micro_batch_size: samples a pass on
-    one rank; null takes the rank's whole share. seed: of all that is drawn: order of the data, levels, noise, the
-    network's first weights. threads: CPU threads a rank; null leaves it to torch. prediction: what the network's output
-    means: the noise (eps), the clean image (x0), v (Salimans & Ho 2022) or flow (their difference).
-    """
+    run_dir: the folder of the run. If it has a checkpoint, training resumes from it. steps: number of optimizer steps.
+    batch_size: samples per step, summed over all ranks and micro-batches. micro_batch_size: samples per network pass on
+    one rank; null is the rank's whole share of the batch. seed: seed of everything random: the order of the data, noise
+    levels, noise, and the initial weights. threads: CPU threads per rank; null leaves the choice to torch. prediction:
+    what the network predicts: the noise (eps), the clean image (x0), v (Salimans & Ho 2022), or flow, which is noise
+    minus clean image."""
 
     run_dir: str
     data: DataConfig
@@ -132,7 +131,7 @@ class RunConfig:
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a YAML file, with one level of `base:` (a path beside it), and applies overrides. Raises UserError."""
+    """Reads a YAML file, with one level of `base:` (a path relative to it), and applies overrides. Raises UserError."""
     data = _read(path)
     if (base := data.pop("base", None)) is not None:
         base_data = _read(path.parent / str(base))

@@ -39,11 +39,11 @@ apart."""
 
 @dataclass(frozen=True)
 class AmbientConfig:
-    """boundary_share: the share of samples whose level is drawn close above their sigma_n, log-uniform up to
-    boundary_ratio sigma_n, in the place of `levels`; what is learned there is what consistency carries down.
-    boundary_ratio: how far above sigma_n those levels reach, as a factor. pairs: each noisy image is taken twice,
-    with opposite further noise, for an unbiased estimate of the clean loss that is sharp at sigma_n; 2 network
-    passes a sample."""
+    """boundary_share: share of samples whose noise level is drawn just above their sigma_n: log-uniform from sigma_n to
+    boundary_ratio times sigma_n, instead of from `levels`. Consistency carries what is learned there to the levels
+    below. boundary_ratio: upper end of that range, as a factor on sigma_n. pairs: takes each noisy image twice, with
+    added noise of opposite sign. This gives an unbiased estimate of the clean loss that is accurate near sigma_n, at
+    two network passes per sample."""
 
     boundary_share: float = 0.0
     boundary_ratio: float = 1.5

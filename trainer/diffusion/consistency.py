@@ -21,15 +21,16 @@ DEFAULT_PERIOD = 8
 
 @dataclass(frozen=True)
 class ConsistencyConfig:
-    """weight: of the loss, before it is scaled by the schedule. period, count: consistency at `count` of every
-    `period` steps (8 unless given), spread evenly; the loss is multiplied by period / count. start: the first step
-    that may have it. end: the first that may not any more; null: none. overhead_budget: instead of a period: the
-    share of time that consistency may add to training, such as 0.2. Both kinds of step are then timed in the first
-    steps from `start` on, the period follows, and stays for the rest of the run. batch_size: particles a consistency
-    step, over all ranks; null takes as many as there are samples. steps: reverse steps from a particle to its child;
-    each takes two network passes. ratio: a reverse step goes from level t to about ratio t. gradient: through the
-    denoiser at the lower level only, or at both. where: particles begin below each sample's sigma_n, or everywhere.
-    pool_depth: particles kept for each row of the batch, each at a level of its own."""
+    """weight: weight of the consistency loss, before the schedule's factor period / count. period: the loss is computed
+    at `count` of every `period` steps, spread evenly, and multiplied by period / count; 8 if neither this nor
+    overhead_budget is given. count: how many steps of a period have consistency. overhead_budget: instead of period:
+    the largest share of extra time that consistency may cost, such as 0.2. The first steps from `start` on are timed
+    with and without it; the period is set from these times and then stays. start: first step that may have consistency.
+    end: consistency stops before this step; null: never. batch_size: particles per consistency step, over all ranks;
+    null is batch_size. steps: reverse steps from a particle to its child, of two network passes each. ratio: a reverse
+    step goes from level t to about ratio times t. gradient: low sends the gradient through the denoiser at the lower
+    level only; both through both. where: below starts particles below each sample's sigma_n; everywhere at all levels.
+    pool_depth: particles kept per row of the batch, each at its own level."""
 
     weight: float = 0.03
     period: int | None = None

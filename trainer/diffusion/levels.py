@@ -17,9 +17,9 @@ from trainer.diffusion.process import Process
 
 @dataclass(frozen=True)
 class LogNormal:
-    """ln(sigma) ~ N(mean, std^2) (Karras et al. 2022, table 1), truncated.
+    """ln(sigma) ~ N(mean, std^2) (Karras et al. 2022, table 1), truncated to the levels that a sample may have.
 
-    mean, std: of ln(sigma)."""
+    mean: mean of ln(sigma). std: standard deviation of ln(sigma)."""
 
     mean: float = -1.2
     std: float = 1.2
@@ -44,7 +44,7 @@ class LogNormal:
 
 @dataclass(frozen=True)
 class LogUniform:
-    """ln(sigma) uniform, truncated."""
+    """ln(sigma) is uniform over the levels that a sample may have."""
 
     kind: Literal["log_uniform"] = "log_uniform"
 
@@ -55,7 +55,7 @@ class LogUniform:
 
 @dataclass(frozen=True)
 class UniformTime:
-    """Uniform in the process's own time, as DDPM draws its timesteps, truncated."""
+    """The time of the process is uniform, as in DDPM, over the levels that a sample may have."""
 
     kind: Literal["uniform_time"] = "uniform_time"
 
@@ -151,7 +151,7 @@ class MinSNR:
 class SoftMinSNR:
     """w = SNR gamma / (SNR + gamma), a smooth min-SNR (Crowson et al. 2024, sec. 3.4).
 
-    gamma: what the weight nears at low levels."""
+    gamma: the limit of the weight as sigma goes to 0."""
 
     gamma: float = 4.0
     kind: Literal["soft_min_snr"] = "soft_min_snr"

@@ -37,8 +37,8 @@ class ParticlePool:
     at a level whose logarithm is uniform from sigma_n to sigma_max, so that consistency is asked for everywhere. A
     clean observation (sigma_n at or below sigma_min) has no level below it to fill, and gives none of the first kind.
     Rows are rows of the global batch: a rank holds its own, so the union over ranks does not depend on their number,
-    and a checkpoint can be split anew. Batches of another shape of observations have particles of their own.
-    """
+    and a checkpoint can be split over other ranks. Batches of another shape of observations have particles of their
+    own."""
 
     def __init__(self, rows: int, depth: int, sigma_min: float, sigma_max: float | None = None) -> None:
         self.rows = rows

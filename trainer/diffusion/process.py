@@ -50,12 +50,11 @@ def _check_range(sigma_min: float, sigma_max: float) -> None:
 class VE:
     """Variance exploding (Song et al. 2021; Karras et al. 2022, eq. 7): x_t = x0 + sigma_t z.
 
-    The input is scaled to unit variance for data of standard deviation `sigma_data`. The time is ln(sigma),
-    stretched to [0, 1000], so that the usual sinusoidal embedding resolves it.
+    The network's input is scaled to unit variance for data of standard deviation `sigma_data`. Its time is ln(sigma),
+    scaled to [0, 1000], the range of the sinusoidal embedding.
 
-    sigma_min: the lowest level. sigma_max: the highest, where sampling starts. sigma_data: standard deviation of the
-    clean images.
-    """
+    sigma_min: lowest noise level. sigma_max: highest noise level, where sampling starts. sigma_data: standard deviation
+    of the clean images."""
 
     sigma_min: float = 0.002
     sigma_max: float = 80.0
@@ -86,13 +85,13 @@ def _log_sigma_table(beta_start: float, beta_end: float, steps: int, device: tor
 
 @dataclass(frozen=True)
 class VPTable:
-    """The discrete DDPM of Stable Diffusion and SDXL ("scaled linear" betas), time continuous by interpolation.
+    """The discrete DDPM of Stable Diffusion and SDXL ("scaled linear" betas), with continuous time by interpolation.
 
     Timestep i of the table has sigma = (VP sigma) / (VP alpha); between timesteps ln(sigma) is interpolated linearly,
     as diffusers' Euler scheduler does. SDXL's timesteps 100 / 500 / 800 are VE sigma 0.344 / 1.62 / 5.11.
 
-    beta_start, beta_end, steps: of the table; the defaults are SDXL's.
-    """
+    beta_start: beta of the first timestep; the default is SDXL's. beta_end: beta of the last timestep; the default is
+    SDXL's. steps: timesteps in the table; the default is SDXL's."""
 
     beta_start: float = 0.00085
     beta_end: float = 0.012
@@ -135,8 +134,8 @@ class VPTable:
 class VPCosine:
     """Variance preserving with the cosine schedule of Nichol & Dhariwal 2021 (eq. 17), in continuous time.
 
-    sigma_min: the lowest level. sigma_max: the highest, where sampling starts. offset: the schedule's s, which keeps
-    the first steps from being too small."""
+    sigma_min: lowest noise level. sigma_max: highest noise level, where sampling starts. offset: s of the schedule,
+    which keeps the first steps from being too small."""
 
     sigma_min: float = 0.002
     sigma_max: float = 80.0
@@ -168,7 +167,7 @@ class Flow:
     """Rectified flow (Liu et al. 2023; Stable Diffusion 3, Flux): the network sees (1 - t) x0 + t z, sigma = t / (1 -
     t).
 
-    sigma_min: the lowest level. sigma_max: the highest, where sampling starts."""
+    sigma_min: lowest noise level. sigma_max: highest noise level, where sampling starts."""
 
     sigma_min: float = 0.002
     sigma_max: float = 80.0

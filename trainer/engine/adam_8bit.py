@@ -15,7 +15,7 @@ from ambient_core.errors import UserError, one_line
 
 BLOCK = 256
 AT_ONCE = 2**16
-"""Blocks that are quantised together, which needs memory for a few times their float32."""
+"""Blocks that are quantized together, which needs memory for a few times their float32."""
 MAPS = ("dynamic", "udynamic")
 """bitsandbytes's names of qmap: of the first moment, which has a sign, and of the second."""
 
@@ -49,7 +49,7 @@ def moments(state: dict[str, Any]) -> list[Tensor]:
 
 
 def state_of(optimizer: Any, both: tuple[Tensor, Tensor], steps: int) -> dict[str, Any]:
-    """As the optimiser would have it after `steps` steps, for a parameter of the moments' shape. The inverse of
+    """As the optimizer would have it after `steps` steps, for a parameter of the moments' shape. The inverse of
     `moments` to the last bit, where these have come out of the same blocks."""
     found: dict[str, Any] = {"step": steps}
     for n, (moment, name) in enumerate(zip(both, MAPS, strict=True), 1):
@@ -57,25 +57,25 @@ def state_of(optimizer: Any, both: tuple[Tensor, Tensor], steps: int) -> dict[st
             found[f"state{n}"] = moment
             continue
         qmap = optimizer.name2qmap[name] = optimizer.name2qmap[name].to(moment.device)
-        codes, absmax = quantised(moment, qmap)
+        codes, absmax = quantized(moment, qmap)
         found |= {f"state{n}": codes, f"absmax{n}": absmax, f"qmap{n}": qmap}
     return found
 
 
-def quantised(values: Tensor, qmap: Tensor) -> tuple[Tensor, Tensor]:
+def quantized(values: Tensor, qmap: Tensor) -> tuple[Tensor, Tensor]:
     """Codes, uint8 in the shape of values, and absmax of each block, float32.
 
     qmap ends at 1 but begins at -0.993, so absmax is not the largest value where that is negative; a few are tried for
-    each block, of which one is that by which it was quantised before.
+    each block, of which one is that by which it was quantized before.
     """
     middles = (qmap[1:] + qmap[:-1]) / 2
     blocks = nn.functional.pad(values.flatten(), (0, -values.numel() % BLOCK)).view(-1, BLOCK)
-    parts = [_quantised(part, qmap, middles) for part in blocks.split(AT_ONCE)]
+    parts = [_quantized(part, qmap, middles) for part in blocks.split(AT_ONCE)]
     codes = torch.cat([codes for codes, _ in parts]).flatten()[: values.numel()].view(values.shape)
     return codes, torch.cat([absmax for _, absmax in parts])
 
 
-def _quantised(blocks: Tensor, qmap: Tensor, middles: Tensor) -> tuple[Tensor, Tensor]:
+def _quantized(blocks: Tensor, qmap: Tensor, middles: Tensor) -> tuple[Tensor, Tensor]:
     absmaxes = [blocks.abs().amax(1)]
     if qmap[0] < 0:
         lowest = blocks.amin(1).clamp(max=0) / qmap[0]

@@ -14,18 +14,18 @@ MOST_IN_BUCKET = 500_000_000
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """zero_stage: what DeepSpeed shards over ranks: 0 nothing, 1 the optimiser, 2 and gradients, 3 and parameters.
-    precision: of the network's arithmetic; bf16 and fp16 are by autocast, around float32 weights; fp16 scales the
-    loss, and skips steps that overflow; auto is bf16 where the device multiplies it natively, else fp32 (a CPU
-    that emulates bf16 takes ten times as long). offload_optimizer: Adam's moments and step are the CPU's, at stages
-    1 to 3. offload_parameters: at stage 3 the weights, a frozen base's too, wait in the CPU's memory for their
-    layer's turn. adam: by torch; cpu is DeepSpeed's for offload_optimizer, compiled when first used; 8bit is
-    bitsandbytes's, whose moments take a quarter of the memory. deepspeed: a JSON file of DeepSpeed's settings,
-    merged below these fields; see docs/deepspeed.md. attention: by xformers, or by torch's
-    scaled_dot_product_attention; auto is xformers where a probe on the device finds that it runs, agrees with SDPA
-    and is not slower. compile: the network by torch.compile; the first steps take minutes, and a compiler is needed.
-    deterministic: only algorithms that give the same bits each time, with attention by SDPA; slower on a GPU. On a
-    CPU they always do."""
+    """zero_stage: ZeRO stage: what DeepSpeed shards over the ranks: 0 nothing, 1 the optimizer state, 2 also gradients,
+    3 also parameters. precision: number format of the network's arithmetic. The weights are float32; bf16 and fp16 are
+    by autocast. fp16 scales the loss and skips steps that overflow. auto is bf16 where the device multiplies bf16
+    natively, else fp32 (a CPU that emulates bf16 is ten times slower). offload_optimizer: keeps Adam's state and its
+    step on the CPU; at stages 1 to 3. offload_parameters: keeps the weights in the CPU's memory, a frozen base's too,
+    and loads each layer when it is used; at stage 3. adam: implementation of AdamW: torch; cpu is DeepSpeed's, for
+    offload_optimizer, and is compiled when first used; 8bit is bitsandbytes', whose moments take a quarter of the
+    memory. deepspeed: a JSON file of further DeepSpeed settings, which may not contradict these fields; see
+    docs/deepspeed.md. attention: xformers, or sdpa for torch's scaled_dot_product_attention. auto is xformers if a test
+    on the device shows that it runs, agrees with SDPA and is not slower. compile: runs the network by torch.compile.
+    The first steps take minutes, and a compiler must be installed. deterministic: only algorithms that give the same
+    bits each time, and attention by SDPA. Slower on a GPU; on a CPU training is always deterministic."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Precision = "fp32"
@@ -51,7 +51,7 @@ class EngineConfig:
             raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3, not 0")
         if self.offload_parameters and self.zero_stage < 3:
             raise ValueError(
-                f"offload_parameters needs zero_stage 3, not {self.zero_stage}, which keeps weights whole on the device"
+                f"offload_parameters needs zero_stage 3, not {self.zero_stage}, which keeps all weights on the device"
             )
         if self.adam == "8bit" and self.offload_optimizer:
             raise ValueError(
@@ -68,9 +68,9 @@ class EngineConfig:
 class OptimizerConfig:
     """AdamW.
 
-    lr: the learning rate. betas: of the two moments. eps: beside the root of the second one. weight_decay:
-    decoupled, as AdamW's is. warmup_steps: over which the rate rises linearly. clip: the largest gradient norm, 0
-    for none."""
+    lr: learning rate. betas: decay rates of the two moments. eps: added to the square root of the second moment.
+    weight_decay: decoupled weight decay. warmup_steps: steps over which the learning rate rises linearly from 0. clip:
+    largest norm of the gradient; 0 does not clip."""
 
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)

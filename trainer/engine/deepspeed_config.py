@@ -133,7 +133,7 @@ def _told(config: EngineConfig, optimizer: OptimizerConfig, layout: Layout, prec
         "gradient_accumulation_steps": layout.accumulation,
         "gradient_clipping": optimizer.clip if config.zero_stage else 0.0,
         "zero_optimization": zero,
-        # A plain torch optimiser: DeepSpeed's own would compile for a minute at the first start.
+        # A plain torch optimizer: DeepSpeed's own would compile for a minute at the first start.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "torch_autocast": {

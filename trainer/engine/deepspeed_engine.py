@@ -50,7 +50,7 @@ class Engine:
         settings: dict[str, Any],
     ) -> None:
         """precision: resolved. settings: of trainer.engine.deepspeed_config. Raises UserError for what DeepSpeed
-        refuses, or where the optimiser that was asked for is not here."""
+        refuses, or where the optimizer that was asked for is not here."""
         self.module, self.config, self.optimizer_config, self.precision = module, config, optimizer, precision
         self._named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         trainable = sum(p.numel() for p in self._named.values())
@@ -136,7 +136,7 @@ class Engine:
             self._zero.found_inf = self.left_out.float()
             return
         if not bool(finite):
-            self._forget_gradients()  # the optimiser leaves these weights
+            self._forget_gradients()  # the optimizer leaves these weights
         self._decided(not bool(finite))
 
     def _forget_gradients(self) -> None:
@@ -144,7 +144,7 @@ class Engine:
             p.grad = None
 
     def _average_gradients(self, grads: None = None, elements_per_buffer: int = MOST_IN_BUCKET) -> None:
-        """Over the ranks, in the place of DeepSpeed's, which calls it so."""
+        """Over the ranks, instead of DeepSpeed's; it is called as that one is."""
         for p in self._named.values():
             if p.grad is None:  # the ranks add up one and the same buffers
                 p.grad = torch.zeros_like(p)
@@ -167,7 +167,7 @@ class Engine:
 
     @property
     def fp32_shards(self) -> list[Tensor]:
-        """This rank's float32 share of the trainable weights, as flat or shaped tensors; what the optimiser updates."""
+        """This rank's float32 share of the trainable weights, as flat or shaped tensors; what the optimizer updates."""
         if self.config.zero_stage == 0:
             return [p.data for p in self._named.values()]
         return [t.data for t in self._flat()]
@@ -179,7 +179,7 @@ class Engine:
 
     @contextmanager
     def replaced(self, fp32_shards: list[Tensor]) -> Iterator[None]:
-        """Within it, `weights()` reads these tensors (an average, say) in the place of `fp32_shards`."""
+        """Within it, `weights()` reads these tensors (an average, say) instead of `fp32_shards`."""
         kept = [t.clone() for t in self.fp32_shards]
         for target, value in zip(self.fp32_shards, fp32_shards, strict=True):
             target.copy_(value)
@@ -230,7 +230,7 @@ class Engine:
             deepspeed_private.renew_weights_of_the_module(self._zero)
 
     def _set(self, weights: State) -> None:
-        """Whole weights, into what the optimiser updates; at stages 0 to 2 also into the module."""
+        """Whole weights, into what the optimizer updates; at stages 0 to 2 also into the module."""
         for name, p in self._named.items():
             value = weights[name].to(p.device, torch.float32)
             if self.config.zero_stage:
@@ -243,7 +243,7 @@ class Engine:
         return deepspeed_private.inner_optimizer(self._zero) if self.config.zero_stage else self._zero
 
     def _shares(self) -> list[Tensor]:
-        """What the optimiser has as parameters: the keys of its state, one for each of `fp32_shards`."""
+        """What the optimizer has as parameters: the keys of its state, one for each of `fp32_shards`."""
         return self._flat() if self.config.zero_stage else list(self._named.values())
 
     def _flat(self) -> list[Tensor]:

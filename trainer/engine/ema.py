@@ -1,4 +1,4 @@
-"""Exponential moving averages of the weights, sharded as the optimiser's weights are."""
+"""Exponential moving averages of the weights, sharded as the optimizer's weights are."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ WIDEST = 0.28
 
 @dataclass(frozen=True)
 class SnapshotConfig:
-    """every: steps between snapshots in RUN_DIR/ema/, from which an average of any width can be had afterwards.
-    sigma_rels: widths of the averages that they hold; each is kept beside the one that samples take, unless it is
-    it."""
+    """every: steps between snapshots in RUN_DIR/ema/. From these an average of any width can be made after the
+    training. sigma_rels: widths of the averages in the snapshots. Averages of these widths are tracked in addition to
+    ema.sigma_rel."""
 
     every: int
     sigma_rels: tuple[float, ...] = (0.05, 0.1)
@@ -32,8 +32,10 @@ class SnapshotConfig:
 
 @dataclass(frozen=True)
 class PowerEMA:
-    """The weights of step t count as t^gamma (Karras et al. 2024, sec. 3). sigma_rel: the width of that profile,
-    relative to the training so far, of the average that samples and exports take. snapshots: none by default."""
+    """The weights of step t are averaged in proportion to t^gamma (Karras et al. 2024, sec. 3).
+
+    sigma_rel: width of that profile, relative to the length of the training, of the average that samples and exports
+    use. snapshots: none by default."""
 
     sigma_rel: float = 0.1
     snapshots: SnapshotConfig | None = None
@@ -62,7 +64,7 @@ class PowerEMA:
 
 @dataclass(frozen=True)
 class FixedEMA:
-    """decay: the weight of the average so far, at every step."""
+    """decay: weight of the previous average at each step."""
 
     decay: float
     kind: Literal["fixed"] = "fixed"
@@ -112,6 +114,6 @@ class EMA:
 
     @torch.no_grad()
     def update(self, fp32_shards: list[Tensor], steps: int) -> None:
-        """steps: how many optimiser steps the weights have seen, at least 1."""
+        """steps: how many optimizer steps the weights have seen, at least 1."""
         for name, beta in self.config.betas(steps).items():
             torch._foreach_lerp_(self.averages[name], fp32_shards, 1 - beta)

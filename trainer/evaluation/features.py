@@ -26,7 +26,7 @@ PACKAGED = "efficientnet-lite0"
 
 @dataclass(frozen=True)
 class Extractor:
-    """name: for people; it stands beside every figure, since a distance in one network's features says nothing about
+    """name: for people; it is given with every figure, since a distance in one network's features says nothing about
     one in another's. identity: of its weights. features: images (N, 1 or 3, H, W) in [-1, 1] -> (N, D) float32 on the
     CPU.
     """

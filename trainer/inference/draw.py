@@ -89,8 +89,8 @@ def into_grid(draw: Draw, at_once: int, number: int) -> Tensor:
 def into_folder(draw: Draw, at_once: int, number: int, folder: Path, record: dict[str, Any], ranks: Ranks) -> int:
     """FOLDER/000000.png, 000001.png, ...; those that are there stay. A collective. Returns how many this call drew.
 
-    record: what decides the images; it is written beside them. Raises UserError where they were drawn with another one.
-    """
+    record: what decides the images; it is written next to them. Raises UserError where they were drawn with another
+    one."""
     if ranks.is_main:
         _claim(folder, record)
     ranks.barrier()

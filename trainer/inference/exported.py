@@ -1,4 +1,4 @@
-"""An export, read back: `ambient.json` beside what diffusers loads says which run it is of."""
+"""An export, read back: `ambient.json` next to what diffusers loads says which run it is of."""
 
 from __future__ import annotations
 

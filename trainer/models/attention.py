@@ -32,7 +32,7 @@ CROSS_TOKENS = 77
 
 @dataclass(frozen=True)
 class Probe:
-    """What a forward and a backward pass by xformers gave beside SDPA's. problem: why it cannot be used, or "".
+    """A forward and a backward pass by xformers compared with SDPA's. problem: why it cannot be used, or "".
     difference: the largest to SDPA, relative. ratio: its time over SDPA's; both 0 where it did not run."""
 
     problem: str

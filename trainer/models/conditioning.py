@@ -34,7 +34,7 @@ class Conditioner:
     names: what it takes; none for a model without conditioning. no_caption: the empty caption, as the data have
     captions: an id () or tokens (2, T). fixed: the run's own prompt, likewise, which all images have, if there is one.
     drop: the share of samples whose caption becomes the empty one. Which ones is a function of seed, batch and row, so
-    it is the same on any number of ranks; and a particle keeps the caption, or its absence, that it was initialised
+    it is the same on any number of ranks; and a particle keeps the caption, or its absence, that it was initialized
     with.
     """
 

@@ -17,9 +17,10 @@ from trainer.models.conditioning import Text
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """patch: the side of the squares that become tokens. layers: transformer blocks. heads, head_dim: of attention;
-    their product is the width. activation_checkpointing: keeps less for the backward pass, and computes it again
-    there."""
+    """patch: side of the square patches of pixels that become tokens. layers: number of transformer blocks. heads:
+    attention heads; the width of the network is heads times head_dim. head_dim: channels per attention head.
+    activation_checkpointing: recomputes activations in the backward pass instead of keeping them: less memory, more
+    time."""
 
     patch: int = 2
     layers: int = 6

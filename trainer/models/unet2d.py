@@ -17,10 +17,11 @@ from trainer.models.conditioning import Text
 
 @dataclass(frozen=True)
 class UNet2DConfig:
-    """channels: width of each resolution, the first at full size, each next at half. layers: residual blocks a
-    resolution. attention: at which resolutions (0 is full size) self-attention follows each block; the middle one
-    has it if any has. head_dim: of attention; every width is a multiple of it. norm_groups: of group normalisation;
-    every width is a multiple."""
+    """channels: number of channels at each resolution; the first is full size, each next one half of that. layers:
+    residual blocks per resolution. attention: resolutions with self-attention after each block, where 0 is full size.
+    The middle block has attention if any resolution has. head_dim: channels per attention head; every entry of channels
+    must be a multiple of it. norm_groups: groups of group normalization; every entry of channels must be a multiple of
+    it."""
 
     channels: tuple[int, ...] = (32, 64, 128)
     layers: int = 1

@@ -26,7 +26,7 @@ class Meter:
         self._since = time.perf_counter()
 
     def add(self, kind: str, terms: LossTerms) -> None:
-        """Files each sample's loss under its kind and band, those that are finite. No synchronisation with the
+        """Files each sample's loss under its kind and band, those that are finite. No synchronization with the
         device."""
         if kind not in self._sums:
             self._sums[kind] = torch.zeros(2, len(BANDS), device=self._edges.device)

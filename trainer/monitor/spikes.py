@@ -1,4 +1,4 @@
-"""Steps that must not count: their loss or gradients are not finite, or their loss is a spike."""
+"""Bad steps: their loss or gradients are not finite, or their loss is a spike."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from ambient_core.errors import WorkFailed
 
 WINDOW, WARM_UP = 100, 20
-"""Steps that the usual loss is the mean of, and after how many of them a spike can be told."""
+"""Steps over which the usual loss is averaged, and steps before a loss can be called a spike."""
 
 
 @dataclass(frozen=True)
 class RecoveryConfig:
-    """What to do at a step that must not count.
+    """What to do if the loss or the gradients of a step are not finite, or its loss is a spike.
 
-    spike: a loss so many times the usual one must not count; null looks for none. The usual one is the mean of about
-    the last hundred steps, of those with consistency and of the others apart; the first twenty of a run are let
-    pass. leave_out: how many steps in a row may be skipped whose loss or gradients are not finite, or whose loss is
-    a spike; they move nothing, and are counted. roll_back: how often in a run, where no more may be skipped, to go
-    back to the last checkpoint and on with the samples after those of the step; the next such step stops the run."""
+    spike: a loss larger than this factor times the usual loss is a spike; null does not look for spikes. The usual loss
+    is a running mean over about a hundred steps, kept apart for steps with and without consistency. The first twenty
+    steps of a run are never spikes. leave_out: how many bad steps in a row are skipped. A skipped step changes no
+    weights and is counted. roll_back: how often a run may go back to its last checkpoint, once no more steps may be
+    skipped. It continues with the samples after those of the bad step. After that, the next bad step ends the run."""
 
     spike: float | None = None
     leave_out: int = 0

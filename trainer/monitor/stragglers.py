@@ -13,8 +13,8 @@ import torch
 from trainer.engine.distributed import Ranks
 
 SLOW, WORTH = 2.0, 0.1
-"""A rank is slow that takes SLOW times as long as the middle one of the others, and WORTH of all time longer than
-it."""
+"""A rank is slow if it takes SLOW times the median of the other ranks, and if the difference is above the share WORTH
+of all time."""
 
 LEAST_S = 2.0
 """Seconds that are judged together, at least: a single step may be late by chance."""
@@ -41,7 +41,7 @@ class Pace:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Around forward passes. No synchronisation with the device."""
+        """Around forward passes. No synchronization with the device."""
         if self._ranks.device.type == "cuda":
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
@@ -59,25 +59,25 @@ class Pace:
             self._events[-1][1].synchronize()
             self._computed += sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
         now = time.perf_counter()
-        whole, own = now - self._since, [self._waited, self._computed if self._compares_passes else 0.0]
+        total, own = now - self._since, [self._waited, self._computed if self._compares_passes else 0.0]
         self._events, self._waited, self._computed, self._since = [], 0.0, 0.0, now
         gathered = self._ranks.gather(
-            torch.tensor([*own, whole], dtype=torch.float64, device=self._ranks.device)
+            torch.tensor([*own, total], dtype=torch.float64, device=self._ranks.device)
         ).tolist()
-        by_rank, whole = (
+        by_rank, total = (
             [each[:2] for each in gathered],
             max(each[2] for each in gathered),
         )  # the same on all ranks, who decide alike
-        shares = {"speed/share_waiting_for_data": sum(waited for waited, _ in by_rank) / len(by_rank) / whole}
+        shares = {"speed/share_waiting_for_data": sum(waited for waited, _ in by_rank) / len(by_rank) / total}
         excess = [mine - others for *_, mine, others in compared(by_rank)]
-        shares["speed/share_waiting_for_slowest_rank"] = max(0.0, *excess) / whole if excess else 0.0
-        before, whole = self._judged[0] or [[0.0] * len(KINDS)] * len(by_rank), self._judged[1] + whole
+        shares["speed/share_waiting_for_slowest_rank"] = max(0.0, *excess) / total if excess else 0.0
+        before, total = self._judged[0] or [[0.0] * len(KINDS)] * len(by_rank), self._judged[1] + total
         by_rank = [[a + b for a, b in zip(*both, strict=True)] for both in zip(before, by_rank, strict=True)]
-        self._judged = by_rank, whole
-        if whole < LEAST_S:
+        self._judged = by_rank, total
+        if total < LEAST_S:
             return shares, None
         self._judged = [], 0.0
-        found = slow(by_rank, whole)
+        found = slow(by_rank, total)
         new, self._named = found.keys() - self._named, set(found)
         if not new:
             return shares, None
@@ -92,8 +92,8 @@ class Pace:
 
 
 def compared(by_rank: Sequence[Sequence[float]]) -> Iterator[tuple[int, str, float, float]]:
-    """Rank, kind, its seconds, and those of the middle one of the others; nothing of a rank alone. by_rank: seconds
-    of each kind."""
+    """Rank, kind, its seconds, and the median of the other ranks; nothing of a rank alone. by_rank: seconds of
+    each kind."""
     if len(by_rank) == 1:
         return
     for rank, own in enumerate(by_rank):
@@ -101,13 +101,13 @@ def compared(by_rank: Sequence[Sequence[float]]) -> Iterator[tuple[int, str, flo
             yield rank, name, seconds, median(other[kind] for i, other in enumerate(by_rank) if i != rank)
 
 
-def slow(by_rank: Sequence[Sequence[float]], whole: float) -> dict[int, str]:
-    """What is to be said of each slow rank. whole: seconds in which they did that."""
+def slow(by_rank: Sequence[Sequence[float]], total: float) -> dict[int, str]:
+    """A description of each slow rank. total: seconds in which they did that."""
     found: dict[int, str] = {}
     for rank, name, mine, others in compared(by_rank):
-        if mine > SLOW * others and mine - others > WORTH * whole:
+        if mine > SLOW * others and mine - others > WORTH * total:
             found[rank] = (
-                f"of the last {whole:.3g} s it spent {mine:.3g} s {name}, and the middle one of the others "
+                f"of the last {total:.3g} s it spent {mine:.3g} s {name}, and the median of the other ranks "
                 f"{others:.3g} s"
             )
     return found

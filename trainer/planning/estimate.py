@@ -152,7 +152,7 @@ class Estimate:
     # Arithmetic.
 
     def step_flops(self, consistency: bool) -> float:
-        """Of one optimiser step, over all ranks."""
+        """Of one optimizer step, over all ranks."""
         micro, batch = self.setting.micro, self.config.batch_size
         encoded = captions(self.config, micro, consistency) * (batch // micro)
         return self.flops.of(passes(self.config, batch, consistency)) + self.text.both * encoded
@@ -212,7 +212,7 @@ class Estimate:
 
 
 def _savings(asked: Saving) -> Iterator[Saving]:
-    """As asked, and with more of them; 8 bits and an offloaded optimiser exclude each other."""
+    """As asked, and with more of them; 8 bits and an offloaded optimizer exclude each other."""
     yield asked
     if not asked.eight_bit and not asked.offload_optimizer:
         yield dataclasses.replace(asked, eight_bit=True)

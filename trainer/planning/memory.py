@@ -3,7 +3,7 @@
 P trainable weights are float32, as are Adam's two moments and one average (EMA); further ones are added by the
 estimate. N ranks:
 
-| stage | weights | optimiser and average | gradients |
+| stage | weights | optimizer and average | gradients |
 |---|---|---|---|
 | 0 | P | 3 P | P, made as activations are freed |
 | 1, 2 | P | 4 P / N: with a float32 copy of the share | a buffer of P or 5e8, and 2 P / N at the end |
@@ -11,7 +11,7 @@ estimate. N ranks:
 
 A frozen base is whole on each rank, at stage 3 a share of it. Moments of 8 bits take 2.03 bytes a weight in the place
 of 8 (those that bitsandbytes keeps as float32 are not seen), and no temporary. With offload_optimizer the host has what
-the optimiser has, 6 P / N, one more while it steps, one more to accumulate in; with offload_parameters the share of the
+the optimizer has, 6 P / N, one more while it steps, one more to accumulate in; with offload_parameters the share of the
 weights and of the base, but what is gathered is the device's. fp16 takes what bf16 takes.
 tests/trainer/planning/test_planned_memory.py compares with what runs take.
 """

@@ -67,7 +67,7 @@ class Flops:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes beside weights and state in one micro-batch. forward: at most, up to the end of the passes.
+    """Bytes in addition to weights and state in one micro-batch. forward: at most, up to the end of the passes.
     with_gradients: at most, with the gradients made so far. backward: at most once the first gradient is there,
     without any gradient."""
 

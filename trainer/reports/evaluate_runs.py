@@ -172,7 +172,7 @@ def _line(evaluation: Evaluation) -> str:
 
 
 def _log(run_dir: Path, config: LoggingConfig, evaluation: Evaluation, folder: Path) -> None:
-    """Into the run's own MLflow run, in the place of another evaluation's."""
+    """Into the run's own MLflow run, replacing those of another evaluation."""
     marker = folder.parent / "mlflow.sent"  # names the evaluation that MLflow's figures are of
     if marker.exists() and marker.read_text() == folder.name:
         return

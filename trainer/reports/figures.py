@@ -1,4 +1,4 @@
-"""Pictures of an evaluation. Each is a PNG as bytes, so that it can stand in a file, in a page, and in MLflow."""
+"""Pictures of an evaluation. Each is a PNG as bytes, for a file, a page and MLflow."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ COLUMNS = {
     ),
     "memorization/copies_pixels": ("copies, pixels", "the same by pixels"),
 }
-"""Metrics of the table: how each is headed, and what it says. NAME_error, where there is one, stands behind it."""
+"""Metrics of the table: how each is headed, and what it says. NAME_error, if there is one, is shown after it."""
 
 TEMPLATE = "report.html.jinja"
 
@@ -209,7 +209,7 @@ def _rows(of: dict[str, Evaluation], shown: Sequence[str]) -> list[list[str]]:
 
 
 SIDE_BY_SIDE = 6
-"""Runs that find place beside each other."""
+"""Runs that fit next to each other on the page."""
 
 
 def value(evaluation: Evaluation, name: str) -> str:

@@ -50,7 +50,7 @@ class Evaluation:
 
 
 def write(folder: Path, evaluation: Evaluation, pictures: dict[str, bytes]) -> None:
-    """pictures: their files. evaluation.json is written last, so a folder that has one is whole."""
+    """pictures: their files. evaluation.json is written last, so a folder that has one is complete."""
     for name, data in pictures.items():
         storage.write_atomically(str(folder / name), data)
     text = json.dumps({"format": FORMAT, **asdict(evaluation)}, indent=1)
@@ -58,7 +58,7 @@ def write(folder: Path, evaluation: Evaluation, pictures: dict[str, bytes]) -> N
 
 
 def read(folder: Path) -> Evaluation | None:
-    """None where there is none, or one of another format, which is then made anew. Raises UserError for a damaged
+    """None where there is none, or one of another format, which is then made again. Raises UserError for a damaged
     one."""
     path = folder / NAME
     if not path.is_file():

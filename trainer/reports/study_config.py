@@ -14,7 +14,7 @@ NAME = re.compile(r"[\w.,+=-]+( [\w.,+=-]+)*")
 @dataclass(frozen=True)
 class Method:
     """overrides: of the configuration. data: the one data set that it is trained on, such as the clean images of an
-    oracle, which then stands beside all others; None takes each. seeds: in place of the study's."""
+    oracle, which is then compared with all others; None takes each. seeds: in place of the study's."""
 
     overrides: list[str] = field(default_factory=list[str])
     data: str | None = None

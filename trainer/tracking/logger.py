@@ -110,14 +110,14 @@ class MLflowLogger:
         self._news.set()
 
     def _mend(self) -> list[str]:
-        """The whole lines of the file; a last one that was cut off in the middle is removed."""
+        """The complete lines of the file; a last one that was cut off is removed."""
         if not self._records.is_file():
             return []
         text = self._records.read_text()
-        whole, _, torn = text.rpartition("\n")
-        if torn:
-            self._records.write_text(whole + "\n" if whole else "")
-        return whole.splitlines()
+        complete, _, cut_off = text.rpartition("\n")
+        if cut_off:
+            self._records.write_text(complete + "\n" if complete else "")
+        return complete.splitlines()
 
     # The thread.
 
@@ -145,7 +145,7 @@ class MLflowLogger:
         while True:
             try:
                 return call()
-            except Exception as error:  # whatever the server does, training goes on
+            except Exception as error:  # whatever the server does, training continues
                 first, self._problem = (
                     not self._problem,
                     f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}",

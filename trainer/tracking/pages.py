@@ -19,7 +19,7 @@ QUIET = ("MLFLOW_DISABLE_TELEMETRY=true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=fa
 
 
 def server(database: Path, port: int = PORT) -> str:
-    """A line for a shell. database: the SQLite file that runs beside it log to."""
+    """A line for a shell. database: the SQLite file that runs next to it log to."""
     store = ("--backend-store-uri", f"sqlite:///{database.resolve()}")
     mlflow = str(Path(sys.executable).parent / "mlflow")
     return shlex.join(["env", *QUIET, mlflow, "server", *store, "--workers", "1", "--port", str(port)])

@@ -14,7 +14,7 @@ from ambient_core.errors import UserError
 from ambient_core.parsing import flatten
 from data_pipeline.loading.loader import Loader
 from trainer.checkpoint.checkpoints import Checkpoints, read_pool
-from trainer.checkpoint.resume import newest_whole
+from trainer.checkpoint.resume import newest_intact
 from trainer.checkpoint.state import TrainState, read_state
 from trainer.checkpoint.tensors import read_tensors
 from trainer.config.resume_compatibility import refuse_another_run
@@ -40,7 +40,7 @@ from trainer.training.run import Run
 def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = None) -> Run:
     """Builds a run, new or from its last checkpoint. A collective. Raises UserError for what does not fit together.
 
-    extra_tags: for MLflow, in place of or beside its own."""
+    extra_tags: for MLflow, in place of or in addition to its own."""
     if config.threads:
         torch.set_num_threads(config.threads)
     layout = config.layout(ranks.rank, ranks.world)
@@ -73,11 +73,11 @@ def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = 
     born_up_to = config.process.sigma_max if c and c.where == "everywhere" else None
     pool = ParticlePool(layout.rows // stride, c.pool_depth if c else 1, sigma_min, born_up_to)
     state, ema = TrainState(0, 0, 0, 0.0, shape), EMA(config.ema, engine.fp32_shards)
-    path, torn = newest_whole(checkpoints, ["weights", "optimizer", *ema.averages], ranks)
+    path, damaged = newest_intact(checkpoints, ["weights", "optimizer", *ema.averages], ranks)
     if path is not None:
         state = _load(path, engine, ema, pool, layout.first_row(0) // stride, ranks)
-    if torn:
-        notices["notice.torn_checkpoint"] = torn
+    if damaged:
+        notices["notice.torn_checkpoint"] = damaged
     budget = _budget(c, state)
     _claim(config, settings, directory, ranks)
     return Run(
@@ -143,7 +143,7 @@ def roll_back(run: Run) -> bool:
     here = run.state
     if here.rolled_back >= run.config.recovery.roll_back:
         return False
-    path, _ = newest_whole(run.checkpoints, ["weights", "optimizer", *run.ema.averages], run.ranks)
+    path, _ = newest_intact(run.checkpoints, ["weights", "optimizer", *run.ema.averages], run.ranks)
     if path is None:
         return False
     state = _load(path, run.engine, run.ema, run.pool, run.layout.first_row(0) // run.stride, run.ranks)

@@ -1,4 +1,4 @@
-"""train(): the whole loop."""
+"""train(): the training loop."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
         total=config.steps, initial=before.step, desc=run.directory.name, unit="step", disable=not ranks.is_main
     )
 
-    # On errors, too: they stand on a line of their own, and no worker is left.
+    # On errors, too: the progress bar's line is ended, and no worker is left.
     with _last_checkpoint(run), bar, closing(batches):
         for step in range(before.step, config.steps):
             started, done = time.perf_counter(), step + 1

@@ -57,6 +57,6 @@ class Run:
     state: TrainState
 
     def averaged_weights(self, name: str = "ema") -> State:
-        """The averaged weights, whole; name: of the average. A collective."""
+        """The full averaged weights; name: of the average. A collective."""
         with self.engine.replaced(self.ema.averages[name]):
             return self.engine.weights()

@@ -34,7 +34,7 @@ class Passes:
 def run_passes(
     run: Run, batches: Iterator[Batch], step: int, drawn: int, reports: Reports, spikes: Spikes | None
 ) -> Passes:
-    """Forward and backward passes of the step's micro-batches, and the optimiser's step. drawn: as `step_loss` has
+    """Forward and backward passes of the step's micro-batches, and the optimizer's step. drawn: as `step_loss` has
     it."""
     engine, ranks, last = run.engine, run.ranks, run.layout.accumulation - 1
     finite, scale = torch.ones((), dtype=torch.bool, device=ranks.device), engine.loss_scale

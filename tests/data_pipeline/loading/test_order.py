@@ -40,7 +40,7 @@ def test_a_range_is_its_positions_one_by_one(counts: list[int], group: int, star
     order = Order(counts, 7, group)
     one_by_one = [pairs(order.range(position, 1))[0] for position in range(start, start + length)]
     assert pairs(order.range(start, length)) == one_by_one
-    assert [order.group_at(p).epoch for p in range(start, start + length)] == [
+    assert [order.block_at(p).epoch for p in range(start, start + length)] == [
         p // sum(counts) for p in range(start, start + length)
     ]
 
@@ -135,7 +135,7 @@ def test_resuming_opens_no_more_files_than_a_group_has(
 
 
 def test_the_next_usable_shard_of_the_group_stands_in() -> None:
-    group = Order([4] * 6, 0, 3).group_at(0)
+    group = Order([4] * 6, 0, 3).block_at(0)
     a, b, c = group.shards
     assert substitute(group, a, lambda shard: True) == b
     assert substitute(group, a, lambda shard: shard != b) == c

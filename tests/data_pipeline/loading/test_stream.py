@@ -84,7 +84,7 @@ def test_too_many_open_files_is_not_a_shards_fault(shards: Path, monkeypatch: py
 
 
 def test_a_group_without_a_good_shard_stops_the_run(damaged: Path) -> None:
-    with pytest.raises(WorkFailed, match=r"3000 bytes.*no other shard of its group can be read"):
+    with pytest.raises(WorkFailed, match=r"3000 bytes.*no other shard of its shuffle block can be read"):
         global_keys(DataConfig(str(damaged), workers=0, group=1, on_error="skip"), 1)
 
 

@@ -161,7 +161,7 @@ def test_a_run_with_moments_of_8_bits_that_was_stopped_ends_with_the_same_bits(
     moments = final(tmp_path / "whole", "optimizer")
     largest = max((name for name in moments if name.startswith("exp_avg.")), key=lambda name: moments[name].numel())
     assert moments[largest].numel() > 4096
-    assert len(moments[largest].unique()) < moments[largest].numel() / 2, "they are quantised"
+    assert len(moments[largest].unique()) < moments[largest].numel() / 2, "they are quantized"
 
 
 def test_adam_of_8_bits_without_bitsandbytes_is_one_line(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +174,7 @@ def test_adam_of_8_bits_without_bitsandbytes_is_one_line(train: Train, monkeypat
 
 
 def test_parameters_that_are_offloaded_in_one_process_train_the_same(train: Train, tmp_path: Path) -> None:
-    """Alone, as for a frozen base. Beside the optimiser: see test_ranks.py."""
+    """Alone, as for a frozen base. Beside the optimizer: see test_ranks.py."""
     for name, options in {"whole": [], "off": ["engine.offload_parameters=true"]}.items():
         for steps in ("steps=2", "steps=4"):
             code, output = train(name, "engine.zero_stage=3", steps, *options)

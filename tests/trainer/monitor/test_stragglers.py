@@ -15,9 +15,9 @@ def test_a_rank_is_compared_with_the_middle_one_of_the_others() -> None:
     assert slow([(0.0, 1.0), (0.0, 1.9)], 2.0) == {}, "not twice as long"
     assert slow([(0.0, 0.01), (0.0, 0.1)], 2.0) == {}, "not worth speaking of"
     found = slow([(0.0, 1.0), (0.0, 10.0), (0.0, 1.1), (0.0, 0.9)], 11.0)
-    assert found == {1: "of the last 11 s it spent 10 s computing, and the middle one of the others 1 s"}
+    assert found == {1: "of the last 11 s it spent 10 s computing, and the median of the other ranks 1 s"}
     found = slow([(0.0, 1.0), (3.0, 1.0)], 5.0)
-    assert found == {1: "of the last 5 s it spent 3 s waiting for data, and the middle one of the others 0 s"}
+    assert found == {1: "of the last 5 s it spent 3 s waiting for data, and the median of the other ranks 0 s"}
     assert slow([(3.0, 1.0), (3.0, 1.0), (3.0, 1.0)], 5.0) == {}, "all wait alike"
     assert slow([(0.0, 9.0), (0.0, 1.0), (0.0, 1.0), (0.0, 9.0), (0.0, 1.0)], 10.0).keys() == {0, 3}
 

@@ -1,4 +1,4 @@
-"""The UNet of Stable Diffusion XL, fine-tuned by LoRA or whole: its configuration, and what others ask of it."""
+"""The UNet of Stable Diffusion XL, fine-tuned by LoRA or in full: its configuration, and what others ask of it."""
 
 from __future__ import annotations
 
@@ -30,16 +30,22 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class SDXLConfig:
-    """base: a Stable Diffusion XL pipeline in diffusers' layout, a folder or a hub id.
-    prompt: one text for all images, in place of the shards' captions. null takes the captions.
-    text: cached takes the captions' embeddings from the shards (OUTPUT/text/), and encodes a prompt once, at the start;
-    encoded runs both text encoders on each batch, once for each distinct caption.
-    drop_captions: the share of samples that are shown without their caption (as an empty one), which is what guidance
-    leads away from.
-    lora: adapters on a frozen base; null trains all of the UNet, in float32.
-    base_dtype: of the frozen weights under adapters, which are float32 themselves.
-    activation_checkpointing: keeps less for the backward pass, and computes it again there.
-    """
+    """base: a Stable Diffusion XL pipeline in diffusers' layout: a folder, or a hub id.
+
+    prompt: one prompt for all images, instead of the captions in the shards; null uses the captions.
+
+    text: cached reads the captions' embeddings from the shards (OUTPUT/text/) and encodes a prompt once, at the start;
+    encoded runs both text encoders in training, once per distinct caption of a batch.
+
+    drop_captions: share of samples that get an empty caption, so that classifier-free guidance has an unconditional
+    model.
+
+    lora: adapters on a frozen base; null trains the full UNet, in float32.
+
+    base_dtype: data type of the frozen weights; the adapters are always float32.
+
+    activation_checkpointing: recomputes activations in the backward pass instead of keeping them: less memory, more
+    time."""
 
     base: str
     prompt: str | None = None
@@ -73,7 +79,7 @@ class SDXLConfig:
 class SDXLAdapter(Adapter):
     config: SDXLConfig
     at_once: ClassVar[int] = 4
-    """Latents of 1024 px fill a GPU, and leave room beside training."""
+    """Latents of 1024 px need much of a GPU's memory, which training needs too."""
     takes_prompt: ClassVar[bool] = True
     default_shape: ClassVar[tuple[Shape, str] | None] = (4, 128, 128), "latents of 1024 x 1024 pixels"
 
@@ -158,7 +164,7 @@ class SDXLAdapter(Adapter):
             export.write_pipeline(self.config.base, denoiser.backbone, folder)
 
     def config_of_export(self, folder: Path) -> SDXLConfig:
-        """What was trained whole is a base by itself."""
+        """A UNet that was trained in full is a base by itself."""
         return self.config if self.config.lora else replace(self.config, base=str(folder))
 
     def load_export(self, denoiser: Denoiser, folder: Path) -> None:

@@ -26,13 +26,12 @@ TEXT_LAYERS: dict[Target, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Each layer W of the targets becomes W + (alpha / rank) B A, with A random and B = 0 at the start (Hu et al.
-    2021).
+    """Each target layer W becomes W + (alpha / rank) B A, where A starts random and B starts at 0 (Hu et al. 2021).
 
-    rank: of A and B. alpha: null takes rank, so that the factor is 1. targets: attention (of each kind),
-    feed_forward (of transformer blocks), convolutions (of residual blocks). dora: also trains the length of each
-    column of the sum (Liu et al. 2024), at more time and memory. text_encoders: gives both text encoders adapters,
-    too, on the layers of theirs that the targets name."""
+    rank: rank of the update B A. alpha: scale of the update; null sets it to rank, so that the factor is 1. targets:
+    layers that get adapters: attention (self- and cross-attention), feed_forward (in transformer blocks), convolutions
+    (in residual blocks). dora: also trains the magnitude of each column (DoRA, Liu et al. 2024); needs more time and
+    memory. text_encoders: also gives both text encoders adapters, on their layers of the same targets."""
 
     rank: int = 16
     alpha: float | None = None
