@@ -1,4 +1,4 @@
-"""What every package uses and no package owns: errors, arguments, text formats, paths, storage, batches, seeds.
+"""Code that all packages share: errors, arguments, text formats, paths, storage, batches, seeds, progress bars.
 
-Imports nothing of this project; everything may import it.
+It imports nothing else of this project. Every other package may import it.
 """

@@ -1,4 +1,4 @@
-"""What a loss sees of the data."""
+"""A batch of observations: all that a loss sees of the data."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Conditioning = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Batch:
-    """Observations with their noise levels; no clean image is in it.
+    """Observations with their noise levels, without the clean images behind them.
 
     x_n: (B, *D) float32, `x0 + sigma_n z`, in the units of the shards (images: x0 in [-1, 1]).
     sigma_n: (B,) float32, at least 0; 0 is a clean sample.
-    conditioning: tensors whose first dimension is B, by the name that the backbone expects.
-    keys: the samples' names, for error messages.
+    conditioning: tensors whose first dimension is B, by the names that the backbone expects.
+    keys: the names of the samples, for error messages.
     """
 
     x_n: Tensor
@@ -30,7 +30,7 @@ class Batch:
         return self.x_n.shape[0]
 
     def every(self, stride: int) -> Batch:
-        """The samples 0, stride, 2 stride, ..."""
+        """Returns the samples 0, stride, 2 stride, ..."""
         return Batch(
             self.x_n[::stride],
             self.sigma_n[::stride],

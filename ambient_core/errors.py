@@ -1,4 +1,4 @@
-"""Errors that are answered in one line, and the exit codes of every command."""
+"""Errors that are reported in one line, and the exit codes of all commands."""
 
 from __future__ import annotations
 
@@ -13,39 +13,40 @@ DONE, FAILED, BAD_REQUEST, INTERRUPTED = 0, 1, 2, 75
 """0 done; 1 the work failed; 2 the request was wrong; 75 interrupted with a checkpoint saved: run again to resume."""
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
-"""Of errors that come from a disk, and need no traceback even where they do not say of which file they speak."""
+"""Error numbers of disks and file systems. Such an error needs no traceback, even if it names no file."""
 
 
 class OneLineError(Exception):
     """An error whose message is for the user."""
 
     def __str__(self) -> str:
-        """In one line, and such that any terminal can print it, whatever names of files and values are in it."""
+        """Returns the message in one line. Characters that are not printable (from file names or values) are escaped,
+        so that any terminal can print the line."""
         line = " ".join(super().__str__().splitlines())
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
 Code = Literal[
-    "missing",  # must be given, and is not
-    "unknown",  # a name that is none of those that there are
+    "missing",  # a required value was not given
+    "unknown",  # a name that does not exist
     "invalid",  # a value of the wrong kind, form or range
-    "conflict",  # does not go together with what else was given
-    "mismatch",  # right by itself, but of another size or kind than the data, the model or an earlier call has
-    "not_found",  # a file, a folder, or a part of one, that is not there
-    "unreadable",  # a file that is damaged, or not of its format
+    "conflict",  # cannot be combined with another given value
+    "mismatch",  # valid by itself, but its size or kind differs from that of the data, the model or an earlier call
+    "not_found",  # a file, a folder, or a part of one does not exist
+    "unreadable",  # a file is damaged, or not of the expected format
     "unwritable",
-    "in_use",  # a place that holds something else, or that another process writes
-    "unsupported",  # good, but not what this program can use
-    "dependency",  # a package or a program that is not installed
+    "in_use",  # a path that holds something else, or that another process writes to
+    "unsupported",  # valid, but this program cannot use it
+    "dependency",  # a package or a program is not installed
 ]
-"""What kind of mistake a UserError is."""
+"""The kind of mistake that a UserError reports."""
 
 
 class UserError(OneLineError):
-    """The request cannot be met. The message names the field or file, its value, and what to do, in one line.
+    """The request cannot be carried out. The message names the field or file, its value, and what to do, in one line.
 
     field: what to change: an option such as --sigma, a field such as optimizer.lr, an argument such as SOURCE, or a
-    path. code: the kind of mistake. For programs and tests, which need not read the message."""
+    path. code: the kind of mistake. Programs and tests can use both instead of reading the message."""
 
     def __init__(self, text: str, *, field: str | os.PathLike[str], code: Code) -> None:
         super().__init__(text)
@@ -53,30 +54,32 @@ class UserError(OneLineError):
         self.code: Code = code
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Workers send their errors to the process that waits for them."""
+        """Makes the error picklable: workers send their errors to the process that waits for them."""
         return partial(type(self), field=self.field, code=self.code), self.args
 
 
 class WorkFailed(OneLineError):
-    """The request was right and the work failed, for a reason that one line explains."""
+    """The request was valid, but the work failed, for a reason that one line explains."""
 
 
 def one_line(error: BaseException, most: int | None = None, with_kind: bool = False) -> str:
-    """What somebody else's error says, or, where it says nothing, what it is. most: characters. with_kind: what it
-    is, too."""
+    """Returns the message of any error in one line, or the name of the error's type if the message is empty.
+
+    most: the maximum number of characters of the message. with_kind: put the name of the type before the message."""
     text, kind = " ".join(str(error).split())[:most], type(error).__name__
     return f"{kind}: {text}" if with_kind and text else text or kind
 
 
 def differences(old: Mapping[str, object], new: Mapping[str, object]) -> str:
-    """`seed=0, not 1; size=32, not 64`, of the entries that differ; the first three, and how many more. "" for none."""
+    """Returns a text such as `seed=0, not 1; size=32, not 64`: the first three entries that differ, and the number of
+    the others. Returns "" if none differ."""
     names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    said = [f"{name}={old.get(name)}, not {new.get(name)}" for name in names[:3]]
-    return "; ".join(said) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")
+    parts = [f"{name}={old.get(name)}, not {new.get(name)}" for name in names[:3]]
+    return "; ".join(parts) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def run(main: Callable[[], int]) -> int:
-    """Runs a command's main; errors meant for the user become one line on stderr and an exit code."""
+    """Runs a command's main function and returns the exit code. Errors meant for the user become one line on stderr."""
     try:
         return main()
     except UserError as error:

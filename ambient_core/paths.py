@@ -1,4 +1,4 @@
-"""Where what was fetched is kept for the next time, and files and folders that appear complete or not at all."""
+"""The cache folder for fetched files, and files and folders that appear either complete or not at all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from ambient_core.errors import UserError
 
 
 def cache() -> Path:
-    """AMBIENT_CACHE, or else ~/.cache/ambient-trainer; it is made if need be. Raises UserError where that cannot be."""
+    """Returns the cache folder: AMBIENT_CACHE, otherwise ~/.cache/ambient-trainer. It is created if it does not exist.
+    Raises UserError if it cannot be created."""
     path = Path(os.environ.get("AMBIENT_CACHE") or Path.home() / ".cache" / "ambient-trainer")
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -27,14 +28,14 @@ def cache() -> Path:
 
 
 def is_free(folder: Path) -> bool:
-    """Whether a new folder may take this place: nothing is there, or an empty folder."""
+    """Whether a new folder may be created at this path: the path does not exist, or is an empty folder."""
     return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
 @contextmanager
 def created_whole(folder: Path) -> Iterator[Path]:
-    """A folder to be filled, which becomes `folder` at the end, and vanishes if there was an error. folder: a free
-    place. Raises UserError where one cannot write."""
+    """Yields a temporary folder to be filled. At the end it becomes `folder`; after an error it is removed. folder: a
+    free path, see `is_free`. Raises UserError if it cannot be written."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.")
@@ -51,11 +52,12 @@ def created_whole(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing(path: Path, alone: bool = False) -> Iterator[Path]:
-    """A file to be written next to `path`, which it replaces at the end, when it is on the disk; where nothing was
-    written, or there was an error, `path` stays as it is. Its folder must be there. Raises OSError.
+    """Yields the path of a temporary file to be written next to `path`. At the end it is flushed to the disk and
+    replaces `path`. If nothing was written, or after an error, `path` stays as it is. The folder of `path` must exist.
+    Raises OSError.
 
-    alone: no other process writes the same path at the same time. The name is then always the same, so that what a
-    process left that was killed is overwritten, and does not pile up."""
+    alone: no other process writes the same path at the same time. The temporary file then always has the same name, so
+    that the remains of a killed process are overwritten and do not accumulate."""
     partial = path.with_name(f".{path.name}.partial" if alone else f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
@@ -67,7 +69,7 @@ def replacing(path: Path, alone: bool = False) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Flushes a file to the disk, or which files a folder has."""
+    """Flushes a file to the disk; for a folder, the list of its files."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Progress bars: one that moves on a terminal, and a line now and then in a log file."""
+"""Progress bars: a moving bar on a terminal, and a line every IN_A_LOG seconds in a log file."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 IN_A_LOG = 30.0
-"""Seconds between two lines."""
+"""Seconds between two lines in a log file."""
 
 
 def progress_bar(**settings: Any) -> tqdm[Any]:
-    """tqdm on stderr. settings: tqdm's."""
+    """Returns a tqdm bar on stderr. settings: the arguments of tqdm."""
     if sys.stderr.isatty():
         return tqdm(**settings)
     return tqdm(**settings, file=_Lines(sys.stderr), mininterval=IN_A_LOG, maxinterval=IN_A_LOG)
 
 
 class _Lines:
-    """What tqdm draws over one line becomes a line each time."""
+    """A stream for tqdm on which each update becomes a line of its own, instead of overwriting the last line."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

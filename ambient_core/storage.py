@@ -1,8 +1,8 @@
-"""Files by path or by URL: local ones at the price of `open`, all others through fsspec.
+"""Files by path or by URL. Local files cost no more than `open`; all others are accessed through fsspec.
 
-Every function opens its own connection and keeps nothing, so that it is safe in forked and spawned processes alike. A
-backend that is not installed is a UserError; everything else that goes wrong is an OSError with the path in it
-(`FileNotFoundError` for what is not there), whatever the backend raised."""
+Every function opens its own connection and keeps nothing, so it is safe in forked and in spawned processes. A backend
+that is not installed is a UserError. Every other failure is an OSError with the path in it (`FileNotFoundError` for a
+missing file), whatever the backend raised."""
 
 from __future__ import annotations
 
@@ -19,47 +19,47 @@ from ambient_core.parsing import refuse_password
 
 
 def is_url(path: str) -> bool:
-    """`file://` is a URL, too; see `local_path`."""
+    """Whether the text is a URL. `file://` is a URL, too; see `local_path`."""
     return "://" in path
 
 
 def local_path(path: str) -> Path | None:
-    """The path of a local file, given as a path or as `file://`; None for other URLs."""
+    """Returns the path of a local file, given as a path or as a `file://` URL; None for other URLs."""
     if path.startswith("file://"):
         return Path(path.removeprefix("file://"))
     return None if is_url(path) else Path(path)
 
 
 def join(folder: str, name: str) -> str:
-    """The path or URL of a file in a folder. name: relative, with "/" between its parts."""
+    """Returns the path or URL of a file in a folder. name: relative, with "/" between its parts."""
     return f"{folder.rstrip('/')}/{name}" if is_url(folder) else os.path.join(folder, name)
 
 
 LARGEST = 1 << 31
-"""Bytes that are read at once. A hostile file can be any size: one that is nothing but a hole costs no disk."""
+"""Largest number of bytes that are read at once. A hostile file can have any size: a sparse one takes no disk space."""
 
 
 def read_bytes(path: str, start: int = 0, end: int | None = None) -> bytes:
-    """The bytes of a file, or those from `start` up to `end` (fewer where the file is shorter). Raises OSError with
-    EFBIG for more than LARGEST bytes of a local file."""
+    """Returns the bytes of a file, or those from `start` up to `end` (fewer if the file is shorter). Raises OSError
+    with EFBIG for more than LARGEST bytes of a local file."""
     local = local_path(path)
     if local is not None:
         with local.open("rb") as file:
-            most = os.fstat(file.fileno()).st_size
-            length = max(0, (most if end is None else min(end, most)) - start)
+            size = os.fstat(file.fileno()).st_size
+            length = max(0, (size if end is None else min(end, size)) - start)
             if length > LARGEST:
                 raise OSError(errno.EFBIG, f"more than {LARGEST >> 30} GiB to read at once", path)
             file.seek(start)
             return file.read(length)
     with one_error(path):
         system, name = _system(path)
-        whole = start == 0 and end is None
-        return bytes(system.cat_file(name) if whole else system.cat_file(name, start=start, end=end))
+        everything = start == 0 and end is None
+        return bytes(system.cat_file(name) if everything else system.cat_file(name, start=start, end=end))
 
 
 def open_binary(path: str) -> BinaryIO:
-    """The file, opened for reading; it can be sought; see `one_error`. It belongs to this process: do not share it
-    across a fork."""
+    """Opens a file for reading, and returns it. The file is seekable. For the errors of its reads see `one_error`. It
+    belongs to this process: do not share it across a fork."""
     local = local_path(path)
     if local is not None:
         return local.open("rb")
@@ -87,7 +87,7 @@ def is_folder(path: str) -> bool:
 
 
 def size_of(path: str) -> int:
-    """Bytes in a file."""
+    """Returns the size of a file in bytes."""
     local = local_path(path)
     if local is not None:
         return local.stat().st_size
@@ -97,7 +97,8 @@ def size_of(path: str) -> int:
 
 
 def list_files(folder: str) -> list[str]:
-    """The names of all files below a folder, relative to it, sorted by their parts. Linked folders are not entered."""
+    """Returns the names of all files below a folder, relative to it, sorted by the parts of their paths. Linked folders
+    are not followed."""
     local = local_path(folder)
     if local is not None:
         names = list(_walk(local))
@@ -105,14 +106,14 @@ def list_files(folder: str) -> list[str]:
         with one_error(folder):
             system, root = _system(folder)
             root = root.rstrip("/") + "/"
-            system.invalidate_cache(root)  # others may have written since
+            system.invalidate_cache(root)  # another process may have written files since
             names = [name.removeprefix(root) for name in system.find(root)]
     return sorted(names, key=lambda name: name.split("/"))
 
 
 def write_atomically(path: str, data: bytes) -> None:
-    """Writes a complete file or nothing, in a folder that is made where there is none. Local: a temporary file in the
-    same folder, which replaces the old one when it is on the disk. Remote: one put, which object stores make atomic."""
+    """Writes a complete file or nothing. A missing local folder is created. Local: a temporary file in the same folder
+    is flushed to the disk and then replaces the old file. Remote: one put, which object stores make atomic."""
     local = local_path(path)
     if local is None:
         with one_error(path):
@@ -125,7 +126,7 @@ def write_atomically(path: str, data: bytes) -> None:
 
 
 def put(file: Path, url: str) -> None:
-    """Copies a file of this machine to a URL, in parts: it may be larger than memory."""
+    """Copies a file of this machine to a URL, in parts: the file may be larger than the memory."""
     with one_error(url):
         system, name = _system(url)
         system.makedirs(name.rpartition("/")[0], exist_ok=True)
@@ -140,7 +141,7 @@ def get(url: str, file: Path) -> None:
 
 
 def remove(path: str) -> None:
-    """Removes a file; it may be gone already."""
+    """Removes a file, if it exists."""
     local = local_path(path)
     if local is not None:
         local.unlink(missing_ok=True)
@@ -152,7 +153,7 @@ def remove(path: str) -> None:
 
 
 def _walk(folder: Path) -> Iterator[str]:
-    def refuse(error: OSError) -> None:  # os.walk would pass over a folder that it may not read
+    def refuse(error: OSError) -> None:  # os.walk would skip a folder that it may not read
         raise error
 
     for place, _, files in os.walk(folder, onerror=refuse):
@@ -161,7 +162,8 @@ def _walk(folder: Path) -> Iterator[str]:
 
 
 def _system(url: str) -> tuple[Any, str]:
-    """fsspec's file system, and the name in it. fsspec keeps one for each process: a fork gets a new one."""
+    """Returns fsspec's file system, and the name of the file in it. fsspec keeps one file system for each process: a
+    fork gets a new one."""
     from fsspec.core import url_to_fs
 
     try:
@@ -172,7 +174,7 @@ def _system(url: str) -> tuple[Any, str]:
         system, name = url_to_fs(url)
     except ImportError as error:
         raise UserError(
-            f"{url}: a package is missing, install it by pip: {error}", field=url, code="dependency"
+            f"{url}: a package is missing, install it with pip: {error}", field=url, code="dependency"
         ) from None
     except ValueError as error:
         raise UserError(
@@ -185,8 +187,8 @@ def _system(url: str) -> tuple[Any, str]:
 
 @contextmanager
 def one_error(path: str) -> Iterator[None]:
-    """Makes every error an OSError with the path in it: backends raise errors of their own kinds, and OSErrors without.
-    For reads of a file that `open_binary` gave; the functions here have it."""
+    """Turns every error into an OSError with the path in it: backends raise errors of their own types, and OSErrors
+    without a path. Use it around reads of a file from `open_binary`. The functions of this module use it themselves."""
     try:
         yield
     except (UserError, MemoryError):

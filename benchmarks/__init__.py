@@ -1,1 +1,1 @@
-"""Measurements: each file prints one table. README.md says what each row means."""
+"""Measurements: each file prints one table. README.md explains the rows."""

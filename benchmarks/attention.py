@@ -1,10 +1,10 @@
-"""Time of attention by xformers beside SDPA, and of a network compiled beside as it is; forward and backward.
+"""Times attention by xformers against SDPA, and a compiled network against an uncompiled one; forward and backward.
 
     python -m benchmarks.attention [--px 32]
 
-attention   the probe that `engine.attention: auto` decides by, at SDXL's head dimension and others, in each precision
-compile     a UNet of 1.8 M parameters (32, 64, 96 channels, attention at a quarter), 8 images: milliseconds a pass, the
-            seconds that the first one took, and the largest difference of the output
+attention   the probe by which `engine.attention: auto` decides, at SDXL's head dimension and others, in each precision
+compile     a U-Net of 1.8 M parameters (32, 64, 96 channels, attention at a quarter of the side), 8 images:
+            milliseconds per pass, the seconds of the first pass, and the largest difference of the output
 """
 
 from __future__ import annotations

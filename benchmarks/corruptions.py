@@ -1,6 +1,6 @@
-"""`python -m benchmarks.corruptions`: the figures of docs/corruptions.md, in under a minute.
+"""`python -m benchmarks.corruptions`: computes the results of docs/corruptions.md, in under a minute.
 
-How far each corruption is from additive white noise, and how far scikit-image's estimate is from the truth.
+They say how far each corruption is from additive white noise, and how far scikit-image's estimate is from the truth.
 """
 
 from __future__ import annotations

@@ -1,32 +1,28 @@
-"""How fast the data pipeline reads and writes, beside plain webdataset and mosaicml-streaming.
+"""How fast the data pipeline reads and writes, compared with webdataset and mosaicml-streaming.
 
     python benchmarks/data.py --quick      smaller sets, under 8 minutes; ends with one line of JSON
-    python benchmarks/data.py              the whole: 100,000 images, 5,000 latents, 2,000 pictures
+    python benchmarks/data.py              all: 100,000 images, 5,000 latents, 2,000 pictures
 
-Every reader gets the same samples on the same disk, one background process, and batches of the same size; each is
-measured in turn, five times, and medians are shown. "images" (3 x 32 x 32) and "latents" (4 x 128 x 128) are float16
-arrays for all. "jpeg" (3 x 512 x 512) is JPEG for the peers, who decode it as their users do, and float16 observations
-(16 times the bytes) for ours, as a noisy observation must not be clipped; a fourth row reads our files by plain
-webdataset.
+Every reader gets the same samples on the same disk, one background process, and batches of the same size. The readers
+are measured in turns, five times, and medians are shown. "images" (3 x 32 x 32) and "latents" (4 x 128 x 128) are
+float16 arrays for all readers. "jpeg" (3 x 512 x 512) is JPEG for the peers, which decode it as their users do, and
+float16 observations (16 times the bytes) for ours, because a noisy observation must not be clipped. A fourth row reads
+our files with webdataset.
 
 samples/s      of one background process, after the first batch
-first batch    seconds from nothing to the first batch; resume: the same from the middle of the epoch
-memory         peak of both processes, with what Python and torch take; pages of files that a reader maps count
-over cat       the speed of our reader over `cat *.tar > /dev/null`: from the disk (the files are dropped from the page
-               cache before each), which is what a data set larger than memory does, and from the page cache. Start-up,
-               the
-               time to the first batch from the page cache, is left out of ours
-by shards      how samples/s change with the number of shards, per CPU second too, which a busy machine disturbs less
-flatness       resume at sample 1,000,000,000 over resume at sample 1,000, in 10,000 shards
-               (these sets are small: groups of 4 shards for "over cat" and "by shards", so that each is many groups)
-sharding       `python -m data_pipeline.shard --size 512` of a camera's JPEGs (4000 x 3000) on all cores, over cores x
-one process
-               that only decodes and resizes them with Pillow; start-up is left out on both sides (the difference
-               between
-               many and few). Ours decodes such JPEGs at half their size; over one process that does that, too, the
-               ratio is
-               printed beside it. Of JPEGs that have 512 pixels already it is less: drawing and storing noise costs more
-               than decoding
+first batch    seconds from the start to the first batch; resume: the same from the middle of the epoch
+memory         peak of both processes, including Python and torch, and the pages of files that a reader maps
+over cat       the speed of our reader over that of `cat *.tar > /dev/null`: from the disk (the files are dropped from
+               the page cache before each), as for a data set larger than memory, and from the page cache. The start-up
+               of our reader, its time to the first batch from the page cache, is subtracted
+by shards      how samples/s change with the number of shards; also per CPU second, which a busy machine disturbs less
+flatness       time to resume at sample 1,000,000,000 over time to resume at sample 1,000, in 10,000 shards
+               (these sets are small, so "over cat" and "by shards" use shuffle blocks of 4 shards, to have many)
+sharding       images per second of `python -m data_pipeline.shard --size 512` for camera JPEGs (4000 x 3000) on all
+               cores, over the number of cores times the rate of one process that only decodes and resizes them with
+               Pillow. Start-up is left out of the command (the difference between many images and few). Ours decodes
+               such JPEGs at half their size. The second ratio is over one process that does that too. For JPEGs that
+               have 512 pixels already the ratio is lower: drawing and storing noise costs more than decoding
 """
 
 from __future__ import annotations
@@ -49,8 +45,8 @@ from pathlib import Path
 from typing import Any
 
 if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).parent.parent))  # `python benchmarks/data.py` works, too
-os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of a peer's shared memory, in a process of its own
+    sys.path.insert(0, str(Path(__file__).parent.parent))  # `python benchmarks/data.py` works too
+os.environ.setdefault("PYTHONWARNINGS", "ignore")  # a peer warns about shared memory from another process
 
 import numpy as np
 import torch
@@ -63,18 +59,18 @@ from data_pipeline.inputs.sources import open_source, prepare
 
 ROUNDS = 5
 LONGEST = 10.0
-"""Seconds; a slow reader is stopped after so long."""
+"""Seconds after which a slow reader is stopped."""
 FEW_PICTURES, PIXELS = 20, 512
 
 Row = dict[str, float]
-"""What was measured once."""
+"""The values of one measurement, by name."""
 
 
 def main(argv: list[str] | None = None) -> int:
     def add(p: argparse.ArgumentParser) -> None:
         p.add_argument("--quick", action="store_true", help="fewer samples of the same shapes")
         p.add_argument(
-            "--folder", type=Path, help="where the files are made, and removed again (default: a temporary one)"
+            "--folder", type=Path, help="where the files are made and later removed (default: a temporary folder)"
         )
 
     args = arguments(__doc__, argv, add)
@@ -82,15 +78,15 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="data-benchmark-", dir=args.folder) as temporary:
         folder = Path(temporary)
         sets = {kind.name: reading(folder / kind.name, kind, args.quick) for kind in KINDS}
-        beside_cat = next(part.cat for part in sets.values() if part.cat)
+        over_cat = next(part.cat for part in sets.values() if part.cat)
         scaling, flatness = many(folder, 20_000 if args.quick else 60_000)
         sharded = sharding(folder, *((3, 60) if args.quick else (ROUNDS, 200)))
     rows = [row for part in sets.values() for row in part.rows]
     result = {name: part.ratio for name, part in sets.items()}
-    result |= {"latents_over_cat": beside_cat["disk"], "resume_flatness": flatness, "sharding": sharded["ratio"]}
+    result |= {"latents_over_cat": over_cat["disk"], "resume_flatness": flatness, "sharding": sharded["ratio"]}
     columns = ["set", "reader", "samples/s", "first batch, s", "resume, s", "memory, MB"]
     print(f"\n{table(columns, rows)}\n")
-    print(f"latents over cat: {beside_cat['disk']:.2f} from the disk, {beside_cat['cached']:.2f} from the page cache")
+    print(f"latents over cat: {over_cat['disk']:.2f} from the disk, {over_cat['cached']:.2f} from the page cache")
     by_shards = [[f"{n:,}", *(f"{value:,.0f}" for value in values)] for n, values in scaling.items()]
     print(f"\n{table(['shards', 'samples/s', 'samples per CPU second'], by_shards)}\n")
     print(
@@ -99,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         f"{sharded['ratio']:.2f} and {sharded['over_ours']:.2f} of that on all cores"
     )
     if not args.quick:
-        kept = {"summary": result, "rows": rows, "cat": beside_cat, "scaling": scaling, "sharding": sharded}
+        kept = {"summary": result, "rows": rows, "cat": over_cat, "scaling": scaling, "sharding": sharded}
         print(save("data", kept))
     print(json.dumps({name: round(value, 3) for name, value in result.items()}))
     return 0
@@ -107,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class Part:
-    """What was measured of one kind. ratio: ours over the better peer. cat: of the latents."""
+    """The results of one kind of sample. ratio: ours over the better peer. cat: results of `cat`, only for latents."""
 
     rows: list[list[str]]
     ratio: float
@@ -120,13 +116,13 @@ def reading(folder: Path, kind: Kind, quick: bool) -> Part:
     measured = in_rounds({name: partial(one, READERS[name], files) for name in names})
     best = max(middle(measured[name], "rate") for name in ("webdataset", "mosaicml-streaming"))
     rows = [[f"{kind.name}, {files.samples:,}", name, *cells(measured[name])] for name in names]
-    beside_cat = cat(files) if kind.name == "latents" else None
+    over_cat = cat(files) if kind.name == "latents" else None
     shutil.rmtree(folder)
-    return Part(rows, middle(measured["ours"], "rate") / best, beside_cat)
+    return Part(rows, middle(measured["ours"], "rate") / best, over_cat)
 
 
 def in_rounds(work: dict[str, Callable[[], Row]], rounds: int = ROUNDS) -> dict[str, list[Row]]:
-    """Each in turn, so that whatever else the machine does meets them all."""
+    """Measures all in turns, so that other work of the machine affects all of them."""
     measured: dict[str, list[Row]] = {name: [] for name in work}
     for _ in range(rounds):
         for name, call in work.items():
@@ -149,7 +145,7 @@ def cells(rows: Sequence[Row]) -> list[str]:
 
 
 def one(reader: Reader, files: Files) -> Row:
-    """A pass over the files, and a resume from their middle, each in a process of its own."""
+    """Measures a pass over the files, and a resume from their middle, each in its own process."""
     return {**alone(_pass, reader, files), "resume": alone(_first, reader, files, files.samples // 2)["first"]}
 
 
@@ -162,7 +158,7 @@ def _pass(reader: Reader, files: Files, start: int = 0, samples: int | None = No
     while seen + 2 * batch <= samples and time.perf_counter() - first < LONGEST:
         seen += len(next(batches))
     ended = time.perf_counter()
-    del batches  # ends its background process, whose memory and time are known then
+    del batches  # ends its background process; only then its memory and time are known
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     cpu = sum(usage.ru_utime + usage.ru_stime for usage in used)
     memory = sum(usage.ru_maxrss for usage in used) / 1024
@@ -176,7 +172,7 @@ def _first(reader: Reader, files: Files, start: int) -> Row:
 
 
 def alone(work: Callable[..., Row], *arguments: Any) -> Row:
-    """In a forked process: what it leaves behind ends with it."""
+    """Does the work in a forked process, so that nothing of it remains afterwards."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=lambda: sender.send(work(*arguments)))
@@ -189,7 +185,7 @@ def alone(work: Callable[..., Row], *arguments: Any) -> Row:
 
 
 def cat(files: Files) -> dict[str, float]:
-    """Our bytes a second over cat's, from the disk and from the page cache."""
+    """Returns our bytes per second over those of cat, from the disk and from the page cache."""
     tars = files.tars(files.shards)
     size = sum(os.path.getsize(tar) for tar in tars)
 
@@ -204,7 +200,7 @@ def cat(files: Files) -> dict[str, float]:
     def by_us(dropped: bool) -> Row:
         if dropped:
             drop(tars)
-        return alone(_whole, files)
+        return alone(_one_epoch, files)
 
     measured = in_rounds(
         {
@@ -224,8 +220,8 @@ def cat(files: Files) -> dict[str, float]:
     return {**ratio, **{f"cat, {name}, GB/s": value / 1e9 for name, value in speed.items()}, "start": start}
 
 
-def _whole(files: Files) -> Row:
-    """One epoch."""
+def _one_epoch(files: Files) -> Row:
+    """Measures one epoch of our reader."""
     begun, seen = time.perf_counter(), 0
     for batch in ours_in_small_groups(files, 0):
         seen += len(batch)
@@ -235,7 +231,7 @@ def _whole(files: Files) -> Row:
 
 
 def drop(paths: Sequence[str]) -> None:
-    """Out of the page cache."""
+    """Drops files from the page cache."""
     for path in paths:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -243,8 +239,8 @@ def drop(paths: Sequence[str]) -> None:
 
 
 def many(folder: Path, samples: int) -> tuple[dict[int, tuple[float, float]], float]:
-    """samples/s, and samples per second of processor time, by number of shards, and resume latency at a late sample
-    over that at an early one."""
+    """Returns samples/s and samples per second of processor time, by number of shards; and the time to resume at a late
+    sample over that at an early one."""
     sets = {count: many_shards(folder / f"{count}-shards", count) for count in (10, 100, 1000, 10_000)}
     work: dict[str, Callable[[], Row]] = {
         str(count): partial(alone, _pass, ours_in_small_groups, files, 0, samples) for count, files in sets.items()
@@ -257,7 +253,7 @@ def many(folder: Path, samples: int) -> tuple[dict[int, tuple[float, float]], fl
 
 
 def sharding(folder: Path, rounds: int, count: int) -> dict[str, float]:
-    """count: the images that the shorter of the two calls leaves out."""
+    """Measures sharding. count: the images by which the longer of two calls exceeds the shorter one."""
     source, output = folder / "pictures", folder / "sharded"
     pictures(source, FEW_PICTURES + count)
     cores = len(os.sched_getaffinity(0))
@@ -269,7 +265,7 @@ def sharding(folder: Path, rounds: int, count: int) -> dict[str, float]:
         shutil.rmtree(output, ignore_errors=True)
         command = [*module, str(source), str(output), "--sigma", "0.2", "--size", str(PIXELS), "--limit", str(limit)]
         begun = time.perf_counter()
-        # Small shards, so that there are enough of them for every core.
+        # Small shards, so that there are enough for all cores.
         subprocess.run([*command, "--shard-size", "10", *workers], cwd=root, capture_output=True, check=True)
         return time.perf_counter() - begun
 

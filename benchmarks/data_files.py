@@ -1,4 +1,4 @@
-"""The same samples as shards for plain webdataset and ours, and as MDS files for mosaicml-streaming."""
+"""Writes the same samples as shards, for webdataset and our reader, and as MDS files, for mosaicml-streaming."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from data_pipeline.format.index import Shard, ShardIndex, read_index, write_inde
 
 SIGMA_N = 0.2
 DISTINCT = 64
-"""So many samples differ; the files repeat them, which no reader can profit from."""
+"""Number of different samples. The files repeat them, which gives no reader an advantage."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One row of the issue. jpeg: the peers store JPEG, and decode it as their users do."""
+    """A kind of sample. per_shard: samples per shard. jpeg: the peers store JPEG, and decode it as their users do."""
 
     name: str
     shape: tuple[int, int, int]
@@ -44,8 +44,8 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Files:
-    """shards: float16 observations in tar files with our index. peers: the same for kinds without JPEG; else tar files
-    with JPEG. mds: for mosaicml-streaming."""
+    """The folders of one kind. shards: tar files of float16 observations, with our index. peers: for kinds without JPEG
+    the same folder, else tar files with JPEG. mds: files for mosaicml-streaming."""
 
     kind: Kind
     samples: int
@@ -75,7 +75,7 @@ def make(folder: Path, kind: Kind, samples: int, streaming: Any) -> Files:
 
 
 def many_shards(folder: Path, count: int, real: int = 10, per_shard: int = 500) -> Files:
-    """A folder of `count` shards of small images, of which ten are files and the others hard links to them."""
+    """Makes a folder of `count` shards of small images. `real` of them are files, the others hard links to these."""
     kind = Kind(f"{count} shards", (3, 32, 32), count * per_shard, count * per_shard, per_shard, 50)
     observed = _samples(kind)[1]
     npy = [npy_bytes(x) for x in observed]
@@ -90,8 +90,8 @@ def many_shards(folder: Path, count: int, real: int = 10, per_shard: int = 500) 
 
 
 def pictures(folder: Path, count: int, distinct: int = 4) -> None:
-    """JPEG files of 4000 x 3000 pixels, as a camera writes them. distinct: so many are files, the others links to
-    them."""
+    """Makes JPEG files of 4000 x 3000 pixels, as a camera writes them. distinct: number of real files; the others are
+    hard links to these."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
     for i in range(count):
@@ -119,8 +119,8 @@ def write_shards(folder: Path, kind: Kind, samples: int, members: Iterator[dict[
 
 
 def _samples(kind: Kind) -> tuple[list[NDArray[np.uint8]], list[NDArray[np.float16]]]:
-    """Smooth pictures with some grain, (H, W, 3), so that a JPEG of them is about as large as a photo's; and the noisy
-    observations. Latents are noise alone."""
+    """Returns clean pictures (H, W, 3) and their noisy observations. The pictures are smooth with some grain, so their
+    JPEGs are about as large as those of photos. Latents are only noise, and have no clean pictures."""
     generator = np.random.default_rng(0)
     channels, height, width = kind.shape
     if channels != 3:

@@ -1,7 +1,7 @@
-"""The readers that are compared: each a function from files to float32 batches on the training process's side.
+"""The readers that are compared. Each is a function from files to float32 batches in the training process.
 
-Each has one background process, shuffles shards and samples, and hands over batches of the same size. Where float16 or
-uint8 is cheaper to hand from process to process, all of them do that, and convert to float32 where the batch arrives.
+Each reader has one background process, shuffles shards and samples, and returns batches of the same size. All send
+float16 or uint8 between the processes, which is cheaper, and convert to float32 in the training process.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def ours_in_small_groups(files: Files, start: int) -> Iterator[Tensor]:
 
 
 def webdataset(files: Files, start: int) -> Iterator[Tensor]:
-    """It cannot resume: samples before `start` are read and dropped, before they are decoded."""
+    """webdataset's reader. It cannot resume: samples before `start` are read, and dropped before they are decoded."""
     return _webdataset(files, start, files.peers, files.kind.jpeg)
 
 
@@ -101,16 +101,16 @@ def _decode_jpeg(sample: dict[str, Any]) -> tuple[Any, float, str]:
 
 
 def _float(x: Tensor) -> Tensor:
-    """uint8 (B, H, W, C) to -1..1, float16 as it is."""
+    """Returns float32: uint8 (B, H, W, C) becomes (B, C, H, W) in [-1, 1], float16 keeps its values."""
     return x.permute(0, 3, 1, 2).float().div_(127.5).sub_(1) if x.dtype == torch.uint8 else x.float()
 
 
 def streaming_package() -> Any:
-    """`streaming.base` of mosaicml-streaming.
+    """Returns `streaming.base` of mosaicml-streaming. Installs the package if necessary.
 
-    The package asks for older numpy and transformers than ours, for torchvision and for six clouds' clients, none of
-    which reading local files needs: so it is installed without dependencies into a folder of its own, and only its
-    `base` is imported, as its __init__ imports torchvision.
+    The package requires older versions of numpy and transformers than ours, torchvision, and the clients of six clouds.
+    Reading local files needs none of them. So it is installed without dependencies into a separate folder, and only its
+    `base` is imported, because its __init__ imports torchvision.
     """
     if "streaming" not in sys.modules:
         cache = paths.cache()

@@ -1,12 +1,12 @@
-"""A tracking store to look at: four small runs, trained and evaluated, in MLflow.
+"""Makes an MLflow store to look at: four small runs, trained and evaluated.
 
     python -m benchmarks.demo_store               about five minutes on two cores; resumable
     python -m benchmarks.demo_store --quick       a minute: three runs that learned nothing yet
 
-All are of digits, at sigma_n 0.5 but for the last: the naive model, which takes noisy images for clean; ambient alone;
-ambient with consistency; and one that was overfitted on twenty clean images, which the attacks on memory should find.
-It ends with the command that starts MLflow's server, and with the pages to open. docs/mlflow.md says what is to be seen
-there.
+All runs are on digits, at sigma_n 0.5 except for the last: the naive model, which treats noisy images as clean; ambient
+alone; ambient with consistency; and a model overfitted on twenty clean images, which the memorization attacks should
+detect. At the end the command prints how to start MLflow's server, and the pages to open. docs/mlflow.md explains what
+they show.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ RUNS = ("overfitted", "naive", "ambient-consistency", "ambient-alone")
 
 @dataclass(frozen=True)
 class Size:
-    """side: of the images, in px. steps: of a training; longer: of the overfitted one. samples, attacked, compared,
-    sampling_steps, levels: of an evaluation. runs: which of them."""
+    """side: side of the images in px. steps: optimizer steps of a training. longer: those of the overfitted run.
+    samples, attacked, compared, sampling_steps, levels: settings of the evaluation. runs: the runs to train."""
 
     side: int
     steps: int
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make(folder: Path, size: Size, at_once: int) -> list[Path]:
-    """Trains and evaluates what is not yet; returns the run directories."""
+    """Trains and evaluates the runs that are missing, and returns the run directories."""
     common = (
         f"steps={size.steps}",
         (
@@ -97,7 +97,7 @@ def make(folder: Path, size: Size, at_once: int) -> list[Path]:
 
 
 def evaluate(run_dirs: Sequence[Path], size: Size) -> None:
-    """By the command that users type; what is evaluated already is read back."""
+    """Evaluates the runs by the command that users type. Existing evaluations are read back."""
     words = [
         *map(str, run_dirs),
         "--reference",

@@ -1,11 +1,11 @@
-"""Study 1: how close to the truth, and at what cost, where the truth is known.
+"""Study 1: how close to the truth is each method, and at what cost? For distributions whose truth is known.
 
-    python -m benchmarks.exactness            the whole study; resumable, result and picture are kept
+    python -m benchmarks.exactness            the full study; resumable; saves result and picture
     python -m benchmarks.exactness --quick    one problem, in minutes; ends with one line of JSON
 
-Mixtures of Gaussians, whose denoiser is known in closed form. All methods of one problem and seed are trained in one
-process, in turns of 50 steps, so that their times can be compared. Errors are of h against E[x0 | x_t], in units of
-sigma.
+The distributions are mixtures of Gaussians, whose denoiser is known in closed form. All methods of one problem and seed
+are trained in one process, in turns of 50 steps, so that their times can be compared. Errors are those of h against
+E[x0 | x_t], in units of sigma.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).parent.parent))  # `python benchmarks/exactness.py` works, too
+    sys.path.insert(0, str(Path(__file__).parent.parent))  # `python benchmarks/exactness.py` works too
 
 import torch
 
@@ -49,7 +49,7 @@ def consistency(**fields: Any) -> ConsistencyConfig:
 
 
 PAIRS = AmbientConfig(boundary_share=0.5, pairs=True)
-"""Of a batch of evaluations, half as many observations, each twice, half of them at levels close to sigma_n."""
+"""A batch has half as many observations as evaluations, each used twice; half of them at levels close to sigma_n."""
 ORACLE, AMBIENT = Method("clean oracle", data="clean"), Method("ambient alone")
 
 
@@ -77,14 +77,14 @@ METHODS = [
 NEEDED = [m for m in METHODS if m.name in (ORACLE.name, AMBIENT.name, PUBLISHED.name, EVERY.name, BUDGET)]
 
 Row = dict[str, Any]
-"""What was measured of one method on one problem with one seed."""
+"""The results of one method on one problem with one seed."""
 
 
 def main(argv: list[str] | None = None) -> int:
     def add(p: argparse.ArgumentParser) -> None:
         p.add_argument("--quick", action="store_true", help="one problem, five methods, two seeds")
         p.add_argument("--steps", type=int, help="optimizer steps of each training (default: 3000; 1500 with --quick)")
-        p.add_argument("--jobs", type=int, default=1, help="trainings of other problems at the same time (default: 1)")
+        p.add_argument("--jobs", type=int, default=1, help="processes, each with one problem and seed (default: 1)")
         p.add_argument("--folder", type=Path, default=Path("runs/exactness"), help="where finished parts are kept")
 
     args = arguments(__doc__, argv, add)
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(problem: Problem, methods: Sequence[Method], seed: int, folder: Path | None) -> list[Row]:
-    """Trains all methods on one problem with one seed, or reads what an earlier call left in the folder."""
+    """Trains all methods on one problem with one seed, or reads the result of an earlier call from the folder."""
     kept = folder / f"{problem.name.replace(' ', '_')}-{seed}.json" if folder else None
     if kept and kept.is_file():
         return json.loads(kept.read_text())
@@ -143,13 +143,13 @@ def measure(problem: Problem, methods: Sequence[Method], seed: int, folder: Path
 
 
 def of_length(method: Method, steps: int) -> Method:
-    """Consistency starts after a tenth of the steps, in every method."""
+    """Returns the method with this many steps. Consistency starts after a tenth of the steps."""
     c = method.consistency
     return replace(method, steps=steps, consistency=replace(c, start=steps // 10) if c else None)
 
 
 def report(rows: Sequence[Row], problem: str) -> str:
-    """The table of one problem: mean and standard deviation over seeds."""
+    """Returns the table of one problem: mean and standard deviation over seeds."""
     mine = [row for row in rows if row["problem"] == problem]
     lines: list[list[str]] = []
     for name in dict.fromkeys(row["method"] for row in mine):
@@ -177,9 +177,9 @@ def ambient_seconds(rows: Sequence[Row], seed: int) -> float:
 
 
 def summary(rows: Sequence[Row]) -> dict[str, float]:
-    """A budget of 0.2 against: the time of the ambient loss alone and of the published loop (1 sampler step), and
-    the error below sigma_n of the best every-step method and of the clean oracle. Means of ratios over problems and
-    seeds."""
+    """Returns ratios for a budget of 0.2: its time over that of the ambient loss alone and of the published loop (1
+    sampler step), and its error below sigma_n over that of the best every-step method and of the clean oracle. Each is
+    the mean over problems and seeds."""
     ratios: dict[str, list[float]] = {}
     for key in dict.fromkeys((row["problem"], row["seed"]) for row in rows):
         by = {row["method"]: row for row in rows if (row["problem"], row["seed"]) == key}
@@ -195,7 +195,7 @@ def summary(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def draw(rows: Sequence[Row]) -> Path:
-    """Error below sigma_n against time, for each problem."""
+    """Draws the error below sigma_n against time, for each problem."""
     problems = list(dict.fromkeys(row["problem"] for row in rows))
     figure, axes = pyplot().subplots(
         1, len(problems), figsize=(4 * len(problems), 4), layout="constrained", squeeze=False

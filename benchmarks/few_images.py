@@ -1,13 +1,12 @@
-"""How few images are too few: from 30 to 10,000 noisy images, and what mends it.
+"""How few images are too few? From 30 to 10,000 noisy images, and what helps.
 
-    python -m benchmarks.few_images                       about five hours of a core; resumable, result and picture are
-    kept
+    python -m benchmarks.few_images                       about five hours of one core; resumable
     python -m benchmarks.few_images --sizes 30 300 --steps 400
 
-For each number of images: training on noisy images alone, with a tenth of them clean, and with mirrored images. The
-error is the denoiser's mean squared error at half sigma_n against held-out clean images, at each checkpoint. "stopped
-early" is the checkpoint that a lab without clean images would choose: the one with the lowest loss of pairs on held-out
-NOISY images.
+For each number of images there are three kinds of training: on noisy images only, with a tenth of them clean, and with
+mirrored images. The error is the denoiser's mean squared error at half sigma_n against held-out clean images, at each
+checkpoint. "stopped early" is the checkpoint that a lab without clean images would choose: the one with the lowest loss
+of pairs on held-out NOISY images. The result and a picture are saved.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ SIGMA = 0.5
 def main(argv: list[str] | None = None) -> int:
     def add(p: argparse.ArgumentParser) -> None:
         p.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of images (default: 30 ... 10000)")
-        p.add_argument("--seeds", type=int, default=2, help="trainings of each (default: 2)")
+        p.add_argument("--seeds", type=int, default=2, help="trainings per case (default: 2)")
         p.add_argument("--steps", type=int, default=1500, help="optimizer steps (default: 1500)")
         p.add_argument("--dataset", default="fashion", help="a packaged set of images (default: fashion)")
         p.add_argument(
@@ -91,8 +90,8 @@ def main(argv: list[str] | None = None) -> int:
 
 @torch.no_grad()
 def noisy_loss(denoiser: Denoiser, held_out: torch.Tensor) -> float:
-    """The loss of pairs on noisy versions of held-out images, which needs no clean image: an unbiased estimate of the
-    denoiser's error, at levels from sigma_n to 2 sigma_n."""
+    """Returns the loss of pairs on noisy versions of held-out images, at levels from sigma_n to 2 sigma_n. It needs no
+    clean image, and is an unbiased estimate of the denoiser's error."""
     x_n = held_out + SIGMA * AddressedNoise(1, 0).normal("few.observation", held_out)
     batch = Batch(x_n, torch.full((len(x_n),), SIGMA))
     pairs = AmbientConfig(boundary_share=1.0, boundary_ratio=2.0, pairs=True)
@@ -102,7 +101,7 @@ def noisy_loss(denoiser: Denoiser, held_out: torch.Tensor) -> float:
 
 
 def runs_of(rows: Sequence[dict[str, Any]], size: int, variant: str) -> list[list[dict[str, Any]]]:
-    """The checkpoints of each seed."""
+    """Returns the rows of all checkpoints, for each seed."""
     of = [row for row in rows if row["images"] == size and row["variant"] == variant]
     return [[row for row in of if row["seed"] == seed] for seed in sorted({row["seed"] for row in of})]
 
@@ -125,7 +124,7 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]]) -> Path:
-    """Error against steps, for each number of images, noisy alone."""
+    """Draws the error against steps for each number of images, with one plot per variant."""
     figure, axes = pyplot().subplots(
         1, len(VARIANTS), figsize=(4.5 * len(VARIANTS), 3.8), sharey=True, layout="constrained"
     )

@@ -4,10 +4,11 @@ benchmarks/scale.py.)
     python -m benchmarks.growth            10 minutes; writes benchmarks/results/growth.json
     python -m benchmarks.growth --quick    the smaller half of each row
 
-Times are of the processor. A step is the whole loop's, of the quickstart's U-Net on one thread, consistency every 8th
-step; memory is the most bytes of tensors that were alive at once. A start reads what a run has logged so far, so that
-it logs nothing twice. Ranks are simulated: what one of them does to find its rows, of 8 images each. The exponent is of
-the power law through a row: 1 doubles with each doubling, 0 stays.
+Times are processor times. A step is one of the complete loop, for the quickstart's U-Net on one thread, with
+consistency every 8th step. Memory is the largest number of bytes of tensors that were alive at the same time. A start
+reads what a run has logged so far, to log nothing twice. Ranks are simulated: the time is what one rank needs to find
+its rows, with 8 images per rank. The exponent is that of a power law fitted to the row: with 1 the cost doubles at each
+doubling, with 0 it is constant.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def grown(x: Sequence[int], measures: dict[str, Callable[[int], float]]) -> dict
 
 
 def step(folder: Path, shards: Path, batch: int) -> float:
-    """The middle one of three turns, in ms."""
+    """Returns the time per step in ms: the median of three turns."""
     turns, times = InTurns(_run(folder, shards, batch, 100_000)), list[float]()
     for _ in range(4):
         begun = time.process_time()
@@ -121,19 +122,19 @@ def step(folder: Path, shards: Path, batch: int) -> float:
 
 
 def memory(folder: Path, shards: Path, batch: int) -> float:
-    save_honest, loop.save = loop.save, lambda run: None
+    original_save, loop.save = loop.save, lambda run: None
     try:
         with LiveTensors() as live:
             run = _run(folder, shards, batch, STEPS + 1)
             live.peak = live.live
             loop.train(run, lambda: False)
     finally:
-        loop.save = save_honest
+        loop.save = original_save
     return live.peak / 1e6
 
 
 def of_a_rank(world: int) -> float:
-    """A step's rows of the last rank, among 10^8 samples, in ms."""
+    """Returns the time in ms in which the last rank finds its rows of a step, among 10^8 samples."""
     order = BatchOrder([1000] * 100_000, [0] * 100_000, 8 * world, 0, 16)
     order.micro_batch(0, 8 * (world - 1), 8)
     begun = time.process_time()
@@ -143,7 +144,7 @@ def of_a_rank(world: int) -> float:
 
 
 def start(folder: Path, records: int) -> float:
-    """Of the records of a run, in ms."""
+    """Returns the time in ms of opening and closing the logger of a run with this many records."""
     run_dir = _logged(folder, records).parent
     begun = time.process_time()
     MLflowLogger(LoggingConfig(enabled=False), run_dir, {}, {}).close("KILLED")
@@ -151,7 +152,7 @@ def start(folder: Path, records: int) -> float:
 
 
 def _logged(folder: Path, records: int) -> Path:
-    """metrics.jsonl of a run that has logged so often."""
+    """Returns the metrics.jsonl of a run with this many records."""
     path = folder / f"logged {records}" / "metrics.jsonl"
     if not path.exists():
         path.parent.mkdir()

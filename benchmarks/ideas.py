@@ -1,10 +1,10 @@
-"""What might make a step faster: each idea with what was predicted of it before, timed in turns with what is done now.
+"""What might make a step faster? Each idea, with its predicted ratio, is timed in turns with the present code.
 
     python -m benchmarks.ideas              10 minutes of two idle cores; writes benchmarks/results/ideas.json
     python -m benchmarks.ideas --only fused bf16
 
-One thread, but for "overlap"; the network of `make bench`'s pixel rows, fp32. A ratio is the idea's time over that of
-what is done now: below 1 the idea is faster. What became of each: docs/performance.md.
+One thread, except for "overlap"; the network of `make bench`'s pixel rows, fp32. A ratio is the time of the idea over
+that of the present code: below 1 the idea is faster. docs/performance.md says what became of each.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ EVERY_STEP = "consistency={weight: 0.1, period: 1, start: 0}"
 
 @dataclass(frozen=True)
 class Timed:
-    """what: of the idea; now: of what is done now. predicted: the ratio, before it was measured."""
+    """what: name of the idea. now: name of the present way. predicted: the ratio that was predicted before
+    measuring."""
 
     what: str
     now: str
@@ -60,8 +61,8 @@ class Timed:
 
 def main(argv: list[str] | None = None) -> int:
     def add(p: argparse.ArgumentParser) -> None:
-        p.add_argument("--only", nargs="+", choices=sorted(IDEAS), metavar="IDEA", help=f"of {', '.join(IDEAS)}")
-        p.add_argument("--rounds", type=int, default=15, help="of each pair (default: 15)")
+        p.add_argument("--only", nargs="+", choices=sorted(IDEAS), metavar="IDEA", help=f"ideas, of {', '.join(IDEAS)}")
+        p.add_argument("--rounds", type=int, default=15, help="rounds per pair (default: 15)")
 
     args = arguments(__doc__, argv, add)
     torch.set_num_threads(1)
@@ -88,8 +89,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def layout(_folder: Path, rounds: int) -> list[Timed]:
-    """One pass forward and back of a UNet2DModel for images of three channels."""
-    plain = UNet2D(UNet2DConfig((32, 64, 128), attention=(2,)), 3, 32).model  # of one channel both layouts are the same
+    """Times one forward and backward pass of a UNet2DModel for images of three channels, in several memory layouts."""
+    # Three channels, because with one channel both layouts are the same.
+    plain = UNet2D(UNet2DConfig((32, 64, 128), attention=(2,)), 3, 32).model
     weights = copy.deepcopy(plain).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     x, when = torch.randn(16, 3, 32, 32), torch.rand(16)
     found: list[Timed] = []
@@ -130,7 +132,7 @@ def bf16(folder: Path, rounds: int) -> list[Timed]:
 
 
 class TwoPasses:
-    """The consistency loss with one step, its two children in a pass each."""
+    """The consistency loss with one reverse step, with a separate pass for each of the two children."""
 
     def __init__(self, loss: consistency.ConsistencyLoss) -> None:
         self.loss = loss
@@ -169,8 +171,8 @@ def children(folder: Path, rounds: int) -> list[Timed]:
 
 
 class Fused(Bare):
-    """Both losses from one pass with a gradient: ambient points and both children together, after the parents' pass
-    without one."""
+    """Both losses from one pass with a gradient. It contains the ambient points and both children, after the pass of
+    the parents without a gradient."""
 
     def _loss(self, batch: Batch) -> Tensor:
         run, c, noise = self.run, self.run.config.consistency, self._noise
@@ -212,7 +214,7 @@ def fused(folder: Path, rounds: int) -> list[Timed]:
 
 
 def adamw(folder: Path, rounds: int) -> list[Timed]:
-    """Of the update alone."""
+    """Times only the update."""
     run = pixel_run(folder, digits(folder), "adamw", "consistency=null")
     weights = list(run.denoiser.parameters())
     for weight in weights:
@@ -228,7 +230,7 @@ def adamw(folder: Path, rounds: int) -> list[Timed]:
 
 
 def overlap(folder: Path, rounds: int) -> list[Timed]:
-    """Reading in processes of their own, of the small network and of one that is hardly anything."""
+    """Times reading in a separate process, for the small network and for a network that costs almost nothing."""
     shards, found = digits(folder), list[Timed]()
     hardly = "model={kind: unet2d, channels: [8], layers: 1, attention: [], norm_groups: 8}"
     for name, words, predicted in (("", (), "1.00"), (", a network of one width 8", (hardly,), "0.95")):
@@ -241,7 +243,7 @@ def overlap(folder: Path, rounds: int) -> list[Timed]:
 
 
 def less_often(folder: Path, rounds: int) -> list[Timed]:
-    """As many particles in all."""
+    """Times fewer particles in more steps. The total number of particles is the same."""
     shards = digits(folder)
     names = {"half the particles, every 4th step": "period: 4, batch_size: 8", "all, every 8th": "period: 8"}
     runs = [
@@ -253,8 +255,8 @@ def less_often(folder: Path, rounds: int) -> list[Timed]:
 
 
 def mapped(folder: Path, rounds: int) -> list[Timed]:
-    """Batches of 16 SDXL latents: ours, shuffled, from shards; beside rows of one float16 file that is mapped into
-    memory."""
+    """Times batches of 16 SDXL latents: from shards, shuffled, by our reader; and as rows of one float16 file that is
+    mapped into memory."""
     kind = Kind("latents", (4, 128, 128), 2000, 2000, 250, 16)
     generator = np.random.default_rng(0)
     observed = [npy_bytes(generator.standard_normal(kind.shape).astype(np.float16)) for _ in range(DISTINCT)]
@@ -276,7 +278,7 @@ def mapped(folder: Path, rounds: int) -> list[Timed]:
 
 
 def _against(runs: Sequence[Run], rounds: int) -> Pair:
-    """Whole loops of the idea and of now, in turns; seconds a step."""
+    """Times the complete loops of two runs in turns, in seconds per step. runs: the idea, and the present code."""
     turns = [InTurns(run) for run in runs]
     first, second = turns
     found = paired(lambda: seconds(first) / TURN, lambda: seconds(second) / TURN, rounds)

@@ -1,10 +1,10 @@
-"""Study 4: real images, corrupted; five methods, from the clean oracle to the naive one.
+"""Study 4: real images with added noise; six methods, from the clean oracle to the naive one.
 
     python -m benchmarks.images               Fashion-MNIST at three noise levels and two seeds: two hours; resumable
     python -m benchmarks.images --quick       digits at one level, four methods: about ten minutes on two cores
 
---quick ends with exit code 1 if the methods do not come out in the right order. The whole study keeps its result, and
-draws errors and samples. Errors are mean squared errors of the denoiser against held-out clean images.
+--quick ends with exit code 1 if the errors of the methods are not in the expected order. The full study saves its
+result, and draws errors and samples. Errors are mean squared errors of the denoiser against held-out clean images.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SHARES = (0.2, 0.4, 0.7, 1.0, 1.5, 3.0)
 """Levels at which errors are reported, in units of sigma_n."""
 
 PAIRS = ("ambient.pairs=true", "ambient.boundary_share=0.5", "batch_size=16")
-"""Pairs take two evaluations a sample, so half the batch costs the same."""
+"""Pairs take two evaluations per sample, so half the batch size costs the same."""
 ORACLE = "clean oracle"
 METHODS: dict[str, tuple[str, ...]] = {
     ORACLE: (),
@@ -41,7 +41,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "ours without consistency": PAIRS,
 }
 ONE_SEED = ("every step", "ours without consistency")
-"""Trained with one seed: the first costs too much, the second is there to tell what consistency adds."""
+"""Methods with one seed only: the first costs too much, the second only shows what consistency adds."""
 QUICK = (ORACLE, "naive", "ambient alone", "ours, budget 0.2")
 
 
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         p.add_argument("--quick", action="store_true", help="digits, one level, one seed, four methods, 300 steps")
         p.add_argument("--dataset", help="a packaged set of images (default: fashion; digits with --quick)")
         p.add_argument("--sigmas", type=float, nargs="+", help="noise levels (default: 0.2 0.5 1.0; 0.5 with --quick)")
-        p.add_argument("--seeds", type=int, help="trainings of each (default: 2; 1 with --quick)")
+        p.add_argument("--seeds", type=int, help="trainings per method and level (default: 2; 1 with --quick)")
         p.add_argument("--steps", type=int, help="optimizer steps (default: 600; 300 with --quick)")
         p.add_argument(
             "--samples", type=int, help="images drawn for the feature distance (default: 1000; 0 with --quick)"
@@ -129,7 +129,8 @@ def report(rows: Sequence[dict[str, Any]], sigma: float) -> str:
 
 
 def verdict(rows: Sequence[dict[str, Any]]) -> int:
-    """Whether the directions hold at 0.4 sigma_n: ours below ambient alone, and both of ours and clean below naive."""
+    """Prints whether the errors at 0.4 sigma_n are in the expected order: ours below ambient alone, and both ours and
+    clean below naive. Returns 0 if all are."""
     error = {row["method"]: row["errors"][SHARES.index(0.4)] for row in rows}
     held = {
         "ours below naive": error["ours, budget 0.2"] < error["naive"],
@@ -141,7 +142,7 @@ def verdict(rows: Sequence[dict[str, Any]]) -> int:
 
 
 def draw(rows: Sequence[dict[str, Any]], runs: dict[tuple[str, float, int], Path], dataset: str) -> Path:
-    """Error per level for each noise level of the data, and samples of each method."""
+    """Draws the error per level for each noise level of the data, and samples of each method."""
     sigmas = sorted({row["sigma_n"] for row in rows})
     methods = list(dict.fromkeys(row["method"] for row in rows))
     figure = pyplot().figure(figsize=(5 * len(sigmas), 4.5 + 0.75 * len(methods)), layout="constrained")

@@ -1,12 +1,12 @@
-"""What limits the result on known answers, one factor at a time: the boundary, the weighting, length, pool age, step
-ratio, averaged targets, capacity.
+"""What limits the result if the truth is known? One factor at a time is changed: boundary, weighting, length, pool age,
+step ratio, averaged targets, capacity.
 
     python -m benchmarks.limits                  two problems, three seeds: about two hours on one core; resumable
     python -m benchmarks.limits --problem ring
 
-Every row differs from "ours" (pairs, half of the levels near the boundary, consistency every 8th step) in what its name
-says. Errors are of h against E[x0 | x_t], in units of sigma; `change` is the error below sigma_n against that of
-"ours".
+Every row differs from "ours" (pairs, half of the levels near the boundary, consistency every 8th step) as its name
+says. Errors are those of h against E[x0 | x_t], in units of sigma. `change` compares the error below sigma_n with that
+of "ours".
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def near(share: float, ratio: float = 1.5) -> AmbientConfig:
 
 
 def factors(steps: int) -> dict[str, list[Method]]:
-    """The rows, by what they change. steps: of "ours"."""
+    """Returns the methods, grouped by the factor that they change. steps: optimizer steps of "ours"."""
 
     def ours(name: str, **changes: Any) -> Method:
         changed = replace(OURS, name=name, **{"steps": steps, **changes})
@@ -88,9 +88,9 @@ def factors(steps: int) -> dict[str, list[Method]]:
 
 def main(argv: list[str] | None = None) -> int:
     def add(p: argparse.ArgumentParser) -> None:
-        p.add_argument("--problem", choices=PROBLEMS, help="one of them alone (default: all)")
+        p.add_argument("--problem", choices=PROBLEMS, help="only this problem (default: all)")
         p.add_argument("--steps", type=int, default=3000, help='optimizer steps of "ours" (default: 3000)')
-        p.add_argument("--seeds", type=int, default=3, help="trainings of each (default: 3)")
+        p.add_argument("--seeds", type=int, default=3, help="trainings per method (default: 3)")
         p.add_argument("--folder", type=Path, default=Path("runs/limits"), help="where finished parts are kept")
 
     args = arguments(__doc__, argv, add)

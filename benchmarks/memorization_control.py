@@ -1,13 +1,13 @@
-"""The control of the memorization attacks: a model overfitted on purpose must be caught, one that never saw the images
-must not.
+"""Control experiment for the memorization attacks: they must detect a model that was overfitted on purpose, and must
+not flag one that never saw the images.
 
     python -m benchmarks.memorization_control             three seeds, a table; half an hour on two cores
     python benchmarks/memorization_control.py --quick     one seed; under eight minutes; ends with one line of JSON
 
-The overfitted model is trained on few clean images for long, the other one on many others; the first is attacked with
-its images, the second with images that it never saw, and in both cases others that were held out are treated alike. All
+The overfitted model is trained for long on few clean images, the other model on many images. The first is attacked with
+its own images, the second with images that it never saw. In both cases held-out images are treated alike. All images
 are articles of Fashion-MNIST, at 16 px. AUC: by the larger of the similarities in features and in pixels. The line of
-JSON has, of the two attacks, the lower AUC of the first model, and of the second the one that is farther from 0.5.
+JSON has two AUCs: for the first model the lower one of its two attacks, for the second model the one farther from 0.5.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from trainer.reports.evaluate_run import model_of
 
 SIZE = 16
 FEW, MANY = 20, 10_000
-"""Images that the two models are trained on: the first of the training part."""
+"""Images that each model is trained on: the first ones of the training images."""
 ATTACKS: tuple[Attack, ...] = (Noised(1.0), Masked(0.25))
 OVERFITTED, UNSEEN = "overfitted", "never saw them"
 
@@ -41,14 +41,14 @@ OVERFITTED, UNSEEN = "overfitted", "never saw them"
 def main(argv: list[str] | None = None) -> int:
     def add(p: argparse.ArgumentParser) -> None:
         p.add_argument("--quick", action="store_true", help="one seed")
-        p.add_argument("--seeds", type=int, default=3, help="trainings of each (default: 3)")
+        p.add_argument("--seeds", type=int, default=3, help="trainings per model (default: 3)")
         p.add_argument(
             "--steps",
             type=int,
             default=1500,
-            help="optimizer steps of the overfitted one; the other has a fifth (default: 1500)",
+            help="optimizer steps of the overfitted model; the other has a fifth (default: 1500)",
         )
-        p.add_argument("--number", type=int, default=500, help="images that the other is attacked with (default: 500)")
+        p.add_argument("--number", type=int, default=500, help="images to attack the other model with (default: 500)")
         p.add_argument("--at-once", type=int, default=2, help="trainings at the same time (default: 2)")
         p.add_argument("--folder", type=Path, default=Path("runs/memorization"), help="where runs are kept")
 
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def after(source: Source, first: int) -> Source:
-    """The pictures of a source from one on."""
+    """Returns a source without its first `first` pictures."""
     return Source(source.keys[first:], lambda i: source.read(i + first))
 
 

@@ -1,4 +1,4 @@
-"""Distributions whose denoiser is known in closed form."""
+"""Distributions with a denoiser that is known in closed form."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Mixture:
 
 
 def ring() -> Mixture:
-    """Eight Gaussians of standard deviation 0.1 on the unit circle, in 2-D float32: apart, and wide enough that a small
-    network learns them in 3000 steps."""
+    """Eight Gaussians of standard deviation 0.1 on the unit circle, in 2-D, float32. They are separate, and wide enough
+    for a small network to learn them in 3000 steps."""
     angle = torch.arange(8) * (2 * math.pi / 8)
     return Mixture(torch.stack([angle.cos(), angle.sin()], 1), torch.full((8,), 0.1), torch.full((8,), 1 / 8))
 

@@ -1,9 +1,10 @@
 """Consistency as the paper's published training script does it at every step, for comparison.
 
-Written anew from the paper and from what that script computes, in its own variance-preserving coordinates. From the
-observation at its own level (or from the ambient loss's point) one or more sampler steps, each with its own network
-pass at the point it starts from, down to a time drawn uniformly; twice; the pass at the first point is computed again.
-Passes beside the ambient one: 3 with one sampler step, 6 with two.
+Reimplemented from the paper and from what that script computes, in its variance-preserving coordinates. It takes one or
+more sampler steps from the observation at its own level (or from the point of the ambient loss), down to a time drawn
+uniformly. Each step has its own network pass at its starting point. This is done twice; the pass at the first point is
+repeated if there are several sampler steps. Passes in addition to the ambient one: 3 with one sampler step, 6 with
+two.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from trainer.diffusion.tensors import expand
 
 @dataclass(frozen=True)
 class OfficialConsistency:
-    """sampler_steps: as its --num_consistency_steps. The first point and the sampler have a gradient, too, as with
-    its --with_grad. Differences of time are uniform over all that lies below sigma_n, its default."""
+    """sampler_steps: its --num_consistency_steps. The first point and the sampler have a gradient too, as with its
+    --with_grad. Differences of time are uniform over all times below that of sigma_n, which is its default."""
 
     sampler_steps: int = 1
 
@@ -42,7 +43,7 @@ class OfficialConsistency:
             x, sigma_t, h = batch.x_n, batch.sigma_n, x_0
             for i, time in enumerate(times):
                 if i > 0 or (child == 1 and self.sampler_steps > 1):
-                    h = denoiser(x, sigma_t, {})  # its first pass of the second roll-out repeats the one above
+                    h = denoiser(x, sigma_t, {})  # the first pass of the second roll-out repeats the one above
                 sigma_s = process.sigma(time).clamp(min=process.sigma_min)
                 x = _ancestral(x, h, sigma_t, sigma_s, noise.normal("", x))
                 sigma_t = sigma_s
@@ -52,7 +53,7 @@ class OfficialConsistency:
 
 
 def _ancestral(x_t: Tensor, x_0: Tensor, sigma_t: Tensor, sigma_s: Tensor, z: Tensor) -> Tensor:
-    """DDPM's step in variance-preserving form: alpha_s x_0 + sqrt(var_s - fresh^2) eps + fresh z."""
+    """Returns DDPM's step in variance-preserving form: alpha_s x_0 + sqrt(var_s - fresh^2) eps + fresh z."""
     var_t, var_s = (expand(s.square() / (1 + s.square()), x_t) for s in (sigma_t, sigma_s))
     vp_t = (1 - var_t).sqrt() * x_t
     eps = (vp_t - (1 - var_t).sqrt() * x_0) / var_t.sqrt()

@@ -1,4 +1,5 @@
-"""What every benchmark prints: a table in Markdown, a mean with its spread; and where results are kept."""
+"""Functions that all benchmarks share: their arguments, tables in Markdown, means with their spread, and the files of
+results."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ PICTURES = Path(__file__).parent.parent / "docs" / "studies"
 def arguments(
     doc: str | None, argv: list[str] | None, add: Callable[[argparse.ArgumentParser], None] | None = None
 ) -> argparse.Namespace:
-    """A parser whose help is the module's docstring."""
+    """Parses the arguments. doc: the docstring of the module, which is the text of --help."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if add:
         add(parser)
@@ -28,7 +29,7 @@ def arguments(
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown, padded so that it can be read as it is."""
+    """Returns a table in Markdown, with padded columns so that it is readable as plain text."""
     lines = [list(columns), *(list(row) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     text = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines]
@@ -36,13 +37,13 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
-    """Mean and standard deviation over seeds."""
+    """Returns mean and standard deviation over seeds, as text."""
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def save(name: str, result: dict[str, Any]) -> Path:
-    """Keeps a result with its command, machine and date, in benchmarks/results/NAME.json."""
+    """Writes a result with its command, machine and date to benchmarks/results/NAME.json."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     script = Path(sys.argv[0])
@@ -54,7 +55,7 @@ def save(name: str, result: dict[str, Any]) -> Path:
 
 
 def pyplot() -> Any:
-    """matplotlib without a window."""
+    """Returns matplotlib's pyplot, set to draw without a window."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -1,19 +1,19 @@
-"""What a million shards and 1,024 ranks cost: order and index measured, every sample counted, traffic counted, scaling
-predicted.
+"""What a million shards and 1,024 ranks cost: order and index are measured, every sample and the traffic are counted,
+and scaling is predicted.
 
     python -m benchmarks.scale            10 minutes; writes benchmarks/results/scale.json
     python -m benchmarks.scale --quick    a hundredth of the shards, no prediction; a minute
 
-order      by shards of 1,000 samples each, in seconds of the processor: index.json, its time to be read and checked,
-the time to build the order, to the first
-           batch at a random place of the run (which permutes an epoch), and to one after another; of one rank of 1,024
-every      all positions of an epoch, drawn as 1,024 ranks draw them: how often each sample came
-           (batches of which all ranks' rows were compared with the whole; then the whole with a list of all samples)
-traffic    what ranks tell one another beside gradients: collectives and bytes a step, and a report
-scaling    predicted, from the planner's arithmetic and traffic. Each rank keeps its rows as ranks are added. "apart":
-passes, then
-           traffic; "overlapped": the longer of both. Links: the device's own within a node of 8, INFINIBAND between
-           nodes.
+order      by number of shards, with 1,000 samples each, in processor time: the size of index.json; the time to read and
+           check it; the time to build the order; then, for one rank of 1,024, the time to the first batch at a random
+           position of the run (which permutes an epoch), and to each next batch
+every      all positions of an epoch, drawn as 1,024 ranks draw them: how often each sample came. In some batches the
+           rows of all ranks are compared with the global batch. All batches together are compared with a list of all
+           samples
+traffic    what ranks send one another in addition to gradients: collectives and bytes per step and per report
+scaling    predicted from the planner's arithmetic and traffic. Each rank keeps its number of rows as ranks are added.
+           "apart": passes, then traffic; "overlapped": the longer of both. Links: that of the device within a node of
+           8, INFINIBAND between nodes
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ from trainer.engine.distributed import Ranks
 ROOT = Path(__file__).parent.parent
 RANKS, BATCH, SAMPLES = 1024, 8192, 1000
 NODE, INFINIBAND, HOP_S = 8, 50e9, 5e-6
-"""Ranks in a node; bytes a second each way, 400 Gb/s a device as in NVIDIA's DGX H100; a message's time to a
-neighbour."""
+"""Ranks in a node; bytes per second in each direction, 400 Gb/s per device as in NVIDIA's DGX H100; the time of a
+message to a neighbour."""
 MFU = 0.4
 
 
 def main(argv: list[str] | None = None) -> int:
     def add(p: argparse.ArgumentParser) -> None:
-        p.add_argument("--quick", action="store_true", help="a hundredth of the shards, and no prediction")
+        p.add_argument("--quick", action="store_true", help="a hundredth of the shards, no prediction")
 
     args = arguments(__doc__, argv, add)
     torch.set_num_threads(1)
@@ -71,14 +71,14 @@ def main(argv: list[str] | None = None) -> int:
         f"\n{counted['samples']:,} samples in {counted['shards']:,} shards, {RANKS} ranks: "
         f"{json.dumps(counted['times'])} (times: samples), {counted['compared']} batches compared"
     )
-    told = traffic()
+    sent = traffic()
     print(
         "\n"
         + table(
-            ["", "collectives", "bytes"], [[name, f"{calls:g}", f"{size:g}"] for name, (calls, size) in told.items()]
+            ["", "collectives", "bytes"], [[name, f"{calls:g}", f"{size:g}"] for name, (calls, size) in sent.items()]
         )
     )
-    result: dict[str, Any] = {"order": orders, "grows": grows, "every": counted, "traffic": told}
+    result: dict[str, Any] = {"order": orders, "grows": grows, "every": counted, "traffic": sent}
     if not args.quick:
         result["scaling"] = scaling()
         print(
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def order(shards: int) -> dict[str, float]:
-    """Seconds, and MB of memory that stay."""
+    """Measures index and order of this many shards: sizes, times, and the MB of memory that they keep."""
     process = psutil.Process()
     with tempfile.TemporaryDirectory() as folder:
         some = tuple(Shard(f"shard-{i:07d}.tar", SAMPLES, 10**6, f"{i:064x}") for i in range(shards))
@@ -123,8 +123,8 @@ def order(shards: int) -> dict[str, float]:
 
 
 def every(shards: int, samples: int) -> dict[str, Any]:
-    """One epoch: how many samples came how often. The whole is read in stretches, ranks' rows in some of its
-    batches."""
+    """Counts how many samples came how often in one epoch. All global batches are read, and in some of them also the
+    rows of each rank."""
     made = BatchOrder([samples] * shards, [0] * shards, BATCH, 0, 16)
     total, rows = shards * samples, BATCH // RANKS
     seen = np.zeros(total, np.uint8)
@@ -141,14 +141,14 @@ def every(shards: int, samples: int) -> dict[str, Any]:
         np.add.at(seen, places.shards * samples + places.rows, 1)
     rest = made.micro_batch(
         steps, 0, total - steps * BATCH
-    ).places  # the epoch's last, of a batch that goes on in the next
+    ).places  # the last ones of the epoch, in a batch that continues in the next epoch
     np.add.at(seen, rest.shards * samples + rest.rows, 1)
     times = {str(n): int(count) for n, count in enumerate(np.bincount(seen)) if count}
     return {"shards": shards, "samples": total, "times": times, "compared": len(compared)}
 
 
 def traffic() -> dict[str, tuple[float, float]]:
-    """Counted in a run of the tiny configuration: what goes through Ranks, as calls and bytes that a rank gives."""
+    """Counts what goes through Ranks in a run of the tiny configuration: calls, and bytes that a rank passes."""
     from data_pipeline.corruption.corruption import Gaussian
     from data_pipeline.shard import shard
     from trainer.config.run_config import load
@@ -158,13 +158,13 @@ def traffic() -> dict[str, tuple[float, float]]:
     calls, sizes, steps = Counter[str](), Counter[str](), 12
 
     def counted(name: str) -> Any:
-        honest: Callable[..., Any] = getattr(Ranks, name)
+        original: Callable[..., Any] = getattr(Ranks, name)
 
         def call(self: Ranks, values: torch.Tensor) -> torch.Tensor:
             kind = "a report" if inside else "a step"
             calls[kind] += 1
             sizes[kind] += values.numel() * values.element_size()
-            return honest(self, values)
+            return original(self, values)
 
         return mock.patch.object(Ranks, name, call)
 
@@ -197,7 +197,7 @@ def traffic() -> dict[str, tuple[float, float]]:
 
 
 def scaling() -> list[dict[str, Any]]:
-    """Of SDXL at 1024 px, by the planner: adapters at stage 0, all weights at stages 2 and 3."""
+    """Predicts scaling of SDXL at 1024 px, by the planner: adapters at ZeRO stage 0, all weights at stages 2 and 3."""
     from trainer.config.run_config import load
     from trainer.planning import models
     from trainer.planning.estimate import Estimate, setting_of
@@ -222,7 +222,7 @@ def scaling() -> list[dict[str, Any]]:
             config = load(ROOT / "configs" / "sdxl-face.yaml", words_here)
             setting = setting_of(config, "h100", ranks)
             traced = traced or Estimate(config, models.configured(config, shape), shape, setting)
-            made = copy(traced)  # a rank's passes are the same, and take half a minute to trace
+            made = copy(traced)  # the passes of a rank are the same, and tracing them takes half a minute
             made.config, made.setting = config, setting
             gpu = GPUS["h100"]
             share = made.consistency_steps() / config.steps
@@ -246,12 +246,12 @@ def scaling() -> list[dict[str, Any]]:
 
 
 def exponent(x: Sequence[float], y: Sequence[float]) -> float:
-    """Of the power law through them."""
+    """Returns the exponent of the power law fitted to the points."""
     return float(np.polyfit(np.log(x), np.log(np.maximum(y, 1e-9)), 1)[0])
 
 
 def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    begun = time.process_time()  # a busy machine disturbs it less
+    begun = time.process_time()  # processor time, which a busy machine disturbs less
     return work(), time.process_time() - begun
 
 

@@ -1,9 +1,10 @@
 """Study 3: the weight of the consistency loss over five orders of magnitude: quality, stability, cost, collapse.
 
-    python -m benchmarks.sensitivity          ten minutes on one core; result and picture are kept
+    python -m benchmarks.sensitivity          ten minutes on one core; saves result and picture
 
-On a mixture of Gaussians in 16-D; errors are of h against E[x0 | x_t], in units of sigma, and `spread` is the figure
-that the trainer watches (consistency/spread): the variance of h below sigma_n as a share of the clean data's.
+The data are a mixture of Gaussians in 16-D. Errors are those of h against E[x0 | x_t], in units of sigma. `spread` is
+the metric that the trainer monitors (consistency/spread): the variance of h below sigma_n as a share of that of the
+clean data.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ WEIGHTS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 def main(argv: list[str] | None = None) -> int:
     def add(p: argparse.ArgumentParser) -> None:
         p.add_argument("--steps", type=int, default=2000, help="optimizer steps of each training (default: 2000)")
-        p.add_argument("--seeds", type=int, default=3, help="trainings of each (default: 3)")
+        p.add_argument("--seeds", type=int, default=3, help="trainings per method (default: 3)")
 
     args = arguments(__doc__, argv, add)
     torch.set_num_threads(1)
@@ -92,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def spread_of(denoiser: Denoiser) -> float:
-    """The variance of h over samples at a quarter of sigma_n, as a share of the clean data's."""
+    """Returns the variance of h over samples at a quarter of sigma_n, as a share of that of the clean data."""
     x0 = PROBLEM.mixture.sample(20_000, torch.Generator().manual_seed(5))
     sigma = torch.full((len(x0),), PROBLEM.sigma_n / 4).clamp(min=PROCESS.sigma_min)
     with torch.no_grad():

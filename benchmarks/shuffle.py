@@ -1,14 +1,17 @@
-"""How well groups of shards shuffle, and what they cost.
+"""How well shuffle blocks (groups of shards) shuffle, and what they cost.
 
     python -m benchmarks.shuffle
 
-The order of `data_pipeline/loading/order.py` over 1,000 shards of 1,000 samples, against a perfect shuffle of all of
-them; means of 8 seeds.
+The order of `data_pipeline/loading/order.py` over 1,000 shards of 1,000 samples, compared with a perfect shuffle of all
+samples; means of 8 seeds.
 
-displacement how far a sample is, on average, from where it was in the epoch before, as a share of the epoch (perfect:
-1/3) neighbours of the 64 samples around a sample, the share that was within the same 1,000 before: batches that meet
-again same shard of the 64 samples around a sample, the share that is of its own shard: how mixed a batch is open files
-that a process has open; bytes that a remote cache must hold, for shards of 100 MB
+displacement   how far a sample is, on average, from its position in the epoch before, as a share of the epoch (perfect:
+               1/3)
+neighbours     in a window of 64 samples, the share that was within 1,000 positions of the first sample in the epoch
+               before: how often the same samples meet again in a batch
+same shard     in a window of 64 samples, the share that is from the shard of the first sample: how mixed a batch is
+open files     files that a process has open
+cache, GB      what a remote cache must hold, for shards of 100 MB
 """
 
 from __future__ import annotations
@@ -44,14 +47,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def epochs_of(group: int, seed: int) -> list[Int]:
-    """Two epochs, each the numbers of its samples in their order."""
+    """Returns two epochs, each as the numbers of its samples in order."""
     order, total = Order([PER_SHARD] * SHARDS, seed, group), SHARDS * PER_SHARD
     epochs = [order.range(epoch * total, total) for epoch in range(2)]
     return [places.shards * PER_SHARD + places.rows for places in epochs]
 
 
 def quality(epochs: Sequence[Int]) -> tuple[float, float, float]:
-    """Displacement, neighbours and same shard. epochs: two permutations of the same numbers."""
+    """Returns displacement, neighbours and same shard. epochs: two permutations of the same numbers."""
     before, now = epochs
     total = len(now)
     where = np.empty(total, np.int64)
@@ -67,7 +70,8 @@ def quality(epochs: Sequence[Int]) -> tuple[float, float, float]:
 
 
 def cost(group: str) -> list[str]:
-    """While one group follows another, the shards of both are open, and a remote cache needs room for both."""
+    """Returns open files and GB of cache. Where one group follows another, the shards of both are open, and a remote
+    cache holds both."""
     return ["all", "all"] if group == "perfect" else [f"{2 * int(group)}", f"{2 * int(group) * SHARD_GB:g}"]
 
 

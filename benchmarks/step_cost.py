@@ -1,22 +1,21 @@
-"""What a training step on SDXL's classes costs, beside a step as the paper's published loop has it.
+"""What a training step on SDXL's classes costs, compared with a step of the paper's published loop.
 
     python -m benchmarks.step_cost            tiny, and a U-Net of about 100 M parameters
-    python -m benchmarks.step_cost --quick    tiny alone, in minutes; ends with one line of JSON
+    python -m benchmarks.step_cost --quick    tiny only, in minutes; ends with one line of JSON
 
-Adapters on a frozen U-Net, fp32, shards of latents with captions. All kinds of step are timed in turns in one process:
-a slow minute of the machine is a slow minute of all. "published": a bare PyTorch loop (AdamW, clipping, no average of
-the weights) with both text encoders at every step, and consistency at every step, whose passes all have a gradient (4
-passes with one sampler step, 7 with two). "ours": the engine (ZeRO stage 0), the average, cached embeddings; within a
-budget of 0.2 consistency is in some steps, and the time is the mean over the period. Ratios: published over ours.
+Adapters on a frozen U-Net, fp32, shards of latents with captions. All kinds of step are timed in turns in one process,
+so a slow minute of the machine affects all of them. "published": a bare PyTorch loop (AdamW, clipping, no average of
+the weights). It runs both text encoders and consistency at every step, and all passes of consistency have a gradient
+(4 passes per step with one sampler step, 7 with two). "ours": the engine (ZeRO stage 0), the average, cached
+embeddings. With a budget of 0.2 only some steps have consistency, and the time is the mean over the period. Ratios:
+published over ours.
 
-network      a step that is nothing but its passes: what no ambient step of equal arithmetic can be faster than
-passes       network passes a step, in batches
-text         the share of the published step that the text encoders take; of real SDXL at 1024 px it is a few percent,
-of
-             a tiny U-Net on 8 x 8 latents much more, so the ratio of "ambient alone" depends on it
-overhead     of whole runs by the loop itself: time outside the network, the backward pass and the optimizer, as a
-share;
-             reading, noise, the pool, the average and logging
+network      a step that consists only of its passes: no ambient step with the same arithmetic can be faster
+passes       network passes per step, in batches
+text         the share of the published step that the text encoders take. For real SDXL at 1024 px it is a few percent.
+             For a tiny U-Net on 8 x 8 latents it is much more, so the ratio of "ambient alone" depends on it
+overhead     for complete runs of the loop: the share of the time outside the network, the backward pass and the
+             optimizer. It is spent on reading, noise, the pool, the average and logging
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from typing import Any
 from trainer.training.step import step_loss
 
 if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).parent.parent))  # `python benchmarks/step_cost.py` works, too
+    sys.path.insert(0, str(Path(__file__).parent.parent))  # `python benchmarks/step_cost.py` works too
 
 import numpy as np
 import torch
@@ -68,12 +67,13 @@ MID: dict[str, Any] = {
     "attention_head_dim": (2, 4, 8),
     "transformer_layers_per_block": (1, 2, 6),
 }
-"""SDXL's own ratio of widths, and depths between its and the tiny one's."""
+"""Widths in the ratio of SDXL's own, and depths between those of SDXL and of the tiny U-Net."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """unet: its settings. latent: the side of a latent."""
+    """A network to time. unet: settings of the U-Net. latent: side of a latent. rounds: timed turns of each kind of
+    step."""
 
     name: str
     unet: dict[str, Any]
@@ -87,16 +87,16 @@ SIZES = (Size("tiny", UNET, 8, 16, 12), Size("about 100 M parameters", MID, 16, 
 
 @dataclass
 class Timed:
-    """An engine whose time is counted. seconds: in the network, the backward pass and the optimizer."""
+    """An engine whose time is measured. seconds: spent in the network, the backward pass and the optimizer."""
 
     engine: Any
     seconds: float = 0.0
 
     def _counted(self, work: Callable[..., Any], *arguments: Any) -> Any:
         started = time.perf_counter()
-        found = work(*arguments)
+        result = work(*arguments)
         self.seconds += time.perf_counter() - started
-        return found
+        return result
 
     def __call__(self, *arguments: Any) -> Any:
         return self._counted(self.engine, *arguments)
@@ -113,7 +113,7 @@ class Timed:
 
 @dataclass
 class Stepper:
-    """A run that is advanced step by step, by our loop's parts."""
+    """A run that is advanced step by step, with the parts of our loop."""
 
     run: Run
     seconds: list[float] = field(default_factory=list[float])
@@ -123,10 +123,10 @@ class Stepper:
     def __post_init__(self) -> None:
         self._batches: Iterator[Batch] = self.run.loader.stream(0)
         self._meter = Meter(ALONE)
-        next(self._batches)  # the background process has started
+        next(self._batches)  # starts the background process before anything is timed
 
     def advance(self, steps: int) -> None:
-        """Times one turn as a whole, since only some of ours have consistency."""
+        """Takes some steps, and times them together, because only some of our steps have consistency."""
         before, started = self.run.denoiser.evaluations, time.perf_counter()
         for _ in range(steps):
             self._take(next(self._batches))
@@ -142,7 +142,7 @@ class Stepper:
 
 @dataclass
 class Network(Stepper):
-    """The passes of an ambient step alone."""
+    """Only the network passes of an ambient step."""
 
     def _take(self, batch: Batch) -> None:
         run = self.run
@@ -152,7 +152,7 @@ class Network(Stepper):
 
 @dataclass
 class Published(Stepper):
-    """A bare PyTorch loop. sampler_steps: of consistency, at each step; 0 for none."""
+    """A bare PyTorch loop. sampler_steps: sampler steps of consistency, at every training step; 0: no consistency."""
 
     encoders: TextEncoders | None = None
     sampler_steps: int = 0
@@ -174,11 +174,11 @@ class Published(Stepper):
         started = time.perf_counter()
         text, _ = self.encoders.embed([PICTURES[key.removesuffix("_png")] for key in batch.keys])
         self.text_seconds += time.perf_counter() - started
-        told = {"prompt_embeds": text.prompt_embeds, "pooled": text.pooled, "time_ids": batch.conditioning["time_ids"]}
-        batch = Batch(batch.x_n, batch.sigma_n, told, batch.keys)
+        given = {"prompt_embeds": text.prompt_embeds, "pooled": text.pooled, "time_ids": batch.conditioning["time_ids"]}
+        batch = Batch(batch.x_n, batch.sigma_n, given, batch.keys)
         loss = self.run.ambient(self.run.denoiser, batch, AddressedNoise(0, self._step, 0)).loss.mean()
         if self.sampler_steps > 0:
-            denoiser = _WithText(self.run, told)
+            denoiser = _WithText(self.run, given)
             stream = StreamNoise(torch.Generator().manual_seed(self._step))
             loss = loss + 0.01 * OfficialConsistency(self.sampler_steps)(denoiser, batch, EDM(), stream)  # pyright: ignore[reportArgumentType]
         return loss
@@ -186,22 +186,22 @@ class Published(Stepper):
 
 @dataclass(frozen=True)
 class _WithText:
-    """A denoiser that is told the batch's text whatever it is asked."""
+    """A denoiser that always uses the conditioning `given`, and ignores the argument."""
 
     run: Run
-    told: Conditioning
+    given: Conditioning
 
     @property
     def process(self) -> Any:
         return self.run.denoiser.process
 
     def __call__(self, x: Tensor, sigma: Tensor, _: Conditioning) -> Tensor:
-        return self.run.denoiser(x, sigma, self.told)
+        return self.run.denoiser(x, sigma, self.given)
 
 
 def main(argv: list[str] | None = None) -> int:
     def add(p: argparse.ArgumentParser) -> None:
-        p.add_argument("--quick", action="store_true", help="the tiny pipeline alone")
+        p.add_argument("--quick", action="store_true", help="only the tiny pipeline")
 
     args = arguments(__doc__, argv, add)
     torch.set_num_threads(1)
@@ -257,7 +257,7 @@ def measure(size: Size) -> tuple[list[list[str]], dict[str, float]]:
         for number in range(1 + size.rounds):
             for name, stepper in steppers.items():
                 stepper.advance(turn[name])
-            if number == 0:  # the first has what is done once
+            if number == 0:  # the first round contains what is done only once
                 for stepper in steppers.values():
                     stepper.seconds.clear()
                     stepper.evaluations = 0
@@ -282,14 +282,15 @@ def measure(size: Size) -> tuple[list[list[str]], dict[str, float]]:
 
 
 def period(steps: int) -> int:
-    """That a budget of 0.2 comes to by passes: of 1 + 2 a reverse step, the last two of which have a gradient; a
-    backward pass takes as long as two forward ones."""
+    """Returns the period of a budget of 0.2, counted in passes. Consistency takes 1 pass and 2 more per reverse step;
+    the last two have a gradient. A backward pass takes as long as two forward passes."""
     ambient, consistency = 3, 1 + 2 * (steps - 1) + 2 * 3
     return -(-consistency * 5 // ambient)
 
 
 def overhead(made: Callable[..., Run]) -> float:
-    """Of a run by the loop itself, with logging and the schedule of its configuration, after its first steps."""
+    """Returns the overhead of a run of the loop, with logging and the schedule of its configuration, after the first
+    steps."""
     run = made("loop", "steps=40", "logging.enabled=true", "checkpoint.every=1000")
     timed = Timed(run.engine)
     run.engine = timed  # pyright: ignore[reportAttributeAccessIssue]
@@ -305,7 +306,7 @@ def overhead(made: Callable[..., Run]) -> float:
 
 
 def data(folder: Path, size: Size) -> tuple[Path, Path]:
-    """A pipeline whose U-Net is of this size, and shards of latents with captions."""
+    """Writes a pipeline with a U-Net of this size, and shards of latents with captions. Returns their folders."""
     base, pictures, shards = folder / "base", folder / "pictures", folder / "shards"
     write_tiny_sdxl(base, unet=size.unet)
     pictures.mkdir()

@@ -1,5 +1,4 @@
-"""Runs that the image studies have in common: shards, trainings by the command that users type, what is measured of
-them."""
+"""What the image studies share: shards, trainings by the command that users type, and measures of the trained runs."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ CONFIG = Path(__file__).parent.parent / "configs" / "studies" / "images.yaml"
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a study's things are, and what all of its runs share."""
+    """The data set and the folder of a study, and the overrides that all its runs share."""
 
     dataset: str
     size: int
@@ -38,7 +37,7 @@ class Setting:
     overrides: tuple[str, ...] = ()
 
     def shards(self, sigma: float, *, limit: int | None = None, clean_share: float = 0.0) -> Path:
-        """The training part, corrupted; made once."""
+        """Returns the folder of the training images with noise. Makes the shards if they do not exist."""
         name = f"{self.dataset}-{self.size}-sigma{sigma:g}" + (f"-first{limit}" if limit else "")
         path = self.folder / "shards" / (name + (f"-clean{clean_share:g}" if clean_share else ""))
         shard(f"packaged:{self.dataset}/train", path, Gaussian(sigma, clean_share), size=self.size, limit=limit)
@@ -47,7 +46,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Job:
-    """One training: its name in the folder, its shards, and the overrides that make it what it is."""
+    """One training: its name in the folder, its shards and its overrides."""
 
     name: str
     shards: Path
@@ -55,7 +54,7 @@ class Job:
 
 
 def train_all(setting: Setting, jobs: Sequence[Job], at_once: int) -> None:
-    """Trains what is not trained yet. Each writes its output to NAME.log beside its run directory."""
+    """Runs all trainings; finished ones end at once. Each writes its output to NAME.log next to its run directory."""
 
     def train(job: Job) -> None:
         fixed = [f"run_dir={setting.folder / job.name}", f"data.shards={job.shards}", f"threads={setting.threads}"]
@@ -71,8 +70,8 @@ def train_all(setting: Setting, jobs: Sequence[Job], at_once: int) -> None:
 def measure(
     run: Restored, held_out: Tensor, levels: Sequence[float], samples: int, reference: Tensor | None
 ) -> dict[str, Any]:
-    """The denoiser's error at each level against held-out clean images and, where features of
-    clean images are given as a reference, the distance of this many samples to them."""
+    """Returns the denoiser's error at each level against held-out clean images and, if reference features are given,
+    the distance (KID) of this many samples to them."""
     result: dict[str, Any] = {
         "steps": run.state.step,
         "evaluations": run.state.evaluations,
@@ -88,8 +87,8 @@ def measure(
 
 
 def checkpoints(run_dir: Path) -> Iterator[tuple[int, Denoiser]]:
-    """The step of each checkpoint that a run kept, and one denoiser, which holds that step's averaged weights until the
-    next is asked for."""
+    """Yields the step of each kept checkpoint of a run, and a denoiser with its averaged weights. The denoiser is the
+    same object each time: the next checkpoint replaces its weights."""
     denoiser = restore(run_dir).denoiser
     for path in sorted((run_dir / "checkpoints").glob("step-*")):
         denoiser.load_state_dict(read_tensors(path, "ema"))

@@ -1,4 +1,4 @@
-"""Training of a small network on a mixture of Gaussians, by the project's own losses, pool, schedule and budget."""
+"""Trains a small network on a mixture of Gaussians, with the project's own losses, pool, schedule and budget."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 class MLP(nn.Module):
-    """Three hidden layers on the point and on diffusers' own embedding of the timestep."""
+    """Three hidden layers. The input is the point and diffusers' embedding of the timestep."""
 
     def __init__(self, dimension: int, width: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class MLP(nn.Module):
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be learned, and how noisy the observations are."""
+    """The distribution to be learned, and the noise level of the observations."""
 
     name: str
     mixture: Mixture
@@ -66,10 +66,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Method:
-    """One row of a table. data: what training is given; "exact above" is the closed-form denoiser as the target above
-    sigma_n, to tell what consistency leaves from what the ambient loss leaves. steps, batch: of the ambient loss's
-    evaluations, so pairs see half as many observations. weight: of the levels above sigma_n. averaged_target: whether
-    h(x_t), which the low side of consistency follows, is by the averaged weights, as in consistency models."""
+    """One row of a table. data: the training data. "exact above" uses the closed-form denoiser as the target above
+    sigma_n, to separate the error of consistency from that of the ambient loss. steps: optimizer steps. batch:
+    evaluations of the ambient loss per step, so pairs see half as many observations. weight: weight of the levels above
+    sigma_n. averaged_target: whether h(x_t), which the low side of consistency follows, is computed with the averaged
+    weights, as in consistency models."""
 
     name: str
     data: Literal["noisy", "clean", "naive", "exact above"] = "noisy"
@@ -87,8 +88,8 @@ class Method:
 
 
 class Training:
-    """One training, which can be advanced in turns with others, so that a slow minute of the machine is a slow minute
-    of all of them. seconds: of the processor, spent in this one alone; what else the machine does changes it little."""
+    """One training, which can be advanced in turns with others, so that a slow minute of the machine affects all of
+    them. seconds: processor time of this training, on which other work of the machine has little effect."""
 
     def __init__(self, problem: Problem, method: Method, seed: int) -> None:
         self.problem, self.method = problem, method
@@ -115,7 +116,7 @@ class Training:
 
     @property
     def passes(self) -> float:
-        """Network passes a step, in batches."""
+        """Network passes per step, in batches."""
         return self.denoiser.evaluations / self.method.batch / max(1, self.step)
 
     def advance(self, steps: int) -> None:
@@ -160,7 +161,7 @@ class Training:
         return Batch(x, torch.full((count,), 0.0 if m.data in ("clean", "naive") else sigma_n))
 
     def _grown(self, batch: Batch) -> Batch:
-        """As many rows as the pool has; with pairs a batch has half of them, and each observation gives two
+        """Returns as many rows as the pool has. With pairs a batch has half as many, and each observation gives two
         particles."""
         times = self._pool.rows // len(batch)
         return Batch(batch.x_n.repeat(times, 1), batch.sigma_n.repeat(times))
@@ -178,14 +179,14 @@ class Training:
         return (self.denoiser if torch.is_grad_enabled() else self.averaged())(x, sigma, conditioning)
 
     def averaged(self) -> Denoiser:
-        """The denoiser with the averaged weights."""
+        """Returns the denoiser with the averaged weights."""
         for target, value in zip(self._averaged.parameters(), self._ema.averages["ema"], strict=True):
             target.data.copy_(value)
         return self._averaged
 
 
 def train_together(trainings: Sequence[Training], title: str, turn: int = 50) -> None:
-    """Trains all of them, in turns of `turn` steps."""
+    """Runs all trainings, in turns of `turn` steps."""
     with tqdm(total=sum(t.method.steps for t in trainings), desc=title, unit="step", smoothing=0.01) as bar:
         while any(t.step < t.method.steps for t in trainings):
             for t in trainings:
@@ -196,7 +197,8 @@ def train_together(trainings: Sequence[Training], title: str, turn: int = 50) ->
 
 @torch.no_grad()
 def error(problem: Problem, denoiser: Denoise, sigma: float, n: int = 20_000) -> float:
-    """Root mean square of h - E[x0 | x_t] over points x_t of this level and coordinates, in units of sigma."""
+    """Returns the root mean square of h - E[x0 | x_t] over points x_t of this level and coordinates, in units of
+    sigma."""
     generator = torch.Generator().manual_seed(7)
     x0 = problem.mixture.sample(n, generator)
     level = torch.full((n,), sigma)
@@ -205,12 +207,13 @@ def error(problem: Problem, denoiser: Denoise, sigma: float, n: int = 20_000) ->
 
 
 def error_below(problem: Problem, denoiser: Denoise) -> float:
-    """Root mean square over the levels `problem.below`."""
+    """Returns the root mean square of `error` over the levels `problem.below`."""
     return math.sqrt(sum(error(problem, denoiser, sigma) ** 2 for sigma in problem.below) / len(problem.below))
 
 
 def distance(problem: Problem, denoiser: Denoise, seed: int, n: int = 10_000) -> float:
-    """Sliced Wasserstein-1 distance of fresh samples to the clean distribution: the mean over 200 random directions."""
+    """Returns the sliced Wasserstein-1 distance between samples and the clean distribution: the mean over 200
+    random directions."""
     generator = torch.Generator().manual_seed(seed)
     levels = karras_levels(40, PROCESS.sigma_max, PROCESS.sigma_min)
     truth = problem.mixture.sample(n, generator)

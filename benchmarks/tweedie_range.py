@@ -2,7 +2,7 @@
 
     python -m benchmarks.tweedie_range
 
-Everything that is exact is computed in float64 and rounded to the type, as a network's input and output would be.
+Exact values are computed in float64, and then rounded to the type, as the input and output of a network would be.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def recovered(ratio: float) -> list[str]:
-    """The error of E[x0 | x_t] recovered from a rounded E[x_n | x_t], in each type."""
+    """Returns the error of E[x0 | x_t] recovered from a rounded E[x_n | x_t], for each type."""
     data, x_t, sigma_n, sigma_t, _, _ = points(ratio)
     exact = data(x_t, sigma_t)
     b = 1 / ratio**2
@@ -44,8 +44,8 @@ def recovered(ratio: float) -> list[str]:
 
 
 def gradients(ratio: float) -> list[str]:
-    """The error of the loss's gradient with respect to h, computed in each type, against float64: the form of the
-    paper, (a h + b x_t - x_n)^2 / a, and ours, (sqrt(a) (h - x_n) + b sigma_t z)^2."""
+    """Returns the error of the loss's gradient with respect to h in each type, compared with float64. There are two
+    forms: that of the paper, (a h + b x_t - x_n)^2 / a, and ours, (sqrt(a) (h - x_n) + b sigma_t z)^2."""
     data, x_t, sigma_n, sigma_t, x_n, z = points(ratio)
     h = data(x_t, sigma_t) * 0.9
 
@@ -69,7 +69,7 @@ def gradients(ratio: float) -> list[str]:
 
 
 def points(ratio: float):
-    """The denoiser, x_t, sigma_n, sigma_t, x_n, z, in float64."""
+    """Returns the denoiser, x_t, sigma_n, sigma_t, x_n and z, in float64."""
     generator = torch.Generator().manual_seed(0)
     mixture = scattered().double()
     x0 = mixture.sample(SAMPLES, generator)

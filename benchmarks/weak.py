@@ -2,11 +2,13 @@
 
     python -m benchmarks.weak       8 minutes of two idle cores; writes benchmarks/results/weak.json
 
-alone milliseconds a step of a rank with nobody to tell, while another one like it trains on the other core: two ranks
-share the machine's memory, too two the same with both ranks in one run, so twice the global batch sent a rank's bytes a
-step, by `trainer.plan`'s arithmetic (benchmarks/scale.py predicts 1,024 H100s from the same) predicted alone / (alone +
-sent / speed); speed: of an all-reduce of 64 MB between the two ranks, measured at the start measured alone / two, the
-median of the rounds
+alone        milliseconds per step of a run with one rank, while a second such run trains on the other core, because two
+             ranks also share the machine's memory
+two          the same with both ranks in one run, and so twice the global batch
+sent         bytes that a rank sends per step, by the arithmetic of `trainer.plan` (which benchmarks/scale.py uses to
+             predict 1,024 H100s)
+predicted    alone / (alone + sent / speed); speed: that of an all-reduce of 64 MB between the two ranks, measured first
+measured     alone / two, the median of the rounds
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         for stage in tqdm(range(4), unit="stage"):
             alone: list[float] = []
             two: list[float] = []
-            for turn in range(ROUNDS):  # in turns, so that a slow minute is one of both
+            for turn in range(ROUNDS):  # in turns, so that a slow minute affects both
                 apart = [_started(1, "steps", stage, folder / f"{stage}-{turn}-{i}", shards) for i in (0, 1)]
                 alone.append(statistics.mean(result(each)[0] for each in apart))
                 two.append(result(_started(2, "steps", stage, folder / f"{stage}-{turn}", shards))[0])
@@ -100,7 +102,7 @@ def _started(world: int, *words: object) -> subprocess.Popen[str]:
 
 
 def rank(what: str, stage: int, folder: Path, shards: Path) -> None:
-    """One rank, started by the above: prints the seconds of a step, or the bytes a second of an all-reduce."""
+    """One rank, started by `_started`: prints the seconds of a step, or the bytes per second of an all-reduce."""
     torch.set_num_threads(1)
     ranks = distributed.init()
     if what == "speed":
@@ -111,7 +113,7 @@ def rank(what: str, stage: int, folder: Path, shards: Path) -> None:
             begun = time.perf_counter()
             ranks.sum(tensor)
             times.append(time.perf_counter() - begun)
-        found = SENT / statistics.median(times[2:])  # of two ranks each sends as many bytes as the tensor has
+        found = SENT / statistics.median(times[2:])  # with two ranks each sends as many bytes as the tensor has
     else:
         ours = InTurns(pixel_run(folder, shards, "run", *_words(stage, ranks.world), ranks=ranks))
         seconds(ours, 8)

@@ -1,12 +1,12 @@
-"""Where a step's time goes: torch's profiler over the whole loop, by kinds of operators.
+"""Where the time of a step goes: torch's profiler over the complete loop, by kind of operator.
 
     python -m benchmarks.where       2 minutes; writes benchmarks/results/where.json
 
 Two runs: the pixel network of `make bench` with consistency every 8th step, and adapters on SDXL's classes (tiny) from
-latents. One thread. "ms a step" is the time in operators themselves, without those that they call; "calls" a step.
-"outside operators" is Python and what calls cost: the step's time without the profiler, less all operators' under it,
-so it may be too low, as a profiler slows what it watches. For the Python of the loop by line, with the step running as
-it does:
+latents. One thread. "ms a step" is the time in the operators themselves, without the operators that they call; "calls"
+are per step. "outside operators" is Python and the cost of calls: the time of a step without the profiler minus the
+time of all operators under the profiler. It may be too low, because the profiler slows the operators. To see the time
+of the loop by line of Python, without slowing the step:
 
     py-spy record --format raw --output stacks.txt --duration 30 -- python -m trainer.train ...
 """
@@ -42,7 +42,7 @@ KINDS = {
     "copies and casts": ("copy_", "contiguous", "clone", "aten::cat", "aten::stack", "aten::to"),
     "allocations": ("empty", "zeros", "resize", "fill_", "zero_"),
 }
-"""By parts of their names; the first that fits."""
+"""Kinds of operators, by parts of their names. The first kind that matches counts."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class Watch:
-    """Asked by the loop after each step whether to stop: some steps are timed, as many more run under the profiler."""
+    """Called by the loop after each step to ask whether to stop. Times some steps, then profiles as many more."""
 
     def __init__(self) -> None:
         self.step, self.plain, self.watched = 0, 0.0, 0.0
@@ -99,13 +99,13 @@ def profiled(run: Run) -> dict[str, Any]:
         operators[event.key] = [round(took, 4), calls]
     step = 1000 * watch.plain / STEPS
     inside = sum(took for took, _ in kinds.values())
-    most = dict(sorted(operators.items(), key=lambda each: -each[1][0])[:25])
+    slowest = dict(sorted(operators.items(), key=lambda each: -each[1][0])[:25])
     return {
         "step_ms": step,
         "watched_ms": 1000 * watch.watched / STEPS,
         "kinds": kinds,
         "outside_ms": step - inside,
-        "operators": most,
+        "operators": slowest,
     }
 
 

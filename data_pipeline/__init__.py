@@ -1,4 +1,4 @@
-"""From images to shards of noisy observations, and from shards to batches in an exact, resumable order.
+"""Turns images into shards of noisy observations, and shards into batches in an exact, resumable order.
 
-Here: the commands. Imports ambient_core and the folders below; trainer and slurm import it.
+This folder holds the commands. It imports ambient_core and its own subfolders; trainer and slurm import it.
 """

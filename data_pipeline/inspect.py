@@ -1,4 +1,4 @@
-"""`python -m data_pipeline.inspect`: verifies a folder of shards, says what is in it, and shows some of it."""
+"""`python -m data_pipeline.inspect`: verifies a folder of shards, summarizes it, and shows some observations."""
 
 from __future__ import annotations
 
@@ -27,20 +27,21 @@ from data_pipeline.format.writer import META, OBSERVATION
 from data_pipeline.loading.reader import BadSample, meta, npy_array
 
 SHOWN = 64
-"""Observations on the contact sheet."""
+"""Number of observations on the contact sheet."""
 
 EXAMPLE = """examples:
   python -m data_pipeline.inspect data/mine
   python -m data_pipeline.inspect s3://bucket/mine --no-verify --out pictures
 
-Exit code 1 when a shard is damaged; each is named, with what is wrong.
+The exit code is 1 if a shard is damaged. Each damaged shard is named, with what is wrong.
 """
 
 
 @dataclass
 class Contents:
-    """What the samples say. levels: every sigma_n. shown: (sigma_n, x_n as (C, H, W) float16) of those to be shown.
-    origins: how many samples have sigma_n of which origin. captions: how many have one."""
+    """What is read from the samples. levels: sigma_n of every sample. shown: (sigma_n, x_n as (C, H, W) float16) of the
+    samples to be shown. origins: the number of samples for each origin of sigma_n. captions: the number of samples with
+    a caption."""
 
     levels: list[float] = field(default_factory=list[float])
     shown: list[tuple[float, NDArray[np.float16]]] = field(default_factory=list[tuple[float, NDArray[np.float16]]])
@@ -63,8 +64,8 @@ def parser() -> argparse.ArgumentParser:
         "--no-verify",
         action="store_true",
         help=(
-            "leave checksums out, so that only the observations that are shown are read; sizes and counts are "
-            "compared still"
+            "skip the checksums, so that only the observations that are shown are read; sizes and counts are still "
+            "checked"
         ),
     )
     p.add_argument("--out", metavar="FOLDER", help="where to write the pictures (default: OUTPUT/inspect)")
@@ -72,13 +73,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def inspect(output: str, verify: bool = True) -> tuple[ShardIndex, Contents, list[str]]:
-    """The index, what the samples say, and a line for each thing that is wrong: the file's path, and what.
+    """Returns the index, the contents of the samples, and one line per fault: the file's path and what is wrong.
 
     Raises UserError for a folder without a complete index.
     """
     path = storage.join(output, indices.NAME)
     if not storage.exists(path):
-        indices.read_index(output)  # says whether there is no folder, or no index
+        indices.read_index(output)  # its error says whether the folder or the index is missing
     index = indices.parse_index(path, storage.read_bytes(path))
     contents, wrong = Contents(), _wrong_rejected(output, index)
     wanted = set(np.linspace(0, index.samples - 1, min(SHOWN, index.samples)).round().astype(int).tolist())
@@ -100,7 +101,8 @@ def _wrong_rejected(output: str, index: ShardIndex) -> list[str]:
 
 
 def _read(path: str, shard: Shard, index: ShardIndex, rows: set[int], contents: Contents, verify: bool) -> list[str]:
-    """Adds a shard to the contents. Returns what is wrong with it. rows: those to be shown."""
+    """Adds the samples of a shard to `contents`. Returns what is wrong with the shard. rows: the numbers, within the
+    shard, of the samples to be shown."""
     count, wrong = 0, list[str]()
     try:
         if (size := storage.size_of(path)) != shard.bytes:
@@ -121,7 +123,8 @@ def _read(path: str, shard: Shard, index: ShardIndex, rows: set[int], contents: 
 
 
 def _opened(path: str, verify: bool) -> BinaryIO:
-    """A remote file is fetched completely if all of it is read, else only the parts that are read."""
+    """Opens a shard. A remote file is fetched completely if all of it will be read, otherwise in parts as they are
+    read."""
     remote = storage.local_path(path) is None
     return BytesIO(storage.read_bytes(path)) if remote and verify else storage.open_binary(path)
 
@@ -135,7 +138,8 @@ def _sha256(file: BinaryIO) -> str:
 
 
 def _samples(file: BinaryIO, rows: set[int]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Keys and members; observations are read in these rows alone, and empty in the others."""
+    """Yields the key and the members of each sample. Observations are read only for the samples in `rows`; those of the
+    other samples are empty."""
     key, members, row = "", dict[str, bytes](), 0
     with tarfile.open(fileobj=Careful(file), mode="r:") as tar:
         for member in tar:
@@ -154,7 +158,7 @@ def _samples(file: BinaryIO, rows: set[int]) -> Iterator[tuple[str, dict[str, by
 
 
 def _add(key: str, members: dict[str, bytes], shape: tuple[int, int, int], contents: Contents) -> None:
-    """Raises ValueError, with the key, for a sample that is not as the index says."""
+    """Adds a sample to `contents`. Raises ValueError, with the key, for a sample that does not agree with the index."""
     lacking = {OBSERVATION, META} - members.keys()
     if lacking:
         raise ValueError(f"sample {key}: has no member {key}.{min(lacking)}")
@@ -174,7 +178,7 @@ def summary(index: ShardIndex, contents: Contents) -> str:
     levels = np.asarray(contents.levels)
     quantiles = np.quantile(levels, [0, 0.05, 0.5, 0.95, 1])
     spread = ", ".join(
-        f"{name} {q:.4g}" for name, q in zip(("least", "5 %", "median", "95 %", "most"), quantiles, strict=True)
+        f"{name} {q:.4g}" for name, q in zip(("min", "5 %", "median", "95 %", "max"), quantiles, strict=True)
     )
     origins = ", ".join(f"{name} {count}" for name, count in contents.origins.most_common())
     corruption = index.request.get("corruption") or {}
@@ -195,7 +199,7 @@ def summary(index: ShardIndex, contents: Contents) -> str:
 
 
 def _values(index: ShardIndex, contents: Contents) -> dict[str, str]:
-    """What of their pixels shows a wrong --range, or a level in other units."""
+    """Returns the rows about pixel values, which reveal a wrong --range or a noise level in other units."""
     if index.request.get("latents") or not contents.shown:
         return {}
     pixels = np.concatenate([x_n.astype(np.float32).ravel() for _, x_n in contents.shown])
@@ -206,11 +210,11 @@ def _values(index: ShardIndex, contents: Contents) -> dict[str, str]:
             "-1, white 1"
         )
     }
-    if asked := index.request.get("value_range"):
-        half = (asked[1] - asked[0]) / 2
+    if value_range := index.request.get("value_range"):
+        half = (value_range[1] - value_range[0]) / 2
         rows["range"] = (
-            f"{asked[0]:g} is -1, {asked[1]:g} is 1: sigma_n of {np.median(contents.levels) * half:.4g} in the "
-            "files' own units"
+            f"{value_range[0]:g} is -1, {value_range[1]:g} is 1: sigma_n of {np.median(contents.levels) * half:.4g} in "
+            "the files' own units"
         )
     return rows
 
@@ -240,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"damaged: {line}", file=sys.stderr)
     if wrong:
         raise WorkFailed(
-            f"{args.output}: {len(wrong)} things are wrong, named above; bring the files back from a copy, or "
+            f"{args.output}: {len(wrong)} things are wrong, named above; restore the files from a copy, or "
             "shard again into a new OUTPUT"
         )
     print(f"{args.output}: complete, {'sizes and counts' if args.no_verify else 'checksums and counts'} are right")
@@ -254,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
         if shown < index.samples
         else f"all {shown} observations"
     )
-    title, unit = f"{some}; below each its sigma_n", "images in [-1, 1]"
+    title, unit = f"{some}; sigma_n is below each", "images in [-1, 1]"
     if index.request.get("latents"):
         title, unit = f"{title}; latents, not pixels", "scaled latents"
     pictures = {

@@ -11,14 +11,17 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 CELL = (96, 192)
-"""Pixels a side of a picture on the sheet: smaller ones are enlarged by a whole factor, larger ones reduced."""
+"""The longer side of a picture on the sheet, in pixels. Pictures below the first value are enlarged by an integer
+factor, up to that value; pictures above the second value are reduced to it."""
 GAP, LABEL, TITLE = 8, 18, 32
 
 
 def contact_sheet(shown: Sequence[tuple[float, NDArray[np.float16]]], title: str) -> bytes:
-    """shown: (sigma_n, x_n (C, H, W)), in reading order, each with its sigma_n below, all at one scale. -1 is black
-    and 1 white; what noise puts beyond is clipped here alone. With 2 or more than 3 channels the first one or three
-    are shown, from their 1 % to their 99 % quantile."""
+    """Returns the contact sheet as PNG. shown: (sigma_n, x_n (C, H, W)), in reading order.
+
+    Each picture has its sigma_n below it, and all have the same scale. -1 is black and 1 is white. Values beyond, from
+    noise, are clipped in this sheet only. With 2 channels the first is shown, and with more than 3 the first three;
+    black and white are then their 1 % and 99 % quantiles."""
     channels = shown[0][1].shape[0]
     height, width = (max(x.shape[side] for _, x in shown) for side in (1, 2))
     kept = 3 if channels >= 3 else 1
@@ -53,8 +56,8 @@ def contact_sheet(shown: Sequence[tuple[float, NDArray[np.float16]]], title: str
 
 
 def histogram(levels: Sequence[float], unit: str) -> bytes:
-    """levels: the sigma_n of each sample, in this unit. Clean ones (0) are counted in the title, and not drawn
-    beside the others."""
+    """Returns a histogram of sigma_n as PNG. levels: sigma_n of each sample. unit: the unit of sigma_n, for the axis.
+    Clean samples (0) are counted in the title, and not drawn."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -82,7 +85,7 @@ def histogram(levels: Sequence[float], unit: str) -> bytes:
 
 
 def _edges(noisy: NDArray[np.float64], wide: bool) -> NDArray[np.float64]:
-    """Of the bars: alike in width, on the axis' scale."""
+    """Returns the edges of the bars, which have equal width on the axis' scale. wide: the scale is logarithmic."""
     low, high = float(noisy.min()), float(noisy.max())
     if high - low < 1e-9 * high:
         return np.linspace(0.9 * low, 1.1 * low, 42)  # one level: a narrow bar in the middle

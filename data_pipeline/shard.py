@@ -1,4 +1,4 @@
-"""`python -m data_pipeline.shard`: images in, WebDataset shards of noisy observations out."""
+"""`python -m data_pipeline.shard`: turns images into WebDataset shards of noisy observations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXAMPLE = """examples:
   python -m data_pipeline.shard packaged:digits/train data/digits --sigma 0.5
   python -m data_pipeline.shard my_images/ data/mine --sigma 0.2 --size 64 --channels 3 --workers 8
   python -m data_pipeline.shard my_images/ data/mine --sigma 0.2 --max-rejected 25
-  python -m slurm.shard my_images/ data/mine --sigma 0.2 --cluster configs/clusters/local.yaml --jobs 4    # by jobs
+  python -m slurm.shard my_images/ data/mine --sigma 0.2 --cluster configs/clusters/local.yaml --jobs 4  # cluster jobs
   python -m data_pipeline.shard my_images/ data/mine --sigma 0.4 --size 1024 --latents models/sdxl --crop random
 
 Run the same command again to resume after an interruption: finished shards are kept. `python -m data_pipeline.inspect
@@ -36,13 +36,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--workers",
         type=int,
-        help="processes (default: one for each core that this one may use; one where a GPU encodes --latents)",
+        help="number of processes (default: one per core that is available; one if a GPU encodes --latents)",
     )
     return p
 
 
 def parser_of_request(prog: str, examples: str) -> argparse.ArgumentParser:
-    """The options that say what is written, without those that say who writes it."""
+    """Returns a parser with the options that say what is written, without those that say which workers write it."""
     p = Parser(
         prog=prog,
         description=(
@@ -57,28 +57,31 @@ def parser_of_request(prog: str, examples: str) -> argparse.ArgumentParser:
     add_arguments(p)
     latent_arguments.add_arguments(p)
     p.add_argument(
-        "--seed", type=int, default=0, help="seed of the noise; with the image's key it decides every draw (default: 0)"
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the noise; every random draw follows from it and the image's key (default: 0)",
     )
     p.add_argument(
-        "--size", type=int, help="crop to a square and resize to this many pixels (default: as the images are)"
+        "--size", type=int, help="crop to a square and resize to this many pixels (default: keep the images' size)"
     )
-    p.add_argument("--channels", type=int, help="1 is grey, 3 is colour (default: as the first image)")
+    p.add_argument("--channels", type=int, help="1 is grey, 3 is colour (default: those of the first image)")
     p.add_argument(
         "--range",
         type=float,
         nargs=2,
         metavar=("LOW", "HIGH"),
-        help="the values that become -1 and 1 (default: the range of 8 or 16 bits; images of floats need it)",
+        help="pixel values that become -1 and 1 (default: the range of 8 or 16 bits; required for images of floats)",
     )
-    p.add_argument("--no-captions", action="store_true", help="leave the source's captions out")
+    p.add_argument("--no-captions", action="store_true", help="do not write the source's captions")
     p.add_argument("--limit", type=int, help="use the first LIMIT images only")
-    p.add_argument("--shard-size", type=int, default=1000, help="images a shard (default: 1000)")
+    p.add_argument("--shard-size", type=int, default=1000, help="images per shard (default: 1000)")
     p.add_argument(
         "--max-rejected",
         type=float,
         default=0.01,
         metavar="N",
-        help="give up when more images than this cannot be used: a share below 1, or a whole number (default: 0.01)",
+        help="stop if more images than this cannot be used: a share below 1, or a whole number (default: 0.01)",
     )
     return p
 
@@ -100,21 +103,23 @@ def shard(
     workers: int = 1,
     write: Write | None = None,
 ) -> ShardIndex:
-    """Writes OUTPUT, resumes it, or returns its index where it already holds what is asked for.
+    """Writes OUTPUT, or resumes writing it, and returns its index. If OUTPUT is already complete and was made by the
+    same request, only its index is returned.
 
-    write: who writes the shards, such as `slurm.shard.by_jobs`, instead of `workers` processes on this machine.
-    With several workers it must be called from a module that a new process can import: a script guards its start by `if
-    __name__ == "__main__"`. Raises UserError for a wrong request, or when OUTPUT holds something else; WorkFailed when
-    too many images cannot be used, or a worker or job dies.
+    write: a function that writes the shards, such as `slurm.shard.by_jobs`, instead of `workers` processes on this
+    machine. With several workers, `shard` must be called from a module that a new process can import: a script guards
+    its start with `if __name__ == "__main__"`. Raises UserError for a wrong request, or if OUTPUT holds something else;
+    WorkFailed if too many images cannot be used, or a worker or job dies.
     """
     request = Request(source, corruption, seed, size, channels, value_range, limit, shard_size, captions, latents)
     return preprocess(request, str(output), max_rejected, write or in_processes(workers))
 
 
 def _default_workers(latents: LatentRequest | None) -> int:
-    """Each worker has a VAE of its own, and they would share the GPU's memory."""
+    """Returns 1 if a GPU encodes latents: each worker has a VAE of its own, and they would share the GPU's memory.
+    Otherwise returns the number of available cores."""
     if latents is not None:
-        import torch  # here, since it takes seconds
+        import torch  # imported here because it takes seconds
 
         if torch.cuda.is_available():
             return 1
@@ -125,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if word := giving(words, "--cluster", "--jobs"):
         raise UserError(
-            f"{word}: jobs are submitted by python -m slurm.shard, which takes the same words",
+            f"{word}: jobs are submitted by python -m slurm.shard, which takes the same arguments",
             field=word,
             code="conflict",
         )
@@ -133,8 +138,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write_requested(args: argparse.Namespace, write: Write | None = None) -> int:
-    """Carries out what the words of `parser_of_request` ask for, and prints what was written. Returns the exit code.
-    write: who writes the shards; None: the --workers of this machine."""
+    """Carries out the request in the arguments of `parser_of_request`, and prints what was written. Returns the exit
+    code. write: a function that writes the shards; None: --workers processes on this machine."""
     corruption = from_arguments(args)
     latents = latent_arguments.from_arguments(args, corruption)
     if write is None:

@@ -1,4 +1,4 @@
-"""Launches on SLURM, and on this machine by the same code, through submitit.
+"""Launches jobs through submitit: on SLURM, and by the same code on this machine.
 
-Alone imports submitit. Imports every package; no package imports it.
+This package imports every other package, and no other package imports it. Only it imports submitit.
 """

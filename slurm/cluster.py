@@ -1,4 +1,4 @@
-"""Cluster files, and submitit's executors made of them. One file serves all that is submitted."""
+"""Cluster files, and the submitit executors made from them. One file serves for all kinds of jobs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ambient_core.errors import UserError, WorkFailed
 
 REQUEUES = {"slurm": 20, "local": 5}
 POLL = {"slurm": 2.0, "local": 0.3}
-"""Seconds between two looks at jobs that are waited for, by the cluster's kind."""
+"""Seconds between two checks of the jobs, while waiting for them, by the cluster's kind."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,13 @@ class ClusterConfig:
                 raise ValueError(f"kind local does not use {name}: remove it, or choose kind: slurm")
 
     def on_one_node(self) -> ClusterConfig:
-        """For jobs that share nothing, of which more nodes would stay idle."""
+        """Returns a configuration with one node per job. It is for independent jobs, which would leave further nodes
+        idle."""
         return replace(self, nodes=1, min_nodes=None)
 
     @property
     def ranks_per_node(self) -> int:
-        """Of a training."""
+        """The number of ranks of a training on each node."""
         return self.tasks_per_node or max(1, self.gpus_per_node)
 
     @property
@@ -96,7 +97,7 @@ class ClusterConfig:
 
 
 SLURM_ONLY = ("partition", "account", "qos", "constraint", "min_nodes", "setup", "srun_args")
-"""Fields that say nothing to kind local."""
+"""Fields that have no meaning for kind local."""
 
 LEAST = {
     "nodes": 1,
@@ -112,22 +113,23 @@ LEAST = {
 
 
 def read_cluster(path: Path) -> ClusterConfig:
-    """Raises UserError, with the file and the field."""
+    """Returns the configuration in a cluster file. Raises UserError, with the file and the field."""
     from trainer.config.run_config import load_as  # takes seconds, which --help should not
 
     return load_as(ClusterConfig, path)
 
 
 def new_logs(config: ClusterConfig, name: str) -> Path:
-    """A folder that no other submission has, for the files of its jobs. name: what the jobs do, such as train."""
+    """Returns a folder for the files of a submission's jobs, which no other submission uses. name: what the jobs do,
+    such as train."""
     return Path(config.logs).absolute() / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a job needs in addition to what its cluster's file asks for. tasks: processes on each node. code: the
-    folder whose code it runs; None: where it is submitted. before, after: shell commands around its processes
-    (slurm)."""
+    """Settings of a job in addition to those of the cluster file. tasks: processes on each node. code: the folder whose
+    code the job runs; None: the folder from which it is submitted. before, after: shell commands before and after its
+    processes (slurm only). srun_args: further arguments of srun (slurm only)."""
 
     tasks: int = 1
     code: Path | None = None
@@ -137,8 +139,9 @@ class Surroundings:
 
 
 def executor(config: ClusterConfig, folder: Path, name: str, around: Surroundings | None = None) -> Any:
-    """submitit's executor that writes its files to `folder`, a new one: submitit takes the result of an older job of
-    the same id for this one's. name: the jobs' name. Raises UserError where there is no such cluster."""
+    """Returns submitit's executor for a cluster. folder: where submitit writes its files. It must be new, because
+    submitit would take the result of an older job with the same id for the result of this one. name: the name of the
+    jobs. Raises UserError for kind slurm if this machine has no SLURM."""
     import submitit
 
     around = around or Surroundings()
@@ -156,7 +159,7 @@ def executor(config: ClusterConfig, folder: Path, name: str, around: Surrounding
         return local
     if shutil.which("srun") is None or shutil.which("sbatch") is None:
         raise UserError(
-            "kind slurm: no srun and sbatch on this machine: submit from a login node, or take kind: local",
+            "kind slurm: no srun and sbatch on this machine: submit from a login node, or use kind: local",
             field="kind",
             code="dependency",
         )
@@ -172,7 +175,7 @@ def executor(config: ClusterConfig, folder: Path, name: str, around: Surrounding
         "ntasks_per_node": around.tasks,
     }
     cpus, srun_args = config.cpus_per_task, [*config.srun_args, *around.srun_args]
-    if config.min_nodes:  # with a number of tasks, SLURM would take them all into as few nodes as possible
+    if config.min_nodes:  # given a number of tasks, SLURM would put them all on as few nodes as possible
         optional |= {"ntasks_per_node": None, "additional_parameters": {"nodes": f"{config.min_nodes}-{config.nodes}"}}
         srun_args += [f"--ntasks-per-node={around.tasks}", f"--cpus-per-task={cpus}"]
         cpus *= around.tasks
@@ -191,7 +194,7 @@ def executor(config: ClusterConfig, folder: Path, name: str, around: Surrounding
 
 
 def script(made: Any, jobs: int) -> str:
-    """What sbatch is given for so many jobs by an executor of kind slurm."""
+    """Returns the batch script with which an executor of kind slurm submits this number of jobs."""
     made.parameters.update({"map_count": jobs} if jobs > 1 else {})
     try:
         return made._make_submission_file_text(made._submitit_command_str, "")
@@ -200,8 +203,8 @@ def script(made: Any, jobs: int) -> str:
 
 
 def submit(made: Any, jobs: list[Any]) -> list[Any]:
-    """submitit's handles of the jobs, callables that are sent to the cluster; several become one array. made: by
-    `executor`. Raises WorkFailed with the cluster's reason where it refuses them."""
+    """Submits jobs and returns submitit's handles of them. made: the result of `executor`. jobs: callables that are
+    sent to the cluster; several become one array. Raises WorkFailed, with the reason, if the cluster refuses them."""
     from submitit.core.utils import FailedJobError
 
     try:
@@ -213,7 +216,7 @@ def submit(made: Any, jobs: list[Any]) -> list[Any]:
 
 
 def submit_independent(config: ClusterConfig, name: str, jobs: list[Any]) -> list[Any]:
-    """`submit` of jobs that share nothing, of one node each, whose ids and logs are then named on stderr."""
+    """Submits independent jobs of one node each, and returns their handles. Prints their ids and logs to stderr."""
     folder = new_logs(config, name)
     handles = submit(executor(config.on_one_node(), folder, name), jobs)
     tqdm.write(f"jobs {' '.join(handle.job_id for handle in handles)}; logs in {folder}", file=sys.stderr)
@@ -221,11 +224,11 @@ def submit_independent(config: ClusterConfig, name: str, jobs: list[Any]) -> lis
 
 
 def wait(handles: Sequence[Any], cluster: ClusterConfig, look: Callable[[int], bool]) -> None:
-    """Until all jobs have ended, or `look` gives False: it is called now and then with how many have ended, and once
-    more after the last. Cancels the jobs where it raises, or Ctrl-C comes."""
+    """Waits until all jobs have ended, or `look` returns False. look: called regularly with the number of jobs that
+    have ended, and once more after the last has ended. If it raises, or at Ctrl-C, the jobs are cancelled."""
     try:
         while True:
-            ended = sum(handle.done() for handle in handles)  # asked first: what they wrote is then seen by look
+            ended = sum(handle.done() for handle in handles)  # counted first, so that `look` sees what these jobs wrote
             if not look(ended) or ended == len(handles):
                 return
             time.sleep(POLL[cluster.kind])
@@ -236,7 +239,8 @@ def wait(handles: Sequence[Any], cluster: ClusterConfig, look: Callable[[int], b
 
 
 def failure_of(handle: Any) -> tuple[str, Path]:
-    """Why a job failed, in one line, and the log that has more. From the log: results are pickles, and stay unread."""
+    """Returns why a job failed, in one line, and the path of its log. The reason is read from the log, because results
+    are pickles, which are never read."""
     log = Path(str(handle.paths.stderr))
     text = log.read_text(errors="replace") if log.is_file() else ""
     return _last_line(text) or f"it left no message (state: {handle.state})", log
@@ -248,14 +252,14 @@ def _last_line(text: str) -> str:
 
 
 class Resumable(ABC):
-    """A job that is started again from its beginning when SLURM ends it for time or preempts it: it must find by itself
-    what it has done."""
+    """A job that SLURM starts again from the beginning after the time limit or a preemption. It must itself find out
+    what it has done already."""
 
     @abstractmethod
     def __call__(self) -> None: ...
 
     def checkpoint(self) -> Any:
-        """Called by submitit in the job."""
+        """Returns what submitit submits again. submitit calls it in the job before the job is ended."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)

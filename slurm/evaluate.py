@@ -1,5 +1,5 @@
-"""`python -m slurm.evaluate`: runs evaluated by jobs of a cluster, one for each run, as one array; what they find is
-read back afterwards."""
+"""`python -m slurm.evaluate`: evaluates runs by jobs of a cluster, one job for each run, in one array. The results are
+read when all jobs have ended."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 EXAMPLE = """example:
   python -m slurm.evaluate runs/* --reference held-out/ --cluster cluster.yaml
 
-The options are those of trainer.evaluate, and --cluster. The metrics are added to the MLflow run of each, and a report,
-one HTML file, is written into its folder.
+The options are those of trainer.evaluate, and --cluster. The metrics are added to the MLflow run of each training run,
+and a report, one HTML file, is written into its folder.
 """
 
 
@@ -43,7 +43,8 @@ def parser() -> argparse.ArgumentParser:
 
 @dataclass(frozen=True)
 class EvaluationJob(Resumable):
-    """See `evaluate_runs.evaluate`. Started again, it resumes with the samples that are drawn."""
+    """The evaluation of one run; see `evaluate_runs.evaluate`. If the job is started again, it uses the samples that it
+    has already drawn."""
 
     run: Path
     request: Request
@@ -58,7 +59,8 @@ class EvaluationJob(Resumable):
 
 
 def evaluate_by_jobs(jobs: Sequence[EvaluationJob], cluster: ClusterConfig) -> None:
-    """Waits for them; Ctrl-C cancels them. Raises WorkFailed where one fails, after the others have ended."""
+    """Submits the jobs and waits for them; Ctrl-C cancels them. Raises WorkFailed if a job fails, after the others have
+    ended."""
     handles = submit_independent(cluster, "evaluate", list(jobs))
     with progress_bar(total=len(handles), desc="evaluate", unit="run") as bar:
 
@@ -81,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     request, weights = request_of(args), weights_of(args)
     command = f"python -m slurm.evaluate {shlex.join(sys.argv[1:] if argv is None else argv)}"
     cluster = read_cluster(args.cluster)
-    # A mistake is found before a job waits for its turn; the jobs say what is odd.
+    # Finds mistakes before the jobs wait in the queue. Warnings are dropped here, since the jobs print them.
     subjects(args.runs, request, weights, lambda text: None)
     jobs = [EvaluationJob(run.resolve(), request, args.extractor, command, weights) for run in args.runs]
     evaluate_by_jobs(jobs, cluster)

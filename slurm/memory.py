@@ -1,4 +1,4 @@
-"""Whether a training fits into what its jobs ask for, by the same plan as `trainer.plan`."""
+"""Checks whether a training fits into the memory of its jobs, by the same plan as `trainer.plan`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from slurm.cluster import ClusterConfig
 from slurm.points import Point
 
 PROCESS_GB = 0.7
-"""Of a rank in addition to its tensors: Python and the libraries, as `memory/process_gb` of small runs on CPUs has
-it."""
+"""Memory of a rank, in GB, in addition to its tensors, for Python and the libraries. The value is `memory/process_gb`
+of small runs on CPUs."""
 
 
 def check_memory(point: Point, cluster: ClusterConfig) -> None:
-    """On the fewest nodes that the job may get. Raises UserError where the plan exceeds mem_gb, of ranks on CPUs, or
-    the memory of the devices, where the cluster's file names them (`gpu`). Takes the time of a plan: seconds, for
-    SDXL half a minute."""
+    """Checks the memory of a training on the smallest number of nodes that its job may get. Raises UserError if the
+    plan exceeds `mem_gb` (ranks on CPUs), or the memory of the GPUs (if the cluster file has `gpu`). It takes the time
+    of a plan: seconds, for SDXL half a minute."""
     from trainer.planning.gpus import GPUS, USABLE
 
     on_gpus = cluster.gpus_per_node > 0
@@ -42,10 +42,10 @@ def check_memory(point: Point, cluster: ClusterConfig) -> None:
         usable = USABLE * GPUS[setting.gpu].memory / 1e9
         if peak > usable:
             nearest = estimate.nearest()
-            advice = f"the nearest that fits is {nearest}" if nearest else "nothing near it fits"
+            advice = f"the nearest setting that fits is {nearest}" if nearest else "no setting near it fits"
             raise UserError(
-                f"{point.run_dir}: a rank takes {peak:.1f} GB on {nodes} nodes, a {cluster.gpu} has "
-                f"{usable:.0f} for it: {advice}",
+                f"{point.run_dir}: a rank takes {peak:.1f} GB on {nodes} nodes, but a {cluster.gpu} has only "
+                f"{usable:.0f} GB for it: {advice}",
                 field=point.run_dir,
                 code="invalid",
             )
@@ -54,8 +54,9 @@ def check_memory(point: Point, cluster: ClusterConfig) -> None:
     needed = cluster.ranks_per_node * (peak + PROCESS_GB)
     if cluster.mem_gb is not None and needed > cluster.mem_gb:
         raise UserError(
-            f"mem_gb {cluster.mem_gb:g}: {cluster.ranks_per_node} ranks on a node take about {needed:.1f} GB, "
-            f"{peak:.1f} each of tensors ({point.run_dir}): ask for more, or give a smaller micro_batch_size",
+            f"mem_gb {cluster.mem_gb:g}: {cluster.ranks_per_node} ranks on a node take about {needed:.1f} GB, of which "
+            f"the tensors of each rank take {peak:.1f} GB ({point.run_dir}): raise mem_gb, or give a smaller "
+            "micro_batch_size",
             field="mem_gb",
             code="invalid",
         )

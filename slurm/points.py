@@ -1,4 +1,4 @@
-"""The runs of one submission: one, or a point each of a sweep."""
+"""The runs of one submission: a single run, or one run for each point of a sweep."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainer.config.run_config import RunConfig, load
 
 @dataclass(frozen=True)
 class Point:
-    """values: what a sweep gives it, as overrides. job: the one that was last submitted for it, if any."""
+    """One run of a submission. values: the overrides that a sweep sets for it."""
 
     config: RunConfig
     values: tuple[str, ...]
@@ -34,7 +34,7 @@ class Point:
 
     @property
     def job(self) -> str | None:
-        """The id of a job that has still to do with it, waiting or running."""
+        """The id of the job that was last submitted for the run, if it is still waiting or running."""
         submitted = attempts.submission(self.run_dir)
         if not submitted:
             return None
@@ -44,8 +44,9 @@ class Point:
 
 
 def points(path: Path, overrides: Sequence[str], sweeps: Sequence[str]) -> list[Point]:
-    """path: of the configuration. sweeps: key.path=a,b,c each; their product is taken. The run of a point is in a
-    folder of the configuration's run_dir, named by its values. Raises UserError."""
+    """Returns the runs of a submission. path: the configuration file. sweeps: each is key.path=a,b,c; there is a point
+    for each combination of values. The run of a point is in a folder in the configuration's run_dir, named after its
+    values. Raises UserError for a wrong configuration or sweep."""
     config = load(path, overrides)
     base = Path(config.run_dir).absolute()
     if not sweeps:
@@ -57,14 +58,14 @@ def points(path: Path, overrides: Sequence[str], sweeps: Sequence[str]) -> list[
         )
     if "run_dir" in keys:
         raise UserError(
-            "--sweep run_dir: each point has a folder of its own, named by its values: sweep another field, "
+            "--sweep run_dir: each point has a folder of its own, named after its values: sweep another field, "
             "such as seed",
             field="--sweep",
             code="unsupported",
         )
     if (base / "config.yaml").is_file():
         raise UserError(
-            f"run_dir {base}: holds a run, and the sweep's would lie within it: choose another",
+            f"run_dir {base}: holds a run, and the sweep's runs would be inside it: choose another run_dir",
             field="run_dir",
             code="in_use",
         )
@@ -93,12 +94,12 @@ def _axis(sweep: str) -> list[str]:
         values = []
     if not separator or not key or not values:
         raise UserError(
-            f"--sweep {sweep}: is key.path=a,b,c, such as optimizer.lr=1e-4,3e-4", field="--sweep", code="invalid"
+            f"--sweep {sweep}: must be key.path=a,b,c, such as optimizer.lr=1e-4,3e-4", field="--sweep", code="invalid"
         )
     return [f"{key}={json.dumps(value)}" for value in values]
 
 
 def _short(value: str) -> str:
-    """optimizer.lr="3e-4" as lr=3e-4."""
+    """Returns a short form for folder names: lr=3e-4 for optimizer.lr="3e-4"."""
     key, _, text = value.partition("=")
     return f"{key.rpartition('.')[2]}={text.replace(chr(34), '')}"

@@ -1,4 +1,4 @@
-"""What can be known to be wrong before a training is submitted."""
+"""Checks a training before it is submitted."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from slurm.points import Point
 from trainer.checkpoint.progress import steps_done
 
 ANSWER_S = 10
-"""Seconds that a tracking server has to answer."""
+"""Seconds within which a tracking server must answer."""
 
 
 def problems(points: Sequence[Point], cluster: ClusterConfig) -> list[str]:
-    """One line each; empty where all is well. What several points share is said once."""
+    """Returns the problems, one line each. A problem that several points share is listed once."""
     found: dict[str, None] = {}
     for point in points:
         wrong = [
@@ -32,7 +32,7 @@ def problems(points: Sequence[Point], cluster: ClusterConfig) -> list[str]:
             for check in (_free, _run_dir, _ranks, _tracking, _model)
             for line in _problems(lambda check=check, point=point: check(point, cluster))
         ]
-        wrong += [] if wrong else _problems(lambda point=point: check_memory(point, cluster))  # it needs a sound run
+        wrong += [] if wrong else _problems(lambda point=point: check_memory(point, cluster))  # needs a valid run
         found.update(dict.fromkeys(wrong))
     for line in (*_problems(lambda: _logs(cluster)), *_problems(lambda: _machine(cluster))):
         found[line] = None
@@ -49,7 +49,7 @@ def _problems(check: Callable[[], object]) -> Iterator[str]:
 def _free(point: Point, cluster: ClusterConfig) -> None:
     if job := point.job:
         raise UserError(
-            f"run_dir {point.run_dir}: job {job} has to do with it: cancel it, or choose another",
+            f"run_dir {point.run_dir}: job {job} uses it: cancel the job, or choose another run_dir",
             field="run_dir",
             code="in_use",
         )
@@ -73,11 +73,11 @@ def _logs(cluster: ClusterConfig) -> None:
 
 
 def _writable(name: str, folder: Path) -> None:
-    """The folder is not made: one that holds nothing should not stay behind."""
+    """Raises UserError if the folder cannot be written. The folder is not created, so that no empty one is left."""
     folder = folder.absolute()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
     try:
-        with tempfile.TemporaryFile(dir=there):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         raise UserError(
@@ -86,21 +86,21 @@ def _writable(name: str, folder: Path) -> None:
 
 
 def _ranks(point: Point, cluster: ClusterConfig) -> None:
-    """Each number of nodes that the job may get."""
+    """Checks the batch size for each number of nodes that the job may get."""
     for nodes in range(cluster.min_nodes or cluster.nodes, cluster.nodes + 1):
         try:
             point.config.layout(0, nodes * cluster.ranks_per_node)
         except UserError as error:
             raise UserError(
-                f"{error}, which {nodes} nodes of {cluster.ranks_per_node} ranks have",
+                f"{error} ({nodes} nodes with {cluster.ranks_per_node} ranks each)",
                 field=error.field,
                 code=error.code,
             ) from None
 
 
 def _model(point: Point, cluster: ClusterConfig) -> None:
-    """The shards' index, and a model for their shapes, without its memory; of an sdxl also that its base made the
-    shards."""
+    """Checks the shards: their index, their sizes, and whether the model can be made for their shapes. The model is
+    made without allocating its memory. For sdxl it also checks that the model's base made the shards."""
     from ambient_core.storage import local_path
     from data_pipeline.format.index import read_index, wrong_size
     from trainer.planning.models import configured
@@ -121,7 +121,8 @@ def _model(point: Point, cluster: ClusterConfig) -> None:
 
 
 def _tracking(point: Point, cluster: ClusterConfig) -> None:
-    """That a server answers, or that there is a place for a database. Other kinds of URI are left to MLflow."""
+    """Checks that the tracking server answers, or that a database can be written. Other kinds of URI are left to
+    MLflow."""
     logging = point.config.logging
     if not logging.enabled:
         return
@@ -135,7 +136,7 @@ def _tracking(point: Point, cluster: ClusterConfig) -> None:
             )
     elif uri.startswith(("http://", "https://")):
         try:
-            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=ANSWER_S).close()  # noqa: S310  # its scheme is looked at above
+            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=ANSWER_S).close()  # noqa: S310  # its scheme is checked above
         except (OSError, ValueError) as error:
             reason = getattr(error, "reason", None) or error
             raise UserError(
@@ -165,7 +166,7 @@ def _machine(cluster: ClusterConfig) -> None:
 
 
 def refused_by_slurm(text: str) -> str | None:
-    """Why sbatch would not take this script, by its own test; None where it would."""
+    """Returns why sbatch would refuse this script, by `sbatch --test-only`; None if it would accept it."""
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
         file.write(text)
         file.flush()
@@ -179,14 +180,14 @@ def refused_by_slurm(text: str) -> str | None:
         [line for line in lines if not line.startswith("allocation failure")] or lines or ["sbatch --test-only failed"]
     )
     return (
-        f"the cluster refuses the job: {'; '.join(reasons)}; hold nodes, gpus_per_node, cpus_per_task, mem_gb and "
-        "constraint of the cluster's file against `sinfo -lNe`"
+        f"the cluster refuses the job: {'; '.join(reasons)}; compare nodes, gpus_per_node, cpus_per_task, mem_gb and "
+        "constraint in the cluster file with `sinfo -lNe`"
     )
 
 
 def without_slurm_fields(cluster: ClusterConfig) -> tuple[ClusterConfig, list[str]]:
-    """The cluster's file for this machine, and the fields that have no meaning here."""
+    """Returns the cluster's configuration for this machine, and the names of its fields that have no meaning here."""
     plain = ClusterConfig("local")
     unused = [name for name in (*SLURM_ONLY, "nodes") if getattr(cluster, name) != getattr(plain, name)]
-    most = min(cluster.requeues, plain.requeues)
-    return replace(cluster, kind="local", max_requeues=most, **{name: getattr(plain, name) for name in unused}), unused
+    defaults = {name: getattr(plain, name) for name in unused}
+    return replace(cluster, kind="local", max_requeues=min(cluster.requeues, plain.requeues), **defaults), unused

@@ -1,5 +1,5 @@
-"""`python -m slurm.shard`: shards written by jobs of a cluster, which say how far they are through the shards'
-records alone."""
+"""`python -m slurm.shard`: writes shards by jobs of a cluster. The jobs report their progress only through the records
+of the shards."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def parser() -> argparse.ArgumentParser:
         required=True,
         help="a YAML file as in configs/clusters/; each job has cpus_per_task workers",
     )
-    p.add_argument("--jobs", type=int, default=1, help="how many jobs (default: 1)")
+    p.add_argument("--jobs", type=int, default=1, help="number of jobs (default: 1)")
     p.add_argument("--workers", help=argparse.SUPPRESS)
     return p
 
 
 @dataclass(frozen=True)
 class ShardJob(Resumable):
-    """One job: writes those shards among `numbers` that are not finished."""
+    """One job. It writes the shards in `numbers` that are not finished yet."""
 
     work: Work
     numbers: tuple[int, ...]
@@ -63,13 +63,13 @@ class ShardJob(Resumable):
 
 
 def _say(record: Record) -> None:
-    """Into the job's log."""
+    """Prints a line for a finished shard to the job's log."""
     samples = record.shard.samples if record.shard else 0
     print(f"shard {record.number}: {samples} samples, {len(record.rejected)} rejected", flush=True)
 
 
 def by_jobs(cluster: ClusterConfig, jobs: int) -> Write:
-    """Who writes shards by at most so many jobs. Raises UserError for none."""
+    """Returns a function that writes shards by at most this number of jobs. Raises UserError if it is below 1."""
     if jobs < 1:
         raise UserError(f"--jobs {jobs}: must be at least 1", field="--jobs", code="invalid")
     return partial(submit_shards, cluster=cluster, jobs=jobs)
@@ -84,10 +84,11 @@ def submit_shards(
     cluster: ClusterConfig,
     jobs: int,
 ) -> None:
-    """As `write_shards`, by at most `jobs` jobs, of which job j writes every jobs-th shard from the j-th on; each opens
-    the source by itself. Waits for them; when it cannot, because `on_record` raises or Ctrl-C comes, it cancels them.
+    """Writes shards like `write_shards`, but by at most `jobs` jobs. Job j writes every jobs-th shard from the j-th on.
+    Each job opens the source itself. This function waits for the jobs. If `on_record` raises, or at Ctrl-C, it cancels
+    them.
 
-    Raises WorkFailed when a job fails, after the others have ended.
+    Raises WorkFailed if a job fails, after the others have ended.
     """
     parts = [tuple(numbers[j::jobs]) for j in range(min(jobs, len(numbers)))]
     handles = submit_independent(cluster, "shard", [ShardJob(work, part, cluster.cpus_per_task) for part in parts])
@@ -106,7 +107,7 @@ def submit_shards(
 
 
 def _report(handles: list[Any], parts: list[tuple[int, ...]], missing: set[int]) -> None:
-    """Raises WorkFailed, after a line for each job that left shards out."""
+    """Prints a line for each job that left shards out, and then raises WorkFailed. Does nothing if there is none."""
     failed = [handle for handle, part in zip(handles, parts, strict=True) if missing & set(part)]
     for handle in failed:
         reason, log = failure_of(handle)
@@ -115,7 +116,7 @@ def _report(handles: list[Any], parts: list[tuple[int, ...]], missing: set[int])
         reason, log = failure_of(failed[0])
         raise WorkFailed(
             f"{len(failed)} of {len(handles)} jobs left {len(missing)} shards out; the first, job "
-            f"{failed[0].job_id}: {reason} ({log}): run again, it submits what is missing"
+            f"{failed[0].job_id}: {reason} ({log}): run again to submit the missing shards"
         )
 
 
@@ -123,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.workers is not None:
         raise UserError(
-            f"--workers {args.workers}: with --cluster it is the file's cpus_per_task",
+            f"--workers {args.workers}: with --cluster, the file's cpus_per_task sets the number of workers",
             field="--workers",
             code="conflict",
         )

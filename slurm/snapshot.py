@@ -1,4 +1,4 @@
-"""The code as it is at submission: what the jobs run, and how it differs from git's revision."""
+"""A copy of the code at submission, which the jobs run, and its difference from the git revision."""
 
 from __future__ import annotations
 
@@ -12,24 +12,26 @@ import trainer
 PACKAGES = ("ambient_core", "data_pipeline", "trainer", "slurm")
 ROOT = Path(trainer.__file__).resolve().parent.parent
 LARGE = 1_000_000
-"""Bytes of a file that git does not know, above which the difference only names it."""
+"""Largest size, in bytes, of an untracked file whose content is in the difference. Larger files are only named."""
 
 
 def copy_code(folder: Path) -> Path:
-    """Copies the project's packages, as they are on the disk, to `folder`, for `python -m` to be started there."""
+    """Copies the project's packages, as they are on disk, to `folder`, so that `python -m` can be started there.
+    Returns `folder`."""
     for name in PACKAGES:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 
 
 def changes() -> str:
-    """The difference between the code and its git revision, with new files; empty where there is none, or no git."""
+    """Returns the difference between the code and its git revision, including new files. It is empty if there is no
+    difference, or no git repository."""
     try:
         if Path(_git("rev-parse", "--show-toplevel").strip()) != ROOT:
             return ""
         new = [name for name in _git("ls-files", "--others", "--exclude-standard", "-z").split("\0") if name]
         small = [name for name in new if (ROOT / name).stat().st_size <= LARGE]
-        with tempfile.TemporaryDirectory() as scratch:  # another index: the user's stays as it is
+        with tempfile.TemporaryDirectory() as scratch:  # for a copy of the index: the user's index is not changed
             index = str(Path(scratch) / "index")
             shutil.copy(ROOT / _git("rev-parse", "--git-path", "index").strip(), index)
             if small:

@@ -1,4 +1,4 @@
-"""`python -m slurm.status RUN`: what became of a submitted run, or of a sweep's runs."""
+"""`python -m slurm.status RUN`: shows the state of a submitted run, or of the runs of a sweep."""
 
 from __future__ import annotations
 
@@ -25,25 +25,27 @@ EXAMPLE = """examples:
   python -m slurm.status runs/sweep --json | jq -r 'select(.state == "ENDED").run_dir'
 """
 RECENT = 50
-"""Records that the speed is taken from."""
+"""The number of the latest records from which the speed is computed."""
 
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="python -m slurm.status",
-        description="Shows the job of a run, how far it is, and what became of each of its starts.",
+        description="Shows the job of a run, its progress, and how each of its starts ended.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("run", metavar="RUN", type=Path, help="a run's folder, or that of a sweep")
-    p.add_argument("--json", action="store_true", help="a line of JSON for each run")
+    p.add_argument("--json", action="store_true", help="print a line of JSON for each run")
     return p
 
 
 @dataclass(frozen=True)
 class Status:
-    """state: of the job, SLURM's word where SLURM knows it. step, steps: done, and wanted (None until it has begun).
-    metric: the last ambient loss. speed: steps a second, None where nothing is running."""
+    """The state of a submitted run. job: the id of its job. state: the job's state, in SLURM's words if SLURM knows it.
+    reason: why the job waits, or why its state is unknown. step: steps done. steps: steps of the complete run, None
+    until it has started. metric: the last ambient loss. speed: steps per second, None if nothing is running. starts:
+    the starts of the run's jobs. folder: the job's files. most: how often the job may be started again."""
 
     run_dir: Path
     job: str
@@ -63,7 +65,7 @@ class Status:
 
     @property
     def data(self) -> dict[str, Any]:
-        """For scripts."""
+        """The status as plain data, for --json."""
         of_starts = [
             {
                 "job": s.job,
@@ -115,19 +117,20 @@ class Status:
         return "\n".join([*lines, f"logs in {self.folder}"])
 
     def _without_decision(self, start: Attempt) -> str:
-        """Of a start that SLURM ended or restarted by itself, or that still runs."""
-        said = sorted({ending.outcome for ending in start.endings.values()})
-        if not said:
+        """Describes a start without a recorded decision: SLURM ended or restarted it by itself, or it still runs."""
+        outcomes = sorted({ending.outcome for ending in start.endings.values()})
+        if not outcomes:
             return (
-                "no word of its end yet"
+                "its end is not recorded yet"
                 if start is self.starts[-1] and self.state == "RUNNING"
-                else "ended without a word"
+                else "ended without a record"
             )
-        return f"{', '.join(said)}; then SLURM decided, not we (scancel, or scontrol requeue)"
+        return f"{', '.join(outcomes)}; then decided by SLURM (scancel, or scontrol requeue)"
 
 
 def status(run_dir: Path) -> Status | None:
-    """None where nothing was submitted for this folder."""
+    """Returns the status of a run, or None if nothing was submitted for this folder. Raises UserError for a folder of
+    jobs' files."""
     note = attempts.submission(run_dir)
     if not note:
         return None
@@ -153,7 +156,7 @@ def status(run_dir: Path) -> Status | None:
 
 
 def _state(note: dict[str, Any], starts: list[Attempt]) -> tuple[str, str]:
-    """And SLURM's reason, where a job waits."""
+    """Returns the state of the job, and a reason: SLURM's if the job waits, or why the state is unknown."""
     if note["kind"] == "slurm" and (now := listed(note["job"])):
         return now.state, now.reason if now.state == "PENDING" else ""
     if note["kind"] == "local" and is_alive(note["job"]):
@@ -181,8 +184,8 @@ def _duration(seconds: float) -> str:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     run: Path = args.run
-    if whole := status(run):
-        print(json.dumps(whole.data) if args.json else whole.text)
+    if single := status(run):
+        print(json.dumps(single.data) if args.json else single.text)
         return errors.DONE
     points = [found for path in sorted(run.glob("*/job.json")) if (found := status(path.parent))]
     if not points:

@@ -1,4 +1,4 @@
-"""`python -m slurm.submit CONFIG --cluster FILE`: trains by a job of a cluster, or a sweep by an array of them."""
+"""`python -m slurm.submit CONFIG --cluster FILE`: submits a training as a job, or a sweep as a job array."""
 
 from __future__ import annotations
 
@@ -26,18 +26,20 @@ EXAMPLE = """examples:
   python -m slurm.submit configs/quickstart.yaml --cluster configs/clusters/local.yaml
   python -m slurm.status runs/digits          # how far it is
 
-Submitted again with the same run_dir, a run resumes from its last checkpoint, on any number of nodes.
+A run that is submitted again with the same run_dir resumes from its last checkpoint, on any number of nodes.
 """
 
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="python -m slurm.submit",
-        description="Submits a training, which resumes by itself when the cluster ends it for time or for another job.",
+        description="Submits a training, which resumes by itself after the time limit or a preemption.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("config", metavar="CONFIG", type=Path, help="of the training, a YAML file; see configs/")
+    p.add_argument(
+        "config", metavar="CONFIG", type=Path, help="configuration of the training, a YAML file; see configs/"
+    )
     p.add_argument(
         "overrides",
         metavar="key.path=value",
@@ -46,17 +48,17 @@ def parser() -> argparse.ArgumentParser:
         help="replaces a field of CONFIG, such as steps=100",
     )
     p.add_argument("--cluster", type=Path, metavar="FILE", required=True, help="a YAML file as in configs/clusters/")
-    p.add_argument("--nodes", type=int, metavar="N", help="in place of the file's nodes")
+    p.add_argument("--nodes", type=int, metavar="N", help="number of nodes, instead of the file's")
     p.add_argument(
         "--sweep",
         action="append",
         default=[],
         metavar="key.path=A,B,C",
-        help="a run for each value; several: for each combination",
+        help="submit a run for each value; if given several times, for each combination of values",
     )
     p.add_argument("--resume", action="store_true", help="submit only the runs that are neither done nor in a job")
-    p.add_argument("--dry-run", action="store_true", help="check, and print what would be submitted")
-    p.add_argument("--local", action="store_true", help="on this machine, in place of the file's cluster")
+    p.add_argument("--dry-run", action="store_true", help="only check, and print what would be submitted")
+    p.add_argument("--local", action="store_true", help="run on this machine, instead of on the file's cluster")
     return p
 
 
@@ -65,14 +67,14 @@ def main(argv: list[str] | None = None) -> int:
     cluster = _cluster(args)
     from slurm import (
         points,
-        preflight,  # imports from here on take seconds, which --help should not
+        preflight,  # imported here, because these imports take seconds, which --help should not
     )
 
     found = points.points(args.config, args.overrides, args.sweep)
     if args.resume:
         found = [point for point in found if not point.done and not point.job]
         if not found:
-            print("nothing is missing: all runs are done, or in a job")
+            print("nothing to submit: all runs are done, or in a job")
             return errors.DONE
     found = [replace(point, config=_fixed(point.config, cluster)) for point in found]
     wrong = preflight.problems(found, cluster)
@@ -108,23 +110,25 @@ def _cluster(args: argparse.Namespace) -> ClusterConfig:
 
 
 def _fixed(config: Any, cluster: ClusterConfig) -> Any:
-    """Where a job may come back with fewer nodes, a micro-batch stays as large as it is on all of them: fewer nodes
-    then take more of them a step, not more memory."""
+    """Returns the configuration with a fixed micro-batch size, if the job may resume with fewer nodes. It is the size
+    on all nodes, so that fewer nodes take more micro-batches per step, and not more memory."""
     if cluster.min_nodes in (None, cluster.nodes) or config.micro_batch_size:
         return config
-    most = cluster.nodes * cluster.ranks_per_node
-    if config.batch_size % most:
-        return config  # preflight says so
-    micro = config.batch_size // most
+    ranks = cluster.nodes * cluster.ranks_per_node
+    if config.batch_size % ranks:
+        return config  # preflight reports it
+    micro = config.batch_size // ranks
     print(
-        f"micro_batch_size {micro}: as on {most} ranks, so that fewer take more micro-batches a step", file=sys.stderr
+        f"micro_batch_size {micro}: as on {ranks} ranks, so that fewer ranks take more micro-batches per step",
+        file=sys.stderr,
     )
     return replace(config, micro_batch_size=micro)
 
 
 @dataclass(frozen=True)
 class Submission:
-    """points: of slurm.points; one job each, in one array. folder: a new one for the jobs' files."""
+    """A submission of one job for each point, in one array. points: the runs, `slurm.points.Point`. folder: a new
+    folder for the jobs' files."""
 
     cluster: ClusterConfig
     points: list[Any]
@@ -138,14 +142,14 @@ class Submission:
             code=code,
             before=("trap : TERM  # this script outlives the ranks",),
             after=("code=$?", f"{again} $code", "exit $?"),
-            # One rank that dies would leave the others waiting. Logs of earlier starts stay.
+            # If a rank dies, srun ends the others, which would wait for it. Logs of earlier starts are kept.
             srun_args=("--kill-on-bad-exit=1", "--open-mode=append"),
         )
         return executor(self.cluster, self.folder, "train", around)
 
     @property
     def script(self) -> str:
-        """For sbatch."""
+        """The batch script for sbatch."""
         return script(self._executor(), len(self.points))
 
     @property
@@ -169,7 +173,7 @@ class Submission:
         return "\n".join(lines)
 
     def send(self) -> None:
-        """Snapshots the code, submits, and says how to follow."""
+        """Copies the code, submits the jobs, and prints how to follow them."""
         from slurm import snapshot
         from trainer.config.run_config import to_data
         from trainer.tracking.provenance import revision
@@ -214,7 +218,8 @@ class Submission:
         return TrainingJob(config, os.getcwd(), {**tags, **values}, 60 * cluster.hang_minutes, cluster.requeues)
 
     def _parent(self) -> dict[str, str]:
-        """The MLflow run of which a sweep's points are children; made once for a run directory."""
+        """Returns the tag that makes a point a child of the sweep's MLflow run, or nothing without a sweep. The MLflow
+        run is made once for a run directory."""
         point = self.points[0]
         if not point.values or not point.config.logging.enabled:
             return {}
@@ -231,7 +236,8 @@ class Submission:
 
 @contextmanager
 def _detached(log: Path) -> Iterator[None]:
-    """What is started within it has the log for its output, not this command's, which a pipe would wait for."""
+    """Within it, processes that are started write to the log and not to this command's output. Otherwise a pipe that
+    reads this command would wait for them."""
     kept = [os.dup(1), os.dup(2)]
     sys.stdout.flush()
     with log.open("ab") as file:

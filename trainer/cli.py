@@ -1,4 +1,4 @@
-"""The console script `ambient`: each subcommand is also `python -m ...`."""
+"""The console script `ambient`: each subcommand can also be called as `python -m MODULE`."""
 
 from __future__ import annotations
 
@@ -16,19 +16,22 @@ COMMANDS = {
     "init": ("trainer.init", "write a commented configuration for your shards and GPUs"),
     "train": ("trainer.train", "train a run, or resume it"),
     "sample": ("trainer.sample", "draw images from a run"),
-    "evaluate": ("trainer.evaluate", "judge runs by clean images: quality, error per level, memorization"),
-    "study": ("trainer.study", "a grid of runs, trained and judged alike, and one table"),
-    "export": ("trainer.export", "write a run's model as diffusers loads it"),
-    "plan": ("trainer.plan", "what a run takes in memory, time and traffic, before it starts"),
-    "doctor": ("trainer.doctor", "what of this machine works for training, and what to do about the rest"),
-    "submit": ("slurm.submit", "train by jobs of a cluster, one run or a sweep"),
-    "status": ("slurm.status", "how far submitted runs are"),
-    "quickstart": ("trainer.quickstart", "all of it on a packaged set of images, in minutes"),
+    "evaluate": (
+        "trainer.evaluate",
+        "evaluate runs with held-out images: quality, error per noise level, memorization",
+    ),
+    "study": ("trainer.study", "train and evaluate a grid of runs in the same way, and write one table"),
+    "export": ("trainer.export", "write a run's model in the format that diffusers loads"),
+    "plan": ("trainer.plan", "estimate the memory, time and network traffic of a run before it starts"),
+    "doctor": ("trainer.doctor", "check whether training works on this machine, and say what to do about problems"),
+    "submit": ("slurm.submit", "train one run or a sweep as jobs on a cluster"),
+    "status": ("slurm.status", "show the progress of submitted runs"),
+    "quickstart": ("trainer.quickstart", "run all of this on a packaged set of images, in minutes"),
 }
 
 
 ON_A_CLUSTER = {"shard": "slurm.shard", "evaluate": "slurm.evaluate"}
-"""Commands that have another module where --cluster is given."""
+"""The modules that replace those of COMMANDS if --cluster is given."""
 
 
 def usage() -> str:
@@ -36,8 +39,8 @@ def usage() -> str:
     return (
         f"usage: ambient COMMAND ...\n\nTrains diffusion models from corrupted images alone.\n\n{lines}\n\n"
         "example:\n  ambient shard packaged:digits data/digits --sigma 0.5\n\n"
-        "`ambient COMMAND --help` says more; `ambient --version` prints the version; `source <(ambient "
-        "completion)` lets bash complete, and `ambient completion` begins with how zsh does."
+        "`ambient COMMAND --help` describes a command; `ambient --version` prints the version. `source <(ambient "
+        "completion)` enables completion in bash; the first lines of `ambient completion` say how to enable it in zsh."
     )
 
 
@@ -63,5 +66,5 @@ def main(argv: list[str]) -> int:
 
 
 def script() -> None:
-    """The console script's entry."""
+    """The entry point of the console script."""
     sys.exit(errors.run(lambda: main(sys.argv[1:])))

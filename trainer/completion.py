@@ -1,5 +1,5 @@
-"""What a shell completes after `ambient`: commands, their options, fields of a configuration, and values that have
-names."""
+"""Shell completion of `ambient`: commands, their options, fields of a configuration, and the named values of options
+and fields."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCRIPT = """# bash: source <(ambient completion)
 _ambient() {
     local word=${COMP_WORDS[COMP_CWORD]} of=${COMP_WORDS[COMP_CWORD - 1]} command=${COMP_WORDS[1]} before= words= name
     COMPREPLY=()
-    if [[ $word == "=" ]]; then  # bash takes "=" for a word
+    if [[ $word == "=" ]]; then  # bash treats "=" as a word of its own
         word=
     elif [[ $of == "=" ]]; then
         of=${COMP_WORDS[COMP_CWORD - 2]}
@@ -37,7 +37,7 @@ _ambient() {
         esac
     fi
     COMPREPLY=($(compgen -P "$before" -W "$words" -- "$word"))
-    if [[ ! $of && $words == *=* && $word != */* ]]; then  # where both files and fields are valid
+    if [[ ! $of && $words == *=* && $word != */* ]]; then  # both files and fields are valid here
         while IFS= read -r name; do
             [[ -d $name ]] && COMPREPLY+=("$(printf %q "$name")/") || COMPREPLY+=("$(printf %q "$name")")
         done < <(compgen -f -- "$word")
@@ -53,11 +53,11 @@ NAMED = {
     "--checkpoint": ("latest", "best"),
     "--extractor": (PACKAGED,),
 }
-"""Values of options that take others, too."""
+"""Suggested values of options that also accept other values."""
 
 
 def script(commands: Mapping[str, str]) -> str:
-    """For bash, and for zsh by bashcompinit. commands: each one's module."""
+    """Returns the completion script for bash, and for zsh by bashcompinit. commands: the module of each command."""
     values, words, fields = [], [], _fields()
     for command, module in commands.items():
         parser: argparse.ArgumentParser = import_module(module).parser()
@@ -82,13 +82,15 @@ def _case(pattern: str, words: Iterable[str]) -> str:
 
 
 def _fields() -> dict[str, list[str]]:
-    """Those of a configuration, by path, each with the values of it that have a name."""
-    found: dict[str, dict[str, None]] = {}
+    """Returns the fields of a configuration by path, each with those of its values that have a name."""
+    named_values: dict[str, dict[str, None]] = {}
     for group in groups():
         if group.kind:
-            found.setdefault(f"{group.path}.kind", {})[group.kind] = None
+            named_values.setdefault(f"{group.path}.kind", {})[group.kind] = None
         if group.null != "no":
-            found.setdefault(group.path, {})["null"] = None
+            named_values.setdefault(group.path, {})["null"] = None
         for field in group.fields:
-            found.setdefault(f"{group.path}.{field.name}".removeprefix("."), {}).update(dict.fromkeys(field.choices))
-    return {name: list(found[name]) for name in sorted(found)}
+            named_values.setdefault(f"{group.path}.{field.name}".removeprefix("."), {}).update(
+                dict.fromkeys(field.choices)
+            )
+    return {name: list(named_values[name]) for name in sorted(named_values)}

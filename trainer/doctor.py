@@ -1,4 +1,5 @@
-"""`python -m trainer.doctor`: what of this machine works for training, in one table, and what to do about the rest."""
+"""`python -m trainer.doctor`: checks whether training works on this machine. Prints one table, with advice for each
+problem."""
 
 from __future__ import annotations
 
@@ -26,17 +27,17 @@ EXAMPLE = """examples:
   python -m trainer.doctor
   python -m trainer.doctor --shared /scratch/me/runs --tracking http://mlflow:5000
 
-Exit codes: 0 nothing failed, 1 something did. A warning is what training can do without.
+Exit codes: 0 nothing failed, 1 something failed. A warning concerns something that training can do without.
 """
 SECONDS = 120
-"""How long a check of other processes, or of a server, may take."""
+"""Time limit of a check that starts other processes. A server gets a quarter of it."""
 
 Verdict = Literal["ok", "warn", "fail"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table. advice: what to do, where the verdict is not ok."""
+    """One line of the table. advice: what to do if the verdict is not ok."""
 
     name: str
     verdict: Verdict
@@ -47,7 +48,7 @@ class Finding:
 def parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="python -m trainer.doctor",
-        description="Checks packages, devices, attention, bf16, communication, and if asked a folder and MLflow.",
+        description="Checks packages, devices, bf16, attention, communication; on request a shared folder and MLflow.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -55,14 +56,14 @@ def parser() -> argparse.ArgumentParser:
         "--shared",
         type=Path,
         metavar="FOLDER",
-        help="a folder that all machines of a run see: written, locked, renamed",
+        help="check a folder that all machines of a run share: write, rename and lock files in it",
     )
     p.add_argument(
         "--json",
         action="store_true",
-        help="a line of JSON for each finding: name, verdict (ok, warn, fail), detail, advice",
+        help="print each finding as a line of JSON: name, verdict (ok, warn, fail), detail, advice",
     )
-    p.add_argument("--tracking", metavar="URI", help="of MLflow: asked for its experiments")
+    p.add_argument("--tracking", metavar="URI", help="check the MLflow server at this address: list its experiments")
     return p
 
 
@@ -89,12 +90,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def packages() -> Iterator[Finding]:
-    """Those of provenance, imported in the versions that they say."""
+    """Checks that the packages of provenance.PACKAGES are installed, and looks for a C++ compiler."""
     from trainer.tracking.provenance import PACKAGES, version_of
 
-    found = {name: version_of(name) for name in PACKAGES}
-    missing = [name for name, version in found.items() if version is None]
-    text = ", ".join(f"{name} {version}" for name, version in found.items() if version)
+    versions = {name: version_of(name) for name in PACKAGES}
+    missing = [name for name, version in versions.items() if version is None]
+    text = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     if missing:
         yield Finding("packages", "fail", f"missing: {', '.join(missing)}", "make install, or pip install -e .")
     else:
@@ -103,7 +104,7 @@ def packages() -> Iterator[Finding]:
     if compiler:
         yield Finding("compiler", "ok", compiler)
     else:
-        yield Finding("compiler", "warn", "none", "needed for engine.compile alone: install a C++ compiler")
+        yield Finding("compiler", "warn", "none", "only engine.compile needs one: install a C++ compiler")
 
 
 def devices() -> Iterator[Finding]:
@@ -119,9 +120,9 @@ def devices() -> Iterator[Finding]:
             else f"torch {torch.__version__} is built for CPUs"
         )
         advice = (
-            "nvidia-smi must list it; is the driver as new as that?"
+            "check that nvidia-smi lists the GPU, and that the driver is new enough for this version"
             if built
-            else "with a GPU: install torch for CUDA (pytorch.org)"
+            else "if there is a GPU, install torch for CUDA (pytorch.org)"
         )
         yield Finding("devices", "warn", f"no GPU: {why}; {os.cpu_count()} CPU cores", advice)
         return
@@ -132,13 +133,13 @@ def devices() -> Iterator[Finding]:
         known = f"{peak / 1e12:g} TFLOP/s in bf16" if peak else "its peak is not known, so no MFU is logged"
         detail = f"{about.name}, {total / 1e9:.1f} GB, {free / 1e9:.1f} GB free, {known}"
         if free < 0.9 * total:
-            yield Finding(f"device {index}", "warn", detail, "another process is on it: see nvidia-smi")
+            yield Finding(f"device {index}", "warn", detail, "another process uses it: see nvidia-smi")
         else:
             yield Finding(f"device {index}", "ok", detail)
 
 
 def arithmetic() -> Iterator[Finding]:
-    """Products of matrices in bf16: against float32, and their speed."""
+    """Compares matrix products in bf16 with float32, and measures the speed of both."""
     import torch
 
     from trainer.engine.deepspeed_config import resolve_precision
@@ -152,8 +153,13 @@ def arithmetic() -> Iterator[Finding]:
     detail = (
         f"{speeds[torch.bfloat16] / 1e12:.3g} TFLOP/s, fp32 {speeds[torch.float32] / 1e12:.3g}; differs by {gap:.1e}"
     )
-    if not gap <= 0.02:  # also where it is not a number
-        yield Finding("bf16", "fail", detail, "its products are wrong: update the driver and torch; use precision fp32")
+    if not gap <= 0.02:  # also true if it is NaN
+        yield Finding(
+            "bf16",
+            "fail",
+            detail,
+            "its matrix products are wrong: update the driver and torch; set engine.precision to fp32",
+        )
     elif resolve_precision("auto") == "fp32":
         yield Finding("bf16", "warn", f"{detail}; not native", "leave engine.precision at fp32 or auto")
     else:
@@ -161,7 +167,7 @@ def arithmetic() -> Iterator[Finding]:
 
 
 def attention() -> Iterator[Finding]:
-    """xformers against SDPA, at the head dimension of SDXL, in each precision that training uses here."""
+    """Compares xformers with SDPA at SDXL's head dimension, in each precision that training uses on this device."""
     import torch
 
     from trainer.models.attention import USUAL_HEAD_DIM, choose
@@ -181,7 +187,7 @@ def attention() -> Iterator[Finding]:
 
 
 def communication() -> Iterator[Finding]:
-    """Two processes sum 16 MB: by NCCL where there are two GPUs, else by gloo."""
+    """Lets two processes sum 16 MB: with NCCL if there are two GPUs, otherwise with gloo."""
     import torch
 
     backend = "nccl" if torch.cuda.device_count() > 1 else "gloo"
@@ -222,7 +228,7 @@ def communication() -> Iterator[Finding]:
         yield Finding(
             "communication",
             "fail",
-            f"{backend}: two processes did not meet in {SECONDS} s",
+            f"{backend}: two processes did not connect within {SECONDS} s",
             "is the loopback interface up? NCCL_DEBUG=INFO and TORCH_DISTRIBUTED_DEBUG=DETAIL say more",
         )
         return
@@ -238,11 +244,14 @@ def communication() -> Iterator[Finding]:
             "NCCL_DEBUG=INFO says more; gloo needs a host name that resolves",
         )
     else:
-        yield Finding("communication", "ok", f"{backend}, 2 processes here sum {float(answers[0][0]):.3g} GB/s")
+        yield Finding(
+            "communication", "ok", f"{backend}, 2 processes on this machine sum {float(answers[0][0]):.3g} GB/s"
+        )
 
 
 def shared_folder(folder: Path) -> Iterator[Finding]:
-    """What checkpoints need: files that appear complete, a lock that excludes, and a disk that keeps."""
+    """Checks what checkpoints need: writes that reach the disk, renames that replace a file, and locks that exclude
+    other processes."""
     name = f".doctor-{uuid.uuid4().hex}"
     first, second = folder / f"{name}.a", folder / f"{name}.b"
     try:
@@ -255,14 +264,19 @@ def shared_folder(folder: Path) -> Iterator[Finding]:
         second.write_bytes(b"old")
         first.replace(second)
         if second.stat().st_size != 2**22 or first.exists():
-            yield Finding("shared folder", "fail", f"{folder}: renaming does not replace", "choose another file system")
+            yield Finding(
+                "shared folder",
+                "fail",
+                f"{folder}: renaming does not replace an existing file",
+                "choose another file system",
+            )
             return
         if not _lock_excludes(second):
             yield Finding(
                 "shared folder",
                 "warn",
                 f"{folder}: two processes can lock one file",
-                "start each run once: nothing stops a second start; on Lustre mount with flock",
+                "start each run only once, since nothing stops a second start; on Lustre, mount with flock",
             )
             return
         free = shutil.disk_usage(folder).free
@@ -280,7 +294,8 @@ def shared_folder(folder: Path) -> Iterator[Finding]:
 
 
 def tracking(uri: str) -> Iterator[Finding]:
-    """Asked in a process of its own, which can be ended when a server does not answer."""
+    """Checks that an MLflow server answers. A separate process asks it, so that it can be ended if there is no
+    answer."""
     from trainer.tracking.client import QUESTION
 
     try:
@@ -292,8 +307,8 @@ def tracking(uri: str) -> Iterator[Finding]:
         yield Finding(
             "MLflow",
             "fail",
-            f"{uri}: no answer in {SECONDS // 4} s",
-            "is the server up? runs train on, and send their records later",
+            f"{uri}: no answer within {SECONDS // 4} s",
+            "is the server running? meanwhile runs continue, and send their records later",
         )
         return
     if answer.returncode:
@@ -302,7 +317,7 @@ def tracking(uri: str) -> Iterator[Finding]:
             "MLflow",
             "fail",
             f"{uri}: {lines[-1][:300] if lines else 'no answer'}",
-            "is the address right? runs train on, and send their records later",
+            "is the address right? meanwhile runs continue, and send their records later",
         )
     else:
         yield Finding(
@@ -313,7 +328,7 @@ def tracking(uri: str) -> Iterator[Finding]:
 
 
 def _lock_excludes(path: Path) -> bool:
-    """Whether another process is refused a lock that this one holds."""
+    """Returns whether another process is refused a lock that this process holds."""
     attempt = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
     with path.open("r+") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
@@ -321,7 +336,7 @@ def _lock_excludes(path: Path) -> bool:
 
 
 def _seconds(a: object, b: object) -> float:
-    """Of one product of matrices."""
+    """Returns the time of one matrix product in seconds: the shortest of four."""
     import torch
 
     def wait() -> None:

@@ -1,4 +1,4 @@
-"""`python -m trainer.evaluate RUN... --reference DATA`: is it clean, is it memorized, and which run is better."""
+"""`python -m trainer.evaluate RUN... --reference DATA`: measures image quality and memorization, and compares runs."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ EXAMPLE = """examples:
   python -m trainer.evaluate runs/mine --reference held-out/
   python -m trainer.evaluate runs/naive runs/ours --reference packaged:fashion/test --training packaged:fashion/train
   python -m trainer.evaluate runs/mine --measured data/held-out                        # without clean images
-  python -m slurm.evaluate runs/* --reference held-out/ --cluster cluster.yaml         # by jobs of a cluster
-  torchrun --nproc_per_node 8 -m trainer.evaluate runs/mine --reference held-out/ --number 10000    # resumes
+  python -m slurm.evaluate runs/* --reference held-out/ --cluster cluster.yaml         # as jobs on a cluster
+  torchrun --nproc_per_node 8 -m trainer.evaluate runs/mine --reference held-out/ --number 10000    # can be resumed
 
-The metrics are added to the MLflow run of each, and a report, one HTML file, is written into its folder. DATA is what
-data_pipeline.shard takes as SOURCE.
+The metrics are added to the MLflow run of each run. The report is one HTML file, see --out. DATA is given like SOURCE
+of data_pipeline.shard.
 """
 
 
@@ -34,26 +34,28 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parser_of_request(prog: str, examples: str) -> argparse.ArgumentParser:
-    """The options that say what is evaluated, and by what."""
+    """Returns the parser with the options of an evaluation, which slurm.evaluate has, too."""
     p = Parser(
         prog=prog,
         description=(
-            "Evaluates runs with clean images that they never saw: the distance of samples to them, and the "
-            "denoiser's error at each noise level. With --measured, where there are no clean images, with noisy ones: "
-            "samples get the data's corruption, and are compared with shards of observations. With --training also "
-            "whether the run memorized its images: what it makes of them after severe corruption, and how near its "
-            "samples are to them."
+            "Evaluates runs with clean images that training never saw: measures the distance of samples to these "
+            "images, and the denoiser's error at each noise level. If there are no clean images, --measured evaluates "
+            "with noisy ones: samples get the data's corruption, and are compared with shards of observations. With "
+            "--training it also measures whether a run memorized its images: what the run makes of them after severe "
+            "corruption, and how near its samples are to them."
         ),
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folders of runs, or of exports")
+    p.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folder of a run or of an export")
     _add_images(p)
     _add_measures(p)
-    p.add_argument("--steps", type=int, default=Request.steps, help="noise levels on the way down (default: 25)")
-    p.add_argument("--seed", type=int, default=Request.seed, help="of samples and attacks (default: 0)")
     p.add_argument(
-        "--prompt", metavar="TEXT", help="what to draw, for runs with text (default: each one's model.prompt)"
+        "--steps", type=int, default=Request.steps, help="number of noise levels of the sampler (default: 25)"
+    )
+    p.add_argument("--seed", type=int, default=Request.seed, help="seed of samples and attacks (default: 0)")
+    p.add_argument(
+        "--prompt", metavar="TEXT", help="what to draw, for runs with text (default: model.prompt of each run)"
     )
     add_weights(p)
     p.add_argument(
@@ -61,56 +63,58 @@ def parser_of_request(prog: str, examples: str) -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help=(
-            "the report (default: report.html in the run's evaluation/ for one run, comparison.html next to the "
-            "first of several)"
+            "file of the report (default: report.html in the run's evaluation/ for one run, comparison.html next to "
+            "the first run for several)"
         ),
     )
     return p
 
 
 def _add_images(p: argparse.ArgumentParser) -> None:
-    """With what samples are compared."""
+    """Adds the options for the images that samples are compared with."""
     p.add_argument("--reference", metavar="DATA", help="clean images that training never saw")
     p.add_argument(
         "--measured",
         metavar="SHARDS",
         help=(
-            "observations that training never saw, as data_pipeline.shard writes them: samples are corrupted as "
-            "they are, and compared with them. Needs no clean images"
+            "shards, as data_pipeline.shard writes them, of observations that training never saw: samples are "
+            "corrupted in the same way and compared with them. Needs no clean images"
         ),
     )
     p.add_argument(
         "--training",
         metavar="DATA",
         help=(
-            "the clean images whose corrupted versions were trained on, for the attacks on memory (default: none, "
-            "and no attacks)"
+            "the clean images whose corrupted versions were trained on, for the memorization attacks (default: none, "
+            "without attacks)"
         ),
     )
 
 
 def _add_measures(p: argparse.ArgumentParser) -> None:
-    """What is measured, and on how much."""
-    p.add_argument("--number", type=int, default=Request.number, help="samples to draw; 0 for none (default: 1000)")
+    """Adds the options for what is measured, and on how many images."""
+    p.add_argument(
+        "--number", type=int, default=Request.number, help="number of samples to draw; 0 draws none (default: 1000)"
+    )
     p.add_argument(
         "--attacked",
         type=int,
         default=Request.attacked,
-        help="training images to attack, and as many held-out ones (default: 200)",
+        help="number of training images to attack; the same number of held-out images is attacked (default: 200)",
     )
     p.add_argument(
         "--compared",
         type=int,
         default=Request.compared,
-        help="training images, evenly chosen, among which each sample's nearest is looked for (default: 10000)",
+        help="number of training images, evenly spaced, to search for the nearest to each sample (default: 10000)",
     )
     p.add_argument(
         "--attack-sigma",
         type=float,
         metavar="SIGMA",
         help=(
-            "level of the noise that hides them (default: a 14th of the side of what the model works on: 2 for 28 "
-            "px, 9 for SDXL's latents)"
+            "noise level of the noise attack (default: 1/14 of the side of the model's input: 2 for 28 px, 9 for "
+            "SDXL's latents)"
         ),
     )
     p.add_argument(
@@ -118,7 +122,7 @@ def _add_measures(p: argparse.ArgumentParser) -> None:
         type=float,
         default=Request.attack_visible,
         metavar="SHARE",
-        help="share of columns that the mask leaves (default: 0.25)",
+        help="share of columns that stay visible in the mask attack (default: 0.25)",
     )
     p.add_argument(
         "--levels",
@@ -126,15 +130,15 @@ def _add_measures(p: argparse.ArgumentParser) -> None:
         nargs="+",
         default=Request.levels,
         metavar="SIGMA",
-        help="noise levels of the denoiser's error; those that a run's process lacks are skipped (default: 0.05 to 4)",
+        help="noise levels of the denoiser's error; those outside a run's process are skipped (default: 0.05 to 4)",
     )
     p.add_argument(
         "--extractor",
         default="efficientnet-lite0",
         metavar="WHICH",
         help=(
-            "network of the features: efficientnet-lite0 (the default, packaged), a TorchScript file, such as FID's "
-            "Inception, or the folder of a transformers vision model, such as DINOv2"
+            "network that computes the features: efficientnet-lite0 (the default, packaged), a TorchScript file, such "
+            "as FID's Inception, or the folder of a transformers vision model, such as DINOv2"
         ),
     )
 
@@ -143,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if word := giving(words, "--cluster"):
         raise UserError(
-            f"{word}: jobs are submitted by python -m slurm.evaluate, which takes the same words",
+            f"{word}: jobs are submitted by python -m slurm.evaluate, which takes the same arguments",
             field=word,
             code="conflict",
         )
@@ -175,7 +179,7 @@ def weights_of(args: argparse.Namespace) -> Weights:
 
 
 def report_on(args: argparse.Namespace, request: Request, weights: Weights, command: str) -> int:
-    """Evaluates what is not evaluated yet, and writes the report. Returns the exit code."""
+    """Makes the evaluations that are still missing, and writes the report. Returns the exit code."""
     from ambient_core import storage
     from trainer.reports.evaluate_runs import evaluate
     from trainer.reports.html import incomparable, report
@@ -195,8 +199,8 @@ def report_on(args: argparse.Namespace, request: Request, weights: Weights, comm
 def check(args: argparse.Namespace) -> None:
     if not args.reference and not args.measured:
         raise UserError(
-            "--reference is missing: clean images that training never saw; who has none gives --measured, "
-            "shards of noisy ones",
+            "--reference is missing: give clean images that training never saw or, if there are none, --measured, "
+            "shards of noisy images",
             field="--reference",
             code="missing",
         )
@@ -209,7 +213,7 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.measured and not args.number:
         raise UserError(
-            "--number 0: --measured compares samples with observations: leave one of them out",
+            "--number 0: --measured compares samples with observations: leave out one of the two options",
             field="--number",
             code="conflict",
         )
@@ -231,14 +235,14 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.training and args.training == args.reference:
         raise UserError(
-            f"--training {args.training}: is --reference, too: that must be images that training never saw",
+            f"--training {args.training}: is also given as --reference, which must be images that training never saw",
             field="--training",
             code="conflict",
         )
     if args.out and (args.out.suffix.lower() not in (".html", ".htm") or args.out.is_dir()):
         raise UserError(f"--out {args.out}: must be a file that ends in .html", field="--out", code="invalid")
     if len({run.resolve() for run in args.runs}) < len(args.runs):
-        raise UserError(f"RUN {' '.join(map(str, args.runs))}: one is named twice", field="RUN", code="conflict")
+        raise UserError(f"RUN {' '.join(map(str, args.runs))}: a run is named twice", field="RUN", code="conflict")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`python -m trainer.export RUN_DIR OUT`: a run's averaged weights as diffusers loads them, with a model card."""
+"""`python -m trainer.export RUN_DIR OUT`: writes a run's averaged weights for diffusers, with a model card."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.inference.arguments import add_weights
 
 EXAMPLE = """examples:
   python -m trainer.export runs/sdxl-face exports/face       # adapters: pytorch_lora_weights.safetensors
-  python -m trainer.export runs/sdxl-full exports/full       # a model that was trained in full: a pipeline's folder
+  python -m trainer.export runs/sdxl-full exports/full       # a fully trained SDXL: a pipeline folder
   python -m trainer.export runs/mine exports/mine --checkpoint best --ema-sigma-rel 0.08
 """
 
@@ -22,9 +22,9 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="python -m trainer.export",
         description=(
-            "Writes the averaged weights of a run, of its last checkpoint by default, as diffusers loads them, with "
-            "a model card. Adapters are for StableDiffusionXLPipeline.load_lora_weights, an SDXL that was trained "
-            "whole is a pipeline's folder, and what was trained from scratch a model's folder."
+            "Writes a run's averaged weights, by default those of its last checkpoint, in the format that diffusers "
+            "loads, with a model card. Adapters become a file for StableDiffusionXLPipeline.load_lora_weights, a fully "
+            "trained SDXL becomes a pipeline folder, and a model that was trained from scratch becomes a model folder."
         ),
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"OUT {args.out}: exists already: choose a new one", field="OUT", code="in_use")
     from trainer.inference import exported
     from trainer.inference.load import restore
-    from trainer.inference.model_card import card  # imports from here on take seconds, which --help should not
+    from trainer.inference.model_card import card  # imports from here on take seconds; --help must not wait for them
 
     run = restore(args.run_dir, args.checkpoint, args.ema_sigma_rel)
     with paths.created_whole(args.out) as partial:

@@ -1,4 +1,4 @@
-"""`python -m trainer.init SHARDS CONFIG`: a configuration for these shards and these GPUs, with a comment at each
+"""`python -m trainer.init SHARDS CONFIG`: writes a configuration for these shards and GPUs, with a comment on each
 line."""
 
 from __future__ import annotations
@@ -27,33 +27,33 @@ EXAMPLE = """examples:
   python -m trainer.init data/mine mine.yaml --gpus 8 --gpu a100
   python -m trainer.init data/faces-latents sdxl.yaml --gpus 8 --base stabilityai/stable-diffusion-xl-base-1.0
 
-Sizes, rates and weights are where to begin, not results: docs/studies.md says what was measured.
+Sizes, rates and weights are starting points, not results of a search: docs/studies.md has the measurements.
 """
 LONG_S = 2 * 3600
-"""For a training on a CPU that takes longer, it says how it could be shorter."""
+"""If training on a CPU takes more seconds than this, the command says how to shorten it."""
 LONGEST = 170
-"""Characters of a comment; a longer one is cut at the end of a sentence."""
+"""Largest number of characters in a comment; a longer one is cut at the end of a sentence or clause."""
 
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="python -m trainer.init",
-        description="Writes a commented configuration for the images in SHARDS and the GPUs that are to train on them.",
+        description="Writes a commented configuration for the images in SHARDS and the GPUs that will train on them.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("shards", metavar="SHARDS", help="the folder that data_pipeline.shard wrote")
     p.add_argument("config", metavar="CONFIG", type=Path, help="the YAML file to write")
     p.add_argument(
-        "--gpus", type=int, metavar="N", help="how many GPUs; 0 is a CPU (default: 0, or 1 where --gpu is given)"
+        "--gpus", type=int, metavar="N", help="number of GPUs; 0 is for a CPU (default: 0, or 1 if --gpu is given)"
     )
-    p.add_argument("--gpu", choices=sorted(GPUS), help="of which kind (default: h100)")
+    p.add_argument("--gpu", choices=sorted(GPUS), help="kind of GPU (default: h100)")
     p.add_argument(
         "--base",
         metavar="PIPELINE",
-        help="for latents: the Stable Diffusion XL to adapt, a folder or a hub id (default: that whose VAE made them)",
+        help="for latents: the Stable Diffusion XL to fine-tune, folder or hub id (default: that whose VAE made them)",
     )
-    p.add_argument("--prompt", help="for latents: one prompt for all images, in place of their captions")
+    p.add_argument("--prompt", help="for latents: one prompt for all images, instead of their captions")
     return p
 
 
@@ -69,24 +69,24 @@ def main(argv: list[str] | None = None) -> int:
     if args.config.is_dir():
         raise UserError(f"CONFIG {args.config}: is a folder: name a file in it", field="CONFIG", code="invalid")
     if args.config.exists():
-        raise UserError(f"CONFIG {args.config}: is there already: choose another name", field="CONFIG", code="in_use")
+        raise UserError(f"CONFIG {args.config}: already exists: choose another name", field="CONFIG", code="in_use")
     from data_pipeline.format.index import read_index
 
     index = read_index(args.shards)
     data = proposal(args.shards, index, args.config.stem, gpus, args.base, args.prompt)
-    said, seconds = _fitted(data, index, gpus, gpu) if gpus else "on a CPU", 0.0
+    summary, seconds = _fitted(data, index, gpus, gpu) if gpus else "on a CPU", 0.0
     if not gpus and index.request.get("latents") is None:
         print("timing a few passes of the network...", file=sys.stderr)
         seconds = _seconds(data, index)
-        said += (
-            f": about {seconds / data['steps']:.2g} s a step as this one was timed just now, {_duration(seconds)} "
-            "in all"
+        summary += (
+            f": about {seconds / data['steps']:.2g} s per step, as measured on this CPU just now, {_duration(seconds)} "
+            "in total"
         )
     text = render(
         data,
         (
             f"{index.samples} images of {' x '.join(map(str, index.shape))} in {args.shards}, sigma_n "
-            f"{index.levels}; {said}"
+            f"{index.levels}; {summary}"
         ),
     )
     try:
@@ -95,18 +95,19 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(
             f"CONFIG {args.config}: cannot be written: {error.strerror}", field="CONFIG", code="unwritable"
         ) from None
-    _say_next(args, data, index, gpus, gpu, said, seconds)
+    _say_next(args, data, index, gpus, gpu, summary, seconds)
     return errors.DONE
 
 
 def _say_next(
-    args: argparse.Namespace, data: dict[str, Any], index: ShardIndex, gpus: int, gpu: str, said: str, seconds: float
+    args: argparse.Namespace, data: dict[str, Any], index: ShardIndex, gpus: int, gpu: str, summary: str, seconds: float
 ) -> None:
-    """What was written, warnings, and the commands that come next. seconds: of the whole training, on a CPU."""
+    """Prints what was written, warnings, and the next commands. seconds: time of the complete training on a CPU; 0 if
+    it was not estimated."""
     from trainer.training.data_warnings import few_images
 
     file = shlex.quote(str(args.config))
-    print(f"{args.config}: for {index.samples} images, {said}")
+    print(f"{args.config}: for {index.samples} images, {summary}")
     if len(data["model"].get("channels", ())) == 1:
         print(
             (
@@ -117,17 +118,17 @@ def _say_next(
         )
     if seconds > LONG_S:
         print(
-            "  shorter:        fewer steps, a smaller batch_size, fewer channels; or cut the images into tiles "
+            "  to shorten it:  fewer steps, a smaller batch_size, fewer channels; or cut the images into tiles "
             "(docs/data.md)"
         )
     if warning := few_images(args.shards, index):
         print(f"warning: {warning}", file=sys.stderr)
     if gpus:
-        print(f"  what it takes:  python -m trainer.plan {file} --gpus {gpus} --gpu {gpu}")
+        print(f"  requirements:   python -m trainer.plan {file} --gpus {gpus} --gpu {gpu}")
     if gpus > 8:
         print(
-            f"  train:          python -m slurm.submit {file} --cluster cluster.yaml      # of nodes that have "
-            f"{gpus} GPUs together"
+            f"  train:          python -m slurm.submit {file} --cluster cluster.yaml      # for nodes with "
+            f"{gpus} GPUs in total"
         )
     else:
         print(
@@ -138,7 +139,8 @@ def _say_next(
 
 
 def _fitted(data: dict[str, Any], index: ShardIndex, gpus: int, gpu: str) -> str:
-    """Sets micro-batch and engine such that it fits, as the planner counts, and says so."""
+    """Sets the micro-batch and the engine in `data` so that the run fits by the planner's count, and returns a summary.
+    Raises WorkFailed if it cannot fit."""
     from trainer.config.run_config import parse
     from trainer.planning import models
     from trainer.planning.estimate import Estimate, setting_of
@@ -149,7 +151,7 @@ def _fitted(data: dict[str, Any], index: ShardIndex, gpus: int, gpu: str) -> str
     chosen = setting if estimate.fits(setting) else estimate.nearest()
     if chosen is None or (chosen.gpus, chosen.gpu) != (gpus, gpu):
         raise WorkFailed(
-            f"{gpus} x {gpu} cannot hold this model with any micro-batch, stage or offloading"
+            f"{gpus} x {gpu} cannot hold this model with any micro-batch, ZeRO stage or offloading"
             + (f"; {chosen} could" if chosen else "")
         )
     data["micro_batch_size"] = chosen.micro
@@ -159,12 +161,12 @@ def _fitted(data: dict[str, Any], index: ShardIndex, gpus: int, gpu: str) -> str
     for name in ("offload_optimizer", "offload_parameters"):
         if getattr(chosen.saving, name):
             data["engine"][name] = True
-    return f"{gpus} x {gpu}, {estimate.memory(chosen).peak / 1e9:.1f} GB a rank as planned"
+    return f"{gpus} x {gpu}, {estimate.memory(chosen).peak / 1e9:.1f} GB per rank as planned"
 
 
 def _seconds(data: dict[str, Any], index: ShardIndex) -> float:
-    """Of the training on this machine's CPU: a few passes are timed, and the run's arithmetic is a multiple of
-    theirs."""
+    """Returns the estimated seconds of the training on this machine's CPU. Times a few passes, and multiplies by the
+    ratio of the run's FLOPs to theirs."""
     import torch
 
     from trainer.config.run_config import parse
@@ -186,7 +188,7 @@ def _seconds(data: dict[str, Any], index: ShardIndex) -> float:
         h.sum().backward()
         return time.perf_counter() - begun
 
-    passed()  # the first one sets things up
+    passed()  # warm-up
     return min(passed() for _ in range(4)) / (rows * estimate.flops.both) * estimate.run_flops()
 
 
@@ -195,11 +197,11 @@ def _duration(seconds: float) -> str:
 
 
 def render(data: dict[str, Any], what: str) -> str:
-    """YAML of a configuration, each field with its meaning."""
+    """Returns a configuration as YAML, with the meaning of each field as a comment. what: text of the first comment."""
     from trainer.config.reference import groups
     from trainer.config.run_config import parse
 
-    parse(data, "the proposal")  # what it refuses is a bug of ours, to be known before a file is there
+    parse(data, "the proposal")  # an error here is a bug in this command: raise it before a file is written
     meanings = {
         (group.kind, f"{group.path}.{field.name}".removeprefix(".")): field.about
         for group in groups()
@@ -207,7 +209,7 @@ def render(data: dict[str, Any], what: str) -> str:
     }
     lines = [
         f"# {' '.join(what.split())}.",
-        "# Made by trainer.init; what is not here has its default: docs/configuration.md.",
+        "# Made by trainer.init. Fields that are not listed have their defaults: docs/configuration.md.",
         "",
     ]
 
@@ -235,7 +237,7 @@ def render(data: dict[str, Any], what: str) -> str:
 
 
 def _scalar(value: Any) -> str:
-    """As YAML on one line, in quotes where it would be read as something else."""
+    """Returns a value as YAML on one line, in quotes if YAML would read it as something else."""
     plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z][\w./-]*", value) and from_yaml(value) == value
     return str(value) if plain else json.dumps(value, ensure_ascii=False)
 

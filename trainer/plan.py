@@ -1,5 +1,5 @@
-"""`python -m trainer.plan CONFIG --gpus N`: what a run takes, before it is started; no weights, no data, no GPU
-needed."""
+"""`python -m trainer.plan CONFIG --gpus N`: estimates what a run needs before it is started. It needs no weights, no
+data and no GPU."""
 
 from __future__ import annotations
 
@@ -25,36 +25,38 @@ EXAMPLE = """examples:
   python -m trainer.plan configs/sdxl-face.yaml --gpus 8
   python -m trainer.plan configs/sdxl-face.yaml model.lora=null batch_size=256 --gpus 64 --gpu a100
 
-Exit codes: 0 it fits, 1 it does not, 2 the request was wrong.
+Exit codes: 0 the run fits, 1 it does not fit, 2 the request was wrong.
 """
 
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="python -m trainer.plan",
-        description="Prints memory, arithmetic, time, traffic, reading and disk of a run, for N devices of a kind.",
+        description="Prints a run's memory, FLOPs, time, network traffic, read rate and disk space on N devices.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("config", metavar="CONFIG", type=Path, help="a YAML file, as trainer.train takes it")
+    p.add_argument("config", metavar="CONFIG", type=Path, help="a YAML file, as for trainer.train")
     p.add_argument(
         "overrides", metavar="key.path=value", nargs="*", default=[], help="replaces a field, such as batch_size=256"
     )
-    p.add_argument("--gpus", type=int, required=True, metavar="N", help="how many devices: ranks")
-    p.add_argument("--gpu", choices=sorted(GPUS), default="h100", help="of which kind (default: h100)")
+    p.add_argument("--gpus", type=int, required=True, metavar="N", help="number of devices, with one rank each")
+    p.add_argument("--gpu", choices=sorted(GPUS), default="h100", help="kind of device (default: h100)")
     p.add_argument(
         "--mfu",
         type=float,
         default=0.4,
-        help="the share of the device's peak that is reached (default: 0.4); a run logs its own as progress/mfu",
+        help="share of the device's peak that training reaches (default: 0.4); a run logs its own as progress/mfu",
     )
-    p.add_argument("--json", action="store_true", help="one line of JSON in place of the tables; bytes, seconds, FLOP")
+    p.add_argument(
+        "--json", action="store_true", help="print one line of JSON instead of the tables, in bytes, seconds and FLOP"
+    )
     p.add_argument(
         "--shape",
         type=int,
         nargs=3,
         metavar=("C", "H", "W"),
-        help="of an image or latent (default: that of data.shards; for an sdxl without shards, 4 128 128, of 1024 px)",
+        help="shape of an image or latent (default: that of data.shards; for sdxl without shards 4 128 128: 1024 px)",
     )
     return p
 
@@ -69,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     if not 0 < args.mfu <= 1:
         raise UserError(f"--mfu {args.mfu:g}: must be above 0 and at most 1", field="--mfu", code="invalid")
-    from trainer.config.run_config import load  # imports from here on take seconds, which --help should not
+    from trainer.config.run_config import load  # imports from here on take seconds; --help must not wait for them
 
     config = load(args.config, args.overrides)
     from trainer.planning import models
@@ -99,18 +101,18 @@ def main(argv: list[str] | None = None) -> int:
         f"\nIt does not fit into {USABLE:.0%} of the device's {GPUS[args.gpu].memory / 1e9:g} GB. "
         + (
             (
-                f"The nearest that does: {nearest}, with {estimate.memory(nearest).peak / 1e9:.1f} "
+                f"The nearest setting that fits: {nearest}, with {estimate.memory(nearest).peak / 1e9:.1f} "
                 f"GB{_on_host(estimate, nearest)}."
             )
             if nearest
-            else "Nothing near it does: plan for smaller images, or for adapters."
+            else "No setting near it fits: plan for smaller images, or for adapters."
         )
     )
     return errors.FAILED
 
 
 def _plain(e: Estimate, mfu: float, sample_bytes: float) -> dict[str, Any]:
-    """For scripts: what the tables say."""
+    """Returns the values of the tables, for scripts."""
     total, memory, fits = e.run_flops(), e.memory(e.setting), e.fits(e.setting)
     seconds = e.seconds(total, mfu)
     nearest = None if fits else e.nearest()
@@ -135,7 +137,7 @@ def _plain(e: Estimate, mfu: float, sample_bytes: float) -> dict[str, Any]:
 
 
 def _data(config: RunConfig, given: list[int] | None) -> tuple[tuple[int, int, int], float]:
-    """The shape of a sample, and its bytes in the shards: as they are, or float16 where they are not made yet."""
+    """Returns the shape of a sample, and its bytes in the shards; for shards that are not made yet, as float16."""
     if given:
         return (given[0], given[1], given[2]), 2.0 * math.prod(given)
     from data_pipeline.format.index import read_index
@@ -159,12 +161,12 @@ def _print_costs(e: Estimate, mfu: float, sample_bytes: float) -> None:
     seconds = e.seconds(total, mfu)
     lines = [
         ("parameters", f"{_count(w.trainable + w.frozen)}, of which {_count(w.trainable)} are trained"),
-        ("a sample", f"{_si(e.flops.forward)}FLOP forward, {_si(e.flops.both)}FLOP with backward"),
+        ("per sample", f"{_si(e.flops.forward)}FLOP forward, {_si(e.flops.both)}FLOP with backward"),
     ]
     if e.text.forward:
         lines.append(
             (
-                "a caption",
+                "per caption",
                 f"{_si(e.text.forward)}FLOP to encode"
                 + (f", {_si(e.text.both)}FLOP with backward" if e.text.both > e.text.forward else ""),
             )
@@ -172,7 +174,7 @@ def _print_costs(e: Estimate, mfu: float, sample_bytes: float) -> None:
     for label, consistency in [("ambient step", False)] + ([("step with consistency", True)] if consistent else []):
         work = e.step_flops(consistency)
         took, sent = e.seconds(work, mfu), e.traffic(consistency)
-        share = f", {sent / gpu.link / took:.1%} of the step's time at the device's own link" if sent else ""
+        share = f", {sent / gpu.link / took:.1%} of the step's time at the speed of the device's link" if sent else ""
         lines.append((label, f"{_si(work)}FLOP, {_duration(took)}; each rank sends {_si(sent)}B{share}"))
     per_second = config.steps * config.batch_size / seconds
     lines += [
@@ -185,7 +187,7 @@ def _print_costs(e: Estimate, mfu: float, sample_bytes: float) -> None:
             ),
         ),
         ("reading", f"{per_second:.4g} samples/s over all ranks, {_si(per_second * sample_bytes)}B/s from the shards"),
-        ("a checkpoint", f"{_si(e.checkpoint_bytes())}B; {_kept(config)}"),
+        ("checkpoint", f"{_si(e.checkpoint_bytes())}B; {_kept(config)}"),
     ]
     if snapshots := e.snapshots_bytes():
         lines.append(("snapshots of averages", f"{_si(snapshots)}B in the whole run; all are kept"))
@@ -203,7 +205,7 @@ def _kept(config: RunConfig) -> str:
 
 def _print_memory(e: Estimate) -> None:
     m = e.memory(e.setting)
-    print(f"\nMemory of a rank, GB (zero_stage {e.setting.stage}, micro-batch {e.setting.micro}):")
+    print(f"\nMemory per rank, GB (zero_stage {e.setting.stage}, micro-batch {e.setting.micro}):")
     for label, value in [
         ("weights", m.weights),
         ("optimizer, average", m.optimizer),
@@ -214,7 +216,7 @@ def _print_memory(e: Estimate) -> None:
         print(f"  {label:<22} {value / 1e9:8.2f}")
     if m.host:
         print(
-            f"  {'on the host':<22} {m.host / 1e9:8.2f}  (what is offloaded; "
+            f"  {'on the host':<22} {m.host / 1e9:8.2f}  (offloaded; "
             f"{m.host * e.setting.gpus / 1e9:.1f} over all ranks)"
         )
     print("  (gradients are made while activations are freed, so the peak is less than the sum)")
@@ -233,7 +235,7 @@ def _print_memory(e: Estimate) -> None:
 
 def _on_host(e: Estimate, setting: Setting) -> str:
     host = e.memory(setting).host
-    return f" and {host / 1e9:.1f} GB a rank of the host's" if host else ""
+    return f" and {host / 1e9:.1f} GB of host memory per rank" if host else ""
 
 
 def _si(value: float) -> str:

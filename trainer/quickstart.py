@@ -1,4 +1,5 @@
-"""`make quickstart`: real images, corrupted; two trainings on the noisy images alone; one picture of both."""
+"""`make quickstart`: corrupts real images, trains two models on the noisy images alone, and draws one picture of
+both."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from trainer.tracking import pages
 SIGMA = 0.5
 SIZES = {"digits": 28, "fashion": 28, "emoji": 32, "faces": 32}
 LEVELS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0)
-"""Where the denoisers are compared; 0.25 is half of sigma_n."""
+"""Noise levels at which the denoisers are compared; 0.25 is half of sigma_n."""
 EXAMPLE = """examples:
   python -m trainer.quickstart
   python -m trainer.quickstart --dataset fashion --out fashion.png
@@ -31,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="python -m trainer.quickstart",
         description="Corrupts a packaged set of images, trains on the noisy images alone with the ambient and "
-        "consistency losses, trains a naive model that takes them for clean with the same number of network "
+        "consistency losses, trains a naive model that treats them as clean with the same number of network "
         "evaluations, and draws one picture of both.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -40,18 +41,21 @@ def parser() -> argparse.ArgumentParser:
         "--dataset", choices=sorted(SIZES), default="digits", help="a packaged set of images (default: digits)"
     )
     p.add_argument(
-        "--config", type=Path, default=Path("configs/quickstart.yaml"), help="default: configs/quickstart.yaml"
+        "--config",
+        type=Path,
+        default=Path("configs/quickstart.yaml"),
+        help="configuration of both runs (default: configs/quickstart.yaml)",
     )
     p.add_argument("--steps", type=int, help="optimizer steps (default: the configuration's)")
     p.add_argument("--out", type=Path, default=Path("quickstart.png"), help="the picture (default: quickstart.png)")
-    p.add_argument("--folder", type=Path, default=Path("runs"), help="where runs and shards go (default: runs)")
-    p.add_argument("--started", type=float, help=argparse.SUPPRESS)  # `make` counts the installation, too
+    p.add_argument("--folder", type=Path, default=Path("runs"), help="folder for runs and shards (default: runs)")
+    p.add_argument("--started", type=float, help=argparse.SUPPRESS)  # `make` includes the time of the installation
     return p
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where a quickstart's things are."""
+    """The folders of a quickstart."""
 
     shards: Path
     ours: Path
@@ -94,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     from trainer.inference.load import restore
 
     ours = restore(places.ours)
-    _say("3/4  naive training, which takes them for clean, with as many network evaluations")
+    _say("3/4  naive training, which treats them as clean, with the same number of network evaluations")
     steps = ours.state.evaluations // ours.config.batch_size
     _python(
         "trainer.train",
@@ -128,7 +132,8 @@ def _python(module: str, *arguments: str) -> None:
     command = ["-m", module, *arguments]
     print(f"$ python {shlex.join(command)}", flush=True)
     process = subprocess.Popen([sys.executable, *command])
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the command, which saves; wait for that
+    # Ctrl-C reaches the command, too, which then saves a checkpoint: wait for it.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         code = process.wait()
     finally:
@@ -152,7 +157,7 @@ def _summary(picture: Path, places: Places) -> str:
         "charts": pages.server(places.database),
     }
     runs = [places.ours, places.naive]
-    if all(pages.logged(run_dir) for run_dir in runs):  # not so with logging.enabled=false
+    if all(pages.logged(run_dir) for run_dir in runs):  # false if logging.enabled=false
         lines["then open"] = pages.compare_page(runs)
     return "\n" + "\n".join(f"{name:<12}{value}" for name, value in lines.items()) + "\n"
 

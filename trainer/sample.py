@@ -28,15 +28,15 @@ EXAMPLE = """examples:
 
 
 OTHER_IMAGES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".npy")
-"""Endings that tell of a file in another form than the one that is written, not of a folder."""
+"""Endings of files in formats that are not written. A path with such an ending is not taken for a new folder."""
 
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="python -m trainer.sample",
         description=(
-            "Draws images from the averaged weights of a run, of its last checkpoint by default: a grid in one PNG, "
-            "or into a folder."
+            "Draws images from a run's averaged weights, by default those of its last checkpoint: as a grid in one "
+            "PNG, or as one PNG per image in a folder."
         ),
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -47,24 +47,24 @@ def parser() -> argparse.ArgumentParser:
         "--number",
         type=int,
         default=64,
-        help="how many images (default: 64); not --num, which torchrun takes for its own",
+        help="number of images (default: 64); not --num, which torchrun would take as its own option",
     )
-    p.add_argument("--seed", type=int, default=0, help="image i depends on the seed and i alone (default: 0)")
-    p.add_argument("--steps", type=int, default=40, help="noise levels on the way down (default: 40)")
-    p.add_argument("--sampler", choices=get_args(Sampler), default="heun", help="default: heun")
+    p.add_argument("--seed", type=int, default=0, help="seed; image i depends only on the seed and i (default: 0)")
+    p.add_argument("--steps", type=int, default=40, help="number of noise levels of the sampler (default: 40)")
+    p.add_argument("--sampler", choices=get_args(Sampler), default="heun", help="sampler (default: heun)")
     p.add_argument(
         "--stop-at",
         type=float,
         metavar="SIGMA",
-        help="end at this noise level with E[x0 | x], such as sigma_n for a model without consistency",
+        help="end at this noise level and return E[x0 | x]; for example sigma_n for a model without consistency",
     )
     p.add_argument(
         "--guide",
         type=Path,
         metavar="RUN_DIR",
         help=(
-            "a worse run of the same images, such as a shorter one, to be led away from (autoguidance); its last "
-            "checkpoint"
+            "a worse run on the same images, such as a shorter one, that samples are guided away from "
+            "(autoguidance); its last checkpoint is used"
         ),
     )
     p.add_argument("--prompt", metavar="TEXT", help="what to draw, for a run with text (default: its model.prompt)")
@@ -73,8 +73,8 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         metavar="SCALE",
         help=(
-            "how far to be led away from --guide, or, for a run with text and without --guide, from no caption: 1 "
-            "is none (default: 1.5 with --guide, else 1)"
+            "guidance scale: how far samples are guided away from --guide or, for a run with text and without --guide, "
+            "from the empty caption; 1 is no guidance (default: 1.5 with --guide, otherwise 1)"
         ),
     )
     p.add_argument(
@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="PATH",
         help=(
-            "a PNG for a grid, or a folder for a PNG an image, where those that are there stay (default: "
+            "a .png file for a grid, or a folder for one PNG per image, where existing images are kept (default: "
             "RUN_DIR/samples.png)"
         ),
     )
@@ -102,11 +102,11 @@ def main(argv: list[str] | None = None) -> int:
     a_grid = out.suffix.lower() == ".png"
     if out.is_dir() if a_grid else out.is_file() or (out.suffix.lower() in OTHER_IMAGES and not out.is_dir()):
         raise UserError(
-            f"--out {out}: must be a file that ends in .png, or a folder, for a PNG an image",
+            f"--out {out}: must be a file that ends in .png, or a folder, for one PNG per image",
             field="--out",
             code="invalid",
         )
-    from trainer.engine import distributed  # imports from here on take seconds, which --help should not
+    from trainer.engine import distributed  # imports from here on take seconds; --help must not wait for them
     from trainer.inference.draw import SamplingRequest, drawer, into_folder, into_grid
     from trainer.inference.grids import save_grid
     from trainer.inference.load import restore
@@ -127,14 +127,14 @@ def main(argv: list[str] | None = None) -> int:
     draw, at_once = drawer(run, guide, wanted)
     if a_grid:
         save_grid(into_grid(draw, at_once, args.number), out, columns=max(1, round(args.number**0.5)))
-        print(f"{out}: {args.number} images of step {run.state.step}, by weights averaged by {run.average}")
+        print(f"{out}: {args.number} images of step {run.state.step}, from weights averaged by {run.average}")
         return errors.DONE
     record = {"run": _name(args.run_dir, run), "guide": guide and _name(args.guide, guide), **asdict(wanted)}
     drawn = into_folder(draw, at_once, args.number, out, record, ranks)
     if ranks.is_main:
         print(
-            f"{out}: {args.number} images of step {run.state.step}, by weights averaged by {run.average}; "
-            f"{args.number - drawn} of them were there"
+            f"{out}: {args.number} images of step {run.state.step}, from weights averaged by {run.average}; "
+            f"{args.number - drawn} of them existed already"
         )
     return errors.DONE
 
@@ -144,7 +144,8 @@ def _name(run_dir: Path, run: Restored) -> str:
 
 
 def _prompt(args: argparse.Namespace, run: Restored) -> str:
-    """Raises UserError for what does not fit the run, of the prompt, the guidance and the last level."""
+    """Returns the prompt to draw; "" for a run without text. Raises UserError if the prompt, the guidance or the last
+    noise level does not fit the run."""
     model, process = run.config.model, run.config.process
     if args.stop_at is not None and not process.sigma_min <= args.stop_at < process.sigma_max:
         raise UserError(

@@ -1,4 +1,5 @@
-"""`python -m trainer.study FILE`: runs of several methods on several data sets with several seeds, judged alike."""
+"""`python -m trainer.study FILE`: trains several methods on several data sets with several seeds, and evaluates all
+runs in the same way."""
 
 from __future__ import annotations
 
@@ -25,10 +26,10 @@ if TYPE_CHECKING:
 EXAMPLE = """examples:
   python -m trainer.study configs/studies/fashion.yaml --dry-run
   python -m trainer.study configs/studies/fashion.yaml --at-once 2
-  python -m trainer.study configs/studies/fashion.yaml --cluster cluster.yaml    # submits; again: evaluates
+  python -m trainer.study configs/studies/fashion.yaml --cluster cluster.yaml    # submits jobs; a later call evaluates
 
-Finished work is not repeated: stop it at any time, and call it again. FOLDER gets table.md, table.json, plots and
-comparison.html.
+Finished work is not repeated: the command can be stopped at any time and called again. It writes table.md, table.json,
+plots and comparison.html into FOLDER.
 """
 
 
@@ -36,23 +37,25 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="python -m trainer.study",
         description=(
-            "Makes the data, trains each method on each data set with each seed, evaluates all runs alike, and "
-            "writes one table."
+            "Makes the data, trains each method on each data set with each seed, evaluates all runs in the same "
+            "way, and writes one table."
         ),
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("file", metavar="FILE", type=Path, help="of the study, a YAML file; see configs/studies/")
-    p.add_argument("--folder", type=Path, help="where shards and runs go (default: runs/NAME of FILE)")
-    p.add_argument("--at-once", type=int, default=1, help="trainings at the same time on this machine (default: 1)")
-    p.add_argument("--cluster", type=Path, metavar="FILE", help="train by jobs, one for each run, as slurm.submit does")
+    p.add_argument("file", metavar="FILE", type=Path, help="a YAML file of a study; see configs/studies/")
+    p.add_argument("--folder", type=Path, help="folder for shards and runs (default: runs/NAME, by the name of FILE)")
+    p.add_argument("--at-once", type=int, default=1, help="number of trainings at a time on this machine (default: 1)")
+    p.add_argument(
+        "--cluster", type=Path, metavar="FILE", help="train as jobs on a cluster, one per run, as slurm.submit does"
+    )
     p.add_argument("--dry-run", action="store_true", help="print the runs, and which are done")
     return p
 
 
 @dataclass(frozen=True)
 class Study:
-    """A study in its folder."""
+    """A study and its folder."""
 
     config: StudyConfig
     folder: Path
@@ -64,7 +67,7 @@ class Study:
         return self.folder / point.name
 
     def shard_words(self, data: str) -> list[str]:
-        """Of `data_pipeline.shard`, for one of the data sets."""
+        """Returns the arguments of `data_pipeline.shard` for one of the data sets."""
         config = self.config
         return [config.training, str(self.shards(data)), *shlex.split(config.shard), *shlex.split(config.data[data])]
 
@@ -96,8 +99,8 @@ def main(argv: list[str] | None = None) -> int:
     study = Study(load_as(StudyConfig, args.file), args.folder or Path("runs") / args.file.stem)
     points = study.config.points()
     for data in study.config.data:
-        from_arguments(shard_parser().parse_args(study.shard_words(data)))  # a mistake in their words ends it here
-    done = {point: study.is_done(point) for point in points}  # so a mistake in any configuration is found at once
+        from_arguments(shard_parser().parse_args(study.shard_words(data)))  # reports a mistake in them before any work
+    done = {point: study.is_done(point) for point in points}  # reports a mistake in any configuration, too
     if args.dry_run:
         for point in points:
             print(
@@ -121,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     if failed:
         raise WorkFailed(f"{len(failed)} of {len(points)} runs failed: {'; '.join(failed)}")
     if len(ready) < len(points):
-        print(f"{len(ready)} of {len(points)} runs are done; call this again for the rest")
+        print(f"{len(ready)} of {len(points)} runs are done; call this command again for the rest")
     return errors.DONE
 
 
@@ -134,7 +137,7 @@ def _make(study: Study, data: str) -> None:
 
 
 def _train(study: Study, points: Sequence[Point], at_once: int) -> list[str]:
-    """Returns what to say of those that failed; the others continue."""
+    """Trains the runs. Returns a text for each run that failed; the others continue."""
 
     def train(point: Point) -> str | None:
         log = study.folder / f"{point.name}.log"
@@ -171,25 +174,25 @@ def _judge(study: Study, points: Sequence[Point], command: str) -> None:
     from trainer.reports.html import report
     from trainer.reports.study_table import draw, table, table_data
 
-    asked, config = study.config.evaluate, study.config
+    wanted, config = study.config.evaluate, study.config
     request = Request(
         config.reference,
-        config.training if asked.memorization else None,
-        asked.number,
-        asked.attacked,
-        asked.compared,
-        tuple(sorted(asked.levels)),
-        steps=asked.steps,
+        config.training if wanted.memorization else None,
+        wanted.number,
+        wanted.attacked,
+        wanted.compared,
+        tuple(sorted(wanted.levels)),
+        steps=wanted.steps,
     )
     runs = [study.run_dir(point) for point in points]
     evaluations = evaluate(runs, request, PACKAGED, command, Weights())
-    found: dict[Point, Evaluation] = {p: e for p, (e, _) in zip(points, evaluations, strict=True)}
-    text = table(config, found)
+    by_point: dict[Point, Evaluation] = {p: e for p, (e, _) in zip(points, evaluations, strict=True)}
+    text = table(config, by_point)
     files = {
         "table.md": text.encode(),
-        "table.json": json.dumps(table_data(found, command), indent=1).encode(),
+        "table.json": json.dumps(table_data(by_point, command), indent=1).encode(),
         "comparison.html": report(evaluations, command).encode(),
-        **draw(config, found),
+        **draw(config, by_point),
     }
     for name, data in files.items():
         storage.write_atomically(str(study.folder / name), data)

@@ -20,7 +20,7 @@ EXAMPLE = """examples:
   python -m trainer.train configs/quickstart.yaml optimizer.lr=3e-4
   torchrun --nproc_per_node 2 -m trainer.train configs/quickstart.yaml engine.zero_stage=2
 
-Started again with the same run_dir, it resumes from the last checkpoint.
+If the same run_dir is trained again, training resumes from the last checkpoint.
 Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 75 interrupted with a checkpoint saved
 (torchrun itself ends with 1 whenever a rank does not end with 0).
 """
@@ -46,14 +46,14 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    from trainer.config.run_config import load  # imports from here on take seconds, which --help should not
+    from trainer.config.run_config import load  # imports from here on take seconds; --help must not wait for them
 
     stopped = listen()
     return train(load(args.config, args.overrides), lambda: bool(stopped))
 
 
 def listen() -> list[int]:
-    """The signals that ask to stop, as they come from now on."""
+    """Returns a list that gets the number of each signal that asks to stop (SIGTERM, SIGINT, SIGUSR2) from now on."""
     stopped: list[int] = []
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(name, lambda number, frame: stopped.append(number))
@@ -65,8 +65,8 @@ def train(
 ) -> int:
     """Trains as one of the ranks that the environment describes; returns the exit code, DONE or INTERRUPTED.
 
-    stop: asked at each step; when it is true on any rank, all save and leave. tags: of the MLflow run, in addition to
-    its own. patience: seconds to wait for another process that trains in the same run directory."""
+    stop: called at each step; if it is true on any rank, all ranks save a checkpoint and end. tags: tags of the MLflow
+    run, in addition to its own. patience: seconds to wait for another process that trains in the same run directory."""
     from trainer.checkpoint.run_lock import exclusive
     from trainer.engine import determinism, distributed
     from trainer.training import build
@@ -89,7 +89,7 @@ def _train(run: Run, stop: Callable[[], bool]) -> int:
     if run.ranks.is_main and config.engine.precision != run.engine.precision:
         print(f"engine.precision {config.engine.precision}: {run.engine.precision} on this machine", file=sys.stderr)
     if run.ranks.is_main and config.engine.attention != run.attention.backend:
-        why = run.attention.why.partition(" with inputs")[0]  # what xformers says of each operator is a tag in MLflow
+        why = run.attention.why.partition(" with inputs")[0]  # a tag in MLflow has xformers' reasons for each operator
         print(f"engine.attention {config.engine.attention}: {run.attention.backend} ({why})", file=sys.stderr)
     finished, status = False, "FAILED"
     try:
@@ -122,7 +122,7 @@ def _with_roll_backs(run: Run, stop: Callable[[], bool]) -> bool:
             if not build.roll_back(run):
                 raise
             again = (
-                f"back to step {run.state.step}, past the samples of steps {run.state.step + 1} to {reached}; "
+                f"back to step {run.state.step}, skipping the samples of steps {run.state.step + 1} to {reached}; "
                 f"{run.state.rolled_back} of at most {run.config.recovery.roll_back} times"
             )
             warn(run, "rolled_back", f"{problem.problem}; {again}", reached)

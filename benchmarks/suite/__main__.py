@@ -1,12 +1,12 @@
 """Every measured promise in one table: ours, a named peer, the limit, and the ratio.
 
     python -m benchmarks.suite                       20 minutes of two idle cores; writes benchmarks/results/suite.json
-    python -m benchmarks.suite --only steps runs     some of it; suite.json keeps the other parts' rows
-    python -m benchmarks.suite --compare FILE        no measurement: what of suite.json moved against FILE, outside the
-    noise
+    python -m benchmarks.suite --only steps runs     only some parts; suite.json keeps the rows of the others
+    python -m benchmarks.suite --compare FILE        no measurement: the rows of suite.json that differ from FILE by
+                                                     more than the noise
 
-Ours and the peer are measured in turns in one process, or in processes started in turns; a ratio is the median of the
-rounds' ratios, and ± its standard error. What each row means: benchmarks/README.md.
+Ours and the peer are measured in turns in one process, or in processes started in turns. A ratio is the median of the
+ratios of all rounds, ± its standard error. benchmarks/README.md explains the rows.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from benchmarks.suite.rows import Row, silent
 from trainer.engine import distributed
 
 NOISE = 3.0
-"""Standard errors of a difference, beyond which a row has moved; and at least SMALLEST of its ratio, for rows
-without an error."""
+"""A row has moved if its ratio differs by more than this many standard errors of the difference, and by more than
+SMALLEST of the ratio, for rows without an error."""
 SMALLEST = 0.05
 PARTS: dict[str, Callable[[Path, int], list[Row]]] = {
     "steps": steps.rows,
@@ -48,9 +48,11 @@ PARTS: dict[str, Callable[[Path, int], list[Row]]] = {
 
 def main(argv: list[str] | None = None) -> int:
     def add(p: argparse.ArgumentParser) -> None:
-        p.add_argument("--only", nargs="+", choices=sorted(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}")
-        p.add_argument("--rounds", type=int, default=15, help="of each pair (default: 15)")
-        p.add_argument("--compare", type=Path, metavar="FILE", help="an earlier suite.json")
+        p.add_argument(
+            "--only", nargs="+", choices=sorted(PARTS), metavar="PART", help=f"parts to measure, of {', '.join(PARTS)}"
+        )
+        p.add_argument("--rounds", type=int, default=15, help="rounds per pair (default: 15)")
+        p.add_argument("--compare", type=Path, metavar="FILE", help="an earlier suite.json to compare with")
 
     args = arguments(__doc__, argv, add)
     if args.compare:
@@ -64,14 +66,14 @@ def main(argv: list[str] | None = None) -> int:
                 measured = PARTS[name](Path(folder), args.rounds)
                 keep(name, measured)
                 found += measured
-        finally:  # what a part measured is not lost with the next one
+        finally:  # if a part fails, the rows of the parts before it are still printed
             columns = ["", "ours", "peer", "theirs", "ours / theirs", "limit", ""]
             print("\n" + table(columns, [_cells(row) for row in found]), flush=True)
     return errors.DONE if all(row.within for row in found) else errors.FAILED
 
 
 def keep(part: str, measured: list[Row]) -> None:
-    """Puts a part's rows into suite.json, in the place of those that it had of it."""
+    """Writes the rows of a part to suite.json, where they replace earlier rows of the same part."""
     path, day = RESULTS / "suite.json", date.today().isoformat()
     before = _read(path).values() if path.exists() else ()
     rows = [row for row in before if row.part != part] + [replace(row, part=part, day=day) for row in measured]
@@ -86,7 +88,7 @@ def _cells(row: Row) -> Sequence[str]:
 
 
 def compare(before: Path, now: Path) -> int:
-    """Prints the rows whose ratio moved outside the noise; 1 where one became worse."""
+    """Prints the rows whose ratio moved by more than the noise. Returns 1 if a row became worse, else 0."""
     old, new = _read(before), _read(now)
     rows: list[list[str]] = []
     worse = 0

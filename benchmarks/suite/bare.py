@@ -1,4 +1,4 @@
-"""Training loops as people write them: what ours is compared with."""
+"""Training loops as people usually write them, with which ours is compared."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from trainer.training.run import Run
 
 class Bare:
     """The arithmetic of a run in a plain PyTorch loop: its losses on its network, fused AdamW, clipping, an average
-    of the weights. Batches are in memory, noise comes from one generator; nothing is logged, checked or saved."""
+    of the weights. Batches are in memory, and noise comes from one generator. Nothing is logged, checked or saved."""
 
     def __init__(self, run: Run, module: nn.Module | None = None) -> None:
-        """module: in the place of the run's denoiser, such as one wrapped in DistributedDataParallel."""
+        """module: used instead of the run's denoiser, such as the denoiser wrapped in DistributedDataParallel."""
         self.run, self.module, self.step = run, module or run.denoiser, 0
         self._weights: list[Tensor] = [p for p in run.denoiser.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(self._weights, run.config.optimizer.lr, fused=True)
@@ -54,8 +54,8 @@ class Bare:
 
 
 class Unconditional:
-    """diffusers' examples/unconditional_image_generation loop, written anew: accelerate, a DataLoader, DDPM's loss,
-    an EMAModel."""
+    """The loop of diffusers' examples/unconditional_image_generation, reimplemented: accelerate, a DataLoader, DDPM's
+    loss, an EMAModel."""
 
     def __init__(self, network: Any, images: Tensor, batch_size: int, rate: float) -> None:
         """network: a UNet2DModel. images: (N, C, H, W)."""
@@ -104,8 +104,8 @@ class Unconditional:
 
 
 class TextToImage:
-    """diffusers' examples/text_to_image LoRA loop for SDXL, written anew: pixels through the VAE and captions
-    through both text encoders at each step, adapters on the attention's projections."""
+    """The LoRA loop for SDXL of diffusers' examples/text_to_image, reimplemented: at each step the VAE encodes the
+    pixels and both text encoders the captions; adapters are on the projections of the attention."""
 
     def __init__(
         self, base: str, network: nn.Module, pictures: Tensor, captions: list[str], batch_size: int, rate: float
@@ -140,8 +140,8 @@ class TextToImage:
         text, _ = self._encoders.embed(captions)
         side = float(pictures.shape[-1])
         sizes = torch.tensor([[side, side, 0.0, 0.0, side, side]]).expand(len(latents), 6)
-        beside = {"text_embeds": text.pooled.float(), "time_ids": sizes}
-        output = self._network(noisy, times, text.prompt_embeds.float(), added_cond_kwargs=beside).sample
+        added = {"text_embeds": text.pooled.float(), "time_ids": sizes}
+        output = self._network(noisy, times, text.prompt_embeds.float(), added_cond_kwargs=added).sample
         loss = nn.functional.mse_loss(output.float(), noise.float())
         self._accelerator.backward(loss)
         self._accelerator.clip_grad_norm_(self._weights, 1.0)

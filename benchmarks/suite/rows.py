@@ -1,5 +1,5 @@
-"""A row of the table; and how two pieces of work are compared: in turns, so that a slow minute is a slow minute of
-both."""
+"""A row of the table, and the comparison of two pieces of work. Both run in turns, so a slow minute of the machine
+affects both."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from trainer.training.run import Run
 
 @dataclass(frozen=True)
 class Row:
-    """ours, theirs: what was measured, as text with its unit. ratio: of ours over theirs, as paired; error: its
-    standard error. limit: what the ratio may not be beyond, if there is a limit. higher: whether more is better.
-    part: of the suite, and when it was measured."""
+    """ours, theirs: measured values, as text with unit. ratio: ours over theirs, from paired rounds; error: its
+    standard error. limit: the worst permitted ratio, if there is one. higher: whether a higher ratio is better. part:
+    part of the suite. day: when it was measured."""
 
     name: str
     ours: str
@@ -44,7 +44,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Pair:
-    """Medians of seconds, and of the ratios of each round."""
+    """Medians over rounds: seconds of ours and of theirs, and their ratio with its standard error."""
 
     ours: float
     theirs: float
@@ -53,7 +53,7 @@ class Pair:
 
 
 def paired(ours: Callable[[], float], theirs: Callable[[], float], rounds: int) -> Pair:
-    """Each returns the seconds that its work took. A first round of both is not counted."""
+    """Measures both in turns. ours, theirs: return the seconds that their work took. The first round is not counted."""
     measured: list[tuple[float, float]] = []
     for number in range(rounds + 1):
         if number % 2:
@@ -66,11 +66,11 @@ def paired(ours: Callable[[], float], theirs: Callable[[], float], rounds: int) 
 
 
 def pair(measured: Sequence[tuple[float, float]]) -> Pair:
-    """measured: seconds of ours and of theirs, round by round."""
+    """Returns the medians. measured: seconds of ours and of theirs, round by round."""
     ratios = [a / b for a, b in measured]
     ratio = statistics.median(ratios)
-    # Of a median, by the median distance from it: 1.4826 makes it a standard deviation, 1.2533 is the median's for a
-    # normal one.
+    # The standard error of the median, from the median absolute deviation. For a normal distribution the factor 1.4826
+    # turns that into a standard deviation, and the standard error of a median is 1.2533 times that of a mean.
     spread = 1.4826 * statistics.median(abs(each - ratio) for each in ratios)
     return Pair(
         statistics.median(a for a, _ in measured),
@@ -81,7 +81,7 @@ def pair(measured: Sequence[tuple[float, float]]) -> Pair:
 
 
 def timed(work: Callable[[], object], times: int = 1) -> Callable[[], float]:
-    """Gives the seconds of one."""
+    """Returns a function that does the work `times` times, and returns the seconds of one."""
 
     def call() -> float:
         begun = time.perf_counter()
@@ -93,13 +93,13 @@ def timed(work: Callable[[], object], times: int = 1) -> Callable[[], float]:
 
 
 def silent() -> AbstractContextManager[object]:
-    """Trainings have no bars of their own."""
+    """Returns a context in which trainings show no progress bar."""
     return mock.patch.object(loop, "progress_bar", lambda **words: progress_bar(**{**words, "disable": True}))
 
 
 class InTurns:
-    """The whole training loop in a thread, a number of steps at a time; meanwhile it stands still where it asks
-    whether to stop."""
+    """The complete training loop in a thread, run for some steps at a time. Between these turns it waits in the call
+    that asks whether to stop."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -122,7 +122,7 @@ class InTurns:
         self._thread.join()
 
     def _train(self) -> None:
-        torch.set_num_threads(1)  # a thread has its own
+        torch.set_num_threads(1)  # this setting belongs to the thread
         self._go.acquire()
         try:
             loop.train(self.run, self._stop)

@@ -1,4 +1,4 @@
-"""(e) checkpoints, (f) MLflow, (g) start-up: what a run costs beside its steps."""
+"""Parts (e) checkpoints, (f) MLflow, (g) start-up: what a run costs in addition to its steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainer.training import build
 
 STALL, LOGGING, HELP_S = 0.02, 1.01, 1.0
 TURN = 20
-"""Steps, of which one has a checkpoint, or a report."""
+"""Steps per turn. One of them has a checkpoint, or a report."""
 
 
 def rows(folder: Path, shards: Path, rounds: int) -> list[Row]:
@@ -31,8 +31,8 @@ def rows(folder: Path, shards: Path, rounds: int) -> list[Row]:
 
 
 def checkpoints(folder: Path, shards: Path, rounds: int) -> list[Row]:
-    """What a checkpoint adds to the steps around it, beside torch.save of the same tensors, flushed; as a share of
-    the default interval; and what is read back."""
+    """Measures the time that a checkpoint adds to the steps around it, against torch.save of the same tensors with a
+    flush; the same as a share of the default interval; the size; and the time to restore it."""
     with_some = InTurns(pixel_run(folder, shards, "with checkpoints", f"checkpoint.every={TURN}"))
     without = InTurns(pixel_run(folder, shards, "without checkpoints"))
     measured = [(seconds(with_some, TURN), seconds(without, TURN)) for _ in range(rounds + 1)][1:]
@@ -105,7 +105,7 @@ def checkpoints(folder: Path, shards: Path, rounds: int) -> list[Row]:
 
 
 def logging(folder: Path, shards: Path, rounds: int) -> Row:
-    """Reports at the default interval, to an SQLite file."""
+    """Measures reports to an SQLite file, at the default interval."""
     runs = [
         InTurns(pixel_run(folder, shards, f"logging {on}", f"logging.enabled={on}", "logging.every=20"))
         for on in ("true", "false")

@@ -1,5 +1,5 @@
-"""(a) A step: ours by the whole loop, with reading, reports and agreement, beside loops that do the same arithmetic
-and no more."""
+"""Part (a): a step of our complete loop, with reading, reports and agreement of the ranks, against loops that do only
+the same arithmetic."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ PIXEL = (
     "logging.sample_every=0",
     "checkpoint.every=1000000",
 )
-"""Of the quickstart's run; a step of a quarter of a second on one core, so that what a step costs beside its
-arithmetic does not hide."""
+"""Overrides of the quickstart's run. A step takes a quarter of a second on one core, so that costs besides the
+arithmetic are visible."""
 OVERHEAD = 1.03
 PERIOD, TURN = 8, 8
 
@@ -82,7 +82,7 @@ def against_unconditional(folder: Path, shards: Path, rounds: int) -> Row:
 
 
 def lora_run(folder: Path, who: str = "ours") -> Run:
-    """Adapters on SDXL's classes, tiny, from latents."""
+    """Returns a run with adapters on a tiny model of SDXL's classes, trained on latents."""
     size = step_cost.SIZES[0]
     base, shards = folder / "text" / "base", folder / "text" / "shards"
     if not shards.exists():

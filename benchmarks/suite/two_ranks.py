@@ -1,8 +1,8 @@
 """One of two ranks: `torchrun --nproc_per_node 2 -m benchmarks.suite.two_ranks time|memory STAGE FOLDER SHARDS ROUNDS`.
 
-time: our loop at a ZeRO stage and a bare one around DistributedDataParallel, in turns; rank 0 prints what both took,
-round by round. memory: the most bytes of tensors that were alive on rank 0, of ours at a stage, or with -1 of the bare
-loop.
+time: runs our loop at a ZeRO stage and a bare loop around DistributedDataParallel, in turns. Rank 0 prints the seconds
+of both, round by round. memory: rank 0 prints the largest number of bytes of tensors that were alive on it at the same
+time, for our loop at a ZeRO stage, or for the bare loop if STAGE is -1.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def timed(stage: int, folder: Path, shards: Path, rounds: int, ranks: Ranks) -> 
     theirs = _distributed(folder, shards, ranks)
     linear = torch.nn.functional.linear
     ours = InTurns(pixel_run(folder, shards, f"stage {stage}", CONSISTENCY, f"engine.zero_stage={stage}", ranks=ranks))
-    replaced = torch.nn.functional.linear  # stage 3 puts its own in its place, for all of the process
+    replaced = torch.nn.functional.linear  # stage 3 replaces it in the whole process
     measured: list[tuple[float, float]] = []
     for _ in range(rounds + 1):
         torch.nn.functional.linear = linear
@@ -43,7 +43,7 @@ def timed(stage: int, folder: Path, shards: Path, rounds: int, ranks: Ranks) -> 
 
 
 def most(stage: int, folder: Path, shards: Path, ranks: Ranks) -> int:
-    loop.save = lambda run: None  # its copies are on the CPU whatever trains
+    loop.save = lambda run: None  # copies of a checkpoint are on the CPU in any case
     with LiveTensors() as live:
         if stage < 0:
             theirs = _distributed(folder, shards, ranks)
@@ -75,8 +75,8 @@ def main(argv: list[str]) -> None:
 
 
 def leave(ranks: Ranks, found: object) -> NoReturn:
-    """Rank 0 prints what was found. The interpreter then takes nothing down: gloo's threads, some in the middle of a
-    step's, abort now and then."""
+    """Rank 0 prints the result. Then the process ends without the interpreter's clean-up, in which gloo's threads, some
+    of them in the middle of a step, abort now and then."""
     if ranks.is_main:
         print(json.dumps(found), flush=True)
     ranks.barrier()

@@ -1,4 +1,4 @@
-"""What is done to a clean image once, and what is known of an image that was noisy before.
+"""Corruptions, which are applied to a clean image once, and the noise levels of images that are already noisy.
 
-Imports ambient_core and data_pipeline.format.
+It imports ambient_core and data_pipeline.format.
 """

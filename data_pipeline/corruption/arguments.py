@@ -1,4 +1,4 @@
-"""The command-line flags of a corruption."""
+"""The command-line options of a corruption."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from data_pipeline.corruption.noise_levels import FORMS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that `from_arguments` reads."""
+    """Adds the options that `from_arguments` reads."""
     group = parser.add_argument_group(
-        "corruption", "What to do to each image, once. Levels are standard deviations for images in [-1, 1]."
+        "corruption", "Applied once to each image. Noise levels are standard deviations for images in [-1, 1]."
     )
     group.add_argument(
         "--corruption",
         default="gaussian",
         metavar="WORDS",
         help=(
-            f"gaussian (default), measured (the images are noisy already), or steps of {', '.join(NAMES)}, each "
-            "with its parameter, joined by + and done in order: blur:2+poisson:30+gaussian:0.1"
+            f"gaussian (default), measured (the images are noisy already), or steps from {', '.join(NAMES)}, each "
+            "with its parameter, joined by + and applied in order: blur:2+poisson:30+gaussian:0.1"
         ),
     )
     group.add_argument(
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LEVELS",
         help=(
             f"for gaussian: {FORMS} (a timestep of SDXL); each image draws its own level. For measured: a number, "
-            "or estimate"
+            "or the word estimate"
         ),
     )
     group.add_argument(
@@ -36,20 +36,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="this share of the images, drawn by key, is written clean, with sigma_n 0 (default: 0)",
+        help="share of the images that is written clean, with sigma_n 0; drawn by key (default: 0)",
     )
     group.add_argument(
         "--effective-sigma",
         type=float,
         metavar="SIGMA",
         help=(
-            "for steps: the sigma_n to record with every image (default: for each image the rms of what was done to it)"
+            "for steps: the sigma_n to record with every image (default: the root mean square of each image's change)"
         ),
     )
 
 
 def from_arguments(args: argparse.Namespace) -> Corruption:
-    """Raises UserError for flags that are wrong, or do not go together."""
+    """Returns the corruption of the parsed options. Raises UserError for options that are wrong, or cannot be
+    combined."""
     return parse_corruption(
         args.corruption, sigma=args.sigma, clean_share=args.clean_share, effective_sigma=args.effective_sigma
     )

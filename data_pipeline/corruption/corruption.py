@@ -1,7 +1,8 @@
-"""Corruptions: a clean image in, an observation and its noise level out, drawn once per image.
+"""Corruptions. Each turns a clean image into an observation with its noise level, once per image.
 
-The generator is made of the data set's seed and the sample's key alone. Fresh noise every epoch would average out to
-the clean image, and leak it. What each corruption draws from it, and in which order, is fixed: its docstring says it.
+The random generator depends only on the data set's seed and the sample's key. Fresh noise in every epoch would average
+out to the clean image, and leak it. What a corruption draws from the generator, and in which order, is fixed and
+described in its docstring.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from data_pipeline.corruption.noise_levels import FORMS, HIGHEST, Levels, level,
 from data_pipeline.format.types import Array
 
 ORIGIN, STANDARD_ERROR = "sigma_n_origin", "sigma_n_standard_error"
-"""In `Observation.about`. A sample without ORIGIN has an exact sigma_n."""
+"""Fields of `Observation.about`. A sample without ORIGIN has an exact sigma_n."""
 
 
 def generator_of(seed: int, key: str) -> np.random.Generator:
-    """The generator of one sample: the same on every machine, in any order, with any number of workers."""
+    """Returns the random generator of one sample. It is the same on every machine, in any order of the samples and with
+    any number of workers."""
     digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=16).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "big")))
 
@@ -33,7 +35,7 @@ def generator_of(seed: int, key: str) -> np.random.Generator:
 @dataclass(frozen=True)
 class Observation:
     """What a shard holds of one image. x_n: (C, H, W) float32, not clipped. sigma_n: its noise level, at least 0.
-    about: what else is recorded with it, as JSON."""
+    about: other fields that are recorded with it, as JSON."""
 
     x_n: Array
     sigma_n: float
@@ -44,7 +46,7 @@ class Observation:
 class Gaussian:
     """x_n = x0 + sigma z, with sigma in the units of images in [-1, 1]; a share of the images stays clean.
 
-    sigma: a number, or words of `noise_levels.parse_levels`, such as uniform:0.1:0.4; sigma_n is the level drawn.
+    sigma: a number, or a text for `noise_levels.parse_levels`, such as uniform:0.1:0.4. sigma_n is the drawn level.
     Draws z (C, H, W), then whether the image stays clean, then the level unless it is fixed.
     """
 
@@ -75,9 +77,9 @@ class Gaussian:
 
 @dataclass(frozen=True)
 class Degraded:
-    """One or several steps of `degradations`, such as blur:2+poisson:30+gaussian:0.1, done in this order.
+    """One or several steps of `degradations`, such as blur:2+poisson:30+gaussian:0.1, applied in this order.
 
-    x_n - x0 is not Gaussian noise, so sigma_n is only an effective level: `effective_sigma` where it is given, or else
+    x_n - x0 is not Gaussian noise, so sigma_n is only an effective level: `effective_sigma` if it is given, otherwise
     the root mean square of x_n - x0 over all pixels and channels of the image (origin "rms"). Draws what the steps
     draw, in their order, then whether the image stays clean.
     """
@@ -96,7 +98,7 @@ class Degraded:
             object.__setattr__(self, "sigma_n_origin", "given")
 
     def __call__(self, x0: Array, generator: np.random.Generator) -> Observation:
-        """x0: (C, H, W) float32 in [-1, 1]. Raises BadImage where a step cannot be done on this image."""
+        """x0: (C, H, W) float32 in [-1, 1]. Raises BadImage if a step cannot be applied to the image."""
         x_n = x0
         for step in parse_steps(self.steps):
             x_n = step.apply(x_n, generator)
@@ -110,9 +112,9 @@ class Degraded:
 
 @dataclass(frozen=True)
 class Measured:
-    """The images are noisy already: nothing is added, nothing is drawn.
+    """The images are noisy already: nothing is added, and nothing is drawn.
 
-    sigma: their level, or "estimate" for an estimate from each image, recorded with its standard error.
+    sigma: their noise level, or "estimate" for an estimate from each image, recorded with its standard error.
     """
 
     sigma: float | Literal["estimate"]
@@ -127,7 +129,7 @@ class Measured:
             _check_level("--sigma", self.sigma)
 
     def __call__(self, x_n: Array, generator: np.random.Generator) -> Observation:
-        """x_n: (C, H, W) float32, black and white at -1 and 1. Raises BadImage where the level cannot be estimated."""
+        """x_n: (C, H, W) float32; black is -1 and white is 1. Raises BadImage if the level cannot be estimated."""
         if self.sigma != "estimate":
             return Observation(x_n, self.sigma, {ORIGIN: self.sigma_n_origin})
         sigma, error = noise_estimation.estimate(x_n)
@@ -135,7 +137,8 @@ class Measured:
 
 
 Corruption = Gaussian | Degraded | Measured
-"""Each is called with an image and its generator. `asdict` gives plain JSON that tells two corruptions apart."""
+"""Each is called with an image and its random generator. `asdict` gives plain JSON that distinguishes two
+corruptions."""
 
 
 def _shown(value: float | str) -> str:
@@ -159,13 +162,13 @@ def _check_level(flag: str, sigma: float) -> None:
 def parse_corruption(
     words: str, *, sigma: str | None = None, clean_share: float = 0.0, effective_sigma: float | None = None
 ) -> Corruption:
-    """What the flags --corruption, --sigma, --clean-share and --effective-sigma ask for, in canonical form: flags that
-    mean the same give equal corruptions. Raises UserError."""
+    """Returns the corruption that the options --corruption, --sigma, --clean-share and --effective-sigma describe, in
+    canonical form: options with the same meaning give equal corruptions. Raises UserError."""
     gaussian = words.partition(":")[0] == "gaussian" and "+" not in words
     if effective_sigma is not None and (gaussian or words == "measured"):
         raise UserError(
-            f"--effective-sigma {effective_sigma:g}: the level of --corruption {words} is known by its --sigma: "
-            "leave it out",
+            f"--effective-sigma {effective_sigma:g}: --corruption {words} has a noise level already: "
+            "leave --effective-sigma out",
             field="--effective-sigma",
             code="conflict",
         )
@@ -199,7 +202,7 @@ def parse_corruption(
     if sigma is not None and words != "gaussian":
         steps = "+".join(step.word for step in parse_steps(words))
         raise UserError(
-            f"--sigma {sigma}: not used by --corruption {words}; noise is a step: "
+            f"--sigma {sigma}: not used by --corruption {words}; write the noise as a step: "
             f"{steps if gaussian else steps + '+gaussian:' + sigma}",
             field="--sigma",
             code="conflict",
@@ -223,7 +226,7 @@ def _number_or_words(words: str) -> float | str:
 
 
 def describe(corruption: Corruption) -> str:
-    """One line for people."""
+    """Returns a description of the corruption in one line, for people."""
     if isinstance(corruption, Measured):
         origin = "estimated image by image" if corruption.sigma == "estimate" else f"{corruption.sigma:g}, as given"
         return f"noisy as measured, sigma_n {origin}"

@@ -1,7 +1,7 @@
-"""What may be done to an image besides plain Gaussian noise: steps such as blur:2, joined by + and done in order.
+"""Corruptions other than plain Gaussian noise: steps such as blur:2, joined by + and applied in order.
 
-Every step takes (C, H, W) float32, nominally in [-1, 1], and gives the same shape. It gets what the step before it
-gave, so its input may leave that range after noise; what a step does then is said with it.
+Every step takes (C, H, W) float32, nominally in [-1, 1], and returns the same shape. Its input is the output of the
+step before it, which may leave that range after noise. The docstring of a step says what it does with such values.
 """
 
 from __future__ import annotations
@@ -23,22 +23,24 @@ Generator = np.random.Generator
 
 
 def salt_and_pepper(x: Array, share: float, generator: Generator) -> Array:
-    """Each pixel is, with probability `share`, set to -1 or +1 in all channels. Draws (H, W) uniforms."""
+    """Sets each pixel, with probability `share`, to -1 or +1 in all channels. Draws (H, W) uniforms."""
     draw = generator.random(x.shape[1:])
     return np.where(draw < share, np.where(draw < share / 2, np.float32(-1), np.float32(1)), x)
 
 
 def poisson(x: Array, peak: float, generator: Generator) -> Array:
-    """Counts photons: Poisson of mean `peak` where x is 1, 0 where it is -1 or less; scaled back, not clipped.
+    """Simulates photon counts: Poisson with mean `peak` where x is 1, and 0 where x is -1 or less. The counts are
+    scaled back, and not clipped.
 
-    So the mean is x and the standard deviation sqrt(2 (x + 1) / peak). Draws (C, H, W) Poisson variates.
+    The mean of the result is x, and its standard deviation is sqrt(2 (x + 1) / peak). Draws (C, H, W) Poisson variates.
     """
     mean = np.maximum((x.astype(np.float64) + 1) / 2, 0) * peak
     return (2 * generator.poisson(mean) / peak - 1).astype(np.float32)
 
 
 def jpeg(x: Array, quality: float, generator: Generator) -> Array:
-    """Rounded and clipped to 8 bits, then Pillow's JPEG of this quality (4:2:0 colour) and back. Draws nothing."""
+    """Rounds and clips to 8 bits, then encodes as JPEG with Pillow at this quality (4:2:0 colour) and decodes. Draws
+    nothing."""
     if x.shape[0] not in (1, 3):
         raise BadImage(f"{x.shape[0]} channels: JPEG holds 1 or 3")
     pixels = np.clip(np.rint((x + 1) * 127.5), 0, 255).astype(np.uint8).transpose(1, 2, 0)
@@ -50,8 +52,8 @@ def jpeg(x: Array, quality: float, generator: Generator) -> Array:
 
 
 def box_mask(x: Array, share: float, generator: Generator) -> Array:
-    """A box with the image's own proportions and `share` of its area, to whole pixels and at least one, becomes grey
-    (0). Draws its top, then its left, over all places where it fits."""
+    """Sets a box to grey (0). The box has the image's proportions and `share` of its area, rounded to whole pixels, at
+    least one. Draws the top of the box, then its left, uniformly over all positions where the box fits."""
     height, width = (max(1, round(side * share**0.5)) for side in x.shape[1:])
     top = int(generator.integers(x.shape[1] - height + 1))
     left = int(generator.integers(x.shape[2] - width + 1))
@@ -61,21 +63,22 @@ def box_mask(x: Array, share: float, generator: Generator) -> Array:
 
 
 def random_mask(x: Array, share: float, generator: Generator) -> Array:
-    """Each pixel becomes grey (0) in all channels with probability `share`. Draws (H, W) uniforms."""
+    """Sets each pixel to grey (0) in all channels with probability `share`. Draws (H, W) uniforms."""
     return np.where(generator.random(x.shape[1:]) < share, np.float32(0), x)
 
 
 def blur(x: Array, radius: float, generator: Generator) -> Array:
-    """A Gaussian kernel of standard deviation `radius` pixels, cut at 4; edges mirrored. Draws nothing."""
+    """Blurs with a Gaussian kernel of standard deviation `radius` pixels, truncated at 4 standard deviations. Edges are
+    mirrored. Draws nothing."""
     from scipy.ndimage import gaussian_filter
 
     return np.asarray(gaussian_filter(x, sigma=(0, radius, radius), mode="reflect", truncate=4.0), dtype=np.float32)
 
 
 def downsample(x: Array, factor: float, generator: Generator) -> Array:
-    """The mean of each block of factor x factor pixels, then bicubic back to the same size. Draws nothing.
+    """Averages each block of factor x factor pixels, then resizes to the original size (bicubic). Draws nothing.
 
-    Blocks at the right and lower edges have what pixels are left.
+    Blocks at the right and lower edges have only the remaining pixels.
     """
     _, height, width = x.shape
     n = int(factor)
@@ -101,7 +104,8 @@ def gaussian(x: Array, levels: Levels, generator: Generator) -> Array:
 
 @dataclass(frozen=True)
 class Kind:
-    """A step with one number: what it does, what the number is called, and its range, ends included."""
+    """A kind of step with one numeric parameter. apply: the step. parameter: the parameter's name, for messages. low,
+    high: its range, ends included. whole: it must be a whole number."""
 
     apply: Callable[[Array, float, Generator], Array]
     parameter: str
@@ -128,7 +132,7 @@ NAMES = ("gaussian", *KINDS)
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a composition. word: such as blur:2, which is read back as this step."""
+    """One step of a composition. word: its text, such as blur:2, which `parse_steps` reads as this step."""
 
     word: str
     apply: Callable[[Array, Generator], Array]
@@ -136,7 +140,8 @@ class Step:
 
 @lru_cache(maxsize=64)
 def parse_steps(words: str) -> tuple[Step, ...]:
-    """NAME:PARAMETER, several joined by +. Raises UserError that names --corruption and the word."""
+    """Returns the steps of a text such as NAME:PARAMETER, or several of these joined by +. Raises UserError that names
+    --corruption and the wrong step."""
     return tuple(_parse_step(word.strip(), words) for word in words.split("+"))
 
 
@@ -153,7 +158,7 @@ def _parse_step(word: str, words: str) -> Step:
         return Step(f"gaussian:{levels.words}", lambda x, generator: gaussian(x, levels, generator))
     if name == "measured":
         raise UserError(
-            f"{where}measured stands alone, as --corruption measured with --sigma VALUE or --sigma estimate",
+            f"{where}measured must be used alone: write --corruption measured with --sigma VALUE or --sigma estimate",
             field="--corruption",
             code="conflict",
         )

@@ -1,4 +1,4 @@
-"""How noisy an image already is: an estimate of sigma_n from the image alone, and how sure it is."""
+"""Estimates sigma_n of a noisy image from the image alone, with a standard error."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from data_pipeline.format.types import BadImage
 
 ESTIMATOR = "skimage.restoration.estimate_sigma"
 SMALLEST = 16
-"""Pixels a side. Below it, the median of each of the 16 tiles is over a pixel or two."""
+"""Minimum side of an image in pixels. Below it, the median of each of the 16 tiles is over one or two pixels."""
 NOTHING = 1e-6
-"""Below this an estimate is rounding, not noise."""
+"""An estimate below this is rounding, not noise."""
 TILES = 4
 QUARTILE = 0.6744897501960817
-"""Of |z| for a standard normal z, the median."""
+"""The median of |z| for a standard normal z."""
 
 
 def require() -> None:
-    """Raises UserError where the packages are missing, before any image is read."""
+    """Raises UserError if the packages for the estimate are missing. It is called before any image is read."""
     if find_spec("skimage") is None or find_spec("pywt") is None:
         raise UserError(
             "--sigma estimate: needs scikit-image and PyWavelets: pip install 'ambient-trainer[measured]', or "
@@ -32,20 +32,20 @@ def require() -> None:
 
 
 def estimate(x_n: NDArray[np.float32]) -> tuple[float, float]:
-    """(sigma_n, its standard error) of one image (C, H, W) whose noise is white, Gaussian and alike everywhere.
+    """Returns (sigma_n, its standard error) of one image (C, H, W) whose noise is white, Gaussian and equally strong
+    everywhere.
 
     sigma_n is scikit-image's estimate, averaged over the channels: the median of |d| / 0.6745 over the finest diagonal
-    coefficients d of a wavelet transform (db2), where a natural image has little and white noise has all its sigma
-    (Donoho & Johnstone 1994). The standard error has two parts, added as squares:
-      * that of a mean over 4 x 4 tiles of the coefficients, each estimated by itself: std(tiles) / 4. It sees both
-        chance and a level that differs over the image;
-      * how much the estimate changes when the coefficients at the border are left out. The transform mirrors the image
+    coefficients d of a wavelet transform (db2). There a natural image has little content, and white noise has its full
+    sigma (Donoho & Johnstone 1994). The standard error is the root of the sum of two squares:
+      * the standard error of a mean over 4 x 4 tiles of the coefficients, each estimated separately: std(tiles) / 4. It
+        covers both chance and a level that varies over the image;
+      * the change of the estimate when the coefficients at the border are left out. The transform mirrors the image
         there, which lowers their variance: 4 % of sigma at 28 pixels, 2 % at 64, 0.5 % at 256.
-    Over flat, smooth and finely textured images of 16 to 256 pixels with white noise (`benchmarks/corruptions.py`), the
-    truth
-    lies within one standard error for 61 to 81 % of the images, within two for 93 to 98 %. It does not see what is the
-    same in all
-    tiles: detail as fine as a pixel (too high), noise that was smoothed, resized, demosaiced or compressed (too low).
+    For flat, smooth and finely textured images of 16 to 256 pixels with white noise (`benchmarks/corruptions.py`), the
+    true value is within one standard error for 61 to 81 % of the images, and within two for 93 to 98 %. The standard
+    error does not cover errors that are the same in all tiles: from detail as fine as a pixel (the estimate is too
+    high), and from noise that was smoothed, resized, demosaiced or compressed (too low).
 
     Raises BadImage for an image that is too small, or has a channel without noise.
     """
@@ -77,6 +77,7 @@ def estimate(x_n: NDArray[np.float32]) -> tuple[float, float]:
 
 
 def _level(coefficients: NDArray[np.float64]) -> float:
-    """As scikit-image has it: exact zeros are masked pixels, and do not count. NaN where a channel has nothing else."""
+    """Returns the noise level of the coefficients, averaged over the channels. As in scikit-image, exact zeros are
+    masked pixels, and do not count. It is NaN if a channel has only zeros."""
     rest = [channel[channel != 0] for channel in coefficients]
     return float(np.mean([np.median(np.abs(r)) if r.size else np.nan for r in rest])) / QUARTILE

@@ -1,6 +1,6 @@
-"""How strong Gaussian noise is: one level, one of a list, a distribution, or a timestep of SDXL.
+"""Levels of Gaussian noise: one level, one of a list, a distribution, or a timestep of SDXL.
 
-All levels are standard deviations for images in [-1, 1]. A list may name a level twice, to draw it twice as often.
+All levels are standard deviations for images in [-1, 1]. A level that a list names twice is drawn twice as often.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ TIMESTEPS = 1000
 
 @dataclass(frozen=True)
 class OneOf:
-    """Each image draws one of the values, all as likely; of a single value nothing is drawn.
+    """Each image draws one of the values with equal probability. For a single value, nothing is drawn.
 
-    timesteps: the SDXL timesteps that the values are, where they were given so.
+    timesteps: the SDXL timesteps of the values, if they were given as timesteps.
     """
 
     values: tuple[float, ...]
@@ -67,13 +67,14 @@ Levels = OneOf | Between
 
 
 def text_of(value: float) -> str:
-    """The shortest text that is read back as the same number, without a trailing .0."""
+    """Returns the shortest text that is read back as the same number, without a trailing .0."""
     return repr(float(value)).removesuffix(".0")
 
 
 @lru_cache(maxsize=64)
 def parse_levels(words: str) -> Levels:
-    """The inverse of `Levels.words`. Raises ValueError with what is wrong, for the caller to name the flag."""
+    """Returns the levels of a text: the inverse of `Levels.words`. Raises ValueError that says what is wrong; the
+    caller adds the name of the option."""
     name, colon, rest = words.partition(":")
     if name == "timestep" and colon:
         steps = tuple(_timestep(part) for part in rest.split(","))
@@ -92,7 +93,7 @@ def parse_levels(words: str) -> Levels:
 
 
 def level(text: str) -> float:
-    """One sigma, from 0 to HIGHEST. Raises ValueError, as `parse_levels` does."""
+    """Returns the sigma in a text, from 0 to HIGHEST. Raises ValueError, as `parse_levels` does."""
     try:
         value = float(text)
     except ValueError:
@@ -111,13 +112,15 @@ def _timestep(text: str) -> int:
 
 
 def sdxl_sigma(timestep: int) -> float:
-    """The VE level of a timestep in SDXL's table: (VP sigma) / (VP alpha). 100, 500, 800: 0.344, 1.62, 5.11."""
+    """Returns the VE level of a timestep in SDXL's table: (VP sigma) / (VP alpha). For the timesteps 100, 500 and 800
+    it is 0.344, 1.62 and 5.11."""
     return float(_sdxl_table()[timestep])
 
 
 @lru_cache(maxsize=1)
 def _sdxl_table() -> np.ndarray:
-    """(1000,) float64. `trainer.diffusion.process.VPTable` without torch; a test holds the two together."""
+    """Returns the VE levels of all timesteps, (1000,) float64. It repeats `trainer.diffusion.process.VPTable` without
+    torch; a test compares the two."""
     beta = np.linspace(0.00085**0.5, 0.012**0.5, TIMESTEPS) ** 2
     alpha_bar = np.cumprod(1 - beta)
     return np.sqrt((1 - alpha_bar) / alpha_bar)

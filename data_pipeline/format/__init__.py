@@ -1,4 +1,4 @@
 """The files of a data set: tars, their index, arrays.
 
-Imports ambient_core alone; every other folder of data_pipeline may import it.
+It imports only ambient_core. Every other folder of data_pipeline may import it.
 """

@@ -24,8 +24,8 @@ Shape = tuple[int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One tar file: its name, number of samples, size in bytes and SHA-256. shape: which of the index's shapes its
-    observations have."""
+    """One tar file: its name, number of samples, size in bytes and SHA-256. shape: the number of its observations'
+    shape in `ShardIndex.shapes`."""
 
     name: str
     samples: int
@@ -39,11 +39,11 @@ class ShardIndex:
     """The contents of a folder of shards.
 
     shapes: (C, H, W) of the observations; several for latents in aspect-ratio buckets. sigma_min, sigma_max: the range
-    of sigma_n. request: what was asked of `data_pipeline.shard` (source, corruption, seed, size...), to tell whether a
-    later call asks for the same. schema: the members of a sample, with dtype and shape or fields. rejected: images of
-    the source that could not be used. text: with latents of captioned images, what OUTPUT/text/ has: its encoders'
-    identity and how many captions. keys: SHA-256 of the names of the source's images, to tell whether it is still the
-    same.
+    of sigma_n. request: the request to `data_pipeline.shard` (source, corruption, seed, size...), to check whether a
+    later call requests the same. schema: the members of a sample, with dtype and shape or fields. rejected: the number
+    of images of the source that could not be used. text: for latents of captioned images, the contents of OUTPUT/text/:
+    the identity of its text encoders and the number of captions. keys: SHA-256 of the names of the source's images, to
+    check whether the source is still the same.
     """
 
     shards: tuple[Shard, ...]
@@ -62,12 +62,12 @@ class ShardIndex:
 
     @property
     def samples_of(self) -> list[int]:
-        """How many there are of each shape."""
+        """The number of samples of each shape."""
         return [sum(s.samples for s in self.shards if s.shape == i) for i in range(len(self.shapes))]
 
     @property
     def shape(self) -> Shape:
-        """The shape that most samples have; of two as frequent, the first."""
+        """The most frequent shape of the samples; the first one if several are equally frequent."""
         samples = self.samples_of
         return self.shapes[samples.index(max(samples))]
 
@@ -78,13 +78,14 @@ class ShardIndex:
 
     @property
     def not_gaussian(self) -> str | None:
-        """The corruption, where it is known and no Gaussian noise is in it; its sigma_n is then a stand-in."""
+        """The steps of the corruption if they are known and have no Gaussian noise: sigma_n is then only an effective
+        level. Otherwise None."""
         steps = str(self.request.get("corruption", {}).get("steps", "gaussian"))
         return None if "gaussian" in steps else steps
 
     @property
     def levels(self) -> str:
-        """The range of sigma_n, for people."""
+        """The range of sigma_n as text, for people."""
         return f"{self.sigma_min:g}" + (f" to {self.sigma_max:g}" if self.sigma_max > self.sigma_min else "")
 
     @property
@@ -93,12 +94,13 @@ class ShardIndex:
 
     @property
     def checksum(self) -> str:
-        """Of the data set: the SHA-256 of its shards' checksums, as hexadecimal text, one after the other."""
+        """The checksum of the data set: the SHA-256 of its shards' concatenated checksums, as hexadecimal text."""
         return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
 
 
 def _plain(shard: Shard) -> dict[str, str | int]:
-    """As asdict has it, ten times as fast; without the first shape, which is all that most data sets have."""
+    """Returns the same as asdict, ten times as fast. The shape is left out if it is 0: most data sets have only one
+    shape."""
     plain: dict[str, str | int] = {
         "name": shard.name,
         "samples": shard.samples,
@@ -109,7 +111,8 @@ def _plain(shard: Shard) -> dict[str, str | int]:
 
 
 def write_index(folder: str, index: ShardIndex) -> None:
-    """Atomically: either the complete file appears or none. One line a shard: 100,000 of them take a second."""
+    """Writes the index atomically: either the complete file appears or none. Each shard has one line; 100,000 shards
+    take a second."""
     head = {
         "format": FORMAT,
         "samples": index.samples,
@@ -132,11 +135,11 @@ def write_index(folder: str, index: ShardIndex) -> None:
 
 
 def read_index(folder: str | Path) -> ShardIndex:
-    """folder: a path or a URL. Raises UserError when it has no index, or one that does not hold together; WorkFailed
-    when a remote one cannot be read.
+    """Returns the index of a folder. folder: a path or a URL. Raises UserError if it has no index or an inconsistent
+    one; WorkFailed if a remote index cannot be read.
 
-    A missing shard is named here where the folder is local; where it is remote, when it is fetched: listing 100,000
-    objects would cost each rank a hundred requests.
+    A missing shard of a local folder is reported here. A missing shard of a remote folder is reported when it is
+    fetched: listing 100,000 objects would cost each rank a hundred requests.
     """
     local = storage.local_path(str(folder))
     path = storage.join(str(folder), NAME)
@@ -167,7 +170,7 @@ def read_index(folder: str | Path) -> ShardIndex:
     except OSError as error:
         raise WorkFailed(f"{path}: cannot be read: {error.strerror or error}") from None
     if local is not None:
-        there = set(os.listdir(local))  # one call, where asking for each shard would be 100,000
+        there = set(os.listdir(local))  # one call, instead of one for each of up to 100,000 shards
         missing = [shard.name for shard in index.shards if shard.name not in there]
         if missing:
             raise _shard_again(
@@ -185,16 +188,16 @@ def _shard_again(place: str | Path, problem: str, code: Code = "unreadable") -> 
 
 
 def wrong_size(folder: str, index: ShardIndex) -> tuple[Shard, int] | None:
-    """The first shard of a local folder that has not the size that the index says, and its size; None where all
-    have, or the folder is remote."""
+    """Returns the first shard of a local folder whose size differs from the index, with its actual size. Returns None
+    if there is no such shard, or the folder is remote."""
     if storage.local_path(folder) is None:
         return None
     sizes = ((shard, storage.size_of(storage.join(folder, shard.name))) for shard in index.shards)
-    return next((found for found in sizes if found[1] != found[0].bytes), None)
+    return next(((shard, size) for shard, size in sizes if size != shard.bytes), None)
 
 
 def parse_index(path: str, content: bytes) -> ShardIndex:
-    """What `read_index` returns, without a look at the shards. path: for the messages."""
+    """Returns the index in `content`, as `read_index` does, without checking the shards. path: for the messages."""
     try:
         data = from_json(content)
         if data["format"] != FORMAT:
@@ -227,7 +230,7 @@ def parse_index(path: str, content: bytes) -> ShardIndex:
     names = {shard.name for shard in index.shards}
     if any(os.path.basename(name) != name for name in names):
         raise UserError(
-            f"{path}: a shard's name has a folder in it, which no index that we write has",
+            f"{path}: a shard's name has a folder in it; data_pipeline.shard writes no such index",
             field=path,
             code="unreadable",
         )

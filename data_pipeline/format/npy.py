@@ -1,4 +1,4 @@
-"""The headers of `.npy` files, read without believing them."""
+"""Reads the headers of `.npy` files without trusting them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from numpy.lib import format as numpy_format
 
 MAGIC = numpy_format.MAGIC_PREFIX
 LONGEST_HEADER = 4096
-"""Bytes; those of plain arrays have 118."""
+"""Largest size of a header in bytes. Headers of plain arrays have 118."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """offset: of the first element, in bytes."""
+    """The header of an `.npy` file. offset: the position of the first element, in bytes."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -30,12 +30,15 @@ READERS = {
     (2, 0): numpy_format.read_array_header_2_0,
     (3, 0): numpy_format.read_array_header_2_0,
 }
-"""By version. 3.0 differs from 2.0 in names of fields that are not ASCII, which plain arrays do not have."""
+"""The readers by format version. 3.0 differs from 2.0 in field names that are not ASCII, which plain arrays do not
+have."""
 
 
 def header_of(start: bytes, size: int) -> Header:
-    """start: the first LONGEST_HEADER bytes, or all. size: of the whole file. Raises ValueError for what is not an
-    array of plain numbers or text that fits into the file: nothing is unpickled, and nothing is allocated."""
+    """Returns the header of an `.npy` file. Raises ValueError if the file is not an array of plain numbers or text, or
+    the array does not fit into the file. Nothing is unpickled, and nothing is allocated.
+
+    start: the first LONGEST_HEADER bytes of the file, or all. size: the size of the complete file in bytes."""
     file = BytesIO(start)
     try:
         version = numpy_format.read_magic(file)
@@ -45,7 +48,7 @@ def header_of(start: bytes, size: int) -> Header:
         raise ValueError(f"an .npy file of version {version}, not of {', '.join(map(str, READERS))}")
     try:
         shape, fortran, dtype = READERS[version](file, max_header_size=LONGEST_HEADER)
-    except Exception:  # of any kind: numpy's parser is Python's, and the header may be a stranger's
+    except Exception:  # of any type: numpy uses Python's parser, and the header may be hostile
         raise ValueError(f"an .npy header that cannot be read, or of more than {LONGEST_HEADER} bytes") from None
     if dtype.hasobject:
         raise ValueError("holds pickled objects, which are never loaded: save plain numbers")

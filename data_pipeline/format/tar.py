@@ -1,4 +1,4 @@
-"""Where the members of a tar file lie, without reading them."""
+"""Finds the positions of the members of a tar file without reading the members."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import numpy as np
 
 BLOCK = 512
 FEW, MANY = 1 << 12, 1 << 18
-"""Bytes to read at a time: a header or two between large members, or many small members with their headers."""
+"""Bytes to read at a time: FEW for one or two headers between large members, MANY for many small members with their
+headers."""
 
 
 LONGEST_NAME = 1 << 20
-"""Bytes; what systems take ends at 4,096."""
+"""Largest size of a member's name in bytes. Operating systems accept at most 4,096."""
 
 
 class Members(NamedTuple):
-    """The files in a tar, in order: lists and no object for each, as there may be thousands."""
+    """The files in a tar, in order. There are lists instead of one object per file, because there may be thousands."""
 
     names: list[str]
     offsets: list[int]
@@ -27,7 +28,8 @@ class Members(NamedTuple):
 
 
 class Careful(BytesIO):
-    """A file for tarfile, which believes what a header says of the length of a name, and would read that much."""
+    """A file for tarfile that refuses to read too much at once. tarfile trusts the length of a name in a header, and
+    would read that many bytes."""
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__()
@@ -46,25 +48,28 @@ class Careful(BytesIO):
 
 
 def members(file: BinaryIO) -> Members:
-    """All files in a tar. Raises ValueError, with the member's name, for a damaged or an unsafe one."""
+    """Returns all files in a tar. Raises ValueError, with the member's name, for a damaged or an unsafe tar."""
     size = os.fstat(file.fileno()).st_size
-    found = _plain(file, size) or _any(file)
-    if found.names and found.offsets[-1] + found.sizes[-1] > size:
-        raise ValueError(f"truncated in the member {found.names[-1]}")
-    for name in found.names:
+    files = _plain(file, size) or _any(file)
+    if files.names and files.offsets[-1] + files.sizes[-1] > size:
+        raise ValueError(f"truncated in the member {files.names[-1]}")
+    for name in files.names:
         if "/" in name and (name[0] == "/" or ".." in name.split("/")):
-            raise ValueError(f"the member name {name!r} leads out of the archive, which none that we write does")
-    if len(set(found.names)) != len(found.names):
-        twice = next(name for i, name in enumerate(found.names) if name in found.names[:i])
-        raise ValueError(f"two members have the name {twice}")
-    return found
+            raise ValueError(
+                f"the member name {name!r} leads out of the archive; data_pipeline.shard writes no such names"
+            )
+    if len(set(files.names)) != len(files.names):
+        repeated = next(name for i, name in enumerate(files.names) if name in files.names[:i])
+        raise ValueError(f"two members have the name {repeated}")
+    return files
 
 
 def _plain(file: BinaryIO, end: int) -> Members | None:
-    """The members where all headers are plain files with short names, as in the shards that we write; otherwise None.
+    """Returns the members if all are plain files with short names, as in the shards of this program; otherwise None.
 
-    About 1 microsecond a member, where tarfile takes 20: headers are collected, and then parsed together. By pread, as
-    a memory map would cost a page fault a header, and the process if the file became shorter.
+    It takes about 1 microsecond per member, and tarfile takes 20: the headers are collected, and then parsed together.
+    They are read with pread. A memory map would cost a page fault per header, and would crash the process if the file
+    became shorter.
     """
     headers: list[bytes] = []
     offsets: list[int] = []
@@ -103,20 +108,21 @@ def _plain(file: BinaryIO, end: int) -> Members | None:
 
 
 def _any(file: BinaryIO) -> Members:
-    """By tarfile: long names, large files, and a word on what is wrong with a damaged one."""
-    found = Members([], [], [])
+    """Returns the members as tarfile reads them: with long names and large files, and with an error message for a
+    damaged tar."""
+    files = Members([], [], [])
     try:
         file.seek(0)
         with tarfile.open(fileobj=Careful(file), mode="r:") as tar:
             for member in tar:
                 if not member.isreg():
                     raise ValueError(f"the member {member.name!r} is not a plain file")
-                found.names.append(member.name)
-                found.offsets.append(member.offset_data)
-                found.sizes.append(member.size)
+                files.names.append(member.name)
+                files.offsets.append(member.offset_data)
+                files.sizes.append(member.size)
             end = tar.offset
     except tarfile.TarError as error:
         raise ValueError(f"not a tar file: {error}") from None
     if any(os.pread(file.fileno(), BLOCK, end)):
-        raise ValueError(f"damaged after the member {found.names[-1] if found.names else 'none'}")
-    return found
+        raise ValueError(f"damaged after the member {files.names[-1] if files.names else 'none'}")
+    return files

@@ -1,4 +1,4 @@
-"""Pictures in zip files and in WebDataset tars. Nothing is extracted: members are read by their place in the file."""
+"""Pictures in zip files and in WebDataset tars. Nothing is extracted: members are read at their offsets in the file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BLOCK = tarfile.BLOCKSIZE
 
 
 def refuse_outside(source: str, member: str) -> None:
-    """Raises UserError for a name that leads out of the archive."""
+    """Raises UserError for the name of a member that leads out of the archive."""
     parts = member.replace("\\", "/").split("/")
     if ".." in parts or member.startswith(("/", "\\")) or parts[0].endswith(":"):
         raise UserError(
@@ -34,7 +34,7 @@ def refuse_outside(source: str, member: str) -> None:
 
 
 def open_zip(path: str) -> Source:
-    """Image files in a zip, captioned as in a folder."""
+    """Returns a source of the image files in a zip. Captions are found as in a folder."""
     archive = PerProcess(partial(_zip_file, path))
     infos = archive.get().infolist()
     for info in infos:
@@ -65,15 +65,15 @@ def _read_zip(path: str, archive: PerProcess[zipfile.ZipFile], name: str) -> byt
         except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
             raise BadImage(f"{name}: cannot be unpacked: {error}") from None
         except OSError as error:
-            if error.errno == errno.EINVAL:  # its place lies before the file
+            if error.errno == errno.EINVAL:  # its offset is negative
                 raise BadImage(f"{name}: cannot be unpacked: it lies outside the zip") from None
             raise
 
 
 def open_tars(source: str, paths: Sequence[str], names: Sequence[str]) -> Source:
-    """WebDataset tars: a sample is the members whose names are alike up to the first dot; it has one image, and may
-    have a caption in `.txt`, or in `.json` as `caption` or `text`. Keys begin with the tar's name where there are
-    several. names: of the tars."""
+    """Returns a source of the samples in WebDataset tars. The members of a sample have the same name up to the first
+    dot. A sample has one image, and may have a caption: in `.txt`, or in the field `caption` or `text` of `.json`. If
+    there are several tars, keys begin with the tar's name. names: the names of the tars."""
     places: dict[str, tuple[str, int, int]] = {}
     for path, tar in zip(paths, names, strict=True):
         for member, start, size in _members(path):
@@ -113,7 +113,7 @@ def _sample(name: str) -> str:
 
 
 def _members(path: str) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of each file in a tar, from its headers alone."""
+    """Yields the name, offset and size of each file in a tar, from its headers alone."""
     end = 0
     with storage.one_error(path), storage.open_binary(path) as file:
         try:
@@ -125,7 +125,7 @@ def _members(path: str) -> Iterator[tuple[str, int, int]]:
                         continue
                     if not member.isreg() or member.issparse():
                         raise UserError(
-                            f"SOURCE {path}: the member {member.name!r} is a link or no plain file",
+                            f"SOURCE {path}: the member {member.name!r} is a link or not a plain file",
                             field="SOURCE",
                             code="unreadable",
                         )
@@ -138,7 +138,7 @@ def _members(path: str) -> Iterator[tuple[str, int, int]]:
                 code="unreadable",
             ) from None
         file.seek(end)
-        if file.read(BLOCK) != bytes(BLOCK):  # tarfile takes any end for the end
+        if file.read(BLOCK) != bytes(BLOCK):  # tarfile accepts a tar without it
             raise UserError(
                 f"SOURCE {path}: ends without a tar's end mark (truncated?): copy it again",
                 field="SOURCE",

@@ -20,12 +20,12 @@ from data_pipeline.inputs.picture import DTYPES, PerProcess, Picture, Source, ca
 
 NAMES = ("images", "arr_0")
 MOST_DEFLATED = 1040
-"""Bytes that one byte of a zip can unpack to."""
+"""Largest number of bytes that one byte of a zip can unpack to."""
 
 
 @dataclass(frozen=True)
 class _Npy:
-    """A picture is a range of bytes: it is read by itself, and nothing is kept open."""
+    """The pictures in an `.npy` file. A picture is a range of bytes, which is read separately; no file is kept open."""
 
     path: str
     header: npy.Header
@@ -41,7 +41,7 @@ class _Npy:
 
 
 def open_npy(path: str) -> Source:
-    """(N, H, W), (N, H, W, C) or (N, C, H, W); see `_check`."""
+    """Returns a source of the pictures in an array (N, H, W), (N, H, W, C) or (N, C, H, W); see `_check`."""
     size = storage.size_of(path)
     try:
         header = npy.header_of(storage.read_bytes(path, 0, npy.LONGEST_HEADER), size)
@@ -50,7 +50,7 @@ def open_npy(path: str) -> Source:
     _check(header.shape, header.dtype, path)
     if header.order == "F":
         raise UserError(
-            f"SOURCE {path}: in Fortran's order, which scatters each picture: save np.ascontiguousarray of it",
+            f"SOURCE {path}: in Fortran's order, which scatters each picture: save np.ascontiguousarray(array)",
             field="SOURCE",
             code="unsupported",
         )
@@ -58,8 +58,8 @@ def open_npy(path: str) -> Source:
 
 
 def open_npz(path: str) -> Source:
-    """The array `images`, else `arr_0`, as of open_npy, and an array of text `captions`. Each process that reads holds
-    all of them in memory."""
+    """Returns a source of the pictures in the array `images`, otherwise `arr_0`, of a shape as for `open_npy`. The text
+    array `captions` is optional. Each process that reads the source holds all of it in memory."""
     arrays = PerProcess(partial(_load_npz, path))
     images, _ = arrays.get()
     return Source(_keys(len(images)), partial(_picture_in, arrays, path))
@@ -122,10 +122,10 @@ def _keys(count: int) -> list[str]:
 
 
 def _check(shape: tuple[int, ...], dtype: np.dtype[Any], path: str) -> None:
-    """Raises UserError for an array that is not a set of pictures, or whose axes could mean two things.
+    """Raises UserError for an array that is not a set of pictures, or whose axes are ambiguous.
 
-    (N, H, W): unless it has at most 4 rows along its first or last axis, as one picture in colour has; (N, H, W, C) or
-    (N, C, H, W): the axis of the channels is at most half as long as each of the other two."""
+    (N, H, W): the first and the last axis must be longer than 4, because one picture in colour has a shorter one.
+    (N, H, W, C) or (N, C, H, W): the axis of the channels must be at most half as long as each of the other two."""
     if dtype.name not in DTYPES:
         raise UserError(
             f"SOURCE {path}: {dtype.name} pixels; convert them to one of {', '.join(DTYPES)}",
@@ -154,7 +154,7 @@ def _check(shape: tuple[int, ...], dtype: np.dtype[Any], path: str) -> None:
 
 
 def _pixels(array: NDArray[Any], name: str) -> NDArray[Any]:
-    """One picture of a set that `_check` let through, with its channels last."""
+    """Returns one picture of an array that `_check` accepted, with its channels last."""
     if array.ndim == 3 and array.shape[2] != 1 and not channels_last(array.shape):
         array = np.moveaxis(array, 0, 2)
     return canonical(array, BadImage, name)

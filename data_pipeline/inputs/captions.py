@@ -1,6 +1,6 @@
 """Captions next to image files: metadata.jsonl, metadata.csv, or a text file for each image.
 
-Where two of them caption the same image they must say the same; so none takes precedence over another.
+If two of them have a caption for the same image, the captions must be equal; so none takes precedence over another.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ FIELDS = ("text", "caption")
 
 
 def caption_in(record: Mapping[str, Any], name: str) -> str | None:
-    """The caption in a record's field `text` or `caption`; None where both lack or are null. name: for messages."""
+    """Returns the caption in the field `text` or `caption` of a record; None if both are missing or null. name: for
+    messages."""
     found = [record[field] for field in FIELDS if record.get(field) is not None]
     if any(not isinstance(caption, str) for caption in found):
         raise UserError(f"{name}: a caption that is not text: {found[0]!r}", field=name, code="unreadable")
@@ -28,16 +29,16 @@ def caption_in(record: Mapping[str, Any], name: str) -> str | None:
 
 
 def agreed(captions: Iterable[str | None], name: str) -> str | None:
-    """The caption that all those which are not None say, without space around it. Raises UserError for two
-    different."""
-    said = list(dict.fromkeys(caption.strip() for caption in captions if caption is not None))
-    if len(said) > 1:
+    """Returns the one caption among those that are not None, without space around it; None if there is none. Raises
+    UserError if two captions differ."""
+    distinct = list(dict.fromkeys(caption.strip() for caption in captions if caption is not None))
+    if len(distinct) > 1:
         raise UserError(
-            f"{name}: two captions that differ, {said[0][:40]!r} and {said[1][:40]!r}: keep one",
+            f"{name}: two captions that differ, {distinct[0][:40]!r} and {distinct[1][:40]!r}: keep one",
             field=name,
             code="conflict",
         )
-    return said[0] if said else None
+    return distinct[0] if distinct else None
 
 
 def text_caption(data: bytes, name: str) -> str:
@@ -48,7 +49,7 @@ def text_caption(data: bytes, name: str) -> str:
 
 
 def json_caption(data: bytes, name: str) -> str | None:
-    """Of a WebDataset `.json` member; None where it has no caption."""
+    """Returns the caption in a WebDataset `.json` member; None if it has no caption."""
     try:
         record = from_json(data)
     except ValueError as error:
@@ -59,8 +60,8 @@ def json_caption(data: bytes, name: str) -> str | None:
 def metadata_captions(
     source: str, names: Iterable[str], images: Iterable[str], read: Callable[[str], bytes]
 ) -> dict[str, str]:
-    """Image name to caption, from every metadata.jsonl and metadata.csv among `names`; their `file_name` is relative to
-    the folder that they lie in. Raises UserError for one that names no image of the source."""
+    """Returns the captions by image name, from every metadata.jsonl and metadata.csv among `names`. A `file_name` in
+    them is relative to the folder of the metadata file. Raises UserError if it names no image of the source."""
     files = [name for name in names if posixpath.basename(name) in METADATA]
     captions: dict[str, str] = {}
     known = frozenset(images) if files else frozenset[str]()

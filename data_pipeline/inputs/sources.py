@@ -1,4 +1,5 @@
-"""Where clean images come from: the front of `data_pipeline.inputs`. What SOURCE is tells how it is read."""
+"""Opens a source of clean images: the entry point of `data_pipeline.inputs`. The kind of SOURCE decides how it is
+read."""
 
 from __future__ import annotations
 
@@ -22,19 +23,19 @@ from data_pipeline.inputs.tiff import open_stack
 __all__ = ["UNDERSTOOD", "BadImage", "Picture", "Source", "open_source", "prepare"]
 
 UNDERSTOOD = (
-    "a folder of images, of .npy pictures, of .tar or .parquet files, or that datasets saved; a .tar (or "
-    "data-{000..009}.tar),"
-    f" .zip, .parquet, .arrow, .npy, .npz or .tif file; or packaged:{{{','.join(packaged.SETS)}}}"
+    "a folder of images, of .npy pictures, of .tar or .parquet files, or saved by Hugging Face datasets; a .tar "
+    f"(or data-{{000..009}}.tar), .zip, .parquet, .arrow, .npy, .npz or .tif file; or "
+    f"packaged:{{{','.join(packaged.SETS)}}}"
 )
 OPENERS = {".zip": open_zip, ".npy": open_npy, ".npz": open_npz, ".tif": open_stack, ".tiff": open_stack}
 
 
 def open_source(name: str, asked: str = "SOURCE") -> Source:
-    """The pictures of SOURCE: a path or any URL of fsspec, or `packaged:NAME[/train|/test]`; see UNDERSTOOD.
+    """Returns the pictures of SOURCE: a path, any URL of fsspec, or `packaged:NAME[/train|/test]`; see UNDERSTOOD.
 
-    Folders are searched recursively, in the order of their paths; hidden files are skipped, linked folders not
-    entered. Listing opens no image. Raises UserError where nothing fits, or more than one thing does; asked: the
-    option or field that it names then."""
+    Folders are searched recursively, in the order of their paths. Hidden files are skipped, and linked folders are not
+    followed. Listing opens no image. Raises UserError if no kind of source fits, or more than one. asked: the option or
+    field that the error names."""
     try:
         return _open(name)
     except UserError as error:
@@ -50,8 +51,8 @@ def _open(name: str) -> Source:
         return _packaged(name.removeprefix("packaged:"))
     if "{" in name and not storage.exists(name):
         return _pattern(name)
-    whole = suffix_of(name) in (*OPENERS, ".tar", ".parquet", ".arrow")
-    if not (whole and storage.is_url(name)) and storage.is_folder(name):  # over http that would read the whole file
+    one_file = suffix_of(name) in (*OPENERS, ".tar", ".parquet", ".arrow")
+    if not (one_file and storage.is_url(name)) and storage.is_folder(name):  # over http it would read the whole file
         return _folder(name)
     if not storage.exists(name):
         raise UserError(f"SOURCE {name}: no such folder or file; give {UNDERSTOOD}", field="SOURCE", code="not_found")

@@ -1,7 +1,7 @@
-"""Pictures in columns: parquet files, and Hugging Face data sets as `save_to_disk` writes them. Read by pyarrow.
+"""Pictures in columns of parquet files, or of Hugging Face data sets as `save_to_disk` writes them. pyarrow reads them.
 
 The image column is the struct {bytes, path} that `datasets` writes, or plain bytes. `path` is never opened: it names a
-file of whoever made the data.
+file of the person who made the data.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 KEPT = 2
-"""Row groups of parquet, or Arrow files, that a process holds."""
+"""Largest number of parquet row groups, or Arrow files, that a process holds in memory."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """Where the image and its caption are. inside: the image's bytes are the field `bytes` of a struct."""
+    """The names of the columns of the images and the captions. inside: the image's bytes are the field `bytes` of a
+    struct."""
 
     image: str
     inside: bool
@@ -40,7 +41,7 @@ class Column:
 
 
 class _Kept:
-    """The last KEPT parts of a table that were read."""
+    """A cache of the KEPT parts of a table that were used last."""
 
     def __init__(self, load: Callable[[int], pa.Table]) -> None:
         self._load = load
@@ -57,7 +58,8 @@ class _Kept:
 
 @dataclass(frozen=True)
 class Rows:
-    """starts: the first row of each part, and the number of all rows. parts: reads a part."""
+    """The pictures in the rows of a table. starts: the first row of each part, then the number of all rows. parts:
+    reads a part."""
 
     source: str
     column: Column
@@ -81,15 +83,17 @@ class Rows:
         return size_in(data) if data else None
 
     def _row(self, i: int) -> tuple[Any, int, Any, bytes | None]:
-        """The part that has row i, its place there, the image's value, and the bytes in it."""
+        """Returns the part that has row i, the row's position in it, the value in the image column, and the image's
+        bytes."""
         number = bisect_right(self.starts, i) - 1
         part, row = self.parts.get().part(number), i - self.starts[number]
-        value = part.column(self.column.image)[row].as_py()  # of this row alone
+        value = part.column(self.column.image)[row].as_py()  # converts this row only
         return part, row, value, value and value["bytes"] if self.column.inside else value
 
 
 def open_parquet(source: str, paths: Sequence[str], names: Sequence[str]) -> Source:
-    """Parquet files of one schema. names: of the files, for the keys: a key is the file's name and the row in it."""
+    """Returns a source of the rows in parquet files of one schema. names: the names of the files, for the keys: a key
+    is the file's name and the row in it."""
     column: Column | None = None
     groups: list[tuple[str, int]] = []
     sizes: list[int] = []
@@ -116,7 +120,8 @@ def open_parquet(source: str, paths: Sequence[str], names: Sequence[str]) -> Sou
 
 
 def open_saved(folder: str) -> Source:
-    """A data set that `datasets` saved with `save_to_disk`. Local files are memory-mapped, remote ones read whole."""
+    """Returns a source of the data set that `datasets` saved with `save_to_disk`. Local files are memory-mapped; remote
+    files are read completely."""
     try:
         state = from_json(storage.read_bytes(storage.join(folder, "state.json")))
         names = [str(entry["filename"]) for entry in state["_data_files"]]
@@ -127,7 +132,7 @@ def open_saved(folder: str) -> Source:
         ) from None
     if mapped:
         raise UserError(
-            f"SOURCE {folder}: saved with an order of its own: call flatten_indices() and save it again",
+            f"SOURCE {folder}: saved with a mapping of its rows: call flatten_indices() and save it again",
             field="SOURCE",
             code="unsupported",
         )
@@ -141,7 +146,7 @@ def open_saved(folder: str) -> Source:
 
 
 def open_arrow(source: str, paths: Sequence[str]) -> Source:
-    """Arrow files, as one table. A key is the row's number in all of it."""
+    """Returns a source of the rows in Arrow files, as one table. A key is the row's number in the complete table."""
     column: Column | None = None
     sizes: list[int] = []
     for path in paths:
@@ -220,8 +225,8 @@ def _arrow(paths: Sequence[str], columns: list[str] | None, number: int) -> pa.T
     local = storage.local_path(path)
     try:
         data = pa.py_buffer(storage.read_bytes(path)) if local is None else pa.memory_map(str(local)).read_buffer()
-        whole = data.slice(0, 6).to_pybytes() == b"ARROW1"
-        table = (pa.ipc.open_file(data) if whole else pa.ipc.open_stream(data)).read_all()
+        is_file_format = data.slice(0, 6).to_pybytes() == b"ARROW1"
+        table = (pa.ipc.open_file(data) if is_file_format else pa.ipc.open_stream(data)).read_all()
     except FileNotFoundError:
         raise UserError(
             f"SOURCE {path}: no such file, though state.json names it", field="SOURCE", code="not_found"
@@ -232,7 +237,8 @@ def _arrow(paths: Sequence[str], columns: list[str] | None, number: int) -> pa.T
 
 
 def _unreadable(path: str, what: str, error: Exception) -> Exception:
-    """pyarrow raises OSError for what it cannot parse, without a number; those with one are the storage's."""
+    """Returns the error to raise. pyarrow raises OSError without a number for data that it cannot parse; an OSError
+    with a number comes from the storage."""
     if isinstance(error, OSError) and error.errno is not None:
         return OSError(error.errno, error.strerror or str(error), path)
     text = one_line(error, 200)

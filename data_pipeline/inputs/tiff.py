@@ -1,4 +1,4 @@
-"""TIFF files by tifffile: single pictures and stacks, 8 or 16 bits or floats, any number of channels."""
+"""Reads TIFF files with tifffile: single pictures and stacks, 8 or 16 bits or floats, any number of channels."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 BITS, PHOTOMETRIC, ORIENTATION, EXTRA_SAMPLES, SAMPLE_FORMAT = 258, 262, 274, 338, 339
 ALPHA = (1, 2)
-"""TIFF's kinds of extra samples that are not channels."""
+"""TIFF's kinds of extra samples that are alpha, not channels."""
 COMPRESSIONS = {1: "none", 8: "deflate", 32946: "deflate", 34925: "LZMA", 50000: "zstd"}
-"""What tifffile may unpack. Its LZW, by imagecodecs, ends the process where a file is damaged."""
+"""The compressions that tifffile may unpack. LZW is not one of them: its decoder, in imagecodecs, ends the process if a
+file is damaged."""
 
 
 def is_scientific(image: Image.Image) -> bool:
-    """Whether Pillow would cut this TIFF short: of bits, pages or channels. It has 16-bit and float32 grey whole."""
+    """Whether Pillow would lose bits, pages or channels of this TIFF. It reads 16-bit and float32 grey completely."""
     tags = getattr(image, "tag_v2", {})
     bits, kinds = max(tags.get(BITS, (1,))), max(tags.get(SAMPLE_FORMAT, (1,)))
     extra = any(kind not in ALPHA for kind in tags.get(EXTRA_SAMPLES, ()))
@@ -39,7 +40,7 @@ def is_scientific(image: Image.Image) -> bool:
 
 
 def upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
-    """Turns and mirrors (H, W, ...) as EXIF's and TIFF's orientation, 1 to 8, says."""
+    """Rotates and mirrors (H, W, ...) according to EXIF's or TIFF's orientation, 1 to 8."""
     if orientation in (5, 6, 7, 8):
         pixels = np.swapaxes(pixels, 0, 1)
     if orientation in (2, 3, 6, 7):
@@ -51,8 +52,9 @@ def upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
 
 @dataclass(frozen=True)
 class _Layout:
-    """How pictures lie in a file: picture i has planes[i], numbers of pages, which are its channels. page: the shape of
-    a page, (H, W), (H, W, S) or (S, H, W); kept: how many of S are not alpha, None without S."""
+    """The arrangement of the pictures in a file. planes: planes[i] has the numbers of the pages that are the channels
+    of picture i. page: the shape of a page, (H, W), (H, W, S) or (S, H, W). kept: how many of S are not alpha; None
+    without S. planar: a page is (S, H, W)."""
 
     planes: NDArray[np.intp]
     page: tuple[int, ...]
@@ -61,7 +63,7 @@ class _Layout:
 
 
 def _layout(file: TiffFile, name: str) -> _Layout:
-    """Raises UserError for what is not pictures of one kind."""
+    """Returns the layout of a file. Raises UserError if its pages are not pictures of one kind."""
     _check_chain(file)
     series, first = file.series[0], file.pages[0]
     axes, shape = series.axes, series.shape
@@ -84,9 +86,8 @@ def _layout(file: TiffFile, name: str) -> _Layout:
         )
     if getattr(first, "compression", 1) not in COMPRESSIONS:
         raise UserError(
-            f"{name}: compressed by {getattr(first, 'compression', None)!r}, which is read of single pictures "
-            "in grey and in"
-            " 8 bits only: save it uncompressed, or with deflate",
+            f"{name}: compressed by {getattr(first, 'compression', None)!r}, which is supported only for single "
+            "pictures in grey or in 8 bits: save it uncompressed, or with deflate",
             field=name,
             code="unsupported",
         )
@@ -112,7 +113,7 @@ def _layout(file: TiffFile, name: str) -> _Layout:
 
 
 def _check_chain(file: TiffFile) -> None:
-    """Raises ValueError where a page is followed by one before it: tifffile would go round for ever."""
+    """Raises ValueError if a page is followed by an earlier one: tifffile would loop for ever."""
     kind, handle = file.tiff, file.filehandle
     handle.seek(8 if kind.is_bigtiff else 4)
     seen: set[int] = set()
@@ -130,7 +131,7 @@ def _check_chain(file: TiffFile) -> None:
 
 
 def _picture(file: TiffFile, layout: _Layout, i: int) -> NDArray[Any]:
-    """(H, W) or (H, W, C): picture i."""
+    """Returns picture i, (H, W, C)."""
     channels: list[NDArray[Any]] = []
     for number in layout.planes[i]:
         plane = _page(file, layout, int(number))
@@ -138,7 +139,7 @@ def _picture(file: TiffFile, layout: _Layout, i: int) -> NDArray[Any]:
         channels.append(plane[..., None] if layout.kept is None else plane[..., : layout.kept])
     pixels = np.concatenate(channels, axis=-1)
     first = file.pages[0]
-    if int(getattr(first, "photometric", 1)) == 0 and pixels.dtype.kind == "u":  # its 0 is white
+    if int(getattr(first, "photometric", 1)) == 0 and pixels.dtype.kind == "u":  # 0 is white
         pixels = np.iinfo(pixels.dtype).max - pixels
     tag = getattr(first, "tags", {}).get(ORIENTATION)
     return upright(pixels, 1 if tag is None else int(tag.value))
@@ -146,7 +147,7 @@ def _picture(file: TiffFile, layout: _Layout, i: int) -> NDArray[Any]:
 
 def _page(file: TiffFile, layout: _Layout, number: int) -> NDArray[Any]:
     series = file.series[0]
-    if len(series) < layout.planes.size:  # ImageJ describes the first page alone, and the others follow it
+    if len(series) < layout.planes.size:  # ImageJ describes only the first page; the others follow it
         count, dtype = math.prod(layout.page), series.dtype.newbyteorder(file.byteorder)
         start = int(series.dataoffset or 0) + number * count * dtype.itemsize
         return file.filehandle.read_array(dtype, count, start).reshape(layout.page)
@@ -160,7 +161,7 @@ def _page(file: TiffFile, layout: _Layout, number: int) -> NDArray[Any]:
 
 
 def one(data: bytes, name: str) -> NDArray[Any]:
-    """The one picture in a TIFF. Raises BadImage, as for a stack."""
+    """Returns the only picture in a TIFF. Raises BadImage, also for a stack."""
     try:
         with _tifffile().TiffFile(BytesIO(data)) as file:
             layout = _layout(file, name)
@@ -177,12 +178,12 @@ def one(data: bytes, name: str) -> NDArray[Any]:
         raise BadImage(str(error), code=error.code) from None
     except MemoryError:
         raise
-    except Exception as error:  # broken files raise all sorts of things
+    except Exception as error:  # broken files raise errors of any type
         raise BadImage(_reason(error, name)) from None
 
 
 def open_stack(path: str) -> Source:
-    """Every picture in one TIFF file: pages are pictures, except along an axis of channels (C or S)."""
+    """Returns a source of all pictures in one TIFF file. Pages are pictures, except along a channel axis (C or S)."""
     file = PerProcess(partial(_open_path, path))
     try:
         layout = _layout(file.get(), f"SOURCE {path}")

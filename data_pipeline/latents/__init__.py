@@ -1,4 +1,4 @@
-"""From images to latents of a Stable Diffusion XL VAE, with what its training needs of each image and caption.
+"""Encodes images as latents of a Stable Diffusion XL VAE, and captions as tokens and text embeddings.
 
 Imports ambient_core and data_pipeline's format, inputs and corruption.
 """

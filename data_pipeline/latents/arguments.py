@@ -1,4 +1,4 @@
-"""The flags --latents, --buckets, --crop and --flip, and the request that they make: plain data, for index.json."""
+"""The command line flags of latents, and the `LatentRequest` made from them, which index.json records."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from data_pipeline.latents.parts import find_parts
 
 @dataclass(frozen=True)
 class LatentRequest:
-    """Everything that latents depend on, besides the pictures, the seed and the corruption. `asdict` gives plain JSON.
+    """Everything that latents depend on, except the images, the seed and the corruption. `asdict` gives plain JSON.
 
-    source: a pipeline folder, a VAE's folder, or a hub id. vae: the VAE's identity. size: the side of the square that
-    pictures are cropped to, in pixels. buckets: if given, sizes of as many pixels with other ratios, too, in multiples
-    of so many pixels. flip: mirrors half of the pictures, by key. embeddings: whether OUTPUT/text/ is made of captions.
+    source: a pipeline folder, a VAE's folder, or a hub id. vae: the VAE's identity. size: the side, in pixels, of the
+    square to which images are cropped. crop: which part of an image is kept; a random part is drawn by its key. flip:
+    mirrors half of the images, drawn by key. buckets: None crops to the square only. A number adds sizes of other
+    aspect ratios with about size x size pixels; it is the step in pixels, and all sides are multiples of it.
+    embeddings: whether OUTPUT/text/ is written from the captions.
     """
 
     source: str
@@ -54,19 +56,22 @@ class LatentRequest:
 
     @property
     def sizes(self) -> tuple[Bucket, ...]:
-        """What pictures are brought to: each to the one whose ratio is nearest to its own."""
+        """The sizes that images can get. Each image gets the one whose aspect ratio is nearest to its own."""
         return buckets_of(self.size, self.buckets) if self.buckets else (Bucket(self.size, self.size),)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that `from_arguments` reads, besides --size and --channels."""
+    """Adds the flags that `from_arguments` reads, except --size and --channels."""
     group = parser.add_argument_group(
         "latents", "Store latents of a Stable Diffusion XL VAE, with noise added to the latent, instead of pixels."
     )
     group.add_argument(
         "--latents",
         metavar="PATH_OR_ID",
-        help="a pipeline in diffusers' layout, its vae folder, or a hub id; levels are then in units of scaled latents",
+        help=(
+            "a pipeline in diffusers' layout, its vae folder, or a hub id; noise levels are then in units of scaled "
+            "latents"
+        ),
     )
     group.add_argument(
         "--buckets",
@@ -75,28 +80,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         const=64,
         metavar="STEP",
         help=(
-            "several aspect ratios: each picture is brought to the nearest of the sizes in multiples of STEP pixels "
-            "(default: 64, as SDXL was trained) that have about --size x --size pixels"
+            "use several aspect ratios: sizes with about --size x --size pixels, whose sides are multiples of STEP "
+            "pixels (default: 64, as SDXL was trained); each image gets the size with the nearest aspect ratio"
         ),
     )
     group.add_argument(
         "--crop",
         choices=["centre", "random"],
-        help="which part of a picture stays; random: drawn by key (default: centre)",
+        help="which part of an image is kept; random: drawn by key (default: centre)",
     )
-    group.add_argument("--flip", action="store_true", help="mirror half of the pictures, drawn by key")
+    group.add_argument("--flip", action="store_true", help="mirror half of the images, drawn by key")
     group.add_argument(
         "--no-embeddings",
         action="store_true",
         help=(
-            "store captions as words alone, without OUTPUT/text/ (0.3 MB a distinct caption): to train with "
+            "store captions only as text, without OUTPUT/text/ (0.3 MB per distinct caption); for training with "
             "model.text=encoded"
         ),
     )
 
 
 def from_arguments(args: argparse.Namespace, corruption: Corruption) -> LatentRequest | None:
-    """None without --latents. Finds the VAE, or downloads it, and hashes it. Raises UserError."""
+    """Returns the request for latents, or None without --latents.
+
+    Finds or downloads the VAE, and hashes it. Raises UserError for flags that do not fit together, and for a source in
+    which no VAE is found.
+    """
     if args.latents is None:
         given = {
             "--crop": args.crop,
@@ -115,7 +124,7 @@ def from_arguments(args: argparse.Namespace, corruption: Corruption) -> LatentRe
     check_channels(args.channels)
     check_corruption(corruption)
     crop: Literal["centre", "random"] = args.crop or "centre"
-    LatentRequest("", "", args.size, buckets=args.buckets)  # says what is wrong before a long download
+    LatentRequest("", "", args.size, buckets=args.buckets)  # reports wrong values before a long download
     vae = vae_identity(find_parts("--latents", args.latents, ["vae"])["vae"])
     path = Path(args.latents).expanduser()
     source = str(path.resolve()) if path.is_dir() else args.latents
@@ -123,7 +132,7 @@ def from_arguments(args: argparse.Namespace, corruption: Corruption) -> LatentRe
 
 
 def check_channels(channels: int | None) -> None:
-    """Raises UserError for a number of channels that VAEs do not take."""
+    """Raises UserError for a number of channels that VAEs do not accept."""
     if channels not in (None, 3):
         raise UserError(
             f"--channels {channels}: with --latents it must be 3, since VAEs take colour images",
@@ -133,18 +142,19 @@ def check_channels(channels: int | None) -> None:
 
 
 def check_corruption(corruption: Corruption) -> None:
-    """Raises UserError for one that is not exact on latents: only Gaussian noise that is added to the latent is."""
+    """Raises UserError for a corruption that is not exact on latents. Only Gaussian noise added to the latent is."""
     if isinstance(corruption, Measured):
         raise UserError(
             "--corruption measured with --latents: a photograph's noise is not Gaussian after a VAE; train on "
-            "pixels (without --latents), or drown it in latent noise: --corruption gaussian --sigma LEVEL",
+            "pixels (without --latents), or add enough Gaussian noise to the latent to dominate it: "
+            "--corruption gaussian --sigma LEVEL",
             field="--corruption",
             code="conflict",
         )
     if isinstance(corruption, Degraded):
         raise UserError(
-            f"--corruption {corruption.steps} with --latents: is made for pixels, and would mean nothing on a "
-            "latent; take --corruption gaussian --sigma LEVEL",
+            f"--corruption {corruption.steps} with --latents: is made for pixels, and has no meaning for latents; "
+            "use --corruption gaussian --sigma LEVEL",
             field="--corruption",
             code="conflict",
         )

@@ -1,7 +1,8 @@
-"""Sizes that pictures are brought to: one square, or aspect-ratio buckets; and what of a picture is cut off.
+"""The sizes that images get, one square or several aspect-ratio buckets, and how an image is resized and cropped.
 
-As Stable Diffusion XL was trained: a picture is resized to cover its bucket, mirrored or not, and cropped. The network
-is given its original size, the crop and the bucket (`time_ids`), so that it does not learn to draw crops.
+Images are prepared as for the training of Stable Diffusion XL: an image is resized to cover its bucket, mirrored or
+not, and cropped. The network is given the original size, the crop and the bucket (`time_ids`), so that it does not
+learn to draw cropped images.
 """
 
 from __future__ import annotations
@@ -16,24 +17,24 @@ from numpy.typing import NDArray
 from PIL import Image
 
 TIME_IDS = "time_ids"
-"""In `Observation.about`, and in a sample's JSON: `Placement.time_ids`."""
+"""The field of `Observation.about`, and of a sample's JSON, that holds `Placement.time_ids`."""
 WIDEST = 4
-"""The longer side of a bucket is at most this many times the shorter."""
+"""The longer side of a bucket is at most this many times the shorter side."""
 
 
 @dataclass(frozen=True, order=True)
 class Bucket:
-    """Pixels."""
+    """The width and height of a bucket, in pixels."""
 
     width: int
     height: int
 
 
 def buckets_of(base: int, step: int) -> tuple[Bucket, ...]:
-    """Sizes in multiples of `step` with about base x base pixels, never more, and ratios from 1/4 to 4.
+    """Returns sizes of about base x base pixels, never more: sides in multiples of `step`, ratios from 1/4 to 4.
 
-    For each width the greatest height, and the other way round. For 1024 and 64 these are 33 of the 40 sizes in SDXL's
-    paper (appendix I); the seven others are a step narrower or lower than the base allows.
+    Each width has the greatest height that fits, and each height the greatest width. For 1024 and 64 these are 33 of
+    the 40 sizes in SDXL's paper (appendix I). The other seven are one step narrower or lower than the base allows.
     """
     fitted = ((side, base * base // side // step * step) for side in range(step, WIDEST * base + 1, step))
     within = [(a, b) for a, b in fitted if b and max(a, b) <= WIDEST * min(a, b)]
@@ -41,16 +42,19 @@ def buckets_of(base: int, step: int) -> tuple[Bucket, ...]:
 
 
 def bucket_of(width: int, height: int, buckets: Sequence[Bucket]) -> int:
-    """The number of the bucket whose ratio is nearest to the picture's, as a factor; of two as near, the first."""
+    """Returns the index of the bucket whose aspect ratio differs from the image's by the smallest factor.
+
+    If two buckets are equally near, it is the first of them.
+    """
     distances = [abs(math.log(b.width * height / (b.height * width))) for b in buckets]
     return min(range(len(buckets)), key=lambda i: round(distances[i], 12))
 
 
 @dataclass(frozen=True)
 class Placement:
-    """How a picture comes into its bucket: resized to `width` x `height`, mirrored or not, then cropped at (top, left).
+    """How an image is fitted into its bucket: resized to `width` x `height`, mirrored or not, cropped at (top, left).
 
-    So the crop's place is counted in the picture as the network sees it, mirrored if it is.
+    The crop comes last, so its position refers to the image as the network sees it, after any mirroring.
     """
 
     original_width: int
@@ -64,12 +68,14 @@ class Placement:
 
     @property
     def time_ids(self) -> list[int]:
-        """SDXL's micro-conditioning: original height and width, crop top and left, target height and width."""
+        """SDXL's micro-conditioning: [original height and width, crop top and left, target height and width]."""
         return [self.original_height, self.original_width, self.top, self.left, self.bucket.height, self.bucket.width]
 
     def apply(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """pixels: (H, W) or (H, W, C). Gives the bucket's size. Only what stays is computed, so that a picture of 1 x
-        10,000 pixels does not fill the memory."""
+        """Returns the image resized, mirrored and cropped to the bucket's size. pixels: (H, W) or (H, W, C).
+
+        Only the part that is kept is computed, so that an image of 1 x 10,000 pixels does not fill the memory.
+        """
         across, down = self.original_width / self.width, self.original_height / self.height
         left = self.width - self.left - self.bucket.width if self.flip else self.left
         right, bottom = left + self.bucket.width, self.top + self.bucket.height
@@ -89,10 +95,10 @@ class Placement:
 def place(
     width: int, height: int, bucket: Bucket, *, crop: Literal["centre", "random"], flip: bool, draws: NDArray[Any]
 ) -> Placement:
-    """width, height: of the picture. draws: three uniforms in [0, 1): for the crop's top, its left, and the mirror.
+    """Returns how an image of `width` x `height` pixels is fitted into a bucket.
 
-    All three are always drawn, so that another --crop or --flip changes nothing else of a sample. flip: mirrors half of
-    the pictures.
+    draws: three uniform numbers in [0, 1), for the crop's top, the crop's left, and mirroring. All three are always
+    drawn, so that another --crop or --flip changes nothing else in a sample. flip: mirrors half of the images.
     """
     scale = max(bucket.width / width, bucket.height / height)
     resized = max(bucket.width, round(width * scale)), max(bucket.height, round(height * scale))

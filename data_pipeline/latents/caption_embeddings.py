@@ -1,4 +1,4 @@
-"""The text cache of a folder of shards: which encoders make it, and what the index says of it."""
+"""Writes the text cache of a folder of shards, and describes it for the index."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from ambient_core import storage
 from data_pipeline.latents.parts import ENCODERS, TOKENIZERS, has_part
 
 FOLDER = "text"
-"""In OUTPUT."""
+"""The text cache's folder in OUTPUT."""
 
 
 def write_captions(output: str, source: str, captions: Sequence[str]) -> dict[str, Any] | None:
-    """Writes OUTPUT/text/, or resumes it. source: of the VAE, whose pipeline may have text encoders.
+    """Writes OUTPUT/text/, or resumes writing it, and returns what the index records about it.
 
-    Gives what the index records of it; None where there are no captions, or, with a note, no text encoders.
+    source: the source of the VAE, whose pipeline may have text encoders. Returns None if there are no captions, or no
+    text encoders; the latter is reported on stderr.
     """
     if not captions:
         return None
     if not has_part("--latents", source, ENCODERS[0], [*ENCODERS[1:], *TOKENIZERS]):
         print(
             (
-                f"{output}: no embeddings of its captions, since {source} has no text encoders; the shards have "
-                "their words"
+                f"{output}: the captions are not embedded, because {source} has no text encoders; the shards hold "
+                "them as text"
             ),
             file=sys.stderr,
         )

@@ -1,8 +1,9 @@
-"""From pictures to noisy latents: what a worker of the shard writer does with --latents.
+"""Turns images into noisy latents, in a worker of the shard writer with --latents.
 
-Each sample has one generator, of the data set's seed and its key. It draws, in this order: three uniforms (crop top,
-crop left, mirror; always all three), the encoding's z, and then what the corruption draws. So every sample is the same
-in any order and with any number of workers, and another --crop or --flip leaves z and the noise as they are.
+Each sample has its own generator, seeded by the data set's seed and the sample's key. It draws, in this order: three
+uniform numbers (crop top, crop left, mirroring; always all three), the z of the encoding, and the draws of the
+corruption. So a sample does not depend on the order or on the number of workers, and another --crop or --flip changes
+neither z nor the noise.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from data_pipeline.latents.parts import find_parts
 from data_pipeline.latents.vae import Vae, images_a_pass
 
 FLIP = "flip"
-"""In `Observation.about`, with --flip: whether it was mirrored."""
+"""The field of `Observation.about` that says, with --flip, whether the image was mirrored."""
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A picture in its bucket. x0: (3, H, W) float32 in [-1, 1]. generator: has drawn the placement."""
+    """An image fitted into its bucket. x0: (3, H, W) float32 in [-1, 1]. generator: the sample's generator, after the
+    draws for the placement. about: what the sample records about the placement."""
 
     key: str
     x0: Array
@@ -38,9 +40,10 @@ class Placed:
 
 
 class LatentEncoder:
-    """Made once in each worker, from the request. device: the GPU where there is one, or else the CPU.
+    """Encodes and corrupts images as a request says. Each worker makes one. device: by default the GPU if there is one,
+    else the CPU.
 
-    Raises UserError where the VAE is not the one of the request any more, or cannot take its sizes.
+    Raises UserError if the VAE is no longer the one of the request, or does not accept its sizes.
     """
 
     def __init__(self, request: LatentRequest, device: torch.device | None = None) -> None:
@@ -49,7 +52,7 @@ class LatentEncoder:
         require_same(request.vae, found, "--latents", f"the VAE of --latents {request.source}")
         self.vae = Vae(request.source, device)
         self.shapes: tuple[Shape, ...] = tuple(self.vae.shape(size.width, size.height) for size in request.sizes)
-        """(C, H, W) of the observations, of each of the request's sizes."""
+        """The observations' shape (C, H, W) for each of the request's sizes."""
 
     def __call__(
         self,
@@ -60,12 +63,11 @@ class LatentEncoder:
         value_range: tuple[float, float] | None = None,
         size: int = 0,
     ) -> Iterator[tuple[str, Observation]]:
-        """The observations of pictures, by key, in their order; holds one batch of them at a time. size: which of the
-        request's sizes they are brought to.
+        """Yields the key and the observation of each image, in order; holds one batch of images at a time.
 
-        The bytes depend on the whole sequence, by rounding: give each call the pictures of one shard. A picture that
-        cannot be used goes to `reject` with its reason, or raises BadImage where there is none. value_range: as
-        `prepare` has.
+        size: the index of the size, in the request's sizes, that all these images get. value_range: see `prepare`.
+        reject: called with the key and the reason for an image that cannot be used; without it BadImage is raised.
+        The bytes depend on the complete sequence of images, by rounding, so give each call the images of one shard.
         """
         check_corruption(corruption)
         waiting: list[Placed] = []
@@ -89,7 +91,7 @@ class LatentEncoder:
     def place(
         self, key: str, picture: Picture, seed: int, value_range: tuple[float, float] | None, bucket: Bucket
     ) -> Placed:
-        """Raises BadImage for a picture that is not of 8 bits, grey or colour."""
+        """Returns an image fitted into a bucket. Raises BadImage unless it has 8 bits and is grey or colour."""
         height, width, *colours = picture.pixels.shape
         if picture.pixels.dtype != np.uint8 or colours not in ([], [3]):
             raise BadImage(

@@ -1,7 +1,7 @@
-"""What a VAE or a pair of text encoders is, as one hash: of its settings and weights, not of its path or file layout.
+"""Identifies a VAE or a pair of text encoders by a hash of settings and weights, not of the path or the file layout.
 
-Latents and embeddings mean something to the same VAE and the same encoders only, so shards record the hash, and
-training refuses others. The weights are streamed from the safetensors files, in the order of the tensors' names.
+Latents and embeddings are only valid for the VAE and the encoders that made them. So shards record the hash, and
+training refuses other ones. The weights are streamed from the safetensors files, in the order of the tensors' names.
 """
 
 from __future__ import annotations
@@ -44,26 +44,27 @@ TEXT_FIELDS: dict[str, Any] = {
     "eos_token_id": 49407,
     "vocab_size": 49408,
 }
-"""The settings that change what a part computes, with the libraries' defaults: a config that leaves one out means the
-same as one that was saved again and has it."""
+"""VAE_FIELDS and TEXT_FIELDS: the settings that change what a part computes, with the libraries' defaults. So a config
+without a field has the same hash as one that states its default."""
 
 CHUNK = 1 << 22
 
 
 def vae_identity(folder: Path) -> str:
-    """SHA-256, in hex, of the VAE in `folder`. Raises UserError for a folder that is none."""
+    """Returns the SHA-256, in hex, of the VAE in `folder`. Raises UserError if the folder holds no readable one."""
     return _part(folder, STEMS["vae"], VAE_FIELDS)
 
 
 def text_identity(encoders: Mapping[str, Path], tokens: Mapping[str, Mapping[str, Any]]) -> str:
-    """SHA-256, in hex, of text encoders (name -> folder) and of what their tokenizers do (name -> JSON)."""
+    """Returns the SHA-256, in hex, of text encoders and their tokenizers. encoders: name -> folder. tokens: name ->
+    how the tokenizer behaves, as JSON (`Tokens.behaviour`)."""
     parts = {name: _part(folder, STEMS[name], TEXT_FIELDS) for name, folder in encoders.items()}
     return hashlib.sha256(_canonical({"encoders": parts, "tokenizers": tokens})).hexdigest()
 
 
 def require_same(recorded: str, found: str, field: str | Path, what: str) -> None:
-    """Raises UserError where the two hashes differ. field: what to change, such as --latents. what: such as "the VAE of
-    --latents models/sdxl"."""
+    """Raises UserError if the two hashes differ. field: the flag or folder at fault, such as --latents. what: what the
+    hashes are of, such as "the VAE of --latents models/sdxl"."""
     if recorded != found:
         raise UserError(
             f"{what}: {found[:16]}, but the data were made with {recorded[:16]}: give the same, or make the data again",
@@ -87,13 +88,13 @@ def _part(folder: Path, stem: str, fields: Mapping[str, Any]) -> str:
 
 
 def _tensors(files: list[Path]) -> Iterator[tuple[list[Any], Iterator[bytes]]]:
-    """[name, dtype, shape] and the bytes of each tensor, by name, whichever file it is in."""
+    """Yields [name, dtype, shape] and the bytes of each tensor, in the order of the names over all files."""
     where: dict[str, tuple[list[Any], Path, int, int]] = {}
     for file in files:
         header, data = _header(file)
         for written, entry in header.items():
             name = written.removeprefix("text_model.")  # some versions of transformers write it, others do not
-            if name == "__metadata__" or name.endswith("position_ids"):  # 0, 1, 2...: older ones wrote them
+            if name == "__metadata__" or name.endswith("position_ids"):  # 0, 1, 2...: older versions wrote them
                 continue
             start, end = entry["data_offsets"]
             where[name] = ([name, entry["dtype"], entry["shape"]], file, data + start, data + end)
@@ -102,13 +103,13 @@ def _tensors(files: list[Path]) -> Iterator[tuple[list[Any], Iterator[bytes]]]:
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:
-    """The JSON header of a safetensors file, and where its data starts."""
+    """Returns the JSON header of a safetensors file, and the offset in bytes at which its data start."""
     size = file.stat().st_size
     with file.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
         if 8 + length > size:
             raise UserError(
-                f"{file}: not a whole safetensors file: download or copy it again", field=file, code="unreadable"
+                f"{file}: not a complete safetensors file: download or copy it again", field=file, code="unreadable"
             )
         try:
             header = dict(from_json(f.read(length)))

@@ -1,4 +1,4 @@
-"""The parts of a diffusers pipeline on disk: where the VAE and the text encoders of a folder or a hub id lie."""
+"""Finds the parts of a diffusers pipeline (VAE, text encoders, tokenizers) on disk, given a folder or a hub id."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ STEMS = {
     "text_encoder": "model",
     "text_encoder_2": "model",
 }
-"""The name of each part's weights, without suffix."""
+"""The file name of each part's weights, without its suffix."""
 SCHEDULER = "scheduler"
 ENCODERS, TOKENIZERS = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")
 
 
 def find_parts(flag: str, source: str, names: Sequence[str]) -> dict[str, Path]:
-    """The folder of each part. source: a pipeline folder, the folder of the one part asked for, or a hub id.
+    """Returns the folder of each named part. source: a pipeline folder, a hub id, or, for a single part, its folder.
 
-    A hub id is downloaded (these parts alone, safetensors, never pickles) into the hub's cache. Raises UserError, with
-    the flag, where there is no such folder or id, or a part is missing.
+    For a hub id, only these parts are downloaded into the hub's cache: safetensors, never pickles. Raises UserError,
+    with the flag, if there is no such folder or id, or a part is missing.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -45,7 +45,7 @@ def find_parts(flag: str, source: str, names: Sequence[str]) -> dict[str, Path]:
 
 
 def has_part(flag: str, source: str, name: str, with_it: Sequence[str]) -> bool:
-    """Whether a pipeline has a part. A hub id's is downloaded, with the parts that go `with_it`."""
+    """Returns whether a pipeline has a part. For a hub id, the part and the parts in `with_it` are downloaded."""
     path = Path(source).expanduser()
     root = path if path.is_dir() else _download(flag, source, [name, *with_it])
     return (root / name).is_dir()
@@ -67,7 +67,7 @@ def _download(flag: str, source: str, names: Sequence[str]) -> Path:
     except (OSError, ValueError) as error:  # the hub's own errors are of these kinds
         reason = str(error).strip().splitlines() or [""]
         raise UserError(
-            f"{flag} {source}: no such folder here, and no such model came from the hub "
+            f"{flag} {source}: no such folder, and the hub did not provide such a model "
             f"({type(error).__name__}: {reason[0]})",
             field=flag,
             code="not_found",
@@ -75,7 +75,7 @@ def _download(flag: str, source: str, names: Sequence[str]) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a part. Raises UserError."""
+    """Returns the config.json of a part. Raises UserError if it is missing or not readable."""
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(
@@ -85,10 +85,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path, stem: str) -> list[Path]:
-    """The safetensors files that hold a part's weights: one, or those that its index names. Raises UserError."""
-    whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-    if whole.is_file():
-        return [whole]
+    """Returns the safetensors files of a part's weights: a single file, or those named in its index.
+
+    Raises UserError if weights are missing or the index is not readable.
+    """
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if single.is_file():
+        return [single]
     if not index.is_file():
         raise UserError(
             f"{folder}: no {stem}.safetensors in it (weights in .bin files are pickles, which are never read)",

@@ -1,4 +1,4 @@
-"""Both text encoders of a Stable Diffusion XL pipeline, as its own encode_prompt uses them."""
+"""The two text encoders of a Stable Diffusion XL pipeline, used as in diffusers' encode_prompt."""
 
 from __future__ import annotations
 
@@ -17,27 +17,31 @@ from data_pipeline.latents.tokens import Tokens
 from data_pipeline.latents.vae import default_device, load_part
 
 PROBES = ("", "a photo of a cat", "Ein großes Haus, 3/4 view!", "日本 🙂", "it's   the\nend<|endoftext|>")
+"""Captions whose tokens are part of the encoders' identity."""
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Of N captions, float16 on the CPU. prompt_embeds: (N, T, D), T tokens, the second-last hidden states of both
-    encoders side by side (SDXL: 77, 768 + 1280). pooled: (N, P), the second encoder's projection (SDXL: 1280)."""
+    """The embeddings of N captions, float16 on the CPU. prompt_embeds: (N, T, D), the second-last hidden states of T
+    tokens, concatenated over both encoders (SDXL: T = 77, D = 768 + 1280). pooled: (N, P), the second encoder's
+    projection (SDXL: P = 1280)."""
 
     prompt_embeds: Tensor
     pooled: Tensor
 
 
 class TextEncoders:
-    """source: a pipeline folder or hub id. They compute in float32. Raises UserError where a part is missing or
-    wrong."""
+    """The text encoders and tokenizers of a pipeline; they compute in float32. source: a pipeline folder or hub id.
+
+    Raises UserError if a part is missing or wrong.
+    """
 
     def __init__(self, source: str, device: torch.device | None = None) -> None:
         self.source, self.device = source, device or default_device()
         self._tokenize = Tokens("--latents", source)
         folders = find_parts("--latents", source, ENCODERS)
         if not torch.cuda.is_available():
-            logging.getLogger("xformers").setLevel(logging.ERROR)  # it has no operator for CPU, and says so at length
+            logging.getLogger("xformers").setLevel(logging.ERROR)  # else long warnings that it has no CPU operator
         from transformers import CLIPTextModel, CLIPTextModelWithProjection  # here, since it takes seconds
         from transformers.utils import logging as transformers_logging
 
@@ -53,9 +57,10 @@ class TextEncoders:
         self.identity = _identity(source, self._tokenize)
 
     def embed(self, captions: Sequence[str]) -> tuple[Embeddings, int]:
-        """The embeddings, and how many captions were longer than the encoders take, and were cut.
+        """Returns the embeddings, and how many captions were cut because they have more tokens than the encoders take.
 
-        Bits depend on the other captions of the call, by rounding.
+        The bits of an embedding depend on the other captions of the call, by rounding. Raises WorkFailed if an
+        embedding has NaN or values that float16 cannot hold.
         """
         hidden: list[Tensor] = []
         output: Any = None
@@ -73,7 +78,7 @@ class TextEncoders:
 
 
 def encoders_identity(source: str) -> str:
-    """`TextEncoders(source).identity`, without loading the encoders."""
+    """Returns `TextEncoders(source).identity` without loading the encoders."""
     return _identity(source, Tokens("--latents", source))
 
 

@@ -1,9 +1,9 @@
-"""Text embeddings, once per distinct caption, in a folder next to the shards (OUTPUT/text).
+"""Stores text embeddings, once per distinct caption, in a folder next to the shards (OUTPUT/text).
 
-captions.jsonl: one caption a line, as a JSON string; its line number, from 0, is its id, and line 0 is the empty
-caption, for training that drops captions. prompt_embeds.npy, pooled.npy: a row for each id, float16. text.json: what
-encoded them and their shapes, written last, so a folder that has it is complete. A run that was killed resumes after
-the last complete chunk.
+captions.jsonl: one caption per line, as a JSON string. Its line number, from 0, is its id. Line 0 is the empty caption,
+for training that drops captions. prompt_embeds.npy, pooled.npy: a row for each id, float16. text.json: the identity of
+the encoders and the shapes. It is written last, so a folder that has it is complete. A call that was killed is resumed
+after the last complete chunk.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ CAPTIONS, DONE, PROGRESS = "captions.jsonl", "text.json", ".progress.json"
 ARRAYS = ("prompt_embeds.npy", "pooled.npy")
 FORMAT = 1
 CHUNK = 64
-"""Captions that are encoded together, and then safe on disk. Fixed, so that the bytes are those of an unbroken run."""
+"""Number of captions that are encoded together and then written to disk. It is fixed, so that a resumed call writes the
+same bytes as an uninterrupted one."""
 
 
 class Encoder(Protocol):
-    """What is needed of `text.TextEncoders`."""
+    """The part of `text.TextEncoders` that is used here."""
 
     identity: str
     tokens: int
@@ -45,9 +46,9 @@ class Encoder(Protocol):
 
 
 def write_text_cache(folder: Path, captions: Iterable[str], encoder: Encoder) -> None:
-    """Encodes each distinct caption once; ids in the order in which captions come, after the empty one.
+    """Encodes each distinct caption once. Ids follow the order of the captions, after the empty caption.
 
-    Goes on where an earlier call stopped, and does nothing where it finished. Raises UserError where the folder is for
+    Resumes where an earlier call stopped, and does nothing if it finished. Raises UserError if the folder belongs to
     other captions or encoders.
     """
     distinct = list(dict.fromkeys(["", *captions]))
@@ -79,7 +80,7 @@ def write_text_cache(folder: Path, captions: Iterable[str], encoder: Encoder) ->
     state = {"done": 0, "cut": 0}
     if (folder / CAPTIONS).is_file() and (folder / PROGRESS).is_file():
         recorded = from_json(text_of(folder / PROGRESS))
-        require_same(recorded["identity"], encoder.identity, folder, f"{folder}, half done: the text encoders")
+        require_same(recorded["identity"], encoder.identity, folder, f"{folder}, not finished: the text encoders")
         state = {"done": recorded["done"], "cut": recorded["cut"]}
     else:
         _write(folder / CAPTIONS, lines)
@@ -103,7 +104,7 @@ def write_text_cache(folder: Path, captions: Iterable[str], encoder: Encoder) ->
     bar.close()
     del arrays
     for name in ARRAYS:
-        if _partial(folder, name).exists():  # else an earlier call was killed just after this
+        if _partial(folder, name).exists():  # otherwise an earlier call renamed it and was killed after that
             _partial(folder, name).replace(folder / name)
     _write(folder / DONE, json.dumps({**described, "cut": state["cut"]}, indent=1).encode())
     (folder / PROGRESS).unlink()
@@ -123,8 +124,8 @@ def _write(path: Path, data: bytes) -> None:
 
 
 class TextCache:
-    """Reads what `write_text_cache` wrote; the embeddings stay on disk, mapped. Raises UserError for an incomplete
-    folder."""
+    """Reads what `write_text_cache` wrote. The embeddings stay on disk and are memory-mapped. Raises UserError for an
+    incomplete folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -161,16 +162,16 @@ class TextCache:
                 )
 
     def __len__(self) -> int:
-        """How many captions, with the empty one."""
+        """The number of captions, including the empty one."""
         return len(self._arrays[0])
 
     def require(self, identity: str) -> None:
-        """Raises UserError where other text encoders made this."""
+        """Raises UserError if other text encoders made this cache."""
         require_same(self.identity, identity, self.folder, f"{self.folder}: the text encoders")
 
     def rows(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """prompt_embeds (N, T, D) and pooled (N, P), float16, of caption ids. Raises UserError for one that is not
-        there."""
+        """Returns prompt_embeds (N, T, D) and pooled (N, P), float16, for caption ids. Raises UserError for an id that
+        does not exist."""
         wrong = next((i for i in ids if not 0 <= i < len(self)), None)
         if wrong is not None:
             raise UserError(
@@ -180,7 +181,7 @@ class TextCache:
         return prompt_embeds, pooled
 
     def ids(self, captions: Iterable[str]) -> list[int]:
-        """Raises UserError for a caption that was not encoded."""
+        """Returns the ids of captions. Raises UserError for a caption that was not encoded."""
         try:
             return [self._ids[caption] for caption in captions]
         except KeyError as error:

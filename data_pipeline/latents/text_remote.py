@@ -1,4 +1,4 @@
-"""A text cache at a URL: made in a folder of this machine and put there; fetched completely into one before it is
+"""A text cache at a URL. It is made in a local folder and then uploaded; it is downloaded completely before it is
 read."""
 
 from __future__ import annotations
@@ -13,23 +13,24 @@ from ambient_core.errors import UserError, WorkFailed
 from data_pipeline.latents.text_cache import ARRAYS, CAPTIONS, DONE, TextCache
 
 FILES = (CAPTIONS, *ARRAYS, DONE)
-"""text.json last: a folder that has it is complete."""
+"""The files of a text cache, in the order of their upload. text.json is last: a folder that has it is complete."""
 
 
 def workplace(url: str) -> Path:
-    """Where the cache of this URL is made; the same in a later call, which continues it."""
+    """Returns the local folder in which the cache of this URL is made. It is the same in a later call, which resumes
+    the work."""
     return paths.cache() / "text" / "made" / hashlib.sha256(url.encode()).hexdigest()[:16]
 
 
 def put(folder: Path, url: str) -> None:
-    """Raises OSError where the storage fails; then a later call puts all of it again."""
+    """Uploads a complete text cache. Raises OSError if the storage fails; a later call then uploads all files again."""
     for name in FILES:
         storage.put(folder / name, storage.join(url, name))
 
 
 def open_text(place: str) -> TextCache:
-    """The text cache of a folder or URL; see `TextCache`. A remote one is fetched once for all processes of a
-    machine, into AMBIENT_CACHE. Raises UserError where it is not complete, WorkFailed where it cannot be fetched."""
+    """Returns the `TextCache` of a folder or URL. A remote one is downloaded into AMBIENT_CACHE, once for all processes
+    of a machine. Raises UserError if it is not complete, WorkFailed if it cannot be downloaded."""
     local = storage.local_path(place)
     if local is not None:
         return TextCache(local)

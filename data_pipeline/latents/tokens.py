@@ -1,4 +1,4 @@
-"""Captions as the tokens of a Stable Diffusion XL pipeline's two tokenizers: what its text encoders are given."""
+"""Tokenizes captions with the two tokenizers of a Stable Diffusion XL pipeline, as input for its text encoders."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from data_pipeline.latents.parts import ENCODERS, TOKENIZERS, find_parts, read_c
 
 
 class Tokens:
-    """source: a pipeline folder or hub id, which `flag` gave. count: T, tokens a caption, padded or cut to it (SDXL:
-    77).
+    """The two tokenizers of a pipeline. source: a pipeline folder or hub id. flag: the flag that gave it, for error
+    messages. count: T, the number of tokens to which each caption is padded or cut (SDXL: 77).
 
-    Raises UserError where a part is missing or wrong."""
+    Raises UserError if a part is missing or wrong."""
 
     def __init__(self, flag: str, source: str) -> None:
         folders = find_parts(flag, source, [*ENCODERS, *TOKENIZERS])
@@ -26,18 +26,19 @@ class Tokens:
         self.tokenizers = [_load(folders[name]) for name in TOKENIZERS]
 
     def __call__(self, captions: Sequence[str]) -> tuple[NDArray[np.int64], list[int]]:
-        """(N, 2, T), by the first tokenizer and by the second; and which captions were longer, and were cut."""
+        """Returns the tokens (N, 2, T) of N captions, by the first and the second tokenizer, and the indices of the
+        captions that were longer and were cut."""
         padded: list[NDArray[np.int64]] = []
         cut: list[int] = []
         for tokenizer in self.tokenizers:
             ids = tokenizer(list(captions), padding="max_length", max_length=self.count, truncation=True).input_ids
             padded.append(np.array(ids, np.int64))
-            whole = tokenizer(list(captions), verbose=False).input_ids
-            cut = [i for i, ids in enumerate(whole) if len(ids) > self.count]
+            uncut = tokenizer(list(captions), verbose=False).input_ids
+            cut = [i for i, ids in enumerate(uncut) if len(ids) > self.count]
         return np.stack(padded, axis=1), cut
 
     def behaviour(self, probes: Sequence[str]) -> dict[str, Any]:
-        """By which two tokenizers can be compared: vocabularies, and the tokens of some captions."""
+        """Returns what identifies each tokenizer: its vocabulary, and the tokens of the captions in `probes`."""
         ids, _ = self(probes)
         return {
             name: {"vocabulary": tokenizer.get_vocab(), "probes": ids[:, i].tolist()}

@@ -1,4 +1,4 @@
-"""The VAE: images in, latents out, drawn once from each sample's own generator."""
+"""Encodes images with the VAE. Each latent is drawn once, from the sample's own generator."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 PIXELS_A_PASS = 1 << 20
-"""Images that are encoded together: as many as have about these pixels (1 of 1024 px, 4 of 512 px), and at most 64."""
+"""About how many pixels are encoded in one pass: 1 image of 1024 px or 4 of 512 px. See `images_a_pass`."""
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """More threads may add in another order: so shards would depend on the machine. Workers are what uses its cores."""
+    """Limits torch to one thread. More threads may sum in another order, so the shards would depend on the machine. The
+    cores are used by the workers instead."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -38,13 +39,14 @@ def default_device() -> torch.device:
 
 
 def load_part(class_: Any, folder: Path, stem: str, **options: Any) -> Any:
-    """A part's weights in its class, ready to use. Raises UserError where they are not all there, or do not fit."""
+    """Returns a part of a pipeline with its weights, ready to use. Raises UserError if weights are missing or do not
+    fit."""
     weight_files(folder, stem)
     try:
         part, report = class_.from_pretrained(
             str(folder), use_safetensors=True, local_files_only=True, output_loading_info=True, **options
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:  # what the libraries raise for files that do not fit
+    except (OSError, ValueError, RuntimeError, KeyError) as error:  # the libraries raise these for unsuitable files
         reason = str(error).strip().splitlines() or [""]
         raise UserError(
             f"{folder}: cannot be loaded as {class_.__name__}: {type(error).__name__}: {reason[0]}",
@@ -62,7 +64,8 @@ def load_part(class_: Any, folder: Path, stem: str, **options: Any) -> Any:
 
 
 def load_vae(folder: Path) -> AutoencoderKL:
-    """float32, whatever the files hold: SDXL's own VAE overflows in float16."""
+    """Returns the VAE of a folder in float32, whatever the files hold: SDXL's own VAE overflows in float16. Raises
+    UserError for another kind of model."""
     name = read_config(folder).get("_class_name")
     if name != "AutoencoderKL":
         raise UserError(
@@ -71,16 +74,17 @@ def load_vae(folder: Path) -> AutoencoderKL:
             code="unsupported",
         )
     if not torch.cuda.is_available():
-        logging.getLogger("xformers").setLevel(logging.ERROR)  # it has no operator for CPU, and says so at length
+        logging.getLogger("xformers").setLevel(logging.ERROR)  # else long warnings that it has no CPU operator
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL  # here, since it takes seconds
 
     return load_part(AutoencoderKL, folder, STEMS["vae"], torch_dtype=torch.float32)
 
 
 class Vae:
-    """latent = (mean + std z - shift) scale, z standard normal. Raises UserError for a source without a usable VAE.
+    """Encodes images: latent = (mean + std z - shift) scale, with standard normal z.
 
-    source: a pipeline folder, a VAE's folder, or a hub id. shift is 0 where the config has none, as SDXL's.
+    source: a pipeline folder, a VAE's folder, or a hub id. shift: 0 if the config has none, as for SDXL. Raises
+    UserError for a source without a usable VAE.
     """
 
     def __init__(self, source: str, device: torch.device | None = None) -> None:
@@ -99,7 +103,8 @@ class Vae:
         self.factor = 2 ** (len(config.block_out_channels) - 1)
 
     def shape(self, width: int, height: int) -> tuple[int, int, int]:
-        """(C, H, W) of the latent of an image of this size in pixels. Raises UserError where the VAE cannot take it."""
+        """Returns the shape (C, H, W) of the latent of an image of this size in pixels. Raises UserError for a size
+        that the VAE does not accept."""
         if width % self.factor or height % self.factor:
             raise UserError(
                 f"--latents {self.source}: {width}x{height} pixels: its VAE takes multiples of {self.factor}: "
@@ -110,15 +115,16 @@ class Vae:
         return self.channels, height // self.factor, width // self.factor
 
     def encode(self, x0: Array, generator: np.random.Generator) -> Array:
-        """x0: (3, H, W) float32 in [-1, 1] -> (C, H/8, W/8) float32. Draws z, of the latent's shape, from
-        `generator`."""
+        """Returns the latent (C, H/8, W/8), float32, of an image. x0: (3, H, W) float32 in [-1, 1]. generator: draws z,
+        of the latent's shape."""
         return self.encode_batch(x0[None], [generator])[0]
 
     def encode_batch(self, images: Array, generators: Sequence[np.random.Generator]) -> Array:
-        """(N, 3, H, W), and a generator each -> (N, C, H/8, W/8), float32.
+        """Returns the latents (N, C, H/8, W/8), float32, of images (N, 3, H, W). generators: one for each image.
 
-        z depends on its generator alone. mean and std depend on the other images of the batch by rounding (about 1e-6
-        of their size), so bits are the same only where the batches are: make them from the shard's content alone.
+        z depends only on its generator. mean and std depend, by rounding, on the other images of the batch (about 1e-6
+        of their size), so only equal batches give equal bits: form the batches from the content of the shard alone.
+        Raises WorkFailed if the GPU's memory is too small, or a latent has NaN or infinite values.
         """
         count, channels, height, width = images.shape
         assert count == len(generators)
@@ -147,5 +153,6 @@ class Vae:
 
 
 def images_a_pass(width: int, height: int) -> int:
-    """How many images of this size are encoded together: a function of the size alone, so that shards repeat."""
+    """Returns how many images of this size are encoded in one pass, from 1 to 64. It depends on the size alone, so that
+    shards are reproducible."""
     return max(1, min(64, PIXELS_A_PASS // (width * height)))

@@ -1,8 +1,8 @@
-"""A folder of this machine that holds shards of a remote one, within a bound, for all processes together.
+"""A local folder with copies of remote shards, of limited size, shared by all processes of a machine.
 
-Each shard is a file named by its checksum, which appears complete. Who reads one holds a shared lock (flock) on it, who
-fetches one an exclusive lock on its partial file; so a file that can be locked exclusively is not in use, and may go.
-The system frees the locks of a process that dies, however it dies.
+Each copy is a file named by the shard's checksum, and appears atomically. A process that reads a copy holds a shared
+lock (flock) on it. A process that downloads a shard holds an exclusive lock on its partial file. So a file that can be
+locked exclusively is not in use and may be removed. The system frees the locks of a process that dies for any reason.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from data_pipeline.format.index import Shard
 T = TypeVar("T")
 CHUNK = 1 << 20
 LONGEST_WAIT = 30.0
-"""Seconds between attempts: 0.5, 1, 2, ... up to this."""
+"""Largest pause between two attempts, in seconds. The pauses are 0.5, 1, 2, ... up to this."""
 
 
 class CacheFull(Exception):
-    """There is no room, and all that is in the cache is in use."""
+    """The cache has no room, because all copies that could be removed are in use."""
 
 
 class ShardCache:
-    """url: the folder of shards. folder: where copies are kept. limit: bytes that all copies may take together."""
+    """Copies of the shards of a remote folder. url: that folder. folder: where the copies are kept. limit: largest size
+    of all copies together, in bytes. retries: how often a failed download is tried again."""
 
     def __init__(self, url: str, folder: Path, limit: int, retries: int) -> None:
         self._url, self._folder, self._limit, self._retries = url, folder, limit, retries
@@ -43,18 +44,21 @@ class ShardCache:
             ) from None
 
     def open(self, shard: Shard) -> BinaryIO:
-        """The copy of a shard, fetched where there is none. It stays in the cache as long as the file is open.
+        """Returns the opened copy of a shard, downloaded first if there is none. It stays in the cache while open.
 
-        Raises WorkFailed when it cannot be fetched, and CacheFull.
+        Raises WorkFailed if the shard cannot be downloaded, and CacheFull if there is no room for it.
         """
         while (file := self._held(shard)) is None:
             self.fetch(shard)
         return file
 
     def fetch(self, shard: Shard, wait: bool = True) -> None:
-        """Makes a copy, unless there is one. wait=False: leaves it to a process that is fetching it already."""
+        """Downloads a shard, unless there is a copy. wait=False: does nothing if another process is downloading it.
+
+        Raises WorkFailed if the shard cannot be downloaded, and CacheFull if there is no room for it.
+        """
         with suppress(FileNotFoundError):
-            os.utime(self._path(shard))  # wanted soon, so not the next to be evicted
+            os.utime(self._path(shard))  # it will be used soon, so it should not be evicted next
             return
         partial = self._folder / f"{shard.sha256}.partial"
         with open(partial, "r+b", opener=lambda path, flags: os.open(path, flags | os.O_CREAT, 0o644)) as file:
@@ -62,12 +66,12 @@ class ShardCache:
                 fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return
-            if not _is_at(file, partial):  # another process has finished it, or given up, since it was opened
+            if not _is_at(file, partial):  # since it was opened, another process has finished it or given up
                 return
             try:
                 if not self._path(shard).exists():
                     self._make_room(file, shard.bytes)
-                    retries = self._retries if wait else 0  # who only prefetches keeps nobody waiting
+                    retries = self._retries if wait else 0  # a prefetch should not keep others waiting for its lock
                     retrying(lambda: self._download(shard, file), retries, storage.join(self._url, shard.name))
                     partial.replace(self._path(shard))
             finally:
@@ -87,8 +91,8 @@ class ShardCache:
         if not _is_at(file, path):  # evicted between opening and locking
             file.close()
             return None
-        if os.fstat(file.fileno()).st_size != shard.bytes:  # a disk that lost what it had promised to keep
-            path.unlink(missing_ok=True)  # another reader may have found it, too
+        if os.fstat(file.fileno()).st_size != shard.bytes:  # the disk lost data after it had confirmed the write
+            path.unlink(missing_ok=True)  # another reader may have removed it already
             file.close()
             return None
         os.utime(path)  # the time of its last use
@@ -110,16 +114,19 @@ class ShardCache:
         os.fsync(file.fileno())
 
     def _make_room(self, file: BinaryIO, size: int) -> None:
-        """Evicts until `size` bytes fit, and takes them for `file`, so that the next process sees them taken."""
+        """Evicts copies until `size` bytes fit, and extends `file` to that size, so that other processes count it.
+
+        Raises CacheFull.
+        """
         with (self._folder / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             os.ftruncate(file.fileno(), 0)
-            there: list[tuple[os.stat_result, str]] = []
+            files: list[tuple[os.stat_result, str]] = []
             for entry in os.scandir(self._folder):
-                with suppress(FileNotFoundError):  # a partial file of another process, which has just given up
-                    there.append((entry.stat(), entry.path))
-            used = sum(about.st_size for about, _ in there)
-            for about, path in sorted(there, key=lambda pair: pair[0].st_mtime_ns):
+                with suppress(FileNotFoundError):  # a partial file of another process that has just given up
+                    files.append((entry.stat(), entry.path))
+            used = sum(about.st_size for about, _ in files)
+            for about, path in sorted(files, key=lambda pair: pair[0].st_mtime_ns):
                 if used + size <= self._limit:
                     break
                 if about.st_size and _evicted(path):
@@ -137,7 +144,7 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 
 
 def _evicted(path: str) -> bool:
-    """Removes a file of the cache, unless a process reads or fetches it."""
+    """Removes a file of the cache, unless a process reads or downloads it. Returns whether the file is gone."""
     try:
         with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -150,9 +157,10 @@ def _evicted(path: str) -> bool:
 
 
 def retrying(work: Callable[[], T], retries: int, what: str) -> T:
-    """Calls `work` up to 1 + retries times, and waits longer each time. Raises WorkFailed, naming `what`, in the end.
+    """Calls `work` up to 1 + retries times, with longer and longer pauses, and returns its result.
 
-    What is not there at all, or may not be read, is not asked for again.
+    Raises WorkFailed, which names `what`, after the last attempt. A file that is missing or may not be read is not
+    tried again.
     """
     for attempt in range(retries + 1):
         try:
@@ -161,7 +169,7 @@ def retrying(work: Callable[[], T], retries: int, what: str) -> T:
             raise
         except (FileNotFoundError, PermissionError, ImportError) as error:
             raise WorkFailed(f"{what}: cannot be fetched: {one_line(error, with_kind=True)}") from None
-        except Exception as error:  # each client of a store has errors of its own
+        except Exception as error:  # each storage client has its own types of errors
             if attempt == retries:
                 if isinstance(error, WorkFailed):
                     raise

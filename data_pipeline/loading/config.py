@@ -1,4 +1,4 @@
-"""The configuration of a loader: which shards, and which rows of a batch are whose."""
+"""The configuration of a loader, and the division of a global batch among ranks and micro-batches."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the rows of a global batch lie on ranks: rank r has rows r * rows .. (r + 1) * rows, in micro-batches."""
+    """The division of a global batch among ranks: rank r has rows r * rows to (r + 1) * rows - 1, in micro-batches."""
 
     batch_size: int
     micro_batch_size: int
@@ -51,14 +51,14 @@ class Layout:
 
     @property
     def rows(self) -> int:
-        """Rows of the global batch on this rank."""
+        """The number of rows of the global batch on this rank."""
         return self.batch_size // self.world
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches before an optimizer step."""
+        """The number of micro-batches per optimizer step on this rank."""
         return self.rows // self.micro_batch_size
 
     def first_row(self, micro: int) -> int:
-        """The global row at which micro-batch `micro` of this rank starts."""
+        """Returns the row of the global batch at which micro-batch `micro` of this rank starts."""
         return self.rank * self.rows + micro * self.micro_batch_size

@@ -1,4 +1,4 @@
-"""What a background process does: from positions to worker batches, which are batches before they are on the device."""
+"""The work of a background process: it reads worker batches, which are micro-batches in memory of the host."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from data_pipeline.loading.reader import ShardReader
 from data_pipeline.loading.stages import Readable, ReadAhead
 
 CaptionEncoder = Callable[[Sequence[str]], tuple[NDArray[np.int64], Sequence[int]]]
-"""Captions -> what the network is given of them, (B, ...); and which of them were cut."""
+"""Maps captions to the network's input (B, ...), and to the indices of the captions that were cut."""
 
 
 class WorkerBatch(NamedTuple):
-    """A micro-batch as it travels from process to process: its observations, float16 of this shape, wait in slot
-    `number % len(slots)` of its worker; sigma_n (B,) float32 and the conditioning travel in the message. skipped:
-    how many samples replace one of a shard that failed. failed: the shards that failed since the batch before,
-    as messages. cut: the keys of the samples whose captions were cut."""
+    """A micro-batch as a background process sends it. Its observations, float16 of this shape, are in slot
+    `number % depth` of its worker's `SharedBuffers`. sigma_n (B,) float32 and the conditioning are sent with it.
+    skipped: the number of samples that replace samples of shards that failed. failed: error messages of the shards
+    that failed since the previous batch. cut: the keys of the samples whose captions were cut."""
 
     worker: int
     number: int
@@ -44,9 +44,11 @@ class WorkerBatch(NamedTuple):
 def conditioning_of(
     about: Sequence[Mapping[str, Any]], encode_captions: CaptionEncoder | None
 ) -> tuple[dict[str, NDArray[Any]], Sequence[int]]:
-    """From what is recorded with each observation to what the backbone is given: arrays whose first dimension is
-    B, by name; and which captions were cut. time_ids (B, 6) float32, of latents. caption (B, ...) int64, what
-    `words` makes of the captions, where it is given; "" is no caption."""
+    """Returns the conditioning of the backbone, as arrays by name, and the indices of the captions that were cut.
+
+    about: the record of each of B observations. The arrays are time_ids (B, 6) float32, if all records have them, and
+    caption (B, ...) int64, if `encode_captions` is given. A sample without a caption has the caption "".
+    """
     conditioning: dict[str, NDArray[Any]] = {}
     if all("time_ids" in record for record in about):
         conditioning["time_ids"] = np.array([record["time_ids"] for record in about], np.float32)
@@ -57,10 +59,11 @@ def conditioning_of(
 
 
 class SharedBuffers:
-    """Memory in which background processes leave observations, mapped before they are forked, and used again and again.
+    """Shared memory to which background processes write observations. It is mapped before they are forked, and reused.
 
-    Fresh memory for each batch would cost more than reading into it: a page fault for every 4 KiB, in both processes.
-    It has no name, so nothing is left behind, however the processes end.
+    Each worker has `depth` slots of `batch` observations. New memory for each batch would cost more than reading into
+    it: a page fault for every 4 KiB, in both processes. The memory has no name, so none is left behind, however the
+    processes end.
     """
 
     def __init__(self, workers: int, depth: int, batch: int, shapes: Sequence[Shape]) -> None:
@@ -71,13 +74,13 @@ class SharedBuffers:
         self._memory = np.frombuffer(mmap.mmap(-1, 2 * size * count), np.float16).reshape(-1, depth, size)
 
     def empty(self, worker: int, number: int, shape: Shape) -> NDArray[np.float16]:
-        """The slot that a worker's batch `number` is to be written to, (B, C, H, W)."""
+        """Returns the slot (B, C, H, W) for a worker's batch `number`, to be written to."""
         slot = number % self._numbers.shape[1]
         self._numbers[worker, slot] = number
         return self._slot(worker, slot, shape)
 
     def copied(self, worker_batch: WorkerBatch, out: Tensor) -> Tensor:
-        """out (B, C, H, W), with the worker batch's observations."""
+        """Copies the observations of a worker batch into out (B, C, H, W), and returns it."""
         slot = worker_batch.number % self._numbers.shape[1]
         out.copy_(torch.from_numpy(self._slot(worker_batch.worker, slot, worker_batch.shape)))
         assert self._numbers[worker_batch.worker, slot] == worker_batch.number, "a slot was written before it was read"
@@ -88,8 +91,8 @@ class SharedBuffers:
 
 
 class Feed:
-    """The last stage: from places to worker batches. flip: as in DataConfig. skip: continues without shards that fail.
-    words: what the network is given of captions, if anything."""
+    """The last stage: reads worker batches. flip: as in DataConfig. skip: continues without shards that fail.
+    encode_captions: makes the network's input from captions; None omits captions."""
 
     def __init__(
         self,
@@ -105,8 +108,8 @@ class Feed:
         self._read_ahead = ReadAhead(order, reader, skip)
 
     def worker_batches(self, micro_batches: Iterator[MicroBatch]) -> Iterator[WorkerBatch | UserError | WorkFailed]:
-        """Errors are carried as values, as a background process would wrap them in its traceback; they end the
-        stream."""
+        """Yields the worker batches of micro-batches. An error is yielded as a value and ends the stream: raised in a
+        background process, it would be wrapped in that process's traceback."""
         try:
             for number, readable in enumerate(self._read_ahead(micro_batches)):
                 yield self._worker_batch(number, readable)
@@ -120,7 +123,7 @@ class Feed:
         x_n = self._buffers.empty(worker.id if worker else 0, number, shape)
         keys, about = self._reader.observations(shards.tolist(), rows.tolist(), x_n)
         if self._flip:
-            # The mirror image of Gaussian noise is Gaussian noise, so x_n may be mirrored for x0.
+            # The mirror image of Gaussian noise is Gaussian noise, so x_n may be mirrored instead of x0.
             first = micro_batch.position
             mirrored = [i for i in range(len(shards)) if address(self._seed, "flip", first + i) % 2]
             x_n[mirrored] = x_n[mirrored, ..., ::-1]

@@ -1,4 +1,4 @@
-"""Streams batches: WebDataset stages over the exact order, resumable at any sample, on any number of ranks."""
+"""Streams batches in the exact order with WebDataset stages. It resumes at any step, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from data_pipeline.loading.shard_folder import ShardFolder
 from data_pipeline.loading.stages import MicroBatches
 
 PREFETCH = 2
-"""Micro-batches that each background process has ready or in work."""
+"""The number of micro-batches that each background process holds ready or is reading."""
 
 
 class Loader:
-    """Batches of one rank. Position p of the global sequence is row p % batch_size of step p // batch_size.
+    """The batches of one rank. Position p of the global sequence is row p % batch_size of step p // batch_size.
 
-    captions: what batches have of captions: ids in the shards' text cache ("ids"), or what this `CaptionEncoder`
-    makes of them.
-    skipped: samples of this rank that were replaced by others since the loader was made; 0 unless data.on_error is
-    skip.
-    cut: samples of this rank so far whose captions had too many tokens.
+    captions: what batches hold of the captions: "ids" stands for ids in the shards' text cache, a `CaptionEncoder` for
+    its output, None for nothing.
+    skipped: the number of samples of this rank that were replaced by others since the loader was made; 0 unless
+    data.on_error is skip.
+    cut: the number of samples of this rank so far whose captions had too many tokens.
     """
 
     def __init__(
@@ -62,11 +62,12 @@ class Loader:
         self._warned: set[str] = set()
 
     def stream(self, samples_consumed: int) -> Generator[Batch, None, None]:
-        """Endless micro-batches from a position on: the global count of samples that training has consumed.
+        """Yields micro-batches without end. samples_consumed: the position of the first one, which is the global count
+        of samples that the training has consumed, a multiple of the batch size.
 
-        Closing it, dropping it, or an exception in it ends its background processes, and closes all files.
+        Closing the stream, dropping it, or an exception in it ends its background processes and closes all files.
         """
-        assert samples_consumed % self.layout.batch_size == 0, "a position is a step's border"
+        assert samples_consumed % self.layout.batch_size == 0, "the position must be a multiple of the batch size"
         workers = self.config.workers
         buffers = SharedBuffers(
             workers, PREFETCH + 1 if workers else 1, self.layout.micro_batch_size, self.index.shapes
@@ -77,15 +78,15 @@ class Loader:
         )
         worker_batches: Any = iter(pipeline)
         if workers:
-            # Forked, so that they share the slots. A worker starts on a batch when the one PREFETCH before it was
-            # taken.
+            # The workers are forked, so that they share the slots. A worker starts a batch when the batch PREFETCH
+            # before it has been taken.
             settings: dict[str, Any] = {"num_workers": workers, "prefetch_factor": PREFETCH, "collate_fn": _as_is}
             settings["worker_init_fn"] = _leave_signals_to_the_training
             worker_batches = iter(DataLoader(pipeline, batch_size=None, multiprocessing_context="fork", **settings))
         batches = self._batches(worker_batches, buffers)
         try:
             error = yield from self._ahead(batches) if self.device.type == "cuda" else batches
-        finally:  # now, as the traceback of an exception would keep all of it for as long as it is kept itself
+        finally:  # close everything now: otherwise the traceback of an exception would keep it alive
             worker_batches._shutdown_workers() if workers else worker_batches.close()
             del worker_batches, batches
         raise error
@@ -93,7 +94,7 @@ class Loader:
     def _batches(
         self, worker_batches: Iterator[WorkerBatch | Exception], buffers: SharedBuffers
     ) -> Generator[Batch, None, Exception]:
-        """Returns the error that ended the stream."""
+        """Yields batches, and returns the error that ended the stream."""
         for worker_batch in worker_batches:
             if isinstance(worker_batch, Exception):
                 return worker_batch
@@ -101,7 +102,7 @@ class Loader:
         raise AssertionError("the order is endless")
 
     def _feed(self, buffers: SharedBuffers) -> Feed:
-        """In the background process, where there is one."""
+        """Returns the feed. It is called in the background process, if there is one."""
         config = self.config
         captions = self._captions
         encode_captions = _ids(storage.join(self._folder.path, TEXT)) if isinstance(captions, str) else captions
@@ -124,16 +125,16 @@ class Loader:
         sigma_n = torch.from_numpy(worker_batch.sigma_n) * self.config.sigma_scale
         conditioning = {name: torch.from_numpy(value) for name, value in worker_batch.conditioning.items()}
         shape = (len(sigma_n), *worker_batch.shape)
-        if self.device.type == "cuda":  # float16 from pinned memory, and float32 where half the bytes have travelled
+        if self.device.type == "cuda":  # sent as float16 from pinned memory, half the bytes; float32 on the GPU
             x_n = buffers.copied(worker_batch, torch.empty(shape, dtype=torch.float16, pin_memory=True))
             batch = Batch(x_n, sigma_n.pin_memory(), conditioning, worker_batch.keys).to(self.device)
             return replace(batch, x_n=batch.x_n.float())
-        # numpy asks for huge pages, torch does not: on 48 MB that is seven times as fast.
+        # numpy requests huge pages, torch does not: for 48 MB this is seven times as fast.
         x_n = buffers.copied(worker_batch, torch.from_numpy(np.empty(shape, np.float32)))
         return Batch(x_n, sigma_n, conditioning, worker_batch.keys).to(self.device)
 
     def _ahead(self, batches: Generator[Batch, None, Exception]) -> Generator[Batch, None, Exception]:
-        """On a GPU: the next batch travels, on a stream of its own, while the one before is computed with."""
+        """Yields batches on a GPU. The next batch is copied on its own CUDA stream while the current one is in use."""
         transfer = torch.cuda.Stream(self.device)
 
         def sent() -> Batch | Exception:
@@ -149,34 +150,35 @@ class Loader:
             computing = torch.cuda.current_stream(self.device)
             computing.wait_stream(transfer)
             for tensor in (batch.x_n, batch.sigma_n, *batch.conditioning.values()):
-                tensor.record_stream(computing)  # its memory is not used again before what is computed with it is done
+                tensor.record_stream(computing)  # its memory is not reused before computations with it have finished
             following = sent()
             yield batch
         return following
 
 
 def _ids(place: str) -> CaptionEncoder:
-    """Of the text cache at a folder or URL."""
+    """Returns a `CaptionEncoder` that gives the ids of captions in the text cache of a folder or URL."""
     text = open_text(place)
     return lambda captions: (np.array(text.ids(captions), np.int64), ())
 
 
 def _leave_signals_to_the_training(_: int) -> None:
-    """In a background process. A signal may go to the whole group; the training process answers it, saves, and ends
-    this one, by SIGTERM if need be: so of all SIGTERMs its own alone counts. (macOS does not tell whose it is.)"""
+    """Makes a background process ignore signals that are meant for the training. A signal may be sent to the complete
+    process group. The training process handles it, saves, and ends this process, with SIGTERM if necessary. So only a
+    SIGTERM from the training process ends this one. (macOS does not tell who sent a signal.)"""
     for number in (signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        Thread(target=_end_when_the_parent_says, args=(os.getppid(),), daemon=True).start()
+        Thread(target=_end_at_sigterm_from, args=(os.getppid(),), daemon=True).start()
 
 
-def _end_when_the_parent_says(parent: int) -> None:
+def _end_at_sigterm_from(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
 
 
 def _as_is(worker_batch: WorkerBatch | Exception) -> WorkerBatch | Exception:
-    """Pieces are batches already."""
+    """The collate function: a worker batch is a complete batch already."""
     return worker_batch

@@ -1,8 +1,8 @@
-"""Which sample is at which position: a pure function of (seed, epoch), whatever the ranks and workers.
+"""The order of the samples: a pure function of the seed, independent of the ranks and workers.
 
-The global sequence is endless: position p is in epoch p // N, and each epoch holds every sample once. Shards are
-permuted each epoch and divided into shuffle blocks of `group` shards; the samples of a block are shuffled together. So
-a reader needs one block's shards at a time, and finding a position costs the same at any place in the run.
+The global sequence is endless: position p is in epoch p // N, and each epoch holds every sample once. In each epoch the
+shards are permuted and divided into shuffle blocks of `group` shards, and the samples of a block are shuffled together.
+So a reader needs the shards of one block at a time, and finding a position costs the same anywhere in the run.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ Int = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Places:
-    """Consecutive positions of an order, and the samples at them: shards[i], their numbers in the index, and
-    rows[i], the rows in them."""
+    """The samples at consecutive positions of an order, from position `first` on. Sample i is row rows[i] of the shard
+    with number shards[i] in the index."""
 
     first: int
     shards: Int
@@ -33,8 +33,8 @@ class Places:
 
 @dataclass(frozen=True)
 class ShuffleBlock:
-    """Shards that are shuffled together. first: the position of its first sample. shards: in the epoch's order.
-    number: its place among the blocks of the epoch."""
+    """Shards that are shuffled together. number: the block's number among the blocks of the epoch. first: the position
+    of its first sample. samples: how many it has. shards: their numbers in the index, in the epoch's order."""
 
     epoch: int
     number: int
@@ -45,8 +45,8 @@ class ShuffleBlock:
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """counts: samples in each shard. group: how many shards are shuffled together. numbers: of the shards in the index;
-    None: 0, 1, 2, ..."""
+    """An endless order over shards. counts: the number of samples in each shard. group: how many shards are shuffled
+    together. numbers: the shards' numbers in the index; None stands for 0, 1, 2, ... total: the samples of an epoch."""
 
     counts: Sequence[int] | Int
     seed: int
@@ -65,11 +65,11 @@ class Order:
             object.__setattr__(self, name, value)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For processes that are not forked: its caches are of functions, which cannot be sent."""
+        """For pickling, which processes that are not forked need: the caches hold functions and cannot be pickled."""
         return Order, (self.counts, self.seed, self.group, self.numbers)
 
     def range(self, first: int, count: int) -> Places:
-        """The samples at positions first .. first + count - 1; they may lie in several blocks and epochs."""
+        """Returns the samples at positions first to first + count - 1, which may be in several blocks and epochs."""
         parts: list[tuple[Int, Int]] = []
         position, end = first, first + count
         while position < end:
@@ -83,7 +83,7 @@ class Order:
         return Places(first, np.concatenate([s for s, _ in parts]), np.concatenate([r for _, r in parts]))
 
     def block_at(self, position: int) -> ShuffleBlock:
-        """The shuffle block that `position` is in. The one after it starts at `first + samples`."""
+        """Returns the shuffle block that contains `position`. The next block starts at its `first + samples`."""
         epoch, offset = divmod(position, self.total)
         shards, ends = self._epoch(epoch)
         number = int(np.searchsorted(ends, offset, side="right"))
@@ -94,14 +94,14 @@ class Order:
         )
 
     def _epoch_of(self, epoch: int) -> tuple[Int, Int]:
-        """The epoch's order of shards, by their places in `counts`, and the offset at which each block ends."""
+        """Returns the epoch's order of shards, as indices of `counts`, and the offset at which each block ends."""
         shards = np.random.default_rng([self.seed, epoch]).permutation(len(self._counts))
         ends = np.cumsum(self._counts[shards])
         last_of_blocks = np.minimum(np.arange(self.group, len(shards) + self.group, self.group), len(shards)) - 1
         return shards, ends[last_of_blocks]
 
     def _shuffled_of(self, block: ShuffleBlock) -> tuple[Int, Int]:
-        """Shard and row of each sample of the block, shuffled."""
+        """Returns the shard and the row of each sample of the block, in shuffled order."""
         members = self._epoch(block.epoch)[0][block.number * self.group : (block.number + 1) * self.group]
         ends = np.cumsum(self._counts[members])
         chosen = np.random.default_rng([self.seed, block.epoch, 1 + block.number]).permutation(block.samples)
@@ -113,8 +113,9 @@ class Order:
 
 
 def substitute(block: ShuffleBlock, shard: int, usable: Callable[[int], bool]) -> int | None:
-    """Which shard of the block is read in place of one that cannot be: the next usable one in the epoch's order.
+    """Returns the shard that replaces an unreadable one: the next usable shard of the block in the epoch's order.
 
-    Whoever finds the same shards usable, chooses the same."""
+    After the last shard the search continues with the first. Returns None if no other shard is usable. Processes that
+    find the same shards usable choose the same replacement."""
     at = block.shards.index(shard)
     return next((other for other in block.shards[at + 1 :] + block.shards[:at] if usable(other)), None)

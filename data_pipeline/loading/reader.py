@@ -1,4 +1,4 @@
-"""Reads samples out of tar shards, in any order, a batch at a time."""
+"""Reads samples from tar shards, in any order, a batch at a time."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ LONGEST_KEPT = 1 << 12
 
 @dataclass(frozen=True)
 class OpenShard:
-    """A shard's file and its members. observations[row] and metas[row] are the numbers of a sample's members, -1
-    where it has none."""
+    """A shard's file and its members. observations[row] and metas[row] are the numbers of a sample's two members in
+    `members`, or -1 if it lacks one."""
 
     path: str
     file: BinaryIO
@@ -43,29 +43,30 @@ class OpenShard:
     metas: list[int]
 
     def sample(self, row: int) -> tuple[int, int]:
-        """The numbers of its observation and of its record. Raises BadSample where one is missing."""
+        """Returns the member numbers of a sample's observation and record. Raises BadSample if one is missing."""
         observation, record = self.observations[row], self.metas[row]
         if observation < 0 or record < 0:
             raise BadSample(f"has no member {self.keys[row]}.{OBSERVATION if observation < 0 else META}")
         return observation, record
 
     def content(self, member: int, most: int) -> bytes:
-        """Raises BadSample for a member of more bytes than `most`, which could fill the memory."""
+        """Returns a member's bytes. Raises BadSample if it has more than `most`, since it could fill the memory."""
         if (size := self.members.sizes[member]) > most:
             raise BadSample(f"its member {self.members.names[member]} has {size} bytes, more than {most}")
         return os.pread(self.file.fileno(), size, self.members.offsets[member])
 
 
 class BadShard(UserError):
-    """A file that is not what the index says."""
+    """Raised for a shard's file that cannot be read, or differs from what the index says."""
 
     def __init__(self, text: str, *, field: str, code: Code = "unreadable") -> None:
         super().__init__(text, field=field, code=code)
 
 
 class ShardReader:
-    """Keeps the last `open_shards` shards open. cache: for a remote folder. verify: compares checksums of a local
-    folder's shards, once a process; those of a remote one always are, when they are fetched."""
+    """Reads samples, and keeps the `open_shards` most recently used shards open. cache: for a remote folder. verify:
+    compares the checksums of a local folder's shards, once per process. Those of remote shards are always compared when
+    the shards are downloaded."""
 
     def __init__(
         self,
@@ -84,9 +85,8 @@ class ShardReader:
     def observations(
         self, shards: Sequence[int], rows: Sequence[int], out: NDArray[np.float16]
     ) -> tuple[list[str], list[Mapping[str, Any]]]:
-        """Reads the samples (shards[i], rows[i]), all of one shape, into out (B, C, H, W), and returns their keys,
-        and the record of each: {"sigma_n": ...}. Raises UserError, with the shard and the key, for a bad
-        sample."""
+        """Reads the samples (shards[i], rows[i]), all of one shape, into out (B, C, H, W). Returns the key and the
+        record, {"sigma_n": ...}, of each sample. Raises UserError, with the shard and the key, for a bad sample."""
         keys: list[str] = []
         about: list[Mapping[str, Any]] = []
         shape = (out.shape[1], out.shape[2], out.shape[3])
@@ -97,12 +97,12 @@ class ShardReader:
             shard = self._open.get(number) or self.open(number)
             try:
                 observation, record = shard.sample(row)
-                # The usual npy file goes where it belongs, without a copy; its header is compared, not parsed.
+                # An npy file of the usual form is read directly into `out`. Its header is compared, not parsed.
                 same_size = shard.members.sizes[observation] == usual_size
                 if same_size:
-                    there = os.preadv(shard.file.fileno(), [header, flat[i]], shard.members.offsets[observation])
-                    if there != usual_size:
-                        raise BadSample(f"the file ends {usual_size - there} bytes before the observation does")
+                    size = os.preadv(shard.file.fileno(), [header, flat[i]], shard.members.offsets[observation])
+                    if size != usual_size:
+                        raise BadSample(f"the file ends {usual_size - size} bytes before the observation does")
                 if not same_size or header != usual_header:
                     out[i] = npy_array(shard.content(observation, usual_size + npy.LONGEST_HEADER), shape)
                 about.append(meta(shard.content(record, LONGEST_META)))
@@ -121,9 +121,9 @@ class ShardReader:
         return keys, about
 
     def sample(self, number: int, row: int) -> dict[str, Any]:
-        """As webdataset's own reader yields it: the bytes of each member by its extension, `__key__`, `__url__`, and
-        `__local_path__` where the folder is on this machine. Raises UserError, with the shard and the key, for a
-        sample without a member, or with one that is too large."""
+        """Returns a sample as webdataset's own reader yields it: the bytes of each member by its extension, `__key__`,
+        `__url__`, and `__local_path__` if the folder is local. Raises UserError, with the shard and the key, if a
+        member is missing or too large."""
         shard = self.open(number)
         longest = 2 * math.prod(self.shapes[self._index.shards[number].shape]) + npy.LONGEST_HEADER
         try:
@@ -137,7 +137,8 @@ class ShardReader:
         return {"__key__": shard.keys[row], "__url__": shard.path, **local, **members}
 
     def open(self, number: int) -> OpenShard:
-        """Raises BadShard for a file that is not what the index says, WorkFailed for one that cannot be fetched."""
+        """Returns an opened shard. Raises BadShard if its file differs from what the index says, WorkFailed if it
+        cannot be downloaded."""
         if number not in self._open:
             shard = self._index.shards[number]
             file = self._file(shard)
@@ -155,9 +156,9 @@ class ShardReader:
         return self._open[number]
 
     def prefetch(self, number: int) -> None:
-        """Asks for a shard to be near when it will be read: the system's page cache, or the cache of a remote folder.
+        """Reads a shard ahead: into the system's page cache, or, for a remote folder, into the cache.
 
-        What goes wrong here, goes wrong again when the shard is read, and is reported then.
+        Errors are ignored here: they occur again when the shard is read, and are reported then.
         """
         shard = self._index.shards[number]
         try:
@@ -170,7 +171,7 @@ class ShardReader:
             return
 
     def release(self, keep: Collection[int] = ()) -> None:
-        """Closes all shards but these, so that a cache may drop them."""
+        """Closes all shards except `keep`, so that a cache may evict them."""
         for number in [number for number in self._open if number not in keep]:
             self._open.pop(number).file.close()
 
@@ -180,7 +181,7 @@ class ShardReader:
             try:
                 return self._cache.open(shard)
             except CacheFull:
-                self.release()  # what this process can do without
+                self.release()  # close the shards of this process, so that they may be evicted
             try:
                 return self._cache.open(shard)
             except CacheFull:
@@ -193,7 +194,7 @@ class ShardReader:
         try:
             file = Path(path).open("rb", buffering=0)  # noqa: SIM115 closed with the shard
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):  # this process's fault, not the shard's
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # too many open files, which is not the shard's fault
                 raise UserError(
                     f"{path}: {error.strerror}: lower data.group, or raise `ulimit -n`", field=path, code="unreadable"
                 ) from None
@@ -233,9 +234,9 @@ class ShardReader:
 
 
 def _into_page_cache(descriptor: int, size: int) -> None:
-    """By sendfile to nowhere, which reads as fast as cat does, and copies nothing. posix_fadvise(WILLNEED) would do
-    with one call, but reads no more of a large request than the device takes at once, and in small pages, half as
-    fast."""
+    """Reads a file into the page cache. It uses sendfile to /dev/null, which is as fast as cat and copies nothing.
+    posix_fadvise(WILLNEED) would need only one call. But of a large request it reads only as much as the device takes
+    at once, and it reads in small pages, half as fast."""
     at = 0
     with open(os.devnull, "wb") as nowhere:
         while at < size and (sent := os.sendfile(nowhere.fileno(), descriptor, at, min(size - at, 1 << 24))):
@@ -255,11 +256,11 @@ def _verify(file: BinaryIO, shard: Shard, path: str) -> None:
 
 
 class BadSample(Exception):
-    """What is wrong with a sample; whoever knows its name adds it."""
+    """Says what is wrong with a sample. The caller adds the names of the shard and the sample."""
 
 
 def npy_header(shape: tuple[int, ...]) -> bytes:
-    """What np.save writes before the numbers of a float16 array."""
+    """Returns the header that np.save writes before the values of a float16 array."""
     buffer = BytesIO()
     described = {"descr": "<f2", "fortran_order": False, "shape": tuple(shape)}
     np.lib.format.write_array_header_1_0(buffer, described)
@@ -267,7 +268,7 @@ def npy_header(shape: tuple[int, ...]) -> bytes:
 
 
 def npy_array(data: bytes, shape: tuple[int, int, int]) -> NDArray[np.float16]:
-    """An observation from a whole npy file. Never unpickles."""
+    """Returns the observation in the bytes of an npy file. Never unpickles. Raises BadSample."""
     try:
         header = npy.header_of(data, len(data))
     except ValueError as error:
@@ -278,7 +279,10 @@ def npy_array(data: bytes, shape: tuple[int, int, int]) -> NDArray[np.float16]:
 
 
 def meta(data: bytes) -> Mapping[str, Any]:
-    """The record of an observation; at least a level, "sigma_n". Equal for many samples, so it is kept."""
+    """Returns the record of an observation, with at least its noise level "sigma_n". Raises BadSample.
+
+    Many samples have equal records, so short ones are cached.
+    """
     return _kept(data) if len(data) <= LONGEST_KEPT else _meta(data)
 
 
@@ -297,6 +301,6 @@ _kept = lru_cache(maxsize=4096)(_meta)
 
 
 def all_finite(x: NDArray[np.float16]) -> bool:
-    """Of float16 bits, those of +Inf and +NaN are the largest as signed numbers, of -Inf and -NaN as unsigned ones: two
-    passes, without memory for intermediate results."""
+    """Returns whether all values are finite. Interpreted as integers, the bits of +Inf and +NaN are the largest signed
+    numbers, and those of -Inf and -NaN the largest unsigned ones. So two passes suffice, without temporary arrays."""
     return bool(x.view(np.int16).max() < 0x7C00 and x.view(np.uint16).max() < 0xFC00)

@@ -1,4 +1,4 @@
-"""The exact order as a source for webdataset's own stages and its WebLoader: samples as its reader yields them."""
+"""A source of samples in the exact order, for webdataset's own stages and its WebLoader."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ ONE_BY_ONE = Layout(1, 1, 0, 1)
 
 
 class ExactSamples(DataPipeline, FluidInterface):  # pyright: ignore[reportIncompatibleMethodOverride]
-    """A `webdataset.WebDataset` in the order of training.
+    """Yields samples like `webdataset.WebDataset`, in the order of the training.
 
-    A sample is {"__key__": str, "__url__": str, "x_n.npy": bytes, "json": bytes}, and "__local_path__" where the shards
-    are on this machine. It is the first stage of a `webdataset.DataPipeline`, or has webdataset's stages as methods:
+    A sample is {"__key__": str, "__url__": str, "x_n.npy": bytes, "json": bytes}, and "__local_path__" if the shards
+    are local. The object is the first stage of a `webdataset.DataPipeline`, or has webdataset's stages as methods:
     `.decode().batched(16)`.
 
-    config: of it shards, group, on_error, verify and the cache count; `webdataset.WebLoader` has the workers.
-    seed: of the order.
-    start: the position of the first sample, counted over all ranks from the beginning of the run; a multiple of the
+    config: its shards, group, on_error, verify and cache fields are used. The number of workers is an argument of
+    `webdataset.WebLoader`.
+    seed: the seed of the order.
+    start: the position of the first sample, counted over all ranks from the beginning of the run, a multiple of the
     batch size. end: the position at which the stream ends; None: it is endless, and epochs follow one another.
-    Epoch e of N samples is from e * N to (e + 1) * N.
-    layout: which positions are this rank's: of each `batch_size`, its consecutive rows. Its workers are dealt
-    micro-batches in turn. So WebLoader keeps the order for any number of workers where each worker yields one item a
-    micro-batch: single samples with micro-batches of 1, or `.batched(micro_batch_size)`.
+    Epoch e of N samples has the positions e * N to (e + 1) * N - 1.
+    layout: which positions belong to this rank: its consecutive rows of each `batch_size` positions. The micro-batches
+    are distributed to its workers in turn. So WebLoader keeps the order for any number of workers, if each worker
+    yields one item per micro-batch: single samples with micro-batches of 1, or `.batched(micro_batch_size)`.
 
-    Raises UserError for shards that cannot be read, and for a request that does not fit together.
+    Raises UserError for shards that cannot be read, and for arguments that do not fit together.
     """
 
     def __init__(
@@ -44,8 +45,8 @@ class ExactSamples(DataPipeline, FluidInterface):  # pyright: ignore[reportIncom
     ) -> None:
         if config.flip or config.sigma_scale != 1:
             raise UserError(
-                f"data.flip {str(config.flip).lower()}, data.sigma_scale {config.sigma_scale:g}: samples come as they "
-                "are stored: leave both out, and change the samples by a stage",
+                f"data.flip {str(config.flip).lower()}, data.sigma_scale {config.sigma_scale:g}: samples are yielded "
+                "as they are stored: leave both out, and change the samples in a stage of your pipeline",
                 field="data.flip",
                 code="unsupported",
             )
@@ -70,7 +71,8 @@ class ExactSamples(DataPipeline, FluidInterface):  # pyright: ignore[reportIncom
 
 @dataclass(frozen=True)
 class _Samples:
-    """The last stage. Its reader is made where the samples are read: in a background process, where there is one."""
+    """The last stage. Its reader is made in the process that reads the samples: a background process, if there is
+    one."""
 
     folder: ShardFolder
     skip: bool

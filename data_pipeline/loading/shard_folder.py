@@ -1,4 +1,4 @@
-"""A folder of shards that is opened for reading: its index, the order of its samples, and a remote one's cache."""
+"""Opens a folder of shards for reading: its index, the order of its samples and, for a remote folder, its cache."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from data_pipeline.loading.reader import ShardReader
 
 
 class ShardFolder:
-    """path: of the folder, or its URL. index: what it holds. order: of its samples.
+    """A folder of shards that is opened for reading. path: the folder or its URL. index: the index of its shards.
+    order: the order of its samples.
 
-    Raises UserError for a folder that is no folder of shards, and for a cache that is too small for it; WorkFailed when
-    a remote one cannot be read."""
+    Raises UserError if it is not a folder of shards, or if the cache is too small for it. Raises WorkFailed if a remote
+    folder cannot be read."""
 
     def __init__(self, config: DataConfig, batch_size: int, seed: int) -> None:
         local = storage.local_path(config.shards)
@@ -31,11 +32,12 @@ class ShardFolder:
             self._cache = ShardCache(config.shards, _cache_folder(config), int(config.cache_gb * 1e9), config.retries)
 
     def reader(self) -> ShardReader:
-        """A new one; each process needs its own. It keeps two shuffle blocks open, as one follows the other."""
+        """Returns a new reader; each process needs its own. It keeps two shuffle blocks open, the current and the next
+        one."""
         return ShardReader(self.path, self.index, 2 * self.order.group, self._cache, self._verify)
 
     def _check_cache(self, config: DataConfig) -> None:
-        """Two shuffle blocks are in use when one follows the other."""
+        """Raises UserError if two shuffle blocks, the current and the next one, do not fit into the cache."""
         largest = max(shard.bytes for shard in self.index.shards)
         needed = min(2 * self.order.group, len(self.index.shards)) * largest / 1e9
         if needed > config.cache_gb:

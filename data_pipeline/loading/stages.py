@@ -1,4 +1,4 @@
-"""The stages that every pipeline over shards begins with: which samples are next, and which shards are open."""
+"""The first two stages of every pipeline over shards: they choose the next samples and the shards to keep open."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from data_pipeline.loading.reader import BadShard, ShardReader
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """The first stage: where the samples of this rank's micro-batches are. end: the position at which they end, the
-    last one perhaps with fewer samples; None: they are endless."""
+    """The first stage: yields where the samples of this rank's micro-batches are. end: the position at which the stream
+    ends, so the last micro-batch may have fewer samples; None: it is endless."""
 
     order: BatchOrder
     layout: Layout
@@ -34,7 +34,7 @@ class MicroBatches:
         return self.of(worker.id, worker.num_workers) if worker else self.of(0, 1)
 
     def of(self, worker: int, workers: int) -> Iterator[MicroBatch]:
-        """Those that one of the rank's workers has: micro-batches are dealt in turn."""
+        """Yields the micro-batches of one of the rank's workers: they are distributed to the workers in turn."""
         for number in count(worker, workers):
             step, micro = divmod(number, self.layout.accumulation)
             row, rows = self.layout.first_row(micro), self.layout.micro_batch_size
@@ -46,8 +46,9 @@ class MicroBatches:
 
 
 class Readable(NamedTuple):
-    """A micro-batch, and where each of its samples is read: shards[i], rows[i]. skipped: how many are substitutes for
-    samples of shards that failed. failed: the shards that failed since the micro-batch before, as messages."""
+    """A micro-batch, and where its samples are read: sample i from row rows[i] of shard shards[i]. skipped: how many
+    samples replace samples of shards that failed. failed: error messages of the shards that failed since the previous
+    micro-batch."""
 
     micro_batch: MicroBatch
     shards: Int
@@ -57,20 +58,21 @@ class Readable(NamedTuple):
 
 
 class ReadAhead:
-    """The second stage: asks for the shards of the next shuffle block while one is read, and closes those of the one
-    before.
+    """The second stage: prefetches the shards of the next shuffle block while the current one is read, and closes those
+    of the previous one.
 
     skip: replaces samples of a shard that cannot be read by others of the same shuffle block."""
 
     def __init__(self, order: BatchOrder, reader: ShardReader, skip: bool) -> None:
         self._order, self._reader, self._skip = order, reader, skip
         self._blocks: dict[int, ShuffleBlock] = {}
-        """That each shape is in."""
+        """The current shuffle block of each shape."""
         self._bad: dict[tuple[int, int], str] = {}
-        """What was wrong with a shard in an epoch; it is tried again in the next."""
+        """Error messages by (epoch, shard). A shard that failed is tried again in the next epoch."""
 
     def __call__(self, micro_batches: Iterator[MicroBatch]) -> Iterator[Readable]:
-        """Raises WorkFailed for a shuffle block without a shard that can be read, under `skip`."""
+        """Yields where to read the samples of each micro-batch. With `skip`, raises WorkFailed for a shuffle block
+        without a readable shard."""
         wanted: SimpleQueue[int | None] = SimpleQueue()
         Thread(target=self._prefetch, args=(wanted,), daemon=True).start()
         try:
@@ -89,7 +91,7 @@ class ReadAhead:
             self._reader.prefetch(shard)
 
     def _enter(self, micro_batch: MicroBatch, wanted: SimpleQueue[int | None]) -> None:
-        """At the start of a block: closes the shards of earlier ones, and asks for those of this block and the next."""
+        """At the start of a block, closes the shards of earlier blocks and prefetches those of this and the next."""
         order, before = self._order.orders[micro_batch.shape], self._blocks.get(micro_batch.shape)
         block = order.block_at(micro_batch.places.first)
         if block == before:
@@ -100,11 +102,11 @@ class ReadAhead:
         self._blocks[micro_batch.shape] = block
         used = {shard for block in self._blocks.values() for shard in block.shards}
         self._reader.release(keep=used)
-        self._bad = {shard: why for shard, why in self._bad.items() if shard[1] in used}  # the others are tried again
+        self._bad = {key: why for key, why in self._bad.items() if key[1] in used}  # other shards are tried again
 
     def _replaced(self, micro_batch: MicroBatch) -> Readable:
-        """Replaces samples of shards that fail by those of other shards: a pure function of the places and of
-        which shards fail, but for the messages about those that fail for the first time."""
+        """Replaces samples of shards that fail by samples of other shards. The result depends only on the places and on
+        which shards fail, except for the messages, which are given when a shard fails for the first time."""
         places, order = micro_batch.places, self._order.orders[micro_batch.shape]
         failed: list[str] = []
 

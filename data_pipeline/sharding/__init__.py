@@ -1,4 +1,4 @@
-"""From a source to a complete folder of shards: planned, written in parallel, resumed, checked.
+"""Makes a complete folder of shards from a source: plans it, writes it in parallel, resumes and checks it.
 
 Imports ambient_core and data_pipeline's format, inputs, corruption and latents.
 """

@@ -1,4 +1,4 @@
-"""From a shard's images to their observations: of pixels, or of latents."""
+"""Makes the observations of a shard's images, as pixels or as latents."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ if TYPE_CHECKING:
     from data_pipeline.latents.encoder import LatentEncoder
 
 FLOAT16 = float(np.finfo(np.float16).max)
+"""The largest value that float16 holds."""
 
 Reject = Callable[[int, BadImage], None]
-"""Called for each image that cannot be used, with its place in the source."""
+"""Called for each image that cannot be used, with its place in the source and the reason."""
 
 
 @dataclass(frozen=True)
 class Observed:
-    """Of an image that can be used. place: in the source. enlarged: it has fewer pixels than the size asked for."""
+    """The observation of an image that can be used. place: the image's place in the source. enlarged: whether the image
+    has fewer pixels than the requested size."""
 
     place: int
     caption: str | None
@@ -40,7 +42,8 @@ class Observed:
 def observed(
     request: Request, plan: Plan, source: Source, number: int, reject: Reject, on_image: Callable[[], object]
 ) -> Iterator[Observed]:
-    """The images of shard `number`, in their order. on_image: called once for each image, usable or not."""
+    """Yields the observations of the images of shard `number`, in order. reject: called for each image that cannot be
+    used. on_image: called once for each image, usable or not."""
     if request.latents is not None:
         return _latents(request, request.latents, plan, source, number, reject, on_image)
     return _pixels(request, plan, source, plan.images(number), reject, on_image)
@@ -105,8 +108,11 @@ def _latents(
 
 
 def nearest_sizes(source: Source, count: int, sizes: Sequence[Bucket]) -> list[int]:
-    """For each of the first `count` images, which of the sizes its ratio is nearest to. From the files' headers
-    where they have any; one whose size cannot be told counts as square, and is rejected when it is read."""
+    """Returns, for each of the first `count` images, the index of the size with the nearest aspect ratio.
+
+    The images' sizes come from the file headers, if there are any. An image of unknown size counts as square, and is
+    rejected when it is read.
+    """
     nearest: list[int] = []
     for i in progress_bar(iterable=range(count), desc="sizes", unit="img"):
         try:
@@ -119,14 +125,16 @@ def nearest_sizes(source: Source, count: int, sizes: Sequence[Bucket]) -> list[i
 
 @lru_cache(maxsize=1)
 def encoder_of(request: LatentRequest) -> LatentEncoder:
-    """One for each process. Raises UserError where the VAE is another than the request's by now."""
+    """Returns the encoder of this process, made once. Raises UserError if the VAE is no longer the one of the
+    request."""
     from data_pipeline.latents.encoder import LatentEncoder  # here, since torch takes seconds
 
     return LatentEncoder(request)
 
 
 def observe(request: Request, picture: Picture, key: str, channels: int) -> Observation:
-    """Of pixels. Raises BadImage for an image that cannot be used, and UserError for a request that fits none."""
+    """Returns the observation of an image's pixels. Raises BadImage for an image that cannot be used, and UserError for
+    a request that fits no image."""
     if isinstance(request.corruption, Measured) and picture.channels != channels:
         raise BadImage(
             f"{picture.channels} channels, {channels} are wanted: converting would change the noise that was measured",
@@ -137,7 +145,7 @@ def observe(request: Request, picture: Picture, key: str, channels: int) -> Obse
 
 
 def _check(observation: Observation) -> Observation:
-    """Raises BadImage for one that shards cannot hold."""
+    """Returns the observation. Raises BadImage for one that shards cannot hold."""
     if not (observation.x_n.min() >= -FLOAT16 and observation.x_n.max() <= FLOAT16):
         raise BadImage("the observation has NaN in it, or values that float16 cannot hold")
     if not (math.isfinite(observation.sigma_n) and observation.sigma_n >= 0):

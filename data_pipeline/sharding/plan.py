@@ -1,8 +1,8 @@
-"""What is to be sharded: the request, and `plan.json`, on which workers, array jobs and later calls agree.
+"""Plans the shards: the request, and `plan.json`, which workers, array jobs and later calls share.
 
-Shard k holds the images k * shard_size .. (k + 1) * shard_size of the source, or, where they have several shapes, of
-those of one shape; without the rejected ones. So its bytes depend on the request alone, and not on who else writes, or
-on what was rejected elsewhere.
+Shard k holds the images k * shard_size to (k + 1) * shard_size - 1 of the source, without the rejected ones. If there
+are several shapes, the images of each shape are divided in this way. So the bytes of a shard depend on the request
+alone, not on other writers or on images rejected elsewhere.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ from data_pipeline.latents.arguments import LatentRequest, check_channels, check
 NAME = "plan.json"
 FORMAT = 2
 LARGEST = 8192
-"""Pixels a side of an observation: 400 MB in colour."""
+"""Largest side of an observation in pixels; in colour it has 400 MB."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What decides the shards' bytes. source: as the user gave it. size: in pixels; None: as the images are. channels:
-    None: as the first image. value_range: what becomes -1 and 1; None: the range of the images' type. limit: the first
-    so many images; None: all. captions: whether the source's captions are stored. latents: None stores pixels;
-    else `size` is the latents' size, too."""
+    """Everything that determines the shards' bytes. source: as the user gave it. size: the side of the observations in
+    pixels; None keeps the images' sizes. channels: None takes those of the first image. value_range: the values that
+    become -1 and 1; None takes the range of the images' type. limit: how many images are used, from the first on; None
+    uses all. shard_size: images per shard. captions: whether the source's captions are stored. latents: None stores
+    pixels; otherwise `size` must equal the size in `latents`."""
 
     source: str
     corruption: Corruption
@@ -73,23 +74,24 @@ class Request:
                 )
 
     def recorded(self) -> dict[str, Any]:
-        """As JSON gives it back. A folder is recorded by its full path."""
+        """Returns the request as plain data, equal to what is read back from JSON. A folder is recorded by its full
+        path."""
         as_given = self.source.startswith("packaged:") or storage.is_url(self.source)
         source = self.source if as_given else str(Path(self.source).resolve())
         plain = json.loads(json.dumps({**asdict(self), "source": source}))
         if plain["latents"]:
             del plain["latents"]["size"]
-            if plain["latents"]["embeddings"]:  # as requests were recorded before there was a choice
+            if plain["latents"]["embeddings"]:  # the default is omitted, as before this field existed
                 del plain["latents"]["embeddings"]
         return plain
 
 
 DEFAULTS = {field.name: field.default for field in fields(Request)}
-"""What a request had that was recorded before the field was there."""
+"""The values of fields that a recorded request lacks, because it is older than the field."""
 
 
 def refuse_another(output: str, recorded: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Raises UserError that names the fields in which the two requests differ."""
+    """Raises UserError, which names the fields, if the two requests differ."""
     if found := differences(_flat(recorded), _flat(asked)):
         raise UserError(
             f"{output} holds shards made with {found}: choose another OUTPUT", field=output, code="mismatch"
@@ -97,7 +99,8 @@ def refuse_another(output: str, recorded: dict[str, Any], asked: dict[str, Any])
 
 
 def _flat(request: dict[str, Any]) -> dict[str, Any]:
-    """With the fields of `latents` as its own, but for where the VAE lies: its identity tells what it is."""
+    """Returns a request with the fields of `latents` as fields of its own. The source of the VAE is left out, because
+    the VAE's identity is compared instead."""
     flat = {**DEFAULTS, **request}
     latents = flat.pop("latents") or {}
     flat["latents"] = bool(latents)
@@ -106,9 +109,10 @@ def _flat(request: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Plan:
-    """request: as recorded. count: images of the source that are used. keys: SHA-256 over their keys. channels: 1 is
-    grey, 3 colour. shapes: (C, H, W) of the observations, from the first image that can be used, or the VAE.
-    shape_of: with several, which of them each image gets, as `packed` has it."""
+    """The division of a source into shards. request: as recorded. count: the number of images of the source that are
+    used. keys: SHA-256 of their keys. channels: 1 is grey, 3 colour. shapes: (C, H, W) of the observations, from the
+    first image that can be used, or from the VAE. shape_of: with several shapes, the index of each image's shape,
+    encoded by `packed`."""
 
     request: dict[str, Any]
     count: int
@@ -119,15 +123,15 @@ class Plan:
 
     @property
     def shards(self) -> int:
-        """How many there are when no shard's images are all rejected."""
+        """The number of planned shards. A shard whose images are all rejected is not written."""
         return len(self._shards)
 
     def images(self, number: int) -> Sequence[int]:
-        """The places in the source that shard `number` takes."""
+        """Returns the places in the source of the images of shard `number`."""
         return self._shards[number][1]
 
     def shape(self, number: int) -> int:
-        """Which of the shapes the observations of shard `number` have."""
+        """Returns the index, in `shapes`, of the shape of the observations of shard `number`."""
         return self._shards[number][0]
 
     @cached_property
@@ -141,7 +145,7 @@ class Plan:
 
 
 def packed(shape_of: Sequence[int]) -> str:
-    """Numbers from 0 to 255 as text, about a bit each: a million pictures of SDXL's sizes take some 500 kB."""
+    """Returns numbers from 0 to 255 as text, compressed. A million images in SDXL's sizes take about 500 kB."""
     return base64.b64encode(zlib.compress(bytes(shape_of), 9)).decode()
 
 
@@ -165,13 +169,13 @@ def digest_of_keys(source: Source, count: int) -> str:
 
 
 def check_source(source: Source, request: dict[str, Any], count: int, keys: str) -> None:
-    """Raises UserError when the source no longer has the images that were planned: shards would hold other ones.
-    request, count, keys: of the plan, or of the index."""
-    there = used(source, request["limit"])
-    if there != count or digest_of_keys(source, there) != keys:
-        now = f"{there} images, not {count}" if there != count else "images of other names"
+    """Raises UserError if the source no longer has the planned images, since shards would hold other ones. request,
+    count, keys: those of the plan, or of the index."""
+    current = used(source, request["limit"])
+    if current != count or digest_of_keys(source, current) != keys:
+        now = f"{current} images, not {count}" if current != count else "images with other names"
         raise UserError(
-            f"SOURCE {request['source']}: it has {now}, since OUTPUT was begun: bring them back, or choose "
+            f"SOURCE {request['source']}: changed after OUTPUT was started, it now has {now}: restore it, or choose "
             "another OUTPUT",
             field="SOURCE",
             code="mismatch",
@@ -184,7 +188,7 @@ def write_plan(output: str, plan: Plan) -> None:
 
 
 def read_plan(output: str) -> Plan | None:
-    """None where nothing was begun. Raises UserError for a file that is no plan."""
+    """Returns the plan in OUTPUT, or None if there is none. Raises UserError for a file that is not a plan."""
     path = storage.join(output, NAME)
     if not storage.exists(path):
         return None
@@ -192,7 +196,7 @@ def read_plan(output: str) -> Plan | None:
         data = from_json(storage.read_bytes(path))
         if data.pop("format") != FORMAT:
             raise UserError(
-                f"{path}: begun by another version: finish it with that one, or choose another OUTPUT",
+                f"{path}: written by another version: finish with that version, or choose another OUTPUT",
                 field=path,
                 code="unsupported",
             )

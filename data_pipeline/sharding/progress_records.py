@@ -1,4 +1,5 @@
-"""Which shards are finished: a record next to each (`shard-000000.json`), merged into the index when all are there."""
+"""Records which shards are finished, in a file next to each (`shard-000000.json`), and merges the records into the
+index when all shards are finished."""
 
 from __future__ import annotations
 
@@ -21,12 +22,12 @@ from data_pipeline.sharding.plan import Plan
 OWN = re.compile(
     rf"shard-\d{{6,}}\.(tar|json)|{re.escape(plan.NAME)}|{re.escape(index.NAME)}|{re.escape(REJECTED)}|\..*\.partial|inspect/.*|{TEXT}/.*"
 )
-"""The files of a shard folder; another one means that the folder is somebody else's."""
+"""The files of a folder of shards. Any other file means that the folder is used for something else."""
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """An image that cannot be used. reason: one line."""
+    """An image that cannot be used. reason: why, in one line."""
 
     key: str
     reason: str
@@ -38,10 +39,10 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Record:
-    """One finished shard. number: its place in the plan. shard: None where all its images were rejected. sigma_min
-    and sigma_max: the range of its sigma_n. fields: what the samples' JSON has. rejected: in the source's order.
-    captions: with latents, the shard's distinct captions, in the order in which they come. enlarged: images that had
-    fewer pixels than the size asked for. captioned: samples that have a caption."""
+    """One finished shard. number: its number in the plan. shard: None if all its images were rejected. sigma_min and
+    sigma_max: the range of its sigma_n. fields: the fields of the samples' JSON. rejected: in the source's order.
+    captions: with latents, the shard's distinct captions, in the order of their first use. enlarged: the number of
+    images that had fewer pixels than the requested size. captioned: the number of samples that have a caption."""
 
     number: int
     shard: Shard | None
@@ -59,7 +60,7 @@ class Record:
 
 
 def write_record(output: str, record: Record) -> None:
-    """Written after the tar: so where there is a record, there is a complete shard."""
+    """Writes the record of a shard. It is written after the tar, so a shard that has a record is complete."""
     storage.write_atomically(_path(output, record.number), json.dumps(asdict(record)).encode())
 
 
@@ -88,13 +89,14 @@ def names_in(output: str) -> list[str]:
 
 
 def recorded(names: Iterable[str]) -> set[int]:
-    """The numbers of the shards whose records are among the names."""
+    """Returns the numbers of the shards whose records are among the file names."""
     return {int(name[6:-5]) for name in names if name.startswith("shard-") and name.endswith(".json")}
 
 
 def finished(output: str, wanted: Iterable[int]) -> dict[int, Record]:
-    """The records of those shards among the wanted ones that are there, and whose tars are, too."""
-    names, remote = set(names_in(output)), storage.local_path(output) is None  # a put is complete or not there
+    """Returns the records of the wanted shards that are finished: the record exists and, unless all images were
+    rejected, the tar does, too."""
+    names, remote = set(names_in(output)), storage.local_path(output) is None  # an upload is complete or absent
     done: dict[int, Record] = {}
     for number in sorted(recorded(names) & set(wanted)):
         record = read_record(output, number)
@@ -106,7 +108,7 @@ def finished(output: str, wanted: Iterable[int]) -> dict[int, Record]:
 
 
 def refuse_other_files(output: str) -> None:
-    """Raises UserError for a folder that holds anything else than what a call that was interrupted leaves."""
+    """Raises UserError for a folder with any file that an interrupted call does not leave."""
     names = names_in(output)
     begun = plan.NAME in names
     for name in names:
@@ -119,17 +121,17 @@ def refuse_other_files(output: str) -> None:
 
 
 def remove_leftovers(output: str, done: Iterable[int]) -> None:
-    """Of a call that was killed: parts of files, and shards without their record."""
+    """Removes what a killed call left: partial files, and shards without a record."""
     kept = {plan.name_of(number) for number in done}
     for name in names_in(output):
-        if name.startswith(f"{TEXT}/"):  # the text cache has its own
+        if name.startswith(f"{TEXT}/"):  # the text cache handles its own partial files
             continue
         if name.endswith(".partial") or (name.startswith("shard-") and name.endswith(".tar") and name not in kept):
             storage.remove(storage.join(output, name))
 
 
 def write_rejected(output: str, rejected: Iterable[Rejected]) -> None:
-    """`rejected.jsonl`, a line an image; none where there are none."""
+    """Writes `rejected.jsonl`, a line per image, or removes it if no image was rejected."""
     lines = "".join(json.dumps(asdict(entry)) + "\n" for entry in rejected)
     path = storage.join(output, REJECTED)
     if lines:
@@ -139,9 +141,10 @@ def write_rejected(output: str, rejected: Iterable[Rejected]) -> None:
 
 
 def merge(output: str, work: Plan, records: Iterable[Record], text: dict[str, Any] | None = None) -> ShardIndex:
-    """Writes `rejected.jsonl` and then the index. text: for the index. Raises WorkFailed when nothing is left."""
+    """Writes `rejected.jsonl` and then the index, and returns the index. text: what the index records about the text
+    cache. Raises WorkFailed if all images were rejected."""
     ordered = sorted(records, key=lambda record: record.number)
-    assert len(ordered) == work.shards, "all shards are there"
+    assert len(ordered) == work.shards, "all shards must be finished"
     rejected = [entry for record in ordered for entry in record.rejected]
     write_rejected(output, rejected)
     filled = [record for record in ordered if record.shard]
@@ -151,7 +154,7 @@ def merge(output: str, work: Plan, records: Iterable[Record], text: dict[str, An
     shards = [record.shard for record in filled if record.shard]
     used = sorted({shard.shape for shard in shards})
     shapes = [work.shapes[shape] for shape in used]
-    whole = ShardIndex(
+    merged = ShardIndex(
         shards=tuple(replace(shard, shape=used.index(shard.shape)) for shard in shards),
         shapes=tuple(shapes),
         sigma_min=min(record.sigma_min for record in filled),
@@ -165,14 +168,14 @@ def merge(output: str, work: Plan, records: Iterable[Record], text: dict[str, An
         text=text,
         keys=work.keys,
     )
-    index.write_index(output, whole)
+    index.write_index(output, merged)
     clean_up(output)
-    return whole
+    return merged
 
 
 def clean_up(output: str) -> None:
-    """The index has all that the records and the plan say, and 100,000 small files would slow every listing down. The
-    plan goes last: while it is there, a later call knows that there is something to remove."""
+    """Removes the records and the plan. The index holds their contents, and 100,000 small files would slow down every
+    listing. The plan is removed last: while it exists, a later call knows that there is something to remove."""
     for number in sorted(recorded(names_in(output))):
         storage.remove(_path(output, number))
     storage.remove(storage.join(output, plan.NAME))

@@ -1,5 +1,5 @@
-"""What the first image says of the request, before hours are spent on the others: units and ranges that cannot be
-meant."""
+"""Checks the request on the first image, before hours are spent on the others: finds units and ranges that are probably
+mistakes."""
 
 from __future__ import annotations
 
@@ -15,53 +15,54 @@ from data_pipeline.inputs.prepare import RANGES
 from data_pipeline.sharding.plan import Request
 
 MORE = 2.0
-"""A noise whose level is so many times the standard deviation of the image that it is in, is in other units. Noise
-that is clipped at its mean keeps a standard deviation of 0.58 of its level, so such an image passes."""
+"""If a noise level is more than this many times the standard deviation of the noisy image, it must be in other units.
+Noise that is clipped at its mean keeps a standard deviation of 0.58 of its level, so such an image passes."""
 OUTSIDE, WITHIN = 0.5, 0.05
-"""A range is odd if more than OUTSIDE of the image's values lie beyond it, or if they take less than WITHIN of it."""
+"""A range is suspicious if more than a share OUTSIDE of the image's values are beyond it, or if the values cover less
+than a share WITHIN of it."""
 
 
 def look(request: Request, picture: Picture, observation: Observation) -> Iterator[str]:
-    """Warnings, one line each. observation: of the picture. Raises UserError where a level that was given cannot be
-    that of the image's noise."""
+    """Yields warnings, one line each. observation: the observation of `picture`. Raises UserError if the given noise
+    level cannot be that of the image's noise."""
     yield from _odd_range(request, picture.pixels)
     if isinstance(request.corruption, Measured) and request.corruption.sigma != "estimate":
         sigma, spread = request.corruption.sigma, float(observation.x_n.std())
         if sigma > MORE * spread:
             low, high = _range(request, picture.pixels)
             raise UserError(
-                f"--sigma {sigma:g}: the first image varies by {spread:.2g} in all, noise and all, with {low:g} "
-                f"and {high:g} at -1 and 1; levels are in these units: "
-                f"divide one in the file's own by {(high - low) / 2:g}, and see that --range is about the "
-                "darkest and the brightest",
+                f"--sigma {sigma:g}: too high, since the first image, with its noise, has a standard deviation of only "
+                f"{spread:.2g}; noise levels are in the units in which {low:g} is -1 and {high:g} is 1: divide a level "
+                f"in the file's own units by {(high - low) / 2:g}, and check that --range gives about the darkest and "
+                "the brightest value",
                 field="--sigma",
                 code="mismatch",
             )
         if request.size is not None and picture.pixels.shape[:2] != (request.size, request.size):
             height, width = picture.pixels.shape[:2]
             yield (
-                f"--size {request.size}: resizing {width}x{height} averages the noise and makes neighbours alike, "
-                f"so --sigma {sigma:g} must be that of the resized images, and what is learned is approximate; cut "
-                "tiles instead where you can (docs/data.md)"
+                f"--size {request.size}: resizing {width}x{height} averages the noise and correlates neighbouring "
+                f"pixels, so --sigma {sigma:g} must be the level of the resized images, and the result is approximate; "
+                "if possible, cut tiles instead (docs/data.md)"
             )
 
 
 def _odd_range(request: Request, pixels: NDArray[np.generic]) -> Iterator[str]:
     low, high = _range(request, pixels)
     values = pixels.astype(np.float64)
-    least, most = float(values.min()), float(values.max())
-    asked = (
+    lowest, highest = float(values.min()), float(values.max())
+    value_range = (
         f"--range {low:g} {high:g}" if request.value_range else f"the range of {pixels.dtype.name}, {low:g} to {high:g}"
     )
     if (outside := float(((values < low) | (values > high)).mean())) > OUTSIDE:
         yield (
-            f"{asked}: {outside:.0%} of the first image's values lie outside, they are {least:g} to {most:g}: give "
-            "--range DARKEST BRIGHTEST"
+            f"{value_range}: {outside:.0%} of the first image's values are outside, since they are {lowest:g} to "
+            f"{highest:g}: give --range DARKEST BRIGHTEST"
         )
-    elif 0 < most - least < WITHIN * (high - low):
+    elif 0 < highest - lowest < WITHIN * (high - low):
         yield (
-            f"{asked}: the first image's values, {least:g} to {most:g}, take {(most - least) / (high - low):.1%} of "
-            "it, so all images look alike: give --range DARKEST BRIGHTEST"
+            f"{value_range}: the first image's values, {lowest:g} to {highest:g}, cover only "
+            f"{(highest - lowest) / (high - low):.1%} of it, so all images look alike: give --range DARKEST BRIGHTEST"
         )
 
 

@@ -1,5 +1,5 @@
-"""From a request to a complete OUTPUT: plans, writes what is missing, merges. Continues where an earlier call
-ended."""
+"""Makes a complete OUTPUT from a request: plans it, writes the missing shards, and merges their records. Resumes where
+an earlier call ended."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from data_pipeline.sharding.workers import Work, Write
 
 @dataclass(frozen=True)
 class Limit:
-    """How many images may be rejected. asked: a share of all if below 1, else a whole number."""
+    """How many images may be rejected. asked: a share of all images if below 1, otherwise a number of images."""
 
     asked: float
 
@@ -46,22 +46,23 @@ class Limit:
             )
 
     def check(self, output: str, rejected: Iterable[Rejected], count: int) -> None:
-        """Raises WorkFailed, and leaves the reasons in OUTPUT, when there are more of `count`. rejected: in order."""
+        """Raises WorkFailed if more images were rejected, of `count`, and writes the reasons to OUTPUT. rejected: in
+        the source's order."""
         found = list(rejected)
         if len(found) > (self.asked if self.asked >= 1 else self.asked * count):
             progress_records.write_rejected(output, found)
             raise WorkFailed(
                 f"{output}: at least {len(found)} of {count} images were rejected, more than --max-rejected "
                 f"{self.asked:g}; see {storage.join(output, index.REJECTED)}; the first is {found[0].key}: "
-                f"{found[0].reason}; run again with a higher --max-rejected to leave them out, or mend or "
+                f"{found[0].reason}; run again with a higher --max-rejected to leave them out, or repair or "
                 "remove them and shard into another OUTPUT"
             )
 
 
 def preprocess(request: Request, output: str, max_rejected: float, write: Write) -> ShardIndex:
-    """Writes OUTPUT, or returns its index where it already holds what is asked for. write: who writes the missing
-    shards; no byte of OUTPUT depends on it. See `shard.shard` for the errors."""
-    limit, asked = Limit(max_rejected), request.recorded()
+    """Writes OUTPUT, unless it already holds the requested shards, and returns its index. write: the function that
+    writes the missing shards; no byte of OUTPUT depends on it. See `shard.shard` for the errors."""
+    limit, requested = Limit(max_rejected), request.recorded()
     _refuse_places(request.source, output)
     local = storage.local_path(output)
     if local is not None:
@@ -73,7 +74,7 @@ def preprocess(request: Request, output: str, max_rejected: float, write: Write)
     progress_records.refuse_other_files(output)
     planned = plan.read_plan(output)
     if planned is not None:
-        plan.refuse_another(output, planned.request, asked)
+        plan.refuse_another(output, planned.request, requested)
     source = open_source(request.source)
     for unused in source.unused:
         print(f"warning: SOURCE {request.source}: {unused}", file=sys.stderr)
@@ -90,24 +91,24 @@ def preprocess(request: Request, output: str, max_rejected: float, write: Write)
 
 
 def _refuse_places(source: str, output: str) -> None:
-    """Raises UserError for an OUTPUT that would become a part of SOURCE, or is none."""
+    """Raises UserError if OUTPUT is empty, or is a folder within SOURCE."""
     if not output.strip():
         raise UserError("OUTPUT: is empty (a variable that is not set?): give a folder", field="OUTPUT", code="missing")
     one, other = storage.local_path(source), storage.local_path(output)
     if one and other and one.is_dir() and other.resolve().is_relative_to(one.resolve()):
         raise UserError(
-            f"OUTPUT {output}: lies in SOURCE {source}, and would become a part of it: choose another place",
+            f"OUTPUT {output}: is in SOURCE {source}, and would become a part of it: choose another place",
             field="OUTPUT",
             code="conflict",
         )
 
 
 def _complete(request: Request, output: str) -> ShardIndex:
-    """Raises UserError for shards that are damaged, or of other settings, or of a source that has other images by
-    now."""
-    there = index.read_index(output)
-    plan.refuse_another(output, there.request, request.recorded())
-    if (damaged := index.wrong_size(output, there)) is not None:
+    """Returns the index of an OUTPUT that is complete. Raises UserError if its shards are damaged or were made with
+    other settings, or if the source has other images by now."""
+    existing = index.read_index(output)
+    plan.refuse_another(output, existing.request, request.recorded())
+    if (damaged := index.wrong_size(output, existing)) is not None:
         shard, size = damaged
         raise UserError(
             f"{storage.join(output, shard.name)}: {size} bytes, the index says {shard.bytes}: remove the "
@@ -115,22 +116,23 @@ def _complete(request: Request, output: str) -> ShardIndex:
             field=storage.join(output, shard.name),
             code="unreadable",
         )
-    if there.keys and not request.source.startswith("packaged:"):  # those do not change
+    if existing.keys and not request.source.startswith("packaged:"):  # packaged sources do not change
         try:
             source = open_source(request.source)
         except UserError as error:
-            print(f"warning: {error}; its shards are there, and are taken as they are", file=sys.stderr)
+            print(f"warning: {error}; its shards exist, and are not compared with it", file=sys.stderr)
         else:
-            plan.check_source(source, there.request, there.samples + there.rejected, there.keys)
+            plan.check_source(source, existing.request, existing.samples + existing.rejected, existing.keys)
     planned = plan.read_plan(output)
-    if planned is not None:  # killed between the index and the end
+    if planned is not None:  # an earlier call was killed after it had written the index
         progress_records.clean_up(output)
-    print(f"{output}: {there.samples} samples are already there", file=sys.stderr)
-    return there
+    print(f"{output}: {existing.samples} samples are already there", file=sys.stderr)
+    return existing
 
 
 def _first_plan(request: Request, source: Source, output: str, limit: Limit) -> Plan:
-    """The first image that can be used decides the channels and the shape; with latents the VAE does."""
+    """Returns the plan of a new OUTPUT. The first image that can be used determines the channels and the shape; with
+    latents the VAE does. Raises WorkFailed if too many images, or all, are rejected."""
     count = plan.used(source, request.limit)
     keys, rejected = plan.digest_of_keys(source, count), list[Rejected]()
     if request.latents is not None:
@@ -155,7 +157,7 @@ def _first_plan(request: Request, source: Source, output: str, limit: Limit) -> 
 
 @dataclass
 class _Progress:
-    """The finished shards, and the bar, which counts images."""
+    """The finished shards, and the progress bar, which counts images. rejected: how many images were rejected."""
 
     output: str
     count: int
@@ -199,9 +201,8 @@ def _work(work: Work, source: Source, limit: Limit, write: Write) -> ShardIndex:
         ordered = (progress.done[number] for number in sorted(progress.done))
         captions = [caption for record in ordered for caption in record.captions]
         text = write_captions(work.output, work.request.latents.source, captions)
-    progress_records.remove_leftovers(
-        work.output, progress.done
-    )  # workers of a killed call may have gone on for a moment
+    # Once more, since workers of a killed call may have continued for a moment.
+    progress_records.remove_leftovers(work.output, progress.done)
     return progress_records.merge(work.output, work.plan, progress.done.values(), text)
 
 
@@ -213,8 +214,8 @@ def _missing_captions(work: Work, done: Iterable[Record]) -> None:
     if 0 < captioned < samples:
         print(
             (
-                f"warning: {samples - captioned} of {samples} images have no caption: a run with captions trains "
-                "them with the empty one"
+                f"warning: {samples - captioned} of {samples} images have no caption: a training with captions uses "
+                "the empty caption for them"
             ),
             file=sys.stderr,
         )
@@ -222,8 +223,9 @@ def _missing_captions(work: Work, done: Iterable[Record]) -> None:
 
 @contextmanager
 def _alone(output: str) -> Iterator[None]:
-    """Makes the folder, and keeps a second call on this machine, or on a file system with locks, out of it: it would
-    take the parts of this one's files for leftovers. The system frees the lock when the process ends. Not for URLs."""
+    """Makes the folder and locks it against a second call, which would remove the partial files of this call as
+    leftovers. The lock works on one machine, and across machines if the file system has locks. The system frees it when
+    the process ends. URLs are not locked."""
     if storage.local_path(output) is None:
         yield
         return
@@ -239,7 +241,7 @@ def _alone(output: str) -> Iterator[None]:
                 field="OUTPUT",
                 code="in_use",
             ) from None
-    try:  # a file system without locks on folders: then without
+    try:  # also reached, without a lock, if the file system has no locks on folders
         yield
     finally:
         os.close(folder)

@@ -1,4 +1,5 @@
-"""Writes planned shards, in this process or in several: each is complete or absent, even if a process is killed."""
+"""Writes planned shards, in this process or in several. Each shard is complete or absent, even if a process is
+killed."""
 
 from __future__ import annotations
 
@@ -23,12 +24,12 @@ from data_pipeline.sharding.plan import Plan, Request, check_source, name_of
 from data_pipeline.sharding.progress_records import Record, Rejected, write_record
 
 POLL = 0.2
-"""Seconds between two looks at what the workers have done."""
+"""Seconds between two checks of the workers' progress."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """All that a process needs to write any shard."""
+    """Everything that a process needs to write any shard."""
 
     request: Request
     plan: Plan
@@ -36,13 +37,14 @@ class Work:
 
 
 def available_cores() -> int:
-    """The cores that this process may use: in a SLURM job fewer than the machine has; what a container may use of
-    their time is not asked."""
+    """Returns the number of cores that this process may use; in a SLURM job these are fewer than the machine has. A
+    container's limit on CPU time is not considered."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def write_shard(work: Work, source: Source, number: int, on_image: Callable[[], object]) -> Record:
-    """on_image: called for each image; what it raises ends the work, and leaves nothing of the shard."""
+    """Writes shard `number` and its record, and returns the record. on_image: called for each image. An exception in it
+    ends the work, and leaves nothing of the shard."""
     levels: list[float] = []
     fields: set[str] = set()
     captions: dict[str, None] = {}
@@ -62,14 +64,13 @@ def write_shard(work: Work, source: Source, number: int, on_image: Callable[[], 
             try:
                 members = {OBSERVATION: npy_bytes(observation.x_n), META: json_bytes(meta)}
             except ValueError as error:
-                reject(one.place, BadImage(f"what is recorded of it is no JSON: {error}"))
+                reject(one.place, BadImage(f"its record is not valid JSON: {error}"))
                 continue
             if len(members[META]) > LONGEST_META:
                 reject(
                     one.place,
                     BadImage(
-                        f"what is recorded of it has {len(members[META])} bytes, more than {LONGEST_META}: its "
-                        "caption is too long"
+                        f"its record has {len(members[META])} bytes, more than {LONGEST_META}: its caption is too long"
                     ),
                 )
                 continue
@@ -98,11 +99,12 @@ OnImages = Callable[[int], object]
 OnRecord = Callable[[Record], None]
 """Called for each finished shard."""
 Write = Callable[[Work, Source, Sequence[int], OnImages, OnRecord], None]
-"""Who writes the shards of these numbers: `in_processes` on this machine, `slurm.shard.by_jobs` on a cluster."""
+"""A function that writes the shards of the given numbers: from `in_processes` on this machine, or from
+`slurm.shard.by_jobs` on a cluster."""
 
 
 def in_processes(workers: int) -> Write:
-    """Who writes shards in so many processes of this machine. Raises UserError for none."""
+    """Returns a function that writes shards in this number of processes. Raises UserError if it is below 1."""
     if workers < 1:
         raise UserError(f"--workers {workers}: must be at least 1", field="--workers", code="invalid")
     return partial(write_shards, workers=workers)
@@ -111,18 +113,19 @@ def in_processes(workers: int) -> Write:
 def write_shards(
     work: Work, source: Source, numbers: Sequence[int], on_images: OnImages, on_record: OnRecord, workers: int
 ) -> None:
-    """Writes the shards of these numbers, in so many processes. When `on_record` raises, or Ctrl-C comes, the other
-    workers end within an image.
+    """Writes the shards of the given numbers, in `workers` processes. If `on_record` raises, or at Ctrl-C, the workers
+    end after at most one more image.
 
-    Raises WorkFailed when a worker dies.
+    Raises WorkFailed if a worker dies.
     """
     if min(workers, len(numbers)) <= 1:
         for number in numbers:
             on_record(write_shard(work, source, number, lambda: on_images(1)))
         return
-    # Not fork: it would copy a process that has threads. A server that has the imports done starts workers fastest.
+    # Not fork, which would copy a process that has threads. A fork server that has imported the modules starts workers
+    # fastest.
     context = multiprocessing.get_context("forkserver")
-    # Torch with it for latents, but not diffusers, which may start CUDA: that does not survive a fork.
+    # For latents the server also imports torch, but not diffusers, which may start CUDA: that does not survive a fork.
     with_torch = ["data_pipeline.latents.encoder"] if work.request.latents else list[str]()
     context.set_forkserver_preload([__name__, *with_torch])
     counter, stop = context.Value("Q", 0), context.Event()
@@ -143,8 +146,8 @@ def write_shards(
                 on_record(future.result())
     except BrokenProcessPool:
         raise WorkFailed(
-            f"{work.output}: a worker process died, perhaps for want of memory; finished shards are kept: run "
-            "again, with fewer --workers"
+            f"{work.output}: a worker process died, perhaps because the memory was exhausted; finished shards are "
+            "kept: run again with fewer --workers"
         ) from None
     finally:
         stop.set()
@@ -152,7 +155,7 @@ def write_shards(
 
 
 class _Stopped(Exception):
-    """In a worker: the others have ended."""
+    """Raised in a worker to end it, when the main process stops the work."""
 
 
 _state: tuple[Work, Any, Any] | None = None
@@ -160,7 +163,8 @@ _source: Source | None = None
 
 
 def _start(work: Work, counter: Any, stop: Any) -> None:
-    """In a worker. Ctrl-C and SLURM's warning reach all processes; the first one alone answers them."""
+    """Initializes a worker. Ctrl-C and SLURM's warning signal reach all processes, but only the main process handles
+    them."""
     global _state
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
@@ -172,15 +176,15 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
-        os._exit(1)  # the parent was killed, so nobody waits for this one, which waits for it forever
+        os._exit(1)  # the parent was killed; without this, the worker would wait for it forever
 
 
 def _write(number: int) -> Record:
-    """In a worker."""
+    """Writes a shard, in a worker process."""
     global _source
     assert _state is not None
     work, counter, stop = _state
-    if _source is None:  # here, not in _start, whose errors would be lost
+    if _source is None:  # opened here and not in _start, whose errors would be lost
         _source = open_source(work.request.source)
         check_source(_source, work.plan.request, work.plan.count, work.plan.keys)
 

@@ -1,9 +1,9 @@
-"""What is known of a run's jobs: RUN_DIR/attempts/, from which it is decided whether a job is started again.
+"""The records of a run's jobs in RUN_DIR/attempts/, and the decision, based on them, whether a job is started again.
 
 RUN_DIR/attempts/JOB-N/    the N-th start of a job, from 0
-  rank-R.json              where and when rank R began
-  rank-R-end.json          how it ended, where it could say so itself
-  rank-R-stacks.txt        where it was when it had hung
+  rank-R.json              where and when rank R started
+  rank-R-end.json          how it ended, if it could record that itself
+  rank-R-stacks.txt        the stacks of its threads, if it hung
   decision.json            what followed
 """
 
@@ -23,7 +23,7 @@ from slurm.job.environment import Place
 from trainer.checkpoint.progress import steps_done
 
 SHORT = 200
-"""Characters of a crash's message in a decision; the log has all of it."""
+"""Number of characters of a crash's message in a decision; the log has the complete message."""
 
 Outcome = Literal["done", "interrupted", "refused", "failed", "crashed"]
 Follows = Literal["nothing", "another start", "a person"]
@@ -31,7 +31,7 @@ Follows = Literal["nothing", "another start", "a person"]
 
 @dataclass(frozen=True)
 class Ending:
-    """message: one line; empty where the outcome says all."""
+    """How a rank ended. message: the reason, in one line; empty if the outcome explains itself."""
 
     outcome: Outcome
     message: str = ""
@@ -39,7 +39,8 @@ class Ending:
 
 @dataclass(frozen=True)
 class Decision:
-    """step: of the last checkpoint then."""
+    """What follows a start, and why. step: the step of the last checkpoint at that time. time: when it was decided, in
+    seconds since 1970."""
 
     follows: Follows
     reason: str
@@ -49,8 +50,8 @@ class Decision:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of a job. step: of the checkpoint that it began from. endings: by rank. hung: ranks that wrote
-    stacks."""
+    """One start of a job. number: counts the job's starts, from 0. started: the time, in seconds since 1970. step: the
+    step of the checkpoint from which it started. endings: by rank. hung: the ranks that wrote stacks."""
 
     folder: Path
     job: str
@@ -65,12 +66,12 @@ class Attempt:
 
 
 def submission(run_dir: Path) -> dict[str, Any]:
-    """What `slurm.submit` noted in the run directory last; empty if nothing."""
+    """Returns what `slurm.submit` last recorded in the run directory; empty if nothing was submitted."""
     return _read(run_dir / "job.json")
 
 
 def begin(run_dir: Path, at: Place) -> Path:
-    """Records that this rank begins; returns the attempt's folder."""
+    """Records that this rank starts, and returns the attempt's folder."""
     number = _starts(run_dir, at) if at.restarts is None else at.restarts
     folder = run_dir / "attempts" / f"{at.job}-{number}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,12 +100,12 @@ def end(attempt: Path, rank: int, ending: Ending) -> None:
 
 
 def record(attempt: Path, decision: Decision) -> None:
-    attempt.mkdir(parents=True, exist_ok=True)  # no rank may have begun
+    attempt.mkdir(parents=True, exist_ok=True)  # it does not exist if no rank has started
     _write(attempt / "decision.json", asdict(decision))
 
 
 def read(run_dir: Path) -> list[Attempt]:
-    """All attempts, the oldest first. One whose rank 0 never began has no nodes and no ranks."""
+    """Returns all attempts, the oldest first. An attempt whose rank 0 never started has no nodes and no ranks."""
     folders = [path for path in (run_dir / "attempts").glob("*-*") if path.is_dir()]
     return sorted((_attempt(folder) for folder in folders), key=lambda attempt: (attempt.started, attempt.number))
 
@@ -131,9 +132,11 @@ def _attempt(folder: Path) -> Attempt:
 
 
 def decide(run_dir: Path, job: str, number: int, code: int, most: int) -> Decision:
-    """Whether the attempt that has just ended is to be followed by another. code: srun's; most: starts after the first.
+    """Returns what follows the attempt that has just ended. code: srun's exit code. most: how often the job may be
+    started again.
 
-    An explained failure is not tried again: it would come again. Anything else is, as long as it gets somewhere.
+    After an explained failure the job is not started again, because the failure would repeat. Otherwise it is started
+    again, as long as it makes progress.
     """
     of_job = [attempt for attempt in read(run_dir) if attempt.job == job]
     this = next((attempt for attempt in of_job if attempt.number == number), None)
@@ -141,7 +144,7 @@ def decide(run_dir: Path, job: str, number: int, code: int, most: int) -> Decisi
     follows, why = _outcome(this, code)
     before = [attempt.step for attempt in of_job if attempt.number == number - 1]
     if follows == "another start" and [*before, this.step if this else step] == [step, step]:
-        follows, why = "a person", f"{why}; no step further in two starts: mend the cause, and submit it again"
+        follows, why = "a person", f"{why}; no progress in two starts: fix the cause, and submit it again"
     elif follows == "another start" and number >= most:
         follows, why = (
             "a person",
@@ -151,7 +154,7 @@ def decide(run_dir: Path, job: str, number: int, code: int, most: int) -> Decisi
 
 
 def _outcome(attempt: Attempt | None, code: int) -> tuple[Follows, str]:
-    """What such an end asks for, and what it was."""
+    """Returns what should follow the end of an attempt, and how it ended. code: srun's exit code."""
     endings = list(attempt.endings.values()) if attempt else []
     for outcome in ("refused", "failed"):
         for ending in endings:

@@ -1,4 +1,4 @@
-"""Inside a job: which process this is of it, and how its ranks find each other."""
+"""Used inside a job: finds out which of its processes this is, and connects its ranks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Place:
-    """job: its id, with _INDEX in an array. restarts: how often SLURM has started it again; None for kind local,
-    which does not count. nodes: their names. folder: the job's files."""
+    """The place of a process in its job. job: the job's id, with _INDEX in an array. restarts: how often SLURM has
+    started it again; None for kind local, which does not count restarts. nodes: the nodes' names. folder: the folder of
+    the job's files."""
 
     job: str
     restarts: int | None
@@ -21,7 +22,7 @@ class Place:
 
 
 def place() -> Place:
-    """Of this process, from submitit's environment. Raises RuntimeError outside a job."""
+    """Returns the place of this process, from submitit's environment. Raises RuntimeError outside a job."""
     import submitit
 
     here = submitit.JobEnvironment()
@@ -31,16 +32,16 @@ def place() -> Place:
 
 
 def meet(at: Place) -> None:
-    """Puts into the environment what torch.distributed needs to join the job's ranks."""
+    """Sets the environment variables with which torch.distributed connects the job's ranks."""
     from submitit.helpers import TorchDistributedEnvironment
 
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-    if at.restarts is None:  # on this machine, whose name need not resolve
+    if at.restarts is None:  # kind local: this machine, whose name may not resolve
         os.environ["MASTER_ADDR"] = "127.0.0.1"
 
 
 def start_again_locally() -> None:
-    """Ends this process so that kind local starts all ranks again."""
+    """Ends this process with the exit code at which kind local starts all ranks again."""
     from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 
     raise SystemExit(LOCAL_REQUEUE_RETURN_CODE)

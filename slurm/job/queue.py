@@ -1,4 +1,4 @@
-"""What SLURM says of a job: scontrol while it knows it, then sacct where there is accounting."""
+"""Asks SLURM about jobs: scontrol as long as it knows the job, then sacct if there is accounting."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ ACTIVE = (
 
 @dataclass(frozen=True)
 class Listed:
-    """state and reason: SLURM's words. restarts: how often it was started again; None where sacct answers."""
+    """What SLURM says about a job. state, reason: in SLURM's words. nodes: the list of nodes, as SLURM writes it.
+    restarts: how often the job was started again; None if the answer is from sacct."""
 
     state: str
     reason: str = ""
@@ -39,7 +40,7 @@ class Listed:
 
 
 def listed(job: str) -> Listed | None:
-    """None where SLURM does not know the job, or is not here."""
+    """Returns what SLURM says about a job; None if SLURM does not know it, or is not on this machine."""
     text = _ask("scontrol", "--oneliner", "show", "job", job)
     found = dict(re.findall(r"(\w+)=(\S+)", text))
     if "JobState" in found:
@@ -54,7 +55,7 @@ def listed(job: str) -> Listed | None:
 
 
 def partitions() -> list[str]:
-    """Their names; none where there is no SLURM."""
+    """Returns the names of SLURM's partitions; none if there is no SLURM."""
     return sorted({line.strip().rstrip("*") for line in _ask("sinfo", "--noheader", "--format=%P").splitlines()})
 
 
@@ -66,7 +67,7 @@ def _ask(*command: str) -> str:
 
 
 def is_alive(process: str) -> bool:
-    """Of this machine: what a job of kind local is."""
+    """Returns whether a process of this machine is alive. process: its id, which is the id of a job of kind local."""
     try:
         os.kill(int(process), 0)
     except OSError:

@@ -1,7 +1,7 @@
-"""`python -m slurm.job.requeue FOLDER CODE`: the last command of a training's batch script, when its ranks have ended.
+"""`python -m slurm.job.requeue FOLDER CODE`: decides whether a training's job is requeued.
 
-The script outlives the ranks, however they ended, so this is the one place on SLURM where it is decided whether the
-job continues.
+A training's batch script runs it as its last command, when the ranks have ended. The script outlives the ranks, however
+they ended, so on SLURM this is the only place of the decision.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _ours(now: Listed, number: int) -> bool:
-    """Whether the decision is not SLURM's: it ends jobs that are cancelled, and starts some again by itself. A job that
-    was out of time before its ranks had saved is ours, too."""
+    """Returns whether the decision is left to this command. It is not, if SLURM has cancelled the job or starts it
+    again by itself. It is, if the job reached its time limit before its ranks had saved."""
     return now.restarts == number and (now.state == "RUNNING" or now.reason == "TimeLimit")
 
 

@@ -1,8 +1,8 @@
-"""A rank of a training in a job: trainer.train's own code, with submitit's environment around it.
+"""A rank of a training in a job: it runs the code of trainer.train in submitit's environment.
 
-submitit handles signals on rank 0 alone, ignores SIGTERM, and takes each short job for timed out (its issues 1656 and
-1732). Its handlers are replaced before anything else: signals set a flag here, the ranks agree on it at a step's
-border, save, and end in order. Whether the job is started again is decided after that, by slurm.job.requeue.
+submitit handles signals only on rank 0, ignores SIGTERM, and treats each short job as timed out (its issues 1656 and
+1732). So its handlers are replaced first. Here a signal sets a flag; at the end of a step the ranks agree to stop, save
+a checkpoint and exit. After that slurm.job.requeue decides whether the job is started again.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ from slurm.job.watchdog import Watchdog
 from trainer.train import listen, train
 
 PATIENCE = 120.0
-"""Seconds that a start waits for an older one of the same run, on a node that SLURM has lost, to see it and to
-leave."""
+"""Seconds that a start waits for an older start of the same run, on a node that SLURM has lost, to notice it and to
+exit."""
 
 LOOK_S = 2.0
-"""Seconds between two looks for a newer start."""
+"""Seconds between two checks for a newer start."""
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """config: of the run, as plain data. folder: where it was submitted, for relative paths. tags: for MLflow.
-    hang_s: see Watchdog. most: starts after the first."""
+    """The job of a training. config: the run's configuration, as plain data. folder: the folder from which it was
+    submitted, for relative paths. tags: for MLflow. hang_s: the seconds of the `Watchdog`. most: how often the job may
+    be started again."""
 
     config: Mapping[str, Any]
     folder: str
@@ -89,8 +90,9 @@ class TrainingJob:
         return code, ending
 
     def _decide_locally(self, run_dir: Path, attempt: Path, code: int, stopped_by_user: bool) -> None:
-        """On this machine no script outlives the ranks; rank 0 decides at its own end. stopped_by_user: who stops a job
-        here by a signal means it, as nobody preempts it."""
+        """Decides whether a job of kind local is started again. On this machine no script outlives the ranks, so rank 0
+        decides when it ends. stopped_by_user: the job was stopped by a signal. It is then not started again, because
+        there is no preemption here: a user must have sent the signal."""
         job, _, number = attempt.name.rpartition("-")
         decision = attempts.decide(run_dir, job, int(number), code, self.most)
         if stopped_by_user and decision.follows == "another start":
@@ -114,8 +116,8 @@ def _tags(at: environment.Place, number: int) -> dict[str, str]:
 
 
 def _newer(attempt: Path) -> Callable[[], bool]:
-    """Tells whether the run was restarted since: SLURM does so with jobs of nodes that it no longer reaches,
-    where the ranks may still be running. The older start leaves."""
+    """Returns a function that says whether the run has been started again since. SLURM starts a job again if it no
+    longer reaches its node, where the ranks may still run. The older start then exits."""
     known, looked = set(os.listdir(attempt.parent)), time.monotonic()
     found = False
 
@@ -125,7 +127,7 @@ def _newer(attempt: Path) -> Callable[[], bool]:
             looked = time.monotonic()
             found = bool(set(os.listdir(attempt.parent)) - known)
             if found:
-                print("a newer start of this run was found: this one saves and leaves", file=sys.stderr, flush=True)
+                print("a newer start of this run was found: this one saves and exits", file=sys.stderr, flush=True)
         return found
 
     return look

@@ -1,8 +1,8 @@
-"""Ends a rank that takes no step any more, after it has written where it is.
+"""Ends a rank that takes no more steps, after the stacks of its threads have been written.
 
-Neither part needs the interpreter: faulthandler's thread and the kernel's alarm work while Python's lock is held, by a
-collective that waits for a lost node, say. When one rank hangs, the others wait for it in the next collective, so all
-ranks write their stacks, a little after one another.
+Neither part needs the interpreter: faulthandler's thread and the kernel's alarm work while Python's global interpreter
+lock is held, for example by a collective that waits for a lost node. When one rank hangs, the others wait for it in the
+next collective, so all ranks write their stacks, shortly after one another.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from pathlib import Path
 from types import TracebackType
 
 GRACE = 5.0
-"""Seconds from the stacks to the end: the other ranks write theirs before the first that ends takes them with it."""
+"""Seconds between the stacks and the end of a rank. They let the other ranks write their stacks, before the first rank
+that ends takes them with it."""
 
 
 class Watchdog:
-    """seconds: without a beat until the stacks are written; 0: never. stacks: the file for them; gone again if all is
-    well.
+    """Ends this process if `beat` is not called for too long. seconds: the time without a beat after which the stacks
+    are written; 0: never. stacks: the file for the stacks; it is removed if none were written.
 
-    It takes SIGALRM, whose default action ends the process, for itself.
+    It uses SIGALRM, whose default action ends the process.
     """
 
     def __init__(self, seconds: float, stacks: Path) -> None:

@@ -134,7 +134,7 @@ def test_a_run_that_goes_back_goes_on_as_one_from_that_checkpoint_and_behind_tho
     code, output = train("run", engine, "recovery.roll_back=1")
     assert code == 0, output
     assert "the loss is not finite at step 5" in output
-    assert "back to step 3, past the samples of steps 4 to 5; 1 of at most 1 times" in output
+    assert "back to step 3, skipping the samples of steps 4 to 5; 1 of at most 1 times" in output
     assert_same_files(tmp_path / "run", tmp_path / "other")
     assert any("back to step 3" in text for text in notices(tmp_path / "run"))
     records = curve(tmp_path / "run")  # a step that was logged before it went back is not logged again
@@ -198,7 +198,7 @@ def test_a_roll_back_passes_over_a_damaged_checkpoint_and_draws_other_noise(
     code, output = train("run", "recovery.roll_back=1", "checkpoint.every=2")
     assert code == 0, output
     assert "weights.safetensors cannot be read" in output
-    assert "back to step 2, past the samples of steps 3 to 5" in output
+    assert "back to step 2, skipping the samples of steps 3 to 5" in output
     assert drawn == [(0, 0), (1, 1), (2, 2), (3, 3), (4, 4), (2, 5), (3, 6), (4, 7), (5, 8)]
 
 
@@ -221,7 +221,7 @@ def test_two_ranks_go_back_together_where_one_has_the_bad_sample(tmp_path: Path,
     ]
     code, output = on_two_ranks([words], "tests.faults.spoilt_on_one_rank")
     assert code == 0, output
-    assert output.count("back to step 3, past the samples of steps 4 to 5") == 1
+    assert output.count("back to step 3, skipping the samples of steps 4 to 5") == 1
     assert sorted(curve(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]
 
 

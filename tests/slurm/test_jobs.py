@@ -32,7 +32,7 @@ Submit = Callable[..., Job]
         ("nodes: 4", "the cluster refuses the job: "),
         (
             "nodes: 2\nmin_nodes: 1\ntasks_per_node: 5",
-            "batch_size 8: must be a multiple of the 5 ranks, which 1 nodes of 5 ranks have",
+            "batch_size 8: must be a multiple of the 5 ranks (1 nodes with 5 ranks each)",
         ),
     ],
 )
@@ -145,7 +145,7 @@ def test_a_job_that_gets_nowhere_twice_stops_and_says_so(submit: Submit) -> None
     job.end("FAILED")
     assert [start.number for start in job.starts] == [0, 1]
     assert job.reasons[1].endswith(
-        "before the ranks began; no step further in two starts: mend the cause, and submit it again"
+        "before the ranks began; no progress in two starts: fix the cause, and submit it again"
     )
     assert json.loads((job.run_dir / "job.json").read_text())["job"] == job.id
 

@@ -76,7 +76,7 @@ def test_a_job_on_this_machine_loses_a_rank_goes_on_and_is_one_run_of_the_code_a
     os.kill(pid, signal.SIGSTOP)  # so that it does not end before it is killed
     code, output = call("steps=30")
     assert code == 2
-    assert f"job {job_of(run_dir)} has to do with it: cancel it, or choose another" in output
+    assert f"job {job_of(run_dir)} uses it: cancel the job, or choose another run_dir" in output
     assert Path(f"/proc/{pid}/cwd").resolve() == ROOT, "relative paths mean what they meant to the user"
     os.kill(pid, signal.SIGKILL)
     wait(run_dir)
@@ -157,7 +157,7 @@ def test_the_difference_to_git_has_new_and_changed_files(tmp_path: Path, monkeyp
         (
             ["batch_size=3"],
             "tasks_per_node: 2",
-            "batch_size 3: must be a multiple of the 2 ranks, which 1 nodes of 2 ranks have",
+            "batch_size 3: must be a multiple of the 2 ranks (1 nodes with 2 ranks each)",
         ),
         (["run_dir=/proc/run"], "", "run_dir /proc/run: cannot be written"),
         (
@@ -168,7 +168,7 @@ def test_the_difference_to_git_has_new_and_changed_files(tmp_path: Path, monkeyp
         (["model.channels=[8,8,8,8,8,8]"], "", "model.channels"),
         (["batch_size=99", "consistency=null"], "gpus_per_node: 99", "gpus_per_node 99: this machine has"),
         (["model.chanels=[8]"], "", "did you mean channels?"),
-        (["--sweep", "seed"], "", "--sweep seed: is key.path=a,b,c"),
+        (["--sweep", "seed"], "", "--sweep seed: must be key.path=a,b,c"),
         (["--sweep", "seed=1,1"], "", "--sweep: two points are named seed=1"),
         (["--sweep", "seed=1", "--sweep", "seed=2"], "", "--sweep seed: is given twice"),
         (["--sweep", "run_dir=a,b"], "", "--sweep run_dir: each point has a folder of its own"),
@@ -232,7 +232,10 @@ def test_a_run_that_does_not_fit_into_what_is_asked_for_is_a_problem(shards: Pat
     assert found(gpus_per_node=1, gpu="h100") == []
     (huge,) = points(TINY, [*wide, "batch_size=16384"], [])
     (line,) = problems([huge], ClusterConfig("slurm", logs=str(tmp_path), gpus_per_node=1, gpu="l4"))
-    assert "a l4 has 22 for it: the nearest that fits is 1 x l4, engine.zero_stage=0, micro_batch_size=" in line
+    assert (
+        "l4 has only 22 GB for it: the nearest setting that fits is 1 x l4, engine.zero_stage=0, micro_batch_size="
+        in line
+    )
 
 
 def test_a_server_that_answers_is_no_problem(shards: Path, tmp_path: Path) -> None:

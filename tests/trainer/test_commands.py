@@ -66,7 +66,7 @@ def test_a_folder_gets_a_png_an_image_and_keeps_those_that_it_has(
     assert list(first) == [*(f"{i:06d}.png" for i in range(7)), "sampling.json"]
     (folder / "000004.png").unlink()
     assert draw(8) == 0
-    assert "; 6 of them were there" in capfd.readouterr().out
+    assert "; 6 of them existed already" in capfd.readouterr().out
     then = files_in(folder)
     assert {name for name in then if then[name] != first.get(name)} == {"000004.png", "000007.png"}
     assert then["000004.png"][0] == first["000004.png"][0]
@@ -86,7 +86,7 @@ def test_two_processes_draw_the_files_that_one_draws(train: Train, tmp_path: Pat
     assert errors.run(lambda: sample.main([*words, str(tmp_path / "one")])) == 0
     code, output = on_two_ranks([[*words, str(tmp_path / "two")]], "trainer.sample")
     assert code == 0, output
-    assert "; 0 of them were there" in output
+    assert "; 0 of them existed already" in output
     one, two = files_in(tmp_path / "one"), files_in(tmp_path / "two")
     assert {name: data for name, (data, _) in one.items()} == {name: data for name, (data, _) in two.items()}
     code, output = on_two_ranks([[*words, str(tmp_path / "a.png")]], "trainer.sample")

@@ -164,7 +164,7 @@ def test_a_run_without_clean_images_is_judged_by_observations(
     assert code == 0
     assert f"--measured {shards}: {run} was trained on these images: nothing here is held out" in output
     for wrong, told in (
-        ([], "--reference is missing: clean images that training never saw; who has none gives --measured"),
+        ([], "--reference is missing: give clean images that training never saw or, if there are none, --measured"),
         (["--measured", str(measured), "--number", "0"], "--number 0: --measured compares samples"),
         (["--measured", str(measured), "--training", str(held_out)], "needs --reference"),
         (["--measured", str(tmp_path / "nowhere")], "no such shard folder"),
@@ -231,7 +231,7 @@ def test_runs_that_saw_other_images_are_not_compared_in_silence(
     other = replace(two, settings=two.settings | {"number": 99, "reference_hash": "other"})
     told = incomparable([one, other])
     assert told == (
-        "one and two: their figures cannot be compared, as these differ, in kind, number or size: held-out "
+        "one and two: their results cannot be compared, because these differ in kind, number or size: held-out "
         "clean images, samples drawn"
     )
     assert "a setting in which they differ" in report(
@@ -261,7 +261,7 @@ def test_images_that_were_trained_on_are_not_taken_for_held_out(
     assert "was trained on these images: nothing here is held out" in output
     code, output = evaluate(capfd, str(tmp_path / "run"), "--reference", "x", "--training", "x")
     assert code == 2
-    assert "is --reference, too" in output
+    assert "is also given as --reference" in output
 
 
 def test_while_training_the_distance_of_samples_is_logged_with_each_grid(

@@ -32,8 +32,8 @@ def test_what_it_writes_trains(shards: Path, tmp_path: Path, capfd: pytest.Captu
     lines = file.read_text().splitlines()
     assert re.fullmatch(
         (
-            rf"# 60 images of 1 x 16 x 16 in {shards}, sigma_n 0\.4; on a CPU: about [\d.e-]+ s a step as this one "
-            r"was timed just now, \d+ minutes in all\."
+            rf"# 60 images of 1 x 16 x 16 in {shards}, sigma_n 0\.4; on a CPU: about [\d.e-]+ s per step, as measured "
+            r"on this CPU just now, \d+ minutes in total\."
         ),
         lines[0],
     )
@@ -143,5 +143,5 @@ def test_wrong_requests_are_one_line(shards: Path, tmp_path: Path, capfd: pytest
     assert run(shards, file) == 0
     before = file.read_text()
     assert run(shards, file) == 2
-    assert "is there already" in capfd.readouterr().err
+    assert "already exists" in capfd.readouterr().err
     assert file.read_text() == before

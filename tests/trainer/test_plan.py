@@ -240,7 +240,9 @@ def test_the_command_says_what_would_fit(capsys: pytest.CaptureFixture[str], mon
     assert code == 1
     assert "It does not fit" in text
     found = re.search(
-        r"nearest that does: (\d+) x (\w+), engine.zero_stage=(\d), micro_batch_size=(\d+)((?:, engine[.=\w]+)*)", text
+        r"nearest setting that fits: (\d+) x (\w+), engine.zero_stage=(\d), "
+        r"micro_batch_size=(\d+)((?:, engine[.=\w]+)*)",
+        text,
     )
     assert found
     code, text = printed(

@@ -1,7 +1,7 @@
 """Checkpoints: safetensors and JSON, complete or absent, for any number of ranks.
 
 RUN_DIR/checkpoints/step-00000600/   weights, ema, ema-WIDTH, optimizer, pool-R-of-W (.safetensors), state.json
-RUN_DIR/checkpoints/latest           the name of the newest complete one
+RUN_DIR/checkpoints/latest           the name of the newest complete checkpoint
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trainer.engine.distributed import Ranks
 
 
 class _Begun:
-    """A checkpoint that is being written. error: why this rank cannot."""
+    """A checkpoint that is being written. error: why this rank could not write it, if so."""
 
     def __init__(self, final: Path, partial: Path) -> None:
         self.final, self.partial = final, partial
@@ -36,7 +36,7 @@ class _Begun:
         def run() -> None:
             try:
                 work()
-            except BaseException as caught:  # all kinds: what is not known of would pass for written
+            except BaseException as caught:  # of any kind: an unnoticed error would pass for success
                 self.error = caught
 
         self._thread = threading.Thread(target=run, name="checkpoint")
@@ -52,7 +52,7 @@ class _Begun:
 
 
 class Checkpoints:
-    """The checkpoints of one run directory. One is written at a time, while training continues."""
+    """The checkpoints of one run directory. They are written one at a time, while training continues."""
 
     def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
         self.folder, self.config = run_dir / "checkpoints", config
@@ -66,29 +66,30 @@ class Checkpoints:
         path = self.folder / (named(pointer) or "nothing")
         if not (path / "state.json").is_file():
             raise UserError(
-                f"{pointer} names {path.name}, which is not there: write into it the name of a folder next to it "
-                "that is",
+                f"{pointer} names {path.name}, which is not a complete checkpoint: write the name of a complete one "
+                "in the same folder into it",
                 field=pointer,
                 code="not_found",
             )
         return path
 
     def find(self, which: str) -> Path | None:
-        """which: latest, best or a step. None where nothing was saved yet; UserError where there are only others."""
+        """Returns the path of a checkpoint, or None if nothing was saved yet. which: latest, best or a step. Raises
+        UserError if there are only other checkpoints."""
         steps = self.steps()
         if which == "latest" or not steps:
             return self.latest()
         if which == "best":
             if self.config.keep_best is None:
                 raise UserError(
-                    "--checkpoint best: this run judges none; train it with checkpoint.keep_best",
+                    "--checkpoint best: this run does not judge its checkpoints; train it with checkpoint.keep_best",
                     field="--checkpoint",
                     code="not_found",
                 )
             if (best := _best(self._scores(steps))) is not None:
                 return self.path(best)
             raise UserError(
-                f"--checkpoint best: none of {self.folder} is judged by {self.config.keep_best.metric} yet; "
+                f"--checkpoint best: no checkpoint in {self.folder} is judged by {self.config.keep_best.metric} yet; "
                 "those at multiples of checkpoint.every are",
                 field="--checkpoint",
                 code="not_found",
@@ -110,17 +111,17 @@ class Checkpoints:
         moments: State,
         pool: State,
     ) -> None:
-        """Begins to write a checkpoint, which a thread completes; it is there after `end`. A collective. Rank 0
-        writes what is whole, each rank its rows of the pool.
+        """Begins to write a checkpoint. A thread writes the files, and `end` completes the checkpoint. A collective.
+        Rank 0 writes the full tensors, and each rank writes its rows of the pool.
 
-        averages: by the name of their file. The tensors may not be changed until then."""
+        averages: by the names of their files. The tensors must not be changed until `end` returns."""
         self.end(ranks)
         final, state = self.path(state.step), replace(state, pools=ranks.world if pool else 0)
         begun = self._begun = _Begun(final, self.folder / f".{final.name}.partial")
         if ranks.is_main:
             try:
                 shutil.rmtree(begun.partial, ignore_errors=True)
-                # Not its parents: where a disk was lost, nothing is to be written in its place.
+                # Without its parents: if a disk was lost, nothing may be written in its place.
                 self.folder.mkdir(exist_ok=True)
                 begun.partial.mkdir()
             except OSError as caught:
@@ -133,7 +134,7 @@ class Checkpoints:
                 files = {"weights": weights, **averages, "optimizer": moments}
             if pool:
                 files[f"pool-{ranks.rank:05d}-of-{ranks.world:05d}"] = pool
-            # Each file by itself: of the folder's other files the other ranks are writing some.
+            # Syncs each file separately, because other ranks are still writing other files of the folder.
             for name, tensors in files.items():
                 file = begun.partial / f"{name}.safetensors"
                 write(tensors, file)
@@ -148,13 +149,13 @@ class Checkpoints:
 
     @property
     def written(self) -> bool:
-        """Whether a checkpoint was begun of which this rank has written its part, so that `end` need not wait for
-        it."""
+        """Whether a checkpoint was begun and this rank has written its part, so that `end` need not wait for this
+        rank."""
         return self._begun is not None and not self._begun.running
 
     def end(self, ranks: Ranks) -> None:
-        """Waits for the checkpoint that was begun, if one was, and puts it in its place; the pointer moves last. A
-        collective. Raises WorkFailed on all ranks where one could not write."""
+        """Waits for the checkpoint that was begun, if any, and moves it into place; then it updates the pointer
+        `latest`. A collective. Raises WorkFailed on all ranks if one of them could not write."""
         begun, self._begun = self._begun, None
         if begun is None:
             return
@@ -164,7 +165,7 @@ class Checkpoints:
             try:
                 sync(begun.partial)
                 step = int(begun.final.name.removeprefix("step-"))
-                if begun.final.exists():  # of an earlier start that was killed before it moved the pointer
+                if begun.final.exists():  # from an earlier start that was killed before it updated the pointer
                     self._delete(step)
                 begun.partial.replace(begun.final)
                 self.point_at(step)
@@ -174,38 +175,38 @@ class Checkpoints:
         self._agree(ranks, begun)
 
     def _agree(self, ranks: Ranks, begun: _Begun) -> None:
-        """Raises WorkFailed on all ranks where one has an error."""
+        """Raises WorkFailed on all ranks if one of them has an error."""
         if not ranks.any(begun.error is not None):
             return
-        if ranks.is_main:  # a full disk has its room back
+        if ranks.is_main:  # frees the space on a full disk
             shutil.rmtree(begun.partial, ignore_errors=True)
         raise WorkFailed(
             f"cannot write the checkpoint {begun.final} ({begun.error or 'another rank failed'}); the last good "
-            f"one is {self._last_good()}: make room or mend the disk, and run it again to resume from there"
+            f"one is {self._last_good()}: free space or repair the disk, and run it again to resume from it"
         )
 
     def _last_good(self) -> str:
         try:
             return str(self.latest() or "none")
         except (OSError, UserError) as error:
-            return f"not to be found ({error})"
+            return f"unknown ({error})"
 
     def point_at(self, step: int) -> None:
-        """Makes it the latest."""
+        """Makes the checkpoint of this step the latest one."""
         with replacing(self.folder / "latest", alone=True) as pointer:
             pointer.write_text(self.path(step).name)
 
     def _delete(self, step: int) -> None:
-        """Under another name first, so that no checkpoint is ever there in part."""
+        """Deletes a checkpoint. It is renamed first, so that a checkpoint is never present in part."""
         gone = self.folder / f".{self.path(step).name}.gone"
-        if gone.exists():  # of a process that was killed here
+        if gone.exists():  # left by a process that was killed during the deletion
             shutil.rmtree(gone)
         self.path(step).replace(gone)
         shutil.rmtree(gone)
 
     def _clear(self, newest: int) -> None:
-        """Deletes what need not stay."""
-        for gone in self.folder.glob(".step-*.gone"):  # of a process that was killed here
+        """Deletes the checkpoints that need not be kept."""
+        for gone in self.folder.glob(".step-*.gone"):  # left by a process that was killed during a deletion
             shutil.rmtree(gone)
         steps = self.steps()
         scores: dict[int, float] = {}
@@ -226,14 +227,14 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def steps(self) -> list[int]:
-        """Of the checkpoints that are there, in order."""
+        """Returns the steps of the existing checkpoints, in order."""
         numbers = [path.name.removeprefix("step-") for path in self.folder.glob("step-*")]
         return sorted(int(number) for number in numbers if number.isdecimal())
 
     def _scores(self, steps: Iterable[int]) -> dict[int, float]:
-        """By step, of those that keep_best has judged. It is read from each checkpoint's own state, so there is no
-        other record of which is the best that could be lost or wrong. Raises UserError for a state that cannot be
-        read."""
+        """Returns the scores, by step, of the checkpoints that keep_best has judged. They are read from each
+        checkpoint's own state, so there is no other record of the best one that could be lost or wrong. Raises
+        UserError for a state that cannot be read."""
         assert self.config.keep_best
         metric = self.config.keep_best.metric
         tallies = {step: read_state(self.path(step)).tally for step in steps}
@@ -242,20 +243,20 @@ class Checkpoints:
 
 
 def named(pointer: Path) -> str:
-    """The checkpoint that a `latest` names; "" where it holds no name of one."""
+    """Returns the name of the checkpoint that a `latest` file holds, or "" if it holds no such name."""
     name = pointer.read_bytes()[:100].decode(errors="replace").strip()
     return name if name.startswith("step-") and "/" not in name and "\0" not in name else ""
 
 
 def _best(scores: Mapping[int, float]) -> int | None:
-    """The step with the lowest score, the earliest of equals."""
+    """Returns the step with the lowest score; of equal scores, the earliest step."""
     return min(scores, key=lambda step: (scores[step], step), default=None)
 
 
 def read_pool(path: Path, first_row: int, rows: int) -> State:
-    """The rows of the global pool that this rank holds now, whatever the number of ranks that wrote them."""
+    """Returns the rows of the global pool that this rank holds now, for any number of ranks that wrote them."""
     parts = [read_tensors(path, file.stem) for file in sorted(path.glob("pool-*.safetensors"))]
     if not parts:
         return {}
-    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return {name: value[first_row : first_row + rows] for name, value in whole.items()}
+    pool = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return {name: value[first_row : first_row + rows] for name, value in pool.items()}

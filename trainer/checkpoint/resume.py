@@ -1,4 +1,4 @@
-"""From which checkpoint a run resumes: the newest that is complete and undamaged."""
+"""The choice of the checkpoint from which a run resumes: the newest that is complete and undamaged."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from trainer.engine.distributed import Ranks
 
 
 def newest_intact(checkpoints: Checkpoints, names: Iterable[str], ranks: Ranks) -> tuple[Path | None, str | None]:
-    """That checkpoint, None where there is none yet, and a warning where it is not the newest. A collective.
+    """Returns the newest intact checkpoint, or None if there is none yet, and a warning if it is not the newest. A
+    collective.
 
-    names: of its files of tensors. Newer ones that are damaged get another name, step-N.torn, and stay. What is newer
-    than the one that `latest` names is left alone, as a person may have gone back. Raises UserError where all are
-    torn."""
+    names: names of its tensor files. Newer checkpoints that are damaged are renamed to step-N.torn and kept.
+    Checkpoints newer than the one that `latest` names are left alone, because a person may have gone back. Raises
+    UserError if all checkpoints are damaged."""
     chosen, warning, failed = -1, None, None
     if ranks.is_main:
         try:
             chosen, warning = _choose(checkpoints, list(names))
-        except (UserError, OSError) as error:  # the others wait
+        except (UserError, OSError) as error:  # the other ranks wait for this one
             failed = error
     if ranks.any(failed is not None):
         raise failed or UserError(
@@ -45,7 +46,7 @@ def _choose(checkpoints: Checkpoints, names: list[str]) -> tuple[int, str | None
     problems = (
         []
         if known
-        else [f"{pointer} names {name!r}, which is not there" if name else f"{pointer} is missing or damaged"]
+        else [f"{pointer} names {name!r}, which does not exist" if name else f"{pointer} is missing or damaged"]
     )
     torn: list[int] = []
     for step in reversed([step for step in steps if not known or step <= known[0]]):
@@ -64,7 +65,7 @@ def _set_aside(checkpoints: Checkpoints, torn: list[int], problems: list[str], s
     for each in torn:
         path = checkpoints.path(each)
         kept = path.with_name(f"{path.name}.torn")
-        if kept.exists():  # this step was torn before: the newer one stays
+        if kept.exists():  # this step was damaged before: the newer copy is kept
             shutil.rmtree(kept)
         path.replace(kept)
     if not problems:
@@ -78,14 +79,14 @@ def _set_aside(checkpoints: Checkpoints, torn: list[int], problems: list[str], s
 
 
 def damage(path: Path, names: list[str]) -> str | None:
-    """Why a checkpoint cannot be resumed from, if it cannot. names: of its files of tensors, in addition to those of
-    the pool.
+    """Returns why a run cannot resume from a checkpoint, or None if it can. names: names of its tensor files, in
+    addition to those of the pool.
 
-    A file that was cut anywhere, or in which a bit has flipped, is found: each has its checksum."""
+    Each file has a checksum, so a file that was cut anywhere, or in which a bit has flipped, is detected."""
     try:
         pools = read_state(path).pools
     except AnotherFormat:
-        return None  # it is intact, and the reader is warned
+        return None  # it is intact; reading it raises the error again
     except UserError as error:
         return str(error)
     for name in [*names, *(f"pool-{rank:05d}-of-{pools:05d}" for rank in range(pools))]:

@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest, those at multiples of a number, and the best by a metric."""
+"""Which checkpoints are kept: the newest, those at multiples of a number, and the best by a metric."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class Tally:
-    """Sum of a metric over the steps reported since the last complete one. complete: at a multiple of checkpoint.every,
-    whose checkpoint is judged by the mean. An incomplete one is continued when the run is started again."""
+    """Sum of a metric over the steps reported since the last complete tally. complete: whether it ends at a multiple of
+    checkpoint.every; the checkpoint there is judged by the mean. An incomplete tally is continued when the run is
+    started again."""
 
     metric: str
     total: float = 0.0
@@ -47,29 +48,30 @@ class Tally:
     complete: bool = False
 
     def score(self, metric: str) -> float | None:
-        """The mean, for a complete tally of this metric that is not empty."""
+        """Returns the mean if the tally is complete, not empty and of this metric, else None."""
         return self.total / self.steps if self.complete and self.steps and self.metric == metric else None
 
 
 class Judge:
-    """Adds up the reports between checkpoints. Without keep_best it does nothing."""
+    """Sums the metric of keep_best over the reports between checkpoints. Without keep_best it does nothing."""
 
     def __init__(self, config: CheckpointConfig, tally: Tally | None) -> None:
-        """tally: of the checkpoint that training starts from."""
+        """tally: the tally of the checkpoint from which training starts."""
         self._every, self._seen, self._warned = config.every, set[str](), False
         self._metric = config.keep_best.metric if config.keep_best else None
-        goes_on = tally is not None and tally.metric == self._metric and not tally.complete
-        self._tally = tally if goes_on else self._fresh()
+        continues = tally is not None and tally.metric == self._metric and not tally.complete
+        self._tally = tally if continues else self._fresh()
 
     def observe(self, report: Mapping[str, float], steps: int) -> None:
-        """steps: how many the report is the mean of."""
+        """Adds a report. steps: number of steps over which the report averages."""
         self._seen |= report.keys()
         value = report.get(self._metric or "", math.nan)
         if self._tally and math.isfinite(value):
             self._tally = replace(self._tally, total=self._tally.total + value * steps, steps=self._tally.steps + steps)
 
     def close(self, step: int) -> tuple[Tally | None, str | None]:
-        """The tally that belongs into the checkpoint of this step, and a warning, once, where it does not judge it."""
+        """Returns the tally to store in the checkpoint of this step, and a warning, once, if the checkpoint is not
+        judged."""
         tally, warning = self._tally, None
         if tally and step % self._every == 0:
             if not tally.steps and not self._warned:
@@ -86,8 +88,8 @@ class Judge:
 
 
 def kept(steps: Iterable[int], newest: int, config: CheckpointConfig, best: int | None) -> set[int]:
-    """Which of the checkpoints at these steps stay, when the one at `newest` was written last. Those after it, of a
-    run that was set back, are left alone."""
+    """Returns which of the checkpoints at these steps are kept when the one at `newest` was written last. Those after
+    it are left alone; they are from a run that was set back."""
     steps = sorted(steps)
     stay = {step for step in steps if step > newest} | set([s for s in steps if s <= newest][-config.keep :])
     if config.keep_every:

@@ -1,4 +1,4 @@
-"""One training at a time in a run directory."""
+"""The lock that allows one training at a time in a run directory."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from trainer.engine.distributed import Ranks
 
 @contextmanager
 def exclusive(directory: Path, ranks: Ranks, patience: float = 0.0) -> Iterator[None]:
-    """Holds a lock on the directory, on rank 0. Raises UserError where another process on this machine, or on a file
-    system with locks, still holds it after `patience` seconds. The system frees it when the process ends, however it
-    ends."""
+    """A context in which rank 0 holds a lock on the directory. Raises UserError if another process still holds the lock
+    after `patience` seconds. A process on another machine is noticed only if the file system supports locks. The
+    operating system releases the lock when the process ends, however it ends."""
     if not ranks.is_main:
         yield
         return
@@ -47,12 +47,12 @@ def exclusive(directory: Path, ranks: Ranks, patience: float = 0.0) -> Iterator[
 
 
 _held: set[Path] = set()
-"""The directories that this process has: such a lock keeps other processes out, and not its own."""
+"""The directories that this process has locked. Such a lock keeps out other processes, but not its own."""
 
 
 def _locked(file: IO[str]) -> bool:
-    """By a lock that processes forked from this one do not share: a reader of data may outlive a killed training by
-    seconds."""
+    """Tries to lock the file, and returns whether it did. Processes forked from this one do not share the lock, because
+    a data reader may outlive a killed training by seconds."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

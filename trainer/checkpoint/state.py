@@ -1,4 +1,4 @@
-"""Where training is: a checkpoint's state.json."""
+"""The state of a training apart from its tensors: a checkpoint's state.json."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ FORMAT = 3
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where training is. step: optimizer steps done. samples: position in the data. evaluations: network evaluations
-    of samples so far, over all ranks. seconds: time spent training, over all starts. shape: (C, H, W) of an image.
-    period: of consistency, once a budget has chosen it. tally: of the metric that checkpoints are judged by.
-    loss_scale: of the step to come. usual_loss: of steps without and with consistency, where spikes are looked for.
-    rolled_back: how often training has gone back, which leaves `samples` ahead of `step`. in_a_row: steps skipped
-    up to this one. pools: how many files of particles the checkpoint has."""
+    """The state of a training apart from its tensors. step: optimizer steps done. samples: position in the data.
+    evaluations: network evaluations of samples so far, over all ranks. seconds: time spent training, over all starts.
+    shape: (C, H, W) of an image. period: the period of consistency, once a budget has chosen it. tally: the tally of
+    the metric by which checkpoints are judged. loss_scale: the loss scale of the next step. usual_loss: the usual
+    losses of steps without and with consistency, if spikes are looked for. rolled_back: how often training has gone
+    back, which leaves `samples` ahead of `step`. in_a_row: number of skipped steps in a row, up to this one. pools:
+    number of particle files in the checkpoint."""
 
     step: int
     samples: int
@@ -42,7 +43,7 @@ class TrainState:
 
 
 def state_from(data: dict[str, Any]) -> TrainState:
-    """From what `asdict` made of one. Raises KeyError or TypeError for other data."""
+    """Returns the state that `asdict` converted to this data. Raises KeyError or TypeError for other data."""
     tally = Tally(**data["tally"]) if data.get("tally") else None
     scale = LossScale(**data.get("loss_scale", {}))
     plain, consistency = (Usual(**each) for each in data.get("usual_loss", ({}, {})))
@@ -62,28 +63,30 @@ def state_from(data: dict[str, Any]) -> TrainState:
         consistency.steps,
     ]
     if len(state.shape) != 3 or any(type(n) is not int or n < 0 for n in numbers) or 0 in state.shape:
-        raise TypeError(f"its counts must be whole numbers, and its shape three of them: {numbers}")
+        raise TypeError(f"its counts must be whole numbers, and its shape three positive ones: {numbers}")
     if not all(isinstance(x, int | float) for x in (state.seconds, scale.scale, plain.mean, consistency.mean)):
         raise TypeError("seconds, scale and means must be numbers")
     return state
 
 
 class AnotherFormat(UserError):
-    """Of a checkpoint that another version wrote."""
+    """The error for a checkpoint that another version wrote, in another format."""
 
 
 def read_state(path: Path) -> TrainState:
-    """Raises AnotherFormat, or UserError for a state.json that is missing or damaged."""
+    """Reads a checkpoint's state. Raises AnotherFormat, or UserError for a state.json that is missing or damaged."""
     try:
         data = from_json(text_of(path / "state.json"))
         if not isinstance(data, dict):
             raise ValueError("it must be a mapping of fields to values")
         recorded = data.pop(CHECKSUM, None)
         if recorded not in (None, with_checksum(data)[CHECKSUM]):
-            raise ValueError("its checksum is not that of its contents")
+            raise ValueError("its checksum does not match its contents")
         if data.pop("format") != FORMAT:
             raise AnotherFormat(
-                f"{path}: another format of checkpoint; this version reads {FORMAT}", field=path, code="unsupported"
+                f"{path}: the checkpoint has another format; this version reads format {FORMAT}",
+                field=path,
+                code="unsupported",
             )
         if recorded is None:
             raise ValueError("it has no checksum")
@@ -95,5 +98,5 @@ def read_state(path: Path) -> TrainState:
 
 
 def with_checksum(data: dict[str, Any]) -> dict[str, Any]:
-    """With the checksum of what is in it."""
+    """Returns the data with the checksum of its contents added."""
     return {**data, CHECKSUM: f"{zlib.crc32(json.dumps(data, sort_keys=True).encode()):08x}"}

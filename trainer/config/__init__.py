@@ -1,5 +1,5 @@
-"""A run's configuration: from YAML and overrides to frozen dataclasses and back, and what is said of wrong values.
+"""A run's configuration: makes frozen dataclasses from YAML and overrides, writes them back, and explains wrong values.
 
-Alone imports pydantic. Imports the folders whose dataclasses it puts together; planning, training and the commands
-import it.
+No other folder imports pydantic. It imports the folders whose dataclasses it combines; planning, training and the
+commands import it.
 """

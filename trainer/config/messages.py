@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in one clear line, from what pydantic says of it."""
+"""Explains what is wrong with a configuration in one line, based on pydantic's error."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ PLAINER = {
     "dict_type": "must be a mapping of names to values",
     "mapping_type": "must be a mapping of names to values",
 }
-"""pydantic's messages, in our words."""
+"""Plainer texts for pydantic's messages, by its type of error."""
 
 
 def dataclasses_in(kind: Any) -> Iterator[Any]:
-    """It and all within it."""
+    """Yields the dataclasses in a type: itself, and those of its fields at any depth."""
     if dataclasses.is_dataclass(kind):
         yield kind
         for hint in typing.get_type_hints(kind).values():
@@ -42,8 +42,8 @@ def dataclasses_in(kind: Any) -> Iterator[Any]:
 
 
 def explain(kind: Any, error: Any) -> tuple[str, str, Code]:
-    """One line of one of pydantic's errors: the field, its value, what it must be, and what may have been meant; the
-    field alone; and the kind of mistake. kind: the dataclass that was to be made."""
+    """Returns (line, field, code) for one of pydantic's errors. The line names the field, its value, what it must be,
+    and what the user may have meant. kind: the dataclass that should have been made."""
     text = _line(kind, error)
     return text, re.split("[: ]", text, maxsplit=1)[0], CODES.get(error["type"], "invalid")
 
@@ -56,7 +56,7 @@ CODES: dict[str, Code] = {
     "missing": "missing",
     "missing_argument": "missing",
 }
-"""By pydantic's types of errors."""
+"""The codes of mistakes by pydantic's type of error. All other types are "invalid"."""
 
 
 def _line(kind: Any, error: Any) -> str:
@@ -81,26 +81,26 @@ def _line(kind: Any, error: Any) -> str:
         known = re.findall("'(.*?)'", error["ctx"]["expected"])
         return f"{name}: {value!r}: must be {error['ctx']['expected']}{did_you_mean(value, known)}"
     message = PLAINER[error["type"]] if error["type"] in PLAINER else error["msg"].removeprefix("Value error, ")
-    if error["type"] == "string_type" and isinstance(value, int | float):  # which YAML makes of 1 and of yes
+    if error["type"] == "string_type" and isinstance(value, int | float):  # as YAML reads 1 and yes
         message += ": put it in quotes"
     shown = f" {value!r}:"
-    # Of a group: the fields that the message speaks of, where it has not their values.
+    # For a group: the fields that the message names without their values.
     if isinstance(value, dict) and error["type"] == "value_error":
         named = [
             field
-            for field, its in value.items()
-            if not isinstance(its, dict) and re.search(rf"\b{re.escape(str(field))}\b", message)
+            for field, inner in value.items()
+            if not isinstance(inner, dict) and re.search(rf"\b{re.escape(str(field))}\b", message)
         ]
         given = [f"{field} {value[field]!r}" for field in named if not _says(message, field, value[field])]
         shown = f" {', '.join(given)}:" if given else ""
     elif dataclasses.is_dataclass(value):
         shown = ""
-    said = f"{name}:{shown} {message[0].lower()}{message[1:]}"
-    return said if name else said.removeprefix(":").strip()
+    line = f"{name}:{shown} {message[0].lower()}{message[1:]}"
+    return line if name else line.removeprefix(":").strip()
 
 
 def _one_of(kind: Any, location: Sequence[str]) -> str:
-    """ ": 'slurm' or 'local'" of a field that has a few values with names, else ""."""
+    """Returns ": 'slurm' or 'local'" for a field with a fixed list of values, otherwise ""."""
     groups = [inner for hint in _at(kind, location[:-1]) for inner in members(hint)]
     hints = [typing.get_type_hints(inner).get(location[-1]) for inner in groups]
     values = [value for hint in hints if typing.get_origin(hint) is typing.Literal for value in typing.get_args(hint)]
@@ -108,26 +108,27 @@ def _one_of(kind: Any, location: Sequence[str]) -> str:
 
 
 def _says(message: str, field: str, value: object) -> bool:
-    """Whether the message has the field with its value already."""
+    """Returns whether the message already contains the field with its value."""
     texts = {str(value), f"{value:g}" if isinstance(value, int | float) else str(value)}
     return any(re.search(rf"\b{re.escape(f'{field} {text}')}(?![\w.])", message) for text in texts)
 
 
 def _where_it_is(kind: Any, loc: Sequence[str], location: Sequence[str]) -> str:
-    """Of a field that is not where it was looked for. loc: the path, with the kinds that it goes through."""
+    """Returns a hint for an unknown field. loc: its path, including the kinds in it. location: its path without
+    them."""
     last, above = location[-1], ".".join(location[:-1])
     here = sorted({field.name for inner in _at(kind, loc[:-1]) for field in dataclasses.fields(inner)})
     elsewhere = [(path, of) for path, of in _paths(kind) if path.rpartition(".")[2] == last]
     if of := next((of for path, of in elsewhere if of and path == f"{above}.{last}"), None):
-        return f"; it is one of kind {of}, which {above}.kind is not"
+        return f"; it is a field of kind {of}, but {above}.kind is another one"
     if elsewhere:
         return f"; did you mean {' or '.join(dict.fromkeys(path for path, _ in elsewhere[:3]))}?"
     return did_you_mean(last, here) or f"; there are {', '.join(here)}"
 
 
 def _paths(kind: Any, prefix: str = "") -> Iterator[tuple[str, str | None]]:
-    """Every field of a configuration, groups among them, by its path, and of which kind it is where others have it
-    not."""
+    """Yields (path, kind) of every field of a configuration, including groups. kind: the kind of group that has the
+    field; None for a group without kinds."""
     for inner in members(kind):
         for name, hint in typing.get_type_hints(inner).items():
             yield f"{prefix}{name}", getattr(inner, "kind", None)
@@ -135,7 +136,8 @@ def _paths(kind: Any, prefix: str = "") -> Iterator[tuple[str, str | None]]:
 
 
 def members(hint: Any) -> list[Any]:
-    """The dataclasses that a value may be, without those within them. A dict's keys are names that the user gave."""
+    """Returns the dataclasses that a value may be, without those nested in them. For a dict there are none: its keys
+    are names that the user gave."""
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return [hint]
     if typing.get_origin(hint) in (typing.Union, types.UnionType, typing.Annotated):
@@ -144,17 +146,17 @@ def members(hint: Any) -> list[Any]:
 
 
 def _at(kind: Any, path: Sequence[str]) -> list[Any]:
-    """What may be at a path; a kind that stands in it says which of several it is."""
+    """Returns the dataclasses that may be at a path. A kind in the path selects one of several."""
     hints: list[Any] = [kind]
     for part in path:
-        found = [inner for hint in hints for inner in members(hint)]
-        if chosen := [inner for inner in found if len(found) > 1 and getattr(inner, "kind", None) == part]:
+        possible = [inner for hint in hints for inner in members(hint)]
+        if chosen := [inner for inner in possible if len(possible) > 1 and getattr(inner, "kind", None) == part]:
             hints = chosen
             continue
         dicts = [typing.get_args(hint)[1] for hint in hints if typing.get_origin(hint) is dict]
         hints = dicts or [
             below
-            for inner in found
+            for inner in possible
             if (below := typing.get_type_hints(inner, include_extras=True).get(part)) is not None
         ]
     return [inner for hint in hints for inner in members(hint)]

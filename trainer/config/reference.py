@@ -1,4 +1,4 @@
-"""Every field of a configuration, with its values, default and meaning, from the dataclasses themselves.
+"""The reference of all configuration fields, with values, default and meaning, made from the dataclasses.
 
 python -m trainer.config.reference > docs/configuration.md
 """
@@ -33,8 +33,8 @@ This page is made by `python -m trainer.config.reference`, from the code.
 
 @dataclass(frozen=True)
 class Field:
-    """name: within its group. values: what it may be, in words. choices: those of its values that have a name, such
-    as true and null. default: as YAML; "" where it must be given. about: its meaning."""
+    """One field. name: its name within the group. values: the allowed values, in words. choices: those of its values
+    that have a name, such as true and null. default: as YAML; "" if the field must be given. about: its meaning."""
 
     name: str
     values: str
@@ -45,8 +45,9 @@ class Field:
 
 @dataclass(frozen=True)
 class Group:
-    """Fields at one path of the configuration, such as engine or checkpoint.keep_best; "" at the top. kind: of these
-    fields, where the path has several. null: whether it may stand for all of them: "no", "allowed" or "default"."""
+    """The fields at one path of the configuration, such as engine or checkpoint.keep_best; "" at the top. kind: the
+    kind that these fields belong to, if the path has several kinds. null: whether the group may be null: "no",
+    "allowed" or "default"."""
 
     path: str
     kind: str | None
@@ -56,7 +57,8 @@ class Group:
 
 
 def groups(configs: Sequence[Any] = (RunConfig,), path: str = "", null: str = "no") -> Iterator[Group]:
-    """In the order of the configuration, each before those within it. configs: what may be at this path."""
+    """Yields groups in the order of the configuration, each before those nested in it. configs: the dataclasses that
+    may be at this path."""
     below: dict[str, list[Any]] = {}
     nulls: dict[str, str] = {}
     for config in configs:
@@ -84,7 +86,8 @@ def groups(configs: Sequence[Any] = (RunConfig,), path: str = "", null: str = "n
 
 
 def described(config: Any) -> tuple[str, dict[str, str]]:
-    """What a dataclass's docstring says of it, and of each of its fields: `name: meaning`, `name, other: meaning`."""
+    """Returns what a dataclass's docstring says about it, and about each of its fields. The docstring describes fields
+    as `name: meaning` or `name, other: meaning`."""
     text = " ".join((inspect.getdoc(config) or "").split())
     names = "|".join(f.name for f in dataclasses.fields(config))
     first, *rest = re.split(rf"(?:^|(?<=[.;] ))((?:{names})(?:, (?:{names}))*): ", text)
@@ -133,16 +136,16 @@ def _default(field: dataclasses.Field[Any]) -> str:
 
 
 def page() -> str:
-    """All of it, in Markdown."""
+    """Returns the complete reference in Markdown."""
     from trainer.config.resume_compatibility import MAY_CHANGE
 
-    found = list(groups())
+    all_groups = list(groups())
     lines, before = [HEAD], None
-    for group in found:
+    for group in all_groups:
         if group.path != before:
             lines.append(f"\n## {group.path or 'The run'}\n")
             if group.kind:
-                kinds = ", ".join(str(other.kind) for other in found if other.path == group.path)
+                kinds = ", ".join(str(other.kind) for other in all_groups if other.path == group.path)
                 lines.append(f"\n`{group.path}.kind`: one of {kinds}; `{_default_kind(group.path)}` unless given.\n")
         if group.null != "no" and group.path != before:
             lines.append(

@@ -24,11 +24,12 @@ MAY_CHANGE = (
     "recovery.",
     "logging.",
 )
-"""Fields that a run may be started again with another value of. The others would make it another run."""
+"""The fields whose values may change when a run is resumed, and groups of them (ending with a point). A change of any
+other field would make it a different run."""
 
 
 def refuse_another_run(config: RunConfig, directory: Path) -> None:
-    """Raises UserError where the directory holds a run whose fixed fields have other values."""
+    """Raises UserError if the directory holds a run whose fixed fields have other values."""
     path = directory / "config.yaml"
     if path.is_file() and (found := differences(_fixed(load(path)), _fixed(config))):
         raise UserError(
@@ -37,5 +38,5 @@ def refuse_another_run(config: RunConfig, directory: Path) -> None:
 
 
 def _fixed(config: RunConfig) -> dict[str, object]:
-    """What stays the same for all of a run, by name."""
+    """Returns the fields that stay the same during a run, by name."""
     return {name: value for name, value in flatten(to_data(config)) if not name.startswith((*MAY_CHANGE, "run_dir"))}

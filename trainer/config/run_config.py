@@ -1,7 +1,7 @@
-"""One YAML file and `key.path=value` overrides make a RunConfig, or one clear line says why not.
+"""Makes a RunConfig from one YAML file and `key.path=value` overrides, or says in one line what is wrong.
 
 The parts of the configuration are frozen dataclasses in the files of the components that they configure. pydantic
-checks them, here and nowhere else."""
+checks them, only in this file."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ AnyModel = Annotated[
     Annotated[UNet2DConfig, Tag("unet2d")] | Annotated[DiTConfig, Tag("dit")] | Annotated[SDXLConfig, Tag("sdxl")],
     Discriminator(_kind_of_model),
 ]
-"""Every kind of model (see trainer.models.adapter); unet2d where no kind is given."""
+"""Every kind of model (see trainer.models.adapter); unet2d if no kind is given."""
 
 
 @dataclass(frozen=True)
@@ -86,25 +86,26 @@ class RunConfig:
             raise ValueError(f"consistency.batch_size {particles} must divide batch_size {self.batch_size}")
         if self.checkpoint.keep_best and self.logging.every > self.checkpoint.every:
             raise ValueError(
-                f"checkpoint.keep_best judges by reports, so logging.every {self.logging.every} must be at most "
+                f"checkpoint.keep_best compares logged metrics, so logging.every {self.logging.every} must be at most "
                 f"checkpoint.every {self.checkpoint.every}"
             )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed} must be from 0 to 2^63 - 1")
         if self.data.sigma_scale == 0 and self.consistency is not None:
             raise ValueError(
-                "data.sigma_scale=0 takes every image for clean, so there is no level for consistency: set "
+                "data.sigma_scale=0 treats every image as clean, so there is no noise level for consistency: set "
                 "consistency to null"
             )
 
     @property
     def stride(self) -> int:
-        """Every how many-th sample of a batch consistency has a particle for; 1 without consistency."""
+        """The number n, if every n-th sample of a batch has a particle for consistency; 1 without consistency."""
         particles = self.consistency.batch_size if self.consistency else None
         return self.batch_size // (particles or self.batch_size)
 
     def layout(self, rank: int, world: int) -> Layout:
-        """Raises UserError where the batch, or its particles, cannot be split over so many ranks."""
+        """Returns the layout of a rank. Raises UserError if the batch or its particles cannot be split over `world`
+        ranks."""
         rows, rest = divmod(self.batch_size, world)
         if rest or rows == 0:
             raise UserError(
@@ -131,7 +132,8 @@ class RunConfig:
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a YAML file, with one level of `base:` (a path relative to it), and applies overrides. Raises UserError."""
+    """Reads a YAML file, with one level of `base:` (a path relative to this file), and applies overrides. Raises
+    UserError."""
     data = _read(path)
     if (base := data.pop("base", None)) is not None:
         base_data = _read(path.parent / str(base))
@@ -148,8 +150,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def parse(data: dict[str, Any], where: str, overridden: Sequence[str] = ()) -> RunConfig:
-    """A RunConfig from plain data. Raises UserError naming `where`, the field and its value. overridden: fields that
-    are from the command line."""
+    """Makes a RunConfig from plain data. Raises UserError, which names `where`, the field and its value. overridden:
+    fields that come from the command line."""
     for name, value in flatten(data):
         try:
             refuse_password(str(value))
@@ -159,17 +161,17 @@ def parse(data: dict[str, Any], where: str, overridden: Sequence[str] = ()) -> R
 
 
 def load_as(kind: type[T], path: Path) -> T:
-    """Another dataclass from a YAML file. Raises UserError."""
+    """Makes any dataclass from a YAML file. Raises UserError."""
     return parse_as(kind, _read(path), str(path))
 
 
 def parse_as(kind: type[T], data: dict[str, Any], where: str, overridden: Sequence[str] = ()) -> T:
-    """Any dataclass from plain data, as `parse`."""
+    """Makes any dataclass from plain data, like `parse`."""
     _forbid_unknown_fields(kind)
     try:
         made = TypeAdapter(kind).validate_python(data)
         taken = dict(flatten(TypeAdapter(kind).dump_python(made, mode="json")))
-        for name, value in flatten(data):  # pydantic takes true for 1
+        for name, value in flatten(data):  # pydantic accepts true as 1
             if isinstance(value, bool) and isinstance(taken.get(name), int | float) and taken[name] is not value:
                 raise UserError(
                     f"{'the command line' if name in overridden else where}: {name}: {value!r}: must be a number",
@@ -178,19 +180,19 @@ def parse_as(kind: type[T], data: dict[str, Any], where: str, overridden: Sequen
                 )
         return made
     except ValidationError as error:
-        said, field, code = explain(kind, error.errors()[0])
-        name = said.partition(":")[0]
-        from_there = any(
+        line, field, code = explain(kind, error.errors()[0])
+        name = line.partition(":")[0]
+        from_override = any(
             f"{path}.".startswith(f"{name}.")
             or f"{name}.".startswith(f"{path}.")
-            or name.startswith(f"{path} ")  # of the whole, which begins with the field
+            or name.startswith(f"{path} ")  # an error across fields, whose text begins with the field
             for path in overridden
         )
-        raise UserError(f"{'the command line' if from_there else where}: {said}", field=field, code=code) from None
+        raise UserError(f"{'the command line' if from_override else where}: {line}", field=field, code=code) from None
 
 
 def to_data(config: RunConfig) -> dict[str, Any]:
-    """Plain data that `parse` reads back to an equal configuration."""
+    """Returns plain data from which `parse` makes an equal configuration."""
     return TypeAdapter(RunConfig).dump_python(config, mode="json")
 
 
@@ -203,7 +205,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 DEEPEST = 8
-"""No field has so many points in its path."""
+"""Largest number of points in the path of an override; all fields have fewer."""
 
 
 def _parse_override(text: str) -> dict[str, Any]:
@@ -222,6 +224,6 @@ def _parse_override(text: str) -> dict[str, Any]:
 
 
 def _forbid_unknown_fields(kind: Any) -> None:
-    """pydantic's default silently drops unknown keys of dataclasses: forbid them in the whole tree."""
+    """Forbids unknown fields in a dataclass and all nested ones. By default pydantic silently drops them."""
     for inner in dataclasses_in(kind):
         inner.__pydantic_config__ = {"extra": "forbid"}

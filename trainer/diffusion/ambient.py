@@ -1,4 +1,4 @@
-"""Ambient denoising score matching: the loss above the data's noise level (Tweedie's formula twice)."""
+"""Ambient denoising score matching: the loss above the data's noise level. It applies Tweedie's formula twice."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from trainer.diffusion.tensors import expand, twice
 
 @dataclass(frozen=True)
 class LossTerms:
-    """loss: (B,) float32, to be averaged; it may be negative for pairs and for consistency. sigma: (B,), the level
-    each term speaks of. h_variance: a scalar, the variance of h over the samples, averaged over elements, where a
-    loss has it at hand."""
+    """loss: (B,) float32, to be averaged; it may be negative for pairs and for consistency. sigma: (B,), the noise
+    level of each term. h_variance: a scalar, the variance of h over the samples, averaged over elements; None if the
+    loss does not compute it."""
 
     loss: Tensor
     sigma: Tensor
@@ -27,14 +27,14 @@ class LossTerms:
 
 
 def further_noised(x_n: Tensor, sigma_n: Tensor, sigma_t: Tensor, z: Tensor) -> Tensor:
-    """x_t from x_n for sigma_t >= sigma_n: x_n + sqrt(sigma_t^2 - sigma_n^2) z. x_n, z: (B, *D); levels: (B,)."""
+    """Returns x_t = x_n + sqrt(sigma_t^2 - sigma_n^2) z, for sigma_t >= sigma_n. x_n, z: (B, *D); levels: (B,)."""
     gap = ((sigma_t - sigma_n) * (sigma_t + sigma_n)).clamp(min=0).sqrt()
     return x_n + expand(gap, x_n) * z
 
 
 NEAREST = 1.005
-"""Pairs draw no level below NEAREST sigma_n, where their two points would be so close that rounding tells them
-apart."""
+"""Pairs draw no level below NEAREST sigma_n. There, the two points of a pair would be so close that rounding dominates
+their difference."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class AmbientConfig:
             raise ValueError(f"need 0 <= boundary_share <= 1 and boundary_ratio above {NEAREST}")
 
     def passes(self, samples: int) -> list[tuple[int, bool]]:
-        """Through the network, that `AmbientLoss` makes of so many samples: of how many rows each, and whether with
-        a gradient."""
+        """Returns the network passes that `AmbientLoss` makes for this number of samples: for each pass its number of
+        rows, and whether it has a gradient."""
         return [(2 * samples if self.pairs else samples, True)]
 
 
@@ -70,8 +70,8 @@ class AmbientLoss:
     That form has no division by a and no difference of near-equal numbers, so it is exact in float32 down to
     sigma_t = sigma_n, where it is finite and has no gradient. Its effective weight on ||h - E[x0 | x_t]||^2 is w a.
 
-    config.pairs takes each x_n twice, with z and with -z, and gives an unbiased estimate of the clean loss
-    w ||h - x0||^2, with effective weight w at every level (see `paired`); it costs 2 evaluations a sample.
+    config.pairs uses each x_n twice, with z and with -z, and gives an unbiased estimate of the clean loss
+    w ||h - x0||^2, with effective weight w at every level (see `paired`). It costs 2 evaluations per sample.
     """
 
     levels: Levels
@@ -103,7 +103,7 @@ class AmbientLoss:
 
     @staticmethod
     def unweighted(h: Tensor, x_n: Tensor, sigma_n: Tensor, sigma_t: Tensor, z: Tensor) -> Tensor:
-        """|| a h + b x_t - x_n ||^2 / a, averaged over a sample's elements: (B,)."""
+        """Returns || a h + b x_t - x_n ||^2 / a, averaged over a sample's elements: (B,)."""
         ratio = sigma_n / sigma_t
         a = ((1 - ratio) * (1 + ratio)).clamp(min=0)
         residual = expand(a.sqrt(), h) * (h - x_n) + expand(ratio.square() * sigma_t, h) * z
@@ -111,14 +111,14 @@ class AmbientLoss:
 
     @staticmethod
     def paired(h: Tensor, x_n: Tensor, sigma_n: Tensor, sigma_t: Tensor, z: Tensor) -> Tensor:
-        """An unbiased estimate of E ||h(x_t) - x0||^2, averaged over a sample's elements: (B,).
+        """Returns an unbiased estimate of E ||h(x_t) - x0||^2, averaged over a sample's elements: (B,).
 
-        h: (2 B, *D), at x_n + sigma_t sqrt(a) z and then at x_n - sigma_t sqrt(a) z.
+        h: (2 B, *D), first h+ at x_n + sigma_t sqrt(a) z, then h- at x_n - sigma_t sqrt(a) z.
 
-        (||h+ - x_n||^2 + ||h- - x_n||^2) / 2 + b sigma_t <z, h+ - h-> / sqrt(a) - sigma_n^2 ||1||^2. It follows from
-        E[h x0] = E[h (x_n - b sigma_t z / sqrt(a))]. The noise of a single term, of order 1 / sqrt(a), cancels in the
-        pair; as a -> 0 this becomes Stein's unbiased risk estimate (Stein 1981), with a divergence by finite
-        difference.
+        The estimate is (||h+ - x_n||^2 + ||h- - x_n||^2) / 2 + b sigma_t <z, h+ - h-> / sqrt(a) - sigma_n^2 ||1||^2.
+        It follows from E[h x0] = E[h (x_n - b sigma_t z / sqrt(a))]. The noise of a single term, of order 1 / sqrt(a),
+        cancels in the pair. As a -> 0, the estimate becomes Stein's unbiased risk estimate (Stein 1981), with the
+        divergence as a finite difference.
         """
         ratio = sigma_n / sigma_t
         a = (1 - ratio) * (1 + ratio)
@@ -129,9 +129,9 @@ class AmbientLoss:
 
 
 def e_x0_from_e_xn(e_xn: Tensor, x_t: Tensor, sigma_n: Tensor, sigma_t: Tensor) -> Tensor:
-    """E[x0 | x_t] from E[x_n | x_t] (arXiv 2404.10177, Theorem 3.1): (E[x_n | x_t] - b x_t) / a.
+    """Returns E[x0 | x_t] = (E[x_n | x_t] - b x_t) / a (arXiv 2404.10177, Theorem 3.1).
 
-    Levels are broadcastable to x_t. Not finite at sigma_t = sigma_n: E[x_n | x_n] says nothing of x0.
+    Levels are broadcastable to x_t. The result is not finite at sigma_t = sigma_n: E[x_n | x_n] says nothing about x0.
     """
     ratio_squared = torch.square(sigma_n / sigma_t)
     return (e_xn - ratio_squared * x_t) / (1 - ratio_squared)

@@ -1,4 +1,4 @@
-"""Consistency: the loss below the data's noise level. Where its points come from: particles.py."""
+"""Consistency: the loss below the data's noise level. Its points come from particles.py."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ class ConsistencyConfig:
         self.schedule()
 
     def passes(self, particles: int) -> list[tuple[int, bool]]:
-        """Through the network, that `ConsistencyLoss` makes of so many particles, in order: of how many rows each,
-        and whether with a gradient."""
+        """Returns the network passes that `ConsistencyLoss` makes for this number of particles, in order: for each
+        pass its number of rows, and whether it has a gradient."""
         above, between = (particles, self.gradient == "both"), (2 * particles, False)
         return [above, *[between] * (self.steps - 1), (2 * particles, True)]
 
@@ -76,13 +76,13 @@ class ConsistencyLoss:
 
     x_s' and x_s'' are independent reverse samples of one x_t, so this is an unbiased estimate of the squared gap
     ||h(x_t, t) - E[h(x_s, s) | x_t]||^2, which is 0 for the denoiser of a true diffusion (arXiv 2404.10177, eq. 10).
-    It can be negative in a batch; nothing is clamped.
+    The estimate can be negative in a batch; it is not clamped.
 
     weight: w. ratio: a reverse step goes from t to about ratio * t (the exponent is uniform in [0.5, 1.5], so that
-    every level is visited). steps: how many of them lie between x_t and x_s. sigma_min: the lowest level. gradient:
-    "low" moves only the low-noise side, which has to follow what the data taught at t; "both" moves both; points are
-    constants. Cost: 1 + 2 steps evaluations a particle: the one at x_t serves both children, and none is computed
-    twice.
+    every level is visited). steps: number of reverse steps from x_t to x_s. sigma_min: the lowest level. gradient:
+    "low" gives a gradient to the low-noise side only, which has to follow what the data taught at t; "both" gives one
+    to both sides. The points x_t and x_s are constants. Cost: 1 + 2 * steps evaluations per particle. The evaluation at
+    x_t serves both children, and none is computed twice.
     """
 
     weight: Weight
@@ -92,7 +92,7 @@ class ConsistencyLoss:
     gradient: Literal["low", "both"] = "low"
 
     def __call__(self, denoiser: Denoise, particles: Particles, noise: Noise) -> tuple[LossTerms, Particles]:
-        """The loss terms, and the particles `steps` steps further down (one child replaces its parent)."""
+        """Returns the loss terms, and the particles `steps` steps further down (one child replaces its parent)."""
         x_t, t, conditioning = particles.x, particles.sigma, particles.conditioning
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.gradient == "both"):
             h_t = denoiser(x_t, t, conditioning)

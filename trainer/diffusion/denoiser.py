@@ -1,4 +1,4 @@
-"""The denoiser: a backbone seen through its process and its prediction."""
+"""The denoiser: a backbone together with its noise process and its prediction type."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Denoiser(nn.Module):
     """h(x_t, sigma_t), an estimate of E[x0 | x_t], computed in float32 (float64 for float64) around the backbone.
 
     backbone: called as `backbone(input (B, *D), time (B,), conditioning)`, returns (B, *D) in any float dtype.
-    `evaluations` counts the samples that went through the network, the unit of cost; `evaluations_with_gradient` those
-    of them that a backward pass follows.
+    `evaluations` counts the samples that went through the network, the unit of cost. `evaluations_with_gradient` counts
+    those of them that are followed by a backward pass.
     """
 
     def __init__(self, backbone: nn.Module, process: Process, prediction: Prediction) -> None:

@@ -1,4 +1,4 @@
-"""Which kind of step is step N: a pure function of integers, equal on all ranks."""
+"""The schedule of consistency steps: a pure function of integers, equal on all ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class StepSchedule:
     """Consistency joins the ambient loss at `count` of every `period` steps, from step `start` to before `end`.
 
     The loss is multiplied by `scale`, period / count, so the expected gradient does not depend on how often it runs.
-    count 0 is "never". end None is "to the last step".
+    count 0 means never. end None means up to the last step.
     """
 
     period: int
@@ -24,7 +24,8 @@ class StepSchedule:
             raise ValueError(f"need period >= 1, 0 <= count <= period, start >= 0; got {self}")
 
     def has_consistency(self, step: int) -> bool:
-        """Spread evenly (Bresenham): true at exactly `count` of any `period` consecutive steps from `start` on."""
+        """Whether this step includes consistency. Such steps are spread evenly (Bresenham): exactly `count` of any
+        `period` consecutive steps from `start` on."""
         if step < self.start or (self.end is not None and step >= self.end):
             return False
         i = step - self.start
@@ -36,9 +37,9 @@ class StepSchedule:
 
 
 def period_within(budget: float, ambient_seconds: float, consistency_seconds: float) -> int:
-    """The shortest period at which consistency adds at most `budget` times the time of ambient steps alone.
+    """Returns the shortest period at which consistency adds at most `budget` times the time of ambient steps alone.
 
-    The arguments are times of one step of each kind; the second one includes the ambient loss.
+    The times are those of one step of each kind; a consistency step includes the ambient loss.
     """
     added = max(0.0, consistency_seconds - ambient_seconds)
     return max(1, math.ceil(added / (budget * ambient_seconds)))

@@ -1,6 +1,6 @@
 """Distributions over the training level sigma_t, truncated at each sample's own sigma_n, and loss weights.
 
-Truncation is by the inverse distribution function: one uniform number a sample, nothing rejected, nothing clamped.
+Truncation uses the inverse distribution function: one uniform number per sample, no rejection, no clamping.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class LogNormal:
     def sample(self, u: Tensor, lower: Tensor, process: Process) -> Tensor:
         low, high = _bounds(lower, process)
         z_low, z_high = (low.log() - self.mean) / self.std, (high.log() - self.mean) / self.std
-        # In the upper tail ndtr rounds to 1: mirror the interval, where it keeps its digits.
+        # In the upper tail ndtr rounds to 1: mirror the interval into the lower tail, where ndtr keeps its digits.
         mirror = z_low > 0
         left, right = torch.where(mirror, -z_high, z_low), torch.where(mirror, -z_low, z_high)
         p = torch.where(mirror, 1 - u.double(), u.double())
@@ -68,11 +68,12 @@ class UniformTime:
 Levels = LogNormal | LogUniform | UniformTime
 """`sample(u, lower, process)`: u (B,) uniform in [0, 1); lower (B,) the samples' sigma_n.
 Returns sigma_t (B,), with max(lower, process.sigma_min) <= sigma_t <= process.sigma_max. Every sigma_n must be below
-process.sigma_max; that is checked once, against the data's index, not in each step, where it would stall a GPU."""
+process.sigma_max. This is checked once, against the data's index; a check in each step would stall a GPU."""
 
 
 def log_uniform(u: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Levels whose logarithm is uniform from low to high (both above 0), at the quantiles u. All (B,); u's dtype."""
+    """Returns the levels at the quantiles u of a distribution whose logarithm is uniform from low to high (both above
+    0). All tensors are (B,); the result has u's dtype."""
     low, high = low.double(), high.double()
     return _rounded((low.log() + u.double() * (high / low).log()).exp(), low, high, u)
 
@@ -83,7 +84,7 @@ def _bounds(lower: Tensor, process: Process) -> tuple[Tensor, Tensor]:
 
 
 def _ndtr(z: Tensor) -> Tensor:
-    """The normal distribution function."""
+    """The distribution function of the standard normal."""
     return torch.special.ndtr(z)  # pyright: ignore
 
 
@@ -93,7 +94,7 @@ def _ndtri(p: Tensor) -> Tensor:
 
 
 def _rounded(sigma: Tensor, low: Tensor, high: Tensor, u: Tensor) -> Tensor:
-    """Back to u's dtype, with rounding never leaving the interval."""
+    """Returns sigma in u's dtype, clamped to [low, high] against rounding errors."""
     return torch.minimum(torch.maximum(sigma, low), high).to(u.dtype)
 
 
@@ -102,7 +103,7 @@ def _check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be above 0")
 
 
-# Weights multiply ||h - x0||^2, so each is written for a network that predicts x0 (its SNR is 1 / sigma^2).
+# Weights multiply ||h - x0||^2, so each is written for a network that predicts x0 (the SNR is 1 / sigma^2).
 
 
 @dataclass(frozen=True)
@@ -170,8 +171,8 @@ RHO = 7.0
 
 
 def karras_levels(steps: int, sigma_max: float, sigma_min: float) -> Tensor:
-    """The sampling levels of Karras et al. 2022, eq. 5, with their rho: (steps,) float64, from sigma_max down to
-    sigma_min."""
+    """Returns the sampling levels of Karras et al. 2022, eq. 5, with their rho: (steps,) float64, from sigma_max
+    down to sigma_min."""
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     top, bottom = math.pow(sigma_max, 1 / RHO), math.pow(sigma_min, 1 / RHO)
     return (top + ramp * (bottom - top)) ** RHO

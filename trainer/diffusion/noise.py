@@ -1,7 +1,7 @@
-"""Randomness that is addressed, not carried.
+"""Random numbers that depend on an address, not on the state of a generator.
 
-Each draw comes from (seed, step, purpose, row of the global batch). So a checkpoint holds no generator state,
-a resumed run draws what it would have drawn, and a run on two ranks draws what one rank would have drawn.
+The address of a draw is (seed, step, purpose, row of the global batch). So a checkpoint holds no generator state. A
+resumed run draws the same numbers as an uninterrupted one, and a run on two ranks the same as a run on one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ambient_core.seeding import address
 
 
 class Noise(Protocol):
-    """The source of randomness of a loss or sampler; injected, so that tests can replace it."""
+    """The source of randomness of a loss or sampler. It is an argument, so that tests can replace it."""
 
     def normal(self, purpose: str, like: Tensor) -> Tensor:
         """Standard normal values, with the shape, dtype and device of `like` (B, *D)."""
@@ -30,9 +30,10 @@ class Noise(Protocol):
 
 @dataclass(frozen=True)
 class AddressedNoise:
-    """One generator per row: row i of the call is row `first_row + i` of the global batch at `step`.
+    """Seeds a generator for each row: row i of a call is row `first_row + i` of the global batch at `step`.
 
-    The same on every world size, micro-batch and resume. CPU and CUDA generators give different values.
+    The values are the same for every world size and micro-batch size, and after a resume. CPU and CUDA generators give
+    different values.
     """
 
     seed: int
@@ -52,7 +53,7 @@ class AddressedNoise:
         return out
 
     def _rows(self, purpose: str, out: Tensor) -> Iterator[tuple[Tensor, torch.Generator]]:
-        """Each row of `out`, (1, *D), with the generator seeded by its address."""
+        """Yields each row of `out`, (1, *D), with the generator seeded by the row's address."""
         generator = torch.Generator(device=out.device)
         for i in range(out.shape[0]):
             yield out[i : i + 1], generator.manual_seed(address(self.seed, self.step, purpose, self.first_row + i))
@@ -60,7 +61,7 @@ class AddressedNoise:
 
 @dataclass(frozen=True)
 class StreamNoise:
-    """Draws from one generator in turn: faster for tiny samples, but exact only in one process."""
+    """Draws all values in turn from one generator. This is faster for tiny samples, but exact only in one process."""
 
     generator: torch.Generator
 

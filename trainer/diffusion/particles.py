@@ -1,5 +1,5 @@
-"""Points of the reverse process on their way down, so that a consistency step finds one at any level without a
-roll-out."""
+"""Particles: points of the reverse process that move down in level. With them, a consistency step finds a point at any
+level without a roll-out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Particles:
-    """Points of the reverse process. x: (B, *D); sigma: (B,), their levels; active: (B,), False where there is none."""
+    """Points of the reverse process. x: (B, *D); sigma: (B,), their levels; active: (B,), False for a row without a
+    particle."""
 
     x: Tensor
     sigma: Tensor
@@ -30,15 +31,17 @@ class Particles:
 
 
 class ParticlePool:
-    """Particles on their way down, `depth` of them for each row of the batch.
+    """A pool of particles, `depth` of them for each row of the batch.
 
-    A consistency step takes one particle of each row, and puts one child back. A particle at the lowest level is born
-    again from the batch's observation in its row: x_n at sigma_n; or, where sigma_max is given, x_n with further noise,
-    at a level whose logarithm is uniform from sigma_n to sigma_max, so that consistency is asked for everywhere. A
-    clean observation (sigma_n at or below sigma_min) has no level below it to fill, and gives none of the first kind.
-    Rows are rows of the global batch: a rank holds its own, so the union over ranks does not depend on their number,
-    and a checkpoint can be split over other ranks. Batches of another shape of observations have particles of their
-    own."""
+    A consistency step takes one particle of each row, and puts one child back. A particle at the lowest level is
+    initialized again from the batch's observation in its row. Without sigma_max it starts at x_n and sigma_n. With
+    sigma_max it starts at x_n with further noise, at a level whose logarithm is uniform from sigma_n to sigma_max, so
+    that consistency is required at all levels. A clean observation (sigma_n at or below sigma_min) has no lower level
+    to train, so without sigma_max it gives no particle.
+
+    Rows are rows of the global batch. Each rank holds its own rows, so the union over ranks does not depend on the
+    number of ranks, and a checkpoint can be split over a different number. Observations of different shapes have
+    separate particles."""
 
     def __init__(self, rows: int, depth: int, sigma_min: float, sigma_max: float | None = None) -> None:
         self.rows = rows
@@ -46,10 +49,11 @@ class ParticlePool:
         self.sigma_min = sigma_min
         self.sigma_max = sigma_max
         self._states: dict[torch.Size, State] = {}
-        """By the shape of x."""
+        """The particles of each shape of x."""
 
     def take(self, batch: Batch, noise: Noise, first_row: int = 0) -> tuple[Slots, Particles]:
-        """One particle from each of the rows `first_row` to `first_row + len(batch)` of this pool, and where it was."""
+        """Returns one particle from each of the rows `first_row` to `first_row + len(batch)` of this pool, and the
+        slots that they were taken from."""
         shape = batch.x_n.shape[1:]
         if shape not in self._states:
             self._states[shape] = self._empty(batch)
@@ -64,13 +68,13 @@ class ParticlePool:
             for name, value in batch.conditioning.items()
         }
         active = sigma > self.sigma_min * (1 + 1e-6)
-        # A network cannot be asked about level 0: inactive rows are computed at sigma_min, and their loss is not
+        # A network cannot be evaluated at level 0: inactive rows are evaluated at sigma_min, and their loss is not
         # counted.
         return (rows, slot), Particles(x, sigma.clamp(min=self.sigma_min), conditioning, active)
 
     def put(self, slots: Slots, particles: Particles) -> None:
-        """Stores the particles in the slots they were taken from; one that is inactive, or not finite, leaves its
-        slot empty."""
+        """Stores the particles in the slots that they were taken from. A particle that is inactive or not finite
+        leaves its slot empty."""
         state = self._states[particles.x.shape[1:]]
         finite = particles.x.flatten(1).isfinite().all(1)
         state["x"][slots] = torch.where(expand(finite, particles.x), particles.x, 0)
@@ -81,18 +85,19 @@ class ParticlePool:
             state[f"conditioning.{name}"][slots] = value
 
     def state_dict(self) -> State:
-        """Tensors (R, K, ...) of this rank's rows, named SHAPE.NAME, as in 4x64x64.sigma; empty before the first
-        step."""
+        """Returns the tensors (R, K, ...) of this rank's rows, named SHAPE.NAME, such as 4x64x64.sigma. It is empty
+        before the first step."""
         named = {"x".join(map(str, shape)): state for shape, state in self._states.items()}
         return {f"{shape}.{name}": value for shape, state in named.items() for name, value in state.items()}
 
     def load_state_dict(self, state: State) -> None:
-        """state: as `state_dict` gives it, for this rank's rows; what was there before is gone."""
+        """Replaces all particles. state: as `state_dict` returns it, for this rank's rows."""
         self._states = {}
         for name, value in state.items():
             if value.shape[:2] != (self.rows, self.depth):
                 raise ValueError(
-                    f"the particle pool to load is {tuple(value.shape[:2])}, this one is {(self.rows, self.depth)}"
+                    f"the particle pool to load has (rows, depth) {tuple(value.shape[:2])}, but this pool has "
+                    f"{(self.rows, self.depth)}"
                 )
             shape, _, inner = name.partition(".")
             self._states.setdefault(torch.Size(map(int, shape.split("x"))), {})[inner] = value.clone()

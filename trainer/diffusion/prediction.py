@@ -1,4 +1,4 @@
-"""What a network's output means: eps, x0, v or flow velocity, each turned into h = E[x0 | x_t].
+"""The meaning of a network's output: eps, x0, v or flow velocity. Each is converted to h = E[x0 | x_t].
 
 In VE coordinates x_t = x0 + sigma eps the conversions do not depend on the process.
 """
@@ -32,13 +32,13 @@ _TARGET: dict[Prediction, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def to_h(kind: Prediction, output: Tensor, x_t: Tensor, sigma_t: Tensor) -> Tensor:
-    """The denoiser's value from the network's output.
+    """Returns the denoiser's value h, (B, *D), computed from the network's output.
 
-    output, x_t: (B, *D); sigma_t: broadcastable to them, VE level. Returns h, (B, *D).
+    output, x_t: (B, *D); sigma_t: VE level, broadcastable to them.
     """
     return _TO_H[kind](output, x_t, sigma_t)
 
 
 def target(kind: Prediction, x0: Tensor, eps: Tensor, sigma_t: Tensor) -> Tensor:
-    """What a perfect network would output for x_t = x0 + sigma_t eps; the inverse of `to_h`."""
+    """Returns what a perfect network would output for x_t = x0 + sigma_t eps; the inverse of `to_h`."""
     return _TARGET[kind](x0, eps, sigma_t)

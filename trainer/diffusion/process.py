@@ -1,7 +1,7 @@
-"""Noise processes: the change of variables at the network's border, and nothing more.
+"""Noise processes: the change of variables between VE coordinates and the network's inputs, and nothing more.
 
-All maths is in VE coordinates. A process says what the network is shown for a point x_t at level sigma_t:
-`input_scale(sigma_t) * x_t`, and the time value that the backbone's embedding wants, `time(sigma_t)` in [0, 1000].
+All mathematics is in VE coordinates. A process defines the network's inputs for a point x_t at level sigma_t:
+`input_scale(sigma_t) * x_t`, and the time value for the backbone's embedding, `time(sigma_t)` in [0, 1000].
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Process(Protocol):
 
     @property
     def sigma_min(self) -> float:
-        """The lowest VE level that the network is asked about."""
+        """The lowest VE level at which the network is evaluated."""
         ...
 
     @property
@@ -29,11 +29,11 @@ class Process(Protocol):
         ...
 
     def input_scale(self, sigma: Tensor) -> Tensor:
-        """alpha_t for each sigma_t; the network sees alpha_t * x_t."""
+        """Returns alpha_t for each sigma_t. The network's input is alpha_t * x_t."""
         ...
 
     def time(self, sigma: Tensor) -> Tensor:
-        """The backbone's time value for each VE level, increasing, in [0, 1000]."""
+        """Returns the backbone's time value for each VE level: increasing, in [0, 1000]."""
         ...
 
     def sigma(self, time: Tensor) -> Tensor:

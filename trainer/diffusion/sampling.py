@@ -27,11 +27,12 @@ def reverse_step(x_t: Tensor, h: Tensor, sigma_t: Tensor, sigma_s: Tensor, z: Te
 
 
 def guided(denoiser: Denoise, guide: Denoise, scale: float) -> Denoise:
-    """guide + scale (denoiser - guide), a denoiser like any other, so every sampler takes it.
+    """Returns the denoiser guide + scale (denoiser - guide), which every sampler accepts.
 
-    scale 1 is the denoiser, more leads away from the guide. Two guides are in use: the same network without its
-    conditioning (Ho & Salimans 2022, eq. 6, with w = scale - 1), and a worse version of the network, which needs no
-    conditioning (Karras et al. 2024, "Guiding a diffusion model with a bad version of itself", eq. 4). Cost: 2 passes.
+    With scale 1 it equals `denoiser`; a larger scale leads away from the guide. Two guides are in use: the same network
+    without its conditioning (Ho & Salimans 2022, eq. 6, with w = scale - 1), and a worse version of the network, which
+    needs no conditioning (Karras et al. 2024, "Guiding a diffusion model with a bad version of itself", eq. 4). Cost: 2
+    network passes per evaluation.
     """
 
     def h(x_t: Tensor, sigma_t: Tensor, conditioning: Conditioning) -> Tensor:
@@ -52,10 +53,10 @@ def sample(
 ) -> Tensor:
     """Runs the reverse process over `levels` and returns h at the last one.
 
-    x: (B, *D), a point at levels[0], e.g. levels[0] * z. levels: (S,), decreasing, all above 0. Ending at a level
-    above 0 with E[x0 | x] is also how a model is sampled that knows nothing below sigma_n: stop the levels there.
-    noise_at: for "ancestral" alone, the noise of step i.
-    Cost in passes: S, and 2 S - 1 for "heun".
+    x: (B, *D), a point at levels[0], e.g. levels[0] * z. levels: (S,), decreasing, all above 0. The result is
+    E[x0 | x] at the last level. So a model that was not trained below sigma_n can be sampled, too: with levels that end
+    at sigma_n. noise_at: the noise of step i, needed by "ancestral" only.
+    Cost in network passes: S, or 2 S - 1 for "heun".
     """
     if method == "ancestral" and noise_at is None:
         raise ValueError("the ancestral sampler needs noise_at")

@@ -1,5 +1,5 @@
-"""DeepSpeed, ranks, precision and the averages of weights.
+"""DeepSpeed, ranks, precision and the averages of the weights.
 
-Alone imports deepspeed. Imports ambient_core and data_pipeline.loading; checkpoint, models, planning and training
-import it.
+Only this package imports deepspeed. It imports ambient_core and data_pipeline.loading; checkpoint, models, planning and
+training import it.
 """

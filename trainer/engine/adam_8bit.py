@@ -1,7 +1,8 @@
-"""Adam with moments of 8 bits, by bitsandbytes; checkpoints hold them as float32, as those of the other Adams.
+"""Adam with 8-bit moments, by bitsandbytes. Checkpoints hold the moments as float32, as for the other Adams.
 
-It keeps a block of 256 numbers as the largest of them, absmax, times one of 256 numbers for each, qmap. In a parameter
-of fewer than 4096 elements, or a rank's share of so few, moments stay float32.
+bitsandbytes stores a block of 256 numbers as absmax, the largest of their absolute values, and one code per number. The
+code selects one of 256 factors of absmax, the qmap. If a parameter, or a rank's share of it, has fewer than 4096
+elements, its moments stay float32.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from ambient_core.errors import UserError, one_line
 
 BLOCK = 256
 AT_ONCE = 2**16
-"""Blocks that are quantized together, which needs memory for a few times their float32."""
+"""Number of blocks that are quantized together. This takes a few times the memory of their float32 values."""
 MAPS = ("dynamic", "udynamic")
-"""bitsandbytes's names of qmap: of the first moment, which has a sign, and of the second."""
+"""bitsandbytes' names for the qmap of the first moment, which is signed, and for that of the second."""
 
 
 def adam(parameters: list[nn.Parameter], options: dict[str, Any]) -> torch.optim.Optimizer:
-    """Raises UserError where bitsandbytes is not here, or does not load."""
+    """Returns bitsandbytes' optimizer. Raises UserError if bitsandbytes is not installed or does not load."""
     try:
         from bitsandbytes.optim import AdamW8bit
-    except Exception as error:  # also what its library lacks
+    except Exception as error:  # not only ImportError: its compiled library may lack something
         raise UserError(
             f"engine.adam 8bit: bitsandbytes cannot be imported ({one_line(error, 200)}): pip install "
             "'ambient-trainer[eight-bit]', or set engine.adam=torch",
@@ -35,7 +36,7 @@ def adam(parameters: list[nn.Parameter], options: dict[str, Any]) -> torch.optim
 
 
 def moments(state: dict[str, Any]) -> list[Tensor]:
-    """Both moments of a parameter's state, float32."""
+    """Returns both moments of a parameter's optimizer state, as float32."""
     from bitsandbytes.functional import dequantize_blockwise
 
     return [
@@ -49,24 +50,25 @@ def moments(state: dict[str, Any]) -> list[Tensor]:
 
 
 def state_of(optimizer: Any, both: tuple[Tensor, Tensor], steps: int) -> dict[str, Any]:
-    """As the optimizer would have it after `steps` steps, for a parameter of the moments' shape. The inverse of
-    `moments` to the last bit, where these have come out of the same blocks."""
-    found: dict[str, Any] = {"step": steps}
+    """Returns the state that the optimizer would have after `steps` steps, for a parameter of the moments' shape. It is
+    the exact inverse of `moments` if the moments were dequantized from the same blocks."""
+    state: dict[str, Any] = {"step": steps}
     for n, (moment, name) in enumerate(zip(both, MAPS, strict=True), 1):
         if moment.numel() < optimizer.args.min_8bit_size:
-            found[f"state{n}"] = moment
+            state[f"state{n}"] = moment
             continue
         qmap = optimizer.name2qmap[name] = optimizer.name2qmap[name].to(moment.device)
         codes, absmax = quantized(moment, qmap)
-        found |= {f"state{n}": codes, f"absmax{n}": absmax, f"qmap{n}": qmap}
-    return found
+        state |= {f"state{n}": codes, f"absmax{n}": absmax, f"qmap{n}": qmap}
+    return state
 
 
 def quantized(values: Tensor, qmap: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes, uint8 in the shape of values, and absmax of each block, float32.
+    """Returns the codes, uint8 in the shape of `values`, and the absmax of each block, float32.
 
-    qmap ends at 1 but begins at -0.993, so absmax is not the largest value where that is negative; a few are tried for
-    each block, of which one is that by which it was quantized before.
+    A signed qmap ends at 1 but begins at -0.993. So a dequantized block whose number of largest magnitude is
+    negative does not contain its absmax. Several candidates are therefore tried for each block; one of them is the
+    absmax with which the block was quantized before.
     """
     middles = (qmap[1:] + qmap[:-1]) / 2
     blocks = nn.functional.pad(values.flatten(), (0, -values.numel() % BLOCK)).view(-1, BLOCK)
@@ -82,10 +84,10 @@ def _quantized(blocks: Tensor, qmap: Tensor, middles: Tensor) -> tuple[Tensor, T
         absmaxes += [lowest, lowest.nextafter(lowest + 1), lowest.nextafter(torch.zeros_like(lowest))]
     error = torch.full_like(absmaxes[0], torch.inf)
     codes, absmax = torch.zeros_like(blocks, dtype=torch.uint8), torch.zeros_like(error)
-    for tried in absmaxes:
-        found = torch.bucketize(blocks / tried.where(tried > 0, 1.0)[:, None], middles, out_int32=True)
-        wrong = (qmap[found] * tried[:, None] - blocks).abs().amax(1)
-        better = wrong < error
-        error, absmax = wrong.where(better, error), tried.where(better, absmax)
-        codes = found.to(torch.uint8).where(better[:, None], codes)
+    for candidate in absmaxes:
+        its_codes = torch.bucketize(blocks / candidate.where(candidate > 0, 1.0)[:, None], middles, out_int32=True)
+        its_error = (qmap[its_codes] * candidate[:, None] - blocks).abs().amax(1)
+        better = its_error < error
+        error, absmax = its_error.where(better, error), candidate.where(better, absmax)
+        codes = its_codes.to(torch.uint8).where(better[:, None], codes)
     return codes, absmax

@@ -1,4 +1,4 @@
-"""What the engine is configured by; apart from it, since importing DeepSpeed takes seconds."""
+"""Configuration of the engine and the optimizer, in a module of its own because importing DeepSpeed takes seconds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ Attention = Literal["auto", "xformers", "sdpa"]
 Precision = Literal["fp32", "bf16", "fp16", "auto"]
 
 MOST_IN_BUCKET = 500_000_000
-"""Elements of the buffer in which ZeRO collects gradients, at most, as DeepSpeed has it; a small model needs less."""
+"""Largest number of elements in the buffer in which ZeRO collects gradients: DeepSpeed's default. A small model needs
+fewer."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,12 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.deterministic and self.attention == "xformers":
             raise ValueError(
-                "deterministic cannot be had with attention xformers, whose gradients vary: choose auto or sdpa"
+                "deterministic cannot be combined with attention xformers, whose gradients vary: choose auto or sdpa"
             )
         if self.compile and self.zero_stage == 3:
             raise ValueError(
-                "compile cannot be used with zero_stage 3, whose weights come and go: choose stage 2, or set "
-                "compile to false"
+                "compile cannot be used with zero_stage 3, which gathers and releases weights during a pass: choose "
+                "stage 2, or set compile to false"
             )
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3, not 0")

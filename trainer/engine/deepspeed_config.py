@@ -1,7 +1,7 @@
-"""The configuration of DeepSpeed: by our fields, and by a JSON file of its own (`engine.deepspeed`), which is merged.
+"""The configuration of DeepSpeed, merged from the run's configuration and a DeepSpeed JSON file (`engine.deepspeed`).
 
-What a field of ours says, the file may say again, or leave to "auto", as Hugging Face's trainer writes it; it may not
-say otherwise. So there is one place for each number, and the file adds what we have no field for.
+The file may repeat the value of a field of the configuration, or set "auto" as Hugging Face's trainer does. It may not
+contradict the field. So each number has one place, and the file adds settings for which there is no field.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ MERGED = (
     "csv_monitor",
     "wandb",
 )
-"""Keys that DeepSpeed is given as they are in the file. It reads over a name that it does not know, so others are
-refused."""
+"""Keys that are passed from the file to DeepSpeed unchanged. DeepSpeed ignores names that it does not know, so other
+keys are refused."""
 
 ELSEWHERE = (
     "ratio",
@@ -46,17 +46,17 @@ ELSEWHERE = (
     "zero_quantized_nontrainable_weights",
     "mics_shard_size",
 )
-"""Parts of zero_optimization that keep weights or Adam's moments where checkpoints do not look for them."""
+"""Parts of zero_optimization that keep weights or Adam's moments in places where checkpoints do not look for them."""
 
 UNUSED = ("fp16.", "bf16.", "torch_autocast.")
-"""Sections whose `enabled` is engine.precision's; the rest of them has no use here, since autocast is what we train
-by."""
+"""Sections whose `enabled` is decided by engine.precision. Their other keys have no effect, since training uses
+autocast."""
 
 
 @dataclass(frozen=True)
 class Owned:
-    """A key of DeepSpeed's that a field of ours decides. value: what the file may say, too; None for anything.
-    says: of the field, for a person."""
+    """A DeepSpeed key that a field of the configuration decides. field: the field's name. says: the field's value, as
+    shown in messages. value: the only value that the file may have; None allows any value."""
 
     field: str
     says: Any
@@ -64,7 +64,7 @@ class Owned:
 
 
 def resolve_precision(wanted: Precision) -> Precision:
-    """What `auto` is on this machine."""
+    """Returns the precision, with `auto` replaced by the choice for this machine."""
     if wanted != "auto":
         return wanted
     if torch.cuda.is_available():
@@ -78,9 +78,9 @@ def resolve_precision(wanted: Precision) -> Precision:
 def settings(
     config: EngineConfig, optimizer: OptimizerConfig, layout: Layout, precision: Precision
 ) -> tuple[dict[str, Any], list[str]]:
-    """For deepspeed.initialize, and the keys of the file that have no use here. precision: `auto` where the machine
-    that trains is not this one. Raises UserError naming the file and the key."""
-    own = _told(config, optimizer, layout, precision)
+    """Returns the settings for deepspeed.initialize, and the keys of the file that have no effect. precision: `auto` if
+    another machine will train. Raises UserError, which names the file and the key."""
+    own = _own_settings(config, optimizer, layout, precision)
     if config.deepspeed is None:
         return own, []
     where = f"engine.deepspeed: {config.deepspeed}"
@@ -101,7 +101,7 @@ def settings(
             unused.append(name)
         elif top in ("optimizer", "scheduler"):
             raise UserError(
-                f"{where}: {name} {json.dumps(value)}: the config's optimizer.* decides; remove it",
+                f"{where}: {name} {json.dumps(value)}: the config's optimizer.* decides this; remove it from the file",
                 field=name,
                 code="conflict",
             )
@@ -109,11 +109,13 @@ def settings(
             raise UserError(f"{where}: {name}: must be a mapping", field=name, code="invalid")
         elif top not in MERGED:
             raise UserError(
-                f"{where}: {name}: cannot be merged; what can is {', '.join(MERGED)}", field=name, code="unsupported"
+                f"{where}: {name}: cannot be merged; the keys that can be are {', '.join(MERGED)}",
+                field=name,
+                code="unsupported",
             )
         elif top == "zero_optimization" and (held := set(inner.split(".")) & {*ELSEWHERE}):
             raise UserError(
-                f"{where}: {name}: checkpoints cannot hold the state of {held.pop()}; remove it",
+                f"{where}: {name}: checkpoints cannot hold the state of {held.pop()}; remove it from the file",
                 field=name,
                 code="unsupported",
             )
@@ -121,7 +123,10 @@ def settings(
     return merge(own, kept), unused
 
 
-def _told(config: EngineConfig, optimizer: OptimizerConfig, layout: Layout, precision: Precision) -> dict[str, Any]:
+def _own_settings(
+    config: EngineConfig, optimizer: OptimizerConfig, layout: Layout, precision: Precision
+) -> dict[str, Any]:
+    """Returns the settings that follow from the run's configuration."""
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -184,7 +189,7 @@ def _owned(config: EngineConfig, optimizer: OptimizerConfig, layout: Layout, pre
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """True is not 1 here, but 1 is 1.0."""
+    """Whether two values are equal. Here True differs from 1, but 1 equals 1.0."""
     return a == b and isinstance(a, bool) == isinstance(b, bool)
 
 

@@ -1,7 +1,7 @@
-"""The engine, by DeepSpeed. What it uses that DeepSpeed does not document is in deepspeed_private.py.
+"""The training engine, by DeepSpeed. What it uses of DeepSpeed's undocumented parts is in deepspeed_private.py.
 
-The state of training leaves this file as whole float32 tensors by parameter name, and comes back so, at every ZeRO
-stage. So a checkpoint fits any number of ranks and any stage, and holds no pickle.
+The state of training leaves and enters this module as full float32 tensors by parameter name, at every ZeRO stage. So a
+checkpoint can be loaded with any number of ranks and at any stage, and holds no pickle.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ambient_core.errors import one_line
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else a CUDA toolkit without a GPU misleads it
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else a CUDA toolkit without a GPU misleads DeepSpeed
 os.environ.setdefault("DS_LOG_LEVEL", "warning")
 import deepspeed
 from deepspeed.utils import logger as deepspeed_logger
@@ -35,11 +35,12 @@ deepspeed_logger.setLevel(logging.WARNING)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 State = dict[str, Tensor]
-"""Whole float32 CPU tensors of the trainable parameters, by name."""
+"""Full float32 CPU tensors of the trainable parameters, by name."""
 
 
 class Engine:
-    """A module under DeepSpeed. Call it as the module; then `backward`, and `step` once a micro-batch."""
+    """A module that DeepSpeed trains. Call the engine like the module, then `backward` and `step`, once per
+    micro-batch."""
 
     def __init__(
         self,
@@ -49,26 +50,26 @@ class Engine:
         precision: Precision,
         settings: dict[str, Any],
     ) -> None:
-        """precision: resolved. settings: of trainer.engine.deepspeed_config. Raises UserError for what DeepSpeed
-        refuses, or where the optimizer that was asked for is not here."""
+        """precision: resolved, so not `auto`. settings: from trainer.engine.deepspeed_config. Raises UserError if
+        DeepSpeed refuses the settings, or if the configured optimizer is not available."""
         self.module, self.config, self.optimizer_config, self.precision = module, config, optimizer, precision
         self._named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         trainable = sum(p.numel() for p in self._named.values())
-        # DeepSpeed's buffer is 2 GB of float32 on every rank, however small the model.
+        # By default, DeepSpeed's buffer takes 2 GB of float32 on every rank, even for a small model.
         settings["zero_optimization"].setdefault("reduce_bucket_size", min(MOST_IN_BUCKET, trainable))
-        os.environ.setdefault("LOCAL_RANK", "0")  # it asks for one, also of a process alone
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed needs it, also in a single process
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         client = self._adam(list(self._named.values()))
         with _refusals_in_one_line(config):
             made = deepspeed.initialize(model=module, optimizer=client, config=settings)
         self._engine: Any = made[0]
-        self._zero: Any = made[1]  # ZeRO's optimizer around ours; at stage 0 ours itself
+        self._zero: Any = made[1]  # ZeRO's wrapper of our optimizer; at stage 0 our optimizer itself
         if config.zero_stage == 0:
             deepspeed_private.replace_at_stage_0(self._engine, self._forget_gradients, self._average_gradients)
         self._device = next(iter(self._named.values())).device
         self.grad_norm = torch.zeros((), device=self._device)
         self.left_out = torch.zeros((), dtype=torch.bool, device=self._device)
-        """Whether the last step left the weights where they were, on the device."""
+        """Whether the last step left the weights unchanged: a bool scalar on the device."""
         self.loss_scale = LossScale(FIRST if precision == "fp16" else 1.0)
         deepspeed_private.remove_loss_scalers(self._engine, self._zero)
 
@@ -83,7 +84,7 @@ class Engine:
 
         try:
             return DeepSpeedCPUAdam(parameters, adamw_mode=True, **options)
-        except Exception as error:  # of the compiler, of ninja, of torch: all kinds
+        except Exception as error:  # of any kind: from the compiler, ninja or torch
             raise UserError(
                 f"engine.adam cpu: DeepSpeed cannot compile it ({one_line(error, 300)}): install a C++ "
                 "compiler and ninja, or set engine.adam=torch",
@@ -95,7 +96,8 @@ class Engine:
         return self._engine(*args)
 
     def backward(self, loss: Tensor) -> None:
-        """loss: a scalar, the mean over this micro-batch; means over accumulation and ranks are taken here."""
+        """Computes gradients. loss: a scalar, the mean over this micro-batch. The means over accumulated micro-batches
+        and over ranks are taken here."""
         scaled = loss
         if self.precision == "fp16":
             if self.config.zero_stage:
@@ -103,12 +105,12 @@ class Engine:
             else:
                 scaled = loss * self.loss_scale.scale
         self._engine.backward(scaled)
-        loss.detach_()  # its graph is done with; else it lives until the caller lets go of the loss
+        loss.detach_()  # frees its graph, which would otherwise live as long as the caller's loss
 
     def step(self, number: int) -> None:
-        """To be called once a micro-batch; the last of a step moves the weights, at the rate of step `number`. It
-        leaves them where a gradient is not finite, and says so in `left_out`. At ZeRO's stage 0, but in fp16 and
-        with Adam in 8 bits or on the CPU, it does not wait for the device."""
+        """Must be called once per micro-batch. The last call of a step updates the weights, with the learning rate of
+        step `number`. If a gradient is not finite, the weights stay unchanged and `left_out` is true. At ZeRO stage 0
+        it does not wait for the device, except in fp16 and with 8-bit or CPU Adam."""
         last = self._engine.is_gradient_accumulation_boundary()
         if last:
             for group in self._zero.param_groups:
@@ -120,10 +122,10 @@ class Engine:
             overflow = deepspeed_private.overflowed(self._zero)
             if not overflow:
                 self.grad_norm = torch.as_tensor(self._engine.get_global_grad_norm())
-            self._decided(overflow)
+            self._record(overflow)
 
     def _clip(self) -> None:
-        """At stage 0, where DeepSpeed clips without telling the norm."""
+        """Clips the gradients at stage 0, where DeepSpeed's own clipping does not report the norm."""
         if self.precision == "fp16":
             for p in self._named.values():
                 if p.grad is not None:
@@ -131,35 +133,37 @@ class Engine:
         norm = nn.utils.clip_grad_norm_(self._named.values(), self.optimizer_config.clip or float("inf"))
         finite = norm.isfinite()
         self.grad_norm = torch.where(finite, norm, self.grad_norm)
-        if self.config.adam == "torch" and self.precision != "fp16":  # it leaves weights and moments by itself
+        if self.config.adam == "torch" and self.precision != "fp16":  # torch's Adam skips the step by itself
             self.left_out = ~finite
             self._zero.found_inf = self.left_out.float()
             return
         if not bool(finite):
-            self._forget_gradients()  # the optimizer leaves these weights
-        self._decided(not bool(finite))
+            self._forget_gradients()  # the optimizer does not change weights without gradients
+        self._record(not bool(finite))
 
     def _forget_gradients(self) -> None:
         for p in self._named.values():
             p.grad = None
 
     def _average_gradients(self, grads: None = None, elements_per_buffer: int = MOST_IN_BUCKET) -> None:
-        """Over the ranks, instead of DeepSpeed's; it is called as that one is."""
+        """Averages the gradients over the ranks. It replaces DeepSpeed's method, and is called like
+        it."""
         for p in self._named.values():
-            if p.grad is None:  # the ranks add up one and the same buffers
+            if p.grad is None:  # all ranks must add up the same buffers
                 p.grad = torch.zeros_like(p)
         if torch.distributed.get_world_size() > 1:
             gradients = [p.grad for p in self._named.values()]
             deepspeed_private.average_gradients(self._engine, gradients, elements_per_buffer)
 
-    def _decided(self, overflow: bool) -> None:
-        """Of a step that the host has waited for."""
+    def _record(self, overflow: bool) -> None:
+        """Records the outcome of a step that the host has waited for. overflow: a gradient was not finite."""
         self.left_out = torch.full((), overflow, device=self._device)
         if self.precision == "fp16":
             self.loss_scale = self.loss_scale.after(overflow)
 
     def count(self, left_out: bool) -> None:
-        """To be called for each step, once it is known on the host, whether it left the weights where they were."""
+        """Counts a skipped step. Must be called for each step, once the host knows its `left_out`. In fp16, `step` has
+        counted it already."""
         if left_out and self.precision != "fp16":
             self.loss_scale = replace(self.loss_scale, skipped=self.loss_scale.skipped + 1)
 
@@ -167,7 +171,8 @@ class Engine:
 
     @property
     def fp32_shards(self) -> list[Tensor]:
-        """This rank's float32 share of the trainable weights, as flat or shaped tensors; what the optimizer updates."""
+        """This rank's float32 share of the trainable weights, as flat or shaped tensors. The optimizer updates
+        these."""
         if self.config.zero_stage == 0:
             return [p.data for p in self._named.values()]
         return [t.data for t in self._flat()]
@@ -179,7 +184,7 @@ class Engine:
 
     @contextmanager
     def replaced(self, fp32_shards: list[Tensor]) -> Iterator[None]:
-        """Within it, `weights()` reads these tensors (an average, say) instead of `fp32_shards`."""
+        """A context in which `weights()` reads these tensors, such as an average, instead of `fp32_shards`."""
         kept = [t.clone() for t in self.fp32_shards]
         for target, value in zip(self.fp32_shards, fp32_shards, strict=True):
             target.copy_(value)
@@ -190,33 +195,34 @@ class Engine:
                 target.copy_(value)
 
     def moments(self) -> State:
-        """Adam's moments, as `exp_avg.NAME` and `exp_avg_sq.NAME`; empty before the first step."""
+        """Returns Adam's moments, named `exp_avg.NAME` and `exp_avg_sq.NAME`; empty before the first step."""
         shares, state = self._shares(), self._base.state
         if not any(state.get(share) for share in shares):
             return {}
         pairs = [_moments(state[s]) if state.get(s) else [torch.zeros_like(s) for _ in MOMENTS] for s in shares]
-        found: State = {}
-        for i, moment in enumerate(MOMENTS):  # gathered as weights are, in their place for a moment
+        full: State = {}
+        for i, moment in enumerate(MOMENTS):  # gathered like weights, which they replace for a short time
             with self.replaced([pair[i] for pair in pairs]):
-                found |= {f"{moment}.{name}": value for name, value in self.weights().items()}
-        return found
+                full |= {f"{moment}.{name}": value for name, value in self.weights().items()}
+        return full
 
     def load(self, weights: State, moments: State, steps: int, scale: LossScale) -> None:
-        """Restores what `weights` and `moments` gave after `steps` steps, on any number of ranks and any stage. scale:
-        `loss_scale` then; of it the count alone where either run was not in fp16."""
+        """Restores what `weights` and `moments` returned after `steps` steps, with any number of ranks and at any
+        stage. scale: the `loss_scale` after these steps. If this run or the saved one is not in fp16, only its counts
+        are used."""
         first = scale.scale if scale.scale > 1 else FIRST
         self.loss_scale = replace(scale, scale=first if self.precision == "fp16" else 1.0)
         steps -= scale.skipped
-        if missing := self._named.keys() ^ weights.keys():
+        if different := self._named.keys() ^ weights.keys():
             raise UserError(
-                f"the checkpoint's parameters are not this model's: {sorted(missing)[0]} and {len(missing) - 1} "
-                "more: was the base changed, or another diffusers installed?",
+                f"the checkpoint's parameters differ from this model's: {sorted(different)[0]} and "
+                f"{len(different) - 1} more: was the base changed, or another version of diffusers installed?",
                 field="model",
                 code="mismatch",
             )
         if moments:
             split: list[list[Tensor]] = []
-            for moment in MOMENTS:  # split as weights are
+            for moment in MOMENTS:  # sharded like weights
                 self._set({name: moments[f"{moment}.{name}"] for name in self._named})
                 split.append([t.clone() for t in self.fp32_shards])
             for share, m, v in zip(self._shares(), *split, strict=True):
@@ -230,7 +236,7 @@ class Engine:
             deepspeed_private.renew_weights_of_the_module(self._zero)
 
     def _set(self, weights: State) -> None:
-        """Whole weights, into what the optimizer updates; at stages 0 to 2 also into the module."""
+        """Copies full weights into the tensors that the optimizer updates; at stages 0 to 2 also into the module."""
         for name, p in self._named.items():
             value = weights[name].to(p.device, torch.float32)
             if self.config.zero_stage:
@@ -243,7 +249,7 @@ class Engine:
         return deepspeed_private.inner_optimizer(self._zero) if self.config.zero_stage else self._zero
 
     def _shares(self) -> list[Tensor]:
-        """What the optimizer has as parameters: the keys of its state, one for each of `fp32_shards`."""
+        """Returns the optimizer's parameters: the keys of its state, one for each of `fp32_shards`."""
         return self._flat() if self.config.zero_stage else list(self._named.values())
 
     def _flat(self) -> list[Tensor]:
@@ -261,14 +267,15 @@ def _cpu(value: Tensor | None) -> Tensor:
 
 @contextmanager
 def _refusals_in_one_line(config: EngineConfig) -> Iterator[None]:
-    """Of a file of DeepSpeed's settings, which may ask for anything; our own settings may not fail."""
+    """A context that turns an error into a one-line UserError if there is a file of DeepSpeed settings, which may be
+    wrong. Our own settings must not fail, so without a file the error is raised unchanged."""
     try:
         yield
     except Exception as error:
         if config.deepspeed is None:
             raise
         raise UserError(
-            f"engine.deepspeed: {config.deepspeed}: DeepSpeed refuses it: {one_line(error, 300)}; change it there",
+            f"engine.deepspeed: {config.deepspeed}: DeepSpeed refuses it: {one_line(error, 300)}; change the file",
             field="engine.deepspeed",
             code="invalid",
         ) from error

@@ -1,4 +1,4 @@
-"""The same bits from the same configuration, also on a GPU."""
+"""Deterministic training: the same bits from the same configuration, also on a GPU."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ambient_core.errors import UserError
 
 @contextmanager
 def forced(wanted: bool) -> Iterator[None]:
-    """Within it, torch uses algorithms that give the same bits each time. Raises UserError where an operation has
-    none."""
+    """A context in which torch uses algorithms that give the same bits each time, if `wanted`. Raises UserError if an
+    operation has no such algorithm."""
     if not wanted:
         yield
         return
@@ -28,7 +28,7 @@ def forced(wanted: bool) -> Iterator[None]:
         if "deterministic" not in str(error):
             raise
         raise UserError(
-            f"engine.deterministic: {str(error).partition('. ')[0]}: set it to false, or leave out what uses that",
+            f"engine.deterministic: {str(error).partition('. ')[0]}: set it to false, or avoid this operation",
             field="engine.deterministic",
             code="unsupported",
         ) from None

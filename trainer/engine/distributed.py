@@ -1,4 +1,4 @@
-"""Ranks: one process is a group of one, so there is no second code path."""
+"""Ranks. A single process is a group of one rank, so there is no second code path."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ class Ranks:
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true on any rank. A collective: every rank must call it."""
+        """Whether `flag` is true on any rank. A collective: every rank must call it."""
         return bool(self.max(torch.tensor(flag, dtype=torch.int32, device=self.device)))
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over ranks, in place. A collective."""
+        """Returns the sum over ranks, computed in place. A collective."""
         if self.world > 1:
             dist.all_reduce(values)
         return values
 
     def max(self, values: torch.Tensor) -> torch.Tensor:
-        """The largest over ranks, in place. A collective."""
+        """Returns the elementwise maximum over ranks, computed in place. A collective."""
         if self.world > 1:
             dist.all_reduce(values, dist.ReduceOp.MAX)
         return values
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
-        """values of all ranks, stacked in a new first dimension. A collective."""
+        """Returns the values of all ranks, stacked in a new first dimension. A collective."""
         if self.world == 1:
             return values[None]
-        found = [torch.empty_like(values) for _ in range(self.world)]
-        dist.all_gather(found, values)
-        return torch.stack(found)
+        gathered = [torch.empty_like(values) for _ in range(self.world)]
+        dist.all_gather(gathered, values)
+        return torch.stack(gathered)
 
     def barrier(self) -> None:
         if self.world > 1:
@@ -53,7 +53,7 @@ class Ranks:
 
 
 def init() -> Ranks:
-    """Joins the group that torchrun, deepspeed or srun describe in the environment, or makes one of this process
+    """Joins the group that torchrun, deepspeed or srun describes in the environment, or makes a group of this process
     alone."""
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     given = [name for name in names if name in os.environ]
@@ -67,10 +67,10 @@ def init() -> Ranks:
         )
     rank, world = (0, 1) if alone else (_number("RANK"), _number("WORLD_SIZE"))
     if torch.cuda.is_available():
-        local, there = _number("LOCAL_RANK"), torch.cuda.device_count()
-        if local >= there:
+        local, gpus = _number("LOCAL_RANK"), torch.cuda.device_count()
+        if local >= gpus:
             raise UserError(
-                f"LOCAL_RANK {local}: this machine has {there} GPUs: start at most {there} processes on it",
+                f"LOCAL_RANK {local}: this machine has {gpus} GPUs: start at most {gpus} processes on it",
                 field="LOCAL_RANK",
                 code="invalid",
             )

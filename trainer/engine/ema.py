@@ -1,4 +1,4 @@
-"""Exponential moving averages of the weights, sharded as the optimizer's weights are."""
+"""Exponential moving averages of the weights, sharded like the optimizer's weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 WIDEST = 0.28
-"""sigma_rel must be below: at 0.2887 the profile is flat (gamma = 0)."""
+"""Limit that sigma_rel must be below: at 0.2887 the profile is flat (gamma = 0)."""
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,16 @@ class PowerEMA:
             raise ValueError(f"need sigma_rel above 0 and below {WIDEST}")
 
     def widths(self) -> dict[str, float]:
-        """sigma_rel of each average by its name."""
+        """Returns the sigma_rel of each average, by its name."""
         return {"ema": self.sigma_rel, **self.tracked()}
 
     def tracked(self) -> dict[str, float]:
-        """sigma_rel of the averages that snapshots hold."""
+        """Returns the sigma_rel of each average that snapshots hold, by its name."""
         widths = self.snapshots.sigma_rels if self.snapshots else ()
         return {"ema" if width == self.sigma_rel else f"ema-{width}": width for width in widths}
 
     def betas(self, steps: int) -> dict[str, float]:
-        """The weight of each average so far, after `steps` >= 1 steps."""
+        """Returns the weight of each previous average in the update after `steps` >= 1 steps, by its name."""
         return {name: (1 - 1 / steps) ** (power_of(width) + 1) for name, width in self.widths().items()}
 
     def __str__(self) -> str:
@@ -84,8 +84,8 @@ AnyEMA = PowerEMA | FixedEMA
 
 
 def with_kind(value: Any) -> Any:
-    """Adds the kind where none is given: power, unless there is a decay. Runs wrote {sigma_rel, decay} before there
-    were kinds, where a decay replaced the width."""
+    """Adds the kind if none is given: power, unless there is a decay. Before there were kinds, runs wrote
+    {sigma_rel, decay}, and a decay replaced the width."""
     if not isinstance(value, dict) or "kind" in value:
         return value
     unused = "decay" if value.get("decay") is None else "sigma_rel"
@@ -95,8 +95,8 @@ def with_kind(value: Any) -> Any:
 
 @cache
 def power_of(sigma_rel: float) -> float:
-    """gamma with sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) (Karras et al. 2024, eq. 126), by
-    bisection."""
+    """Returns gamma with sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) (Karras et al. 2024, eq. 126),
+    by bisection."""
     low, high = 0.0, 1e6
     for _ in range(200):
         middle = (low + high) / 2
@@ -106,7 +106,8 @@ def power_of(sigma_rel: float) -> float:
 
 
 class EMA:
-    """averages: by name, of the tensors of `Engine.fp32_shards`, one for one; samples take the one named ema."""
+    """Averages of the weights. averages: for each name, one tensor for each tensor of `Engine.fp32_shards`. Samples use
+    the average named ema."""
 
     def __init__(self, config: AnyEMA, fp32_shards: list[Tensor]) -> None:
         self.config = config
@@ -114,6 +115,6 @@ class EMA:
 
     @torch.no_grad()
     def update(self, fp32_shards: list[Tensor], steps: int) -> None:
-        """steps: how many optimizer steps the weights have seen, at least 1."""
+        """Updates all averages. steps: number of optimizer steps that the weights have had, at least 1."""
         for name, beta in self.config.betas(steps).items():
             torch._foreach_lerp_(self.averages[name], fp32_shards, 1 - beta)

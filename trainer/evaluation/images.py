@@ -1,4 +1,4 @@
-"""The images of a source, read when they are needed, as a model of one shape sees them."""
+"""The images of a source, read on demand, cropped and resized to the shape of a model's images."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ambient_core.errors import UserError
 from data_pipeline.inputs.sources import BadImage, Source, prepare
 
 AT_ONCE = 64
-"""Images that are in memory together."""
+"""Images that are in memory at the same time."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """The first `count` pictures of a source. name: for people. shape: (C, H, W) that they are cropped and resized to.
-    value_range: as `prepare` has it."""
+    """The first `count` pictures of a source. name: used in messages. shape: (C, H, W) that they are cropped and
+    resized to. value_range: see `prepare`."""
 
     name: str
     source: Source
@@ -29,7 +29,7 @@ class Images:
     value_range: tuple[float, float] | None = None
 
     def rows(self, indices: Sequence[int]) -> Tensor:
-        """(N, C, H, W) in [-1, 1]. Raises UserError for one that cannot be read."""
+        """Returns images (N, C, H, W) in [-1, 1]. Raises UserError if an image cannot be read."""
         return torch.stack([self._row(i) for i in indices])
 
     def _row(self, i: int) -> Tensor:
@@ -39,11 +39,11 @@ class Images:
             return torch.from_numpy(prepare(picture, size, channels, self.value_range))
         except BadImage as error:
             raise UserError(
-                f"{self.name}: {self.source.keys[i]}: {error}: mend it or remove it", field=self.name, code=error.code
+                f"{self.name}: {self.source.keys[i]}: {error}: repair it or remove it", field=self.name, code=error.code
             ) from None
 
     def part_of(self, number: int) -> Images:
-        """At most `number` of them, evenly spaced, since sources are often in the order of their classes."""
+        """Returns at most `number` of the images, evenly spaced, because sources are often sorted by class."""
         chosen = self.spread(number)
         keys = [self.source.keys[i] for i in chosen]
         source = Source(
@@ -52,7 +52,7 @@ class Images:
         return replace(self, source=source, count=len(chosen))
 
     def spread(self, number: int) -> list[int]:
-        """Indices of at most `number` images, evenly spaced."""
+        """Returns the indices of at most `number` images, evenly spaced."""
         number = min(number, self.count)
         return [i * self.count // number for i in range(number)]
 
@@ -62,7 +62,7 @@ class Images:
 
     @cached_property
     def identity(self) -> str:
-        """SHA-256 of the pixels, which are read for it once."""
+        """The SHA-256 of the shape, the count and all pixels. Its first use reads all images."""
         digest = hashlib.sha256(repr((self.shape, self.count)).encode())
         for part in self.parts():
             digest.update(part.numpy().tobytes())

@@ -1,4 +1,4 @@
-"""What is measured of one model. Clean images are used here, to judge, and not to train."""
+"""The measures of one model. Clean images are used here for evaluation, not for training."""
 
 from __future__ import annotations
 
@@ -28,17 +28,18 @@ from trainer.evaluation.memorization import (
 )
 
 KINDS = {"features": "features", "pixels": "16 x 16 pixels"}
-"""What similarity is taken in."""
+"""The representations in which similarity is measured, and their titles."""
 SHOWN = 8
-"""Best matches that are shown of each kind."""
+"""Best matches that are shown."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model as its judges see it: of images, also where it works on latents.
+    """A model under evaluation. Its images are pixels, even if its denoiser works on latents.
 
-    sigma_min, sigma_max: of its process. shape: (C, H, W) of images. encode, decode: images (B, C, H, W) in [-1, 1] to
-    what it works on, and back. conditioning: of so many samples. at_once: images of a pass.
+    sigma_min, sigma_max: the range of noise levels of its process. shape: (C, H, W) of its images. encode: converts
+    images (B, C, H, W) in [-1, 1] to what the denoiser works on; decode converts them back. conditioning: returns the
+    conditioning for a given number of samples. at_once: images per pass.
     """
 
     denoiser: Denoise
@@ -52,8 +53,8 @@ class Model:
 
 
 def quality(generated: Tensor, real: Tensor) -> dict[str, float]:
-    """Distances of generated images (N, D) to real ones (M, D), by features. Precision and recall take as many of
-    either."""
+    """Returns distances between generated images (N, D) and real images (M, D), computed from their features. Precision
+    and recall use equal numbers of both."""
     distance, error = kid(generated, real)
     equal = min(len(generated), len(real))
     precision, recall = precision_recall(generated[:equal], real[:: len(real) // equal][:equal])
@@ -76,7 +77,7 @@ class Curve:
 
 
 def curve(model: Model, held_out: Images, number: int, levels: Sequence[float]) -> Curve:
-    """Over `number` clean images that training never saw."""
+    """Returns the denoiser's error over at most `number` clean images that training never saw."""
     rows: list[Tensor] = []
     indices = held_out.spread(number)
     with progress_bar(total=len(indices), desc="denoiser's error", unit="img") as bar:
@@ -91,10 +92,10 @@ def curve(model: Model, held_out: Images, number: int, levels: Sequence[float]) 
 
 @dataclass(frozen=True)
 class Attacked:
-    """What an attack showed. scores: of each kind of similarity and of both, for training and for held-out images
-    (N,). auc: of telling them apart, by each. share: of training images above 5 % of the held-out ones, by both.
-    shown: the best matches of either, as rows of images: the original, what was left of it, what the model made of
-    it."""
+    """The result of an attack. scores: for each kind of similarity and for "both" combined, the scores (N,) of training
+    images and of held-out images. auc: for each of these, the AUC of distinguishing the two. share: the share of
+    training images whose combined score is above the threshold that 5 % of the held-out images exceed. shown: the best
+    matches of each set, as rows of images: the original, what was left of it, and the model's reconstruction."""
 
     attack: Attack
     scores: dict[str, tuple[Tensor, Tensor]]
@@ -113,7 +114,7 @@ def attacked(
     steps: int,
     seed: int,
 ) -> Attacked:
-    """At most `number` images of either."""
+    """Attacks at most `number` images of each set. seed: for the noise; held-out images use seed + 1."""
     parts: list[tuple[dict[str, Tensor], Tensor]] = []
     chosen = [(images, images.spread(number)) for images in (training, held_out)]
     with progress_bar(
@@ -121,7 +122,7 @@ def attacked(
     ) as bar:
         for images, indices in chosen:
             parts.append(_similarities(model, attack, images, indices, extractor, steps, seed, bar.update))
-            seed += 1  # the two are treated alike, but not with the same noise
+            seed += 1  # both sets are treated alike, but with different noise
     return judged(attack, *parts[0], *parts[1])
 
 
@@ -135,28 +136,28 @@ def _similarities(
     seed: int,
     done: Callable[[int], object],
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Of each original with what the model made of it, (N,) by kind; and the images: (N, 3, C, H, W), see
-    `Attacked.shown`."""
-    found: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
+    """Returns the similarity (N,) of each original and its reconstruction, by kind; and the images (N, 3, C, H, W), see
+    `Attacked.shown`. done: is called with the number of images just finished."""
+    similarities: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
     rows: list[Tensor] = []
-    columns = attack.hidden(model.shape[-1]) if isinstance(attack, Masked) else None  # what was seen says nothing
+    columns = attack.hidden(model.shape[-1]) if isinstance(attack, Masked) else None  # visible columns do not count
     for first in range(0, len(indices), model.at_once):
         x0 = images.rows(indices[first : first + model.at_once])
         given, made = attempt(model, attack, x0, steps=steps, seed=seed, first=first)
         vectors = [feature_vectors(extractor.features(pictures)) for pictures in (x0, made)]
-        found["features"].append((vectors[0] * vectors[1]).sum(1))
+        similarities["features"].append((vectors[0] * vectors[1]).sum(1))
         vectors = [pixel_vectors(pictures, columns) for pictures in (x0, made)]
-        found["pixels"].append((vectors[0] * vectors[1]).sum(1))
+        similarities["pixels"].append((vectors[0] * vectors[1]).sum(1))
         rows.append(torch.stack([x0, given, made], 1))
         done(len(x0))
-    return {kind: torch.cat(values) for kind, values in found.items()}, torch.cat(rows)
+    return {kind: torch.cat(values) for kind, values in similarities.items()}, torch.cat(rows)
 
 
 def attempt(model: Model, attack: Attack, x0: Tensor, *, steps: int, seed: int, first: int) -> tuple[Tensor, Tensor]:
-    """What is left of images (B, C, H, W), and what the model makes of it; both as images. first: number of the first
-    one.
+    """Returns what is left of images (B, C, H, W) after the attack, and the model's reconstructions; both as images.
+    first: the number of the first image.
 
-    Noise is added to what the model works on; a mask hides pixels, before they are encoded."""
+    Noise is added to the encoded images. A mask hides pixels, before they are encoded."""
     masked = isinstance(attack, Masked)
     given = (
         model.encode(corrupted(attack, x0, seed, first)) if masked else corrupted(attack, model.encode(x0), seed, first)
@@ -193,10 +194,11 @@ def judged(
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Fresh samples and the training images next to them. nearer: by kind, the share of samples that are nearer to a
-    training image than to any of as many held-out ones (0.5 where the model knows the distribution and not the
-    images), with the standard error that it would have then. copies: the share that is nearer to a training image
-    than 99 % of held-out images are. shown: rows of a sample and its nearest training image, the most alike first."""
+    """Samples and their nearest training images. nearer: by kind, the share of samples that are nearer to a training
+    image than to any of as many held-out images. It is 0.5 if the model knows the distribution but not the images; its
+    standard error is the one for this case. copies: by kind, the share of samples that are nearer to a training image
+    than 99 % of the held-out images are. shown: rows of a sample and its nearest training image, most similar
+    first."""
 
     nearer: dict[str, Estimate]
     copies: dict[str, float]
@@ -204,7 +206,7 @@ class Neighbours:
 
 
 def neighbours(samples: Images, training: Images, held_out: Images, extractor: Extractor) -> Neighbours:
-    """Of every sample, among all training images."""
+    """Compares every sample with all training images."""
     vectors = {
         "features": [feature_vectors(features_of(images, extractor)) for images in (samples, training, held_out)],
         "pixels": [
@@ -214,17 +216,18 @@ def neighbours(samples: Images, training: Images, held_out: Images, extractor: E
     equal = min(training.count, held_out.count)
     nearer: dict[str, Estimate] = {}
     copies: dict[str, float] = {}
-    found: dict[str, Nearest] = {}
+    matches: dict[str, Nearest] = {}
     for kind, (fresh, known, unknown) in vectors.items():
-        found[kind] = nearest(fresh, known)
+        matches[kind] = nearest(fresh, known)
         pool = torch.cat([known[training.spread(equal)], unknown[held_out.spread(equal)]])
         index = nearest(fresh, pool).index
         share = float((index < equal).double().mean())
-        # Were the two kinds labelled at random, samples that share their nearest image would go with it.
+        # If images were labelled training or held-out at random, all samples with the same nearest image would get the
+        # label of that image.
         counts = torch.bincount(index).double()
         nearer[kind] = Estimate(share, float(counts.square().sum().sqrt()) / (2 * len(fresh)))
         usual = torch.quantile(nearest(unknown, known).similarity.double(), 0.99)
-        copies[kind] = float((found[kind].similarity > usual).double().mean())
-    most = found["features"].similarity.topk(min(SHOWN, samples.count)).indices
-    shown = torch.stack([samples.rows(most.tolist()), training.rows(found["features"].index[most].tolist())], 1)
+        copies[kind] = float((matches[kind].similarity > usual).double().mean())
+    best = matches["features"].similarity.topk(min(SHOWN, samples.count)).indices
+    shown = torch.stack([samples.rows(best.tolist()), training.rows(matches["features"].index[best].tolist())], 1)
     return Neighbours(nearer, copies, shown)

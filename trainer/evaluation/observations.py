@@ -1,8 +1,8 @@
-"""Judging without clean images: samples get what the data have, and are compared with observations that training never
-saw.
+"""Evaluation without clean images: samples get the corruption of the data, and are compared with observations that
+training never saw.
 
-If samples are of the clean distribution, samples with the data's corruption are of the observations' (the idea of
-AmbientGAN, Bora et al. 2018). What the corruption hides in both it hides from this, too.
+If samples follow the clean distribution, corrupted samples follow the distribution of the observations (the idea of
+AmbientGAN, Bora et al. 2018). What the corruption hides in both sets is not compared.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from trainer.evaluation.images import Images
 OPEN_SHARDS = 4
 KINDS = {"gaussian": Gaussian, "degraded": Degraded, "measured": Measured}
 AS_IT_IS = (-1.0, 1.0)
-"""The range of pixels that are in [-1, 1] but for the noise."""
+"""The value range of observations. Apart from the noise they are in [-1, 1]."""
 
 
 @dataclass(frozen=True)
 class Observations:
-    """A folder of shards, of pixels of one shape. corruption: of its images."""
+    """A folder of shards with pixels of one shape. corruption: how its images were corrupted."""
 
     folder: str
     index: ShardIndex
@@ -39,10 +39,8 @@ class Observations:
 
     @property
     def about(self) -> str:
-        asked = self.index.request
-        return (
-            f"{describe(self.corruption)}, of {asked.get('source')}, range {asked.get('value_range') or 'of its type'}"
-        )
+        made = self.index.request
+        return f"{describe(self.corruption)}, of {made.get('source')}, range {made.get('value_range') or 'of its type'}"
 
     @cached_property
     def images(self) -> Images:
@@ -50,7 +48,8 @@ class Observations:
         return Images(self.folder, Source(keys, self._read), self.index.shapes[0], len(keys), AS_IT_IS)
 
     def observed(self, x0: NDArray[np.float32], i: int, seed: int) -> NDArray[np.float32]:
-        """x0 (C, H, W) as an observation. Where the noise was there before, it gets that of observation i."""
+        """Returns x0 (C, H, W) with the corruption of the observations. If their noise was measured rather than added,
+        x0 gets new noise of the level of observation i."""
         generator = generator_of(seed, f"observed/{i}")
         if not isinstance(self.corruption, Measured):
             return self.corruption(x0, generator).x_n
@@ -66,7 +65,7 @@ class Observations:
         return list(accumulate(shard.samples for shard in self.index.shards))
 
     def _at(self, i: int) -> tuple[NDArray[np.float32], float]:
-        """Observation i of the folder, and its level."""
+        """Returns observation i of the folder, and its noise level."""
         shard = int(np.searchsorted(self._ends, i, side="right"))
         out = np.empty((1, *self.index.shapes[0]), np.float16)
         _, about = self._reader.observations([shard], [i - self._ends[shard] + self.index.shards[shard].samples], out)
@@ -77,10 +76,11 @@ class Observations:
 
 
 def open_observations(folder: str, shape: Sequence[int]) -> Observations:
-    """shape: (C, H, W) of what a run draws. Raises UserError for shards that do not fit."""
+    """Opens a folder of shards. shape: (C, H, W) of the samples of a run. Raises UserError for shards that do not
+    fit."""
     if storage.is_url(folder):
         raise UserError(
-            f"--measured {folder}: give a folder of this machine: copy the shards to one",
+            f"--measured {folder}: must be a folder of this machine: copy the shards to it",
             field="--measured",
             code="unsupported",
         )
@@ -90,15 +90,15 @@ def open_observations(folder: str, shape: Sequence[int]) -> Observations:
         raise UserError(f"--measured: {error}", field="--measured", code=error.code) from None
     if index.request.get("latents"):
         raise UserError(
-            f"--measured {folder}: these are shards of latents: give those of the pixels",
+            f"--measured {folder}: these shards hold latents: give shards of the pixels",
             field="--measured",
             code="mismatch",
         )
     if index.shapes != (tuple(shape),):
         found = " and ".join("x".join(map(str, s)) for s in index.shapes)
         raise UserError(
-            f"--measured {folder}: observations of {found}, the run draws {'x'.join(map(str, shape))}: shard "
-            "them with its --size and --channels",
+            f"--measured {folder}: the observations are {found}, but the run draws {'x'.join(map(str, shape))}: "
+            "shard them with the --size and --channels of the run's data",
             field="--measured",
             code="mismatch",
         )
@@ -115,7 +115,8 @@ def open_observations(folder: str, shape: Sequence[int]) -> Observations:
 
 
 def as_observed(samples: Images, observations: Observations, seed: int) -> Images:
-    """The same samples, corrupted as the observations are, each always alike."""
+    """Returns the samples with the corruption of the observations. Each sample gets the same corruption at every
+    read."""
 
     def read(i: int) -> Picture:
         return _picture(observations.observed(samples.rows([i])[0].numpy(), i, seed))

@@ -1,5 +1,5 @@
-"""What is asked of an evaluation, and what it is where nothing is said. Without torch, which `--help` need not wait
-for."""
+"""The options of an evaluation and their defaults. This module does not import torch, so `--help` does not wait for
+it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 FEWEST = 10
-"""Images of either kind below which no distance is taken."""
+"""The fewest images of each set for which distances are computed."""
 
 
 def check_numbers(number: int, attacked: int, compared: int, steps: int, levels: Sequence[float]) -> None:
-    """Raises ValueError, which begins with the name."""
+    """Raises ValueError for a number out of range. The message begins with its name."""
     if number and number < FEWEST:
         raise ValueError(f"number {number}: must be at least {FEWEST}, or 0 for no samples")
     for name, value, least in (("attacked", attacked, FEWEST), ("compared", compared, FEWEST), ("steps", steps, 2)):
@@ -24,11 +24,12 @@ def check_numbers(number: int, attacked: int, compared: int, steps: int, levels:
 
 @dataclass(frozen=True)
 class Request:
-    """reference, training: names of sources of clean images; reference None leaves out all that needs them, training
-    None memorization. measured: a folder of shards, of observations that samples are compared with, or None. number:
-    samples, 0 for none. attacked: images of either kind. compared: training images that samples are compared with, at
-    most. levels: of the denoiser's error. attack_sigma, attack_visible: see `attacks`; None is for the run to say.
-    steps: levels of a sample, and of a reconstruction."""
+    """The options of an evaluation. reference: source of held-out clean images; None: no measure that needs clean
+    images. training: source of the clean images of the training data; None: no memorization measures. measured: folder
+    of shards with observations to compare samples with, or None. number: samples, 0 for none. attacked: images of each
+    set that are attacked, at most. compared: images of each set that samples are compared with, at most. levels: noise
+    levels of the denoiser's error. attack_sigma, attack_visible: see `attacks`; attack_sigma None: chosen for the run.
+    steps: noise levels of the sampler, for samples and for reconstructions."""
 
     reference: str | None
     training: str | None

@@ -1,4 +1,4 @@
-"""Trained models in use: loaded from runs, checkpoints and exports, sampled, drawn, described.
+"""The use of trained models: loads runs, checkpoints and exports, draws images, and writes model cards.
 
 Imports trainer's checkpoint, config, engine and models; evaluation's reports and training's previews import it.
 """

@@ -1,4 +1,5 @@
-"""The arguments that say which weights of a run are taken. Apart from what loads them, as that imports torch."""
+"""The arguments that select the weights of a run. They have a file of their own, since the file that loads weights
+imports torch."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import argparse
 
 
 def add_weights(p: argparse.ArgumentParser) -> None:
-    """Which weights of a run are taken: the arguments of `restore`."""
+    """Adds the arguments that select the weights of a run, as for `restore`."""
     p.add_argument(
         "--checkpoint",
         default="latest",
@@ -17,7 +18,5 @@ def add_weights(p: argparse.ArgumentParser) -> None:
         "--ema-sigma-rel",
         type=float,
         metavar="WIDTH",
-        help=(
-            "take an average of this width, put together from the run's ema.snapshots (default: the run's own average)"
-        ),
+        help=("use an average of this width, computed from the run's ema.snapshots (default: the run's own average)"),
     )

@@ -1,4 +1,4 @@
-"""What is drawn from a run, and where to: a grid in one PNG, or a PNG an image, by any number of processes."""
+"""Draws images from a run: a grid in one PNG, or one PNG per image, with any number of processes."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from trainer.inference.load import Restored
 from trainer.models.conditioning import repeated
 
 RECORD = "sampling.json"
-"""Beside the images: what they were drawn with."""
+"""The file next to the images that says how they were drawn."""
 
 Draw = Callable[[int, int], Tensor]
-"""(first, number) -> images first, first + 1, ...: (number, C, H, W) in [-1, 1], float32 on the CPU. An image
-depends on the seed and on its own number; the company that it is drawn in changes it by rounding at most."""
+"""Maps (first, number) to the images first, first + 1, ...: (number, C, H, W) in [-1, 1], float32 on the CPU. An image
+depends on the seed and on its own number. The other images of its batch only change it by rounding."""
 
 
 @dataclass(frozen=True)
 class SamplingRequest:
-    """Of every image. stop_at, guidance: see `generate`; prompt: for a run with text."""
+    """The settings of all images. stop_at, guidance: see `generate`. prompt: for a run with text."""
 
     seed: int = 0
     steps: int = 40
@@ -45,7 +45,7 @@ class SamplingRequest:
 
 
 def drawer(run: Restored, guide: Restored | None, wanted: SamplingRequest) -> tuple[Draw, int]:
-    """Draws from a run; and how many images it draws at once."""
+    """Returns a function that draws from a run, and how many images it should draw at once."""
     adapter, prompts, shape = run.config.model.adapter, [wanted.prompt], run.state.shape
     given, away = adapter.of_prompts(run.denoiser, prompts, shape)
     away_from = run.denoiser if adapter.takes_prompt and wanted.guidance != 1 else None
@@ -77,7 +77,7 @@ def drawer(run: Restored, guide: Restored | None, wanted: SamplingRequest) -> tu
 
 
 def into_grid(draw: Draw, at_once: int, number: int) -> Tensor:
-    """(number, C, H, W)."""
+    """Returns the images (number, C, H, W)."""
     parts: list[Tensor] = []
     with progress_bar(total=number, desc="sample", unit="img") as bar:
         for first in range(0, number, at_once):
@@ -87,10 +87,11 @@ def into_grid(draw: Draw, at_once: int, number: int) -> Tensor:
 
 
 def into_folder(draw: Draw, at_once: int, number: int, folder: Path, record: dict[str, Any], ranks: Ranks) -> int:
-    """FOLDER/000000.png, 000001.png, ...; those that are there stay. A collective. Returns how many this call drew.
+    """Writes FOLDER/000000.png, 000001.png, ...; existing ones are kept. A collective operation. Returns how many
+    images this call drew.
 
-    record: what decides the images; it is written next to them. Raises UserError where they were drawn with another
-    one."""
+    record: everything that determines the images; it is written next to them. Raises UserError if existing images were
+    drawn with another record."""
     if ranks.is_main:
         _claim(folder, record)
     ranks.barrier()

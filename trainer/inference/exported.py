@@ -1,4 +1,4 @@
-"""An export, read back: `ambient.json` next to what diffusers loads says which run it is of."""
+"""Reads exports: `ambient.json`, next to the files that diffusers loads, describes the run that was exported."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ NAME = "ambient.json"
 
 
 def describe(config: RunConfig, state: TrainState, average: str) -> str:
-    """What goes into NAME. average: which one of the weights, in words."""
+    """Returns the content of NAME. average: which average the weights are, in words."""
     recorded = {"config": to_data(config), "state": asdict(state), "average": average}
     return json.dumps(recorded, indent=2) + "\n"
 
 
 def read(folder: Path) -> tuple[RunConfig, TrainState, Denoiser, str]:
-    """The denoiser on the CPU, and how its weights were averaged. Raises UserError for a folder that is not what
-    `trainer.export` wrote."""
+    """Returns configuration, state, denoiser (on the CPU), and how its weights were averaged. Raises UserError for a
+    folder that is not what `trainer.export` wrote."""
     path = folder / NAME
     try:
         recorded = from_json(text_of(path))

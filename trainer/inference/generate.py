@@ -1,4 +1,4 @@
-"""Draws images from a denoiser. Each image depends on the seed and its number alone, not on the batch that it is in."""
+"""Draws images from a denoiser. Each image depends only on the seed and its number, not on its batch."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def generate(
     first: int = 0,
     progress: bool = True,
 ) -> Tensor:
-    """(number, *shape) float32 on the CPU, E[x0 | x] at the last level, about in [-1, 1]. first: the first one's
-    number.
+    """Returns images (number, *shape), float32 on the CPU: E[x0 | x] at the last noise level, approximately in [-1, 1].
 
-    stop_at: the last level; None goes down to the process's sigma_min. guide, guidance: see `guided`. conditioning: of
-    each image, tensors (number, ...). guide_conditioning: what the guide is given; None is the same.
+    stop_at: the last noise level; None is the process's sigma_min. guide, guidance: see `guided`. conditioning:
+    conditioning of each image, tensors (number, ...). guide_conditioning: the guide's conditioning; None is the same.
+    first: the number of the first image.
     """
     process = denoiser.process
     device = next(denoiser.parameters()).device
@@ -53,7 +53,7 @@ def generate(
             rows = slice(done, done + len(like))
             h: Denoise = denoiser
             if guide is not None:
-                h = guided(denoiser, _told(guide, _rows(given_to_guide, rows)), guidance)
+                h = guided(denoiser, _with_conditioning(guide, _rows(given_to_guide, rows)), guidance)
             noise_at = partial(_noise_at, seed, first + done)
             images.append(sample(h, x, levels, _rows(given, rows), sampler, noise_at).cpu())
             bar.update(len(like))
@@ -69,6 +69,6 @@ def _noise_at(seed: int, first: int, step: int) -> Noise:
     return AddressedNoise(seed, step, first)
 
 
-def _told(denoiser: Denoiser, conditioning: Conditioning) -> Denoise:
-    """The denoiser, always given this conditioning."""
+def _with_conditioning(denoiser: Denoiser, conditioning: Conditioning) -> Denoise:
+    """Returns the denoiser with this conditioning instead of the one that it is called with."""
     return lambda x_t, sigma_t, _: denoiser(x_t, sigma_t, conditioning)

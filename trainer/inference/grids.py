@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def to_pixels(images: Tensor) -> NDArray[np.uint8]:
-    """(B, C, H, W) in [-1, 1], clipped, to (B, H, W, 3) uint8; one channel is shown as grey."""
+    """Returns images (B, C, H, W) in [-1, 1], clipped, as (B, H, W, 3) uint8; one channel is shown as grey."""
     pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte()
     if pixels.shape[1] == 1:
         pixels = pixels.expand(-1, 3, -1, -1)
@@ -19,7 +19,8 @@ def to_pixels(images: Tensor) -> NDArray[np.uint8]:
 
 
 def sheet(images: Tensor, columns: int) -> NDArray[np.uint8]:
-    """Images (B, C, H, W) in [-1, 1] in rows of `columns`, one white pixel around each: (height, width, 3) uint8."""
+    """Returns images (B, C, H, W) in [-1, 1] in rows of `columns`, with one white pixel around each: (height, width, 3)
+    uint8."""
     pixels = np.pad(to_pixels(images), ((0, -len(images) % columns), (1, 1), (1, 1), (0, 0)), constant_values=255)
     _, height, width, _ = pixels.shape
     grid = pixels.reshape(-1, columns, height, width, 3).transpose(0, 2, 1, 3, 4)
@@ -27,7 +28,8 @@ def sheet(images: Tensor, columns: int) -> NDArray[np.uint8]:
 
 
 def save_grid(images: Tensor, path: Path, columns: int, scale: int = 2, gap: int = 1) -> None:
-    """images: (B, C, H, W) in [-1, 1]. scale: pixels a pixel."""
+    """Writes images (B, C, H, W) in [-1, 1] as one PNG. scale: side of the square that a pixel becomes. gap: white
+    pixels between images, before scaling."""
     pixels = to_pixels(images)
     count, height, width, _ = pixels.shape
     rows = -(-count // columns)

@@ -1,4 +1,4 @@
-"""A finished or running run, read back for use: no engine, no ranks."""
+"""Loads a finished or running run for use, without engine and ranks."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from trainer.inference import exported
 
 @dataclass(frozen=True)
 class Restored:
-    """config and state of the run, and its denoiser with the averaged weights, ready to evaluate. average: which
-    one."""
+    """A loaded run: its configuration and state, and its denoiser with averaged weights, ready to evaluate. average:
+    which average the weights are, in words."""
 
     config: RunConfig
     state: TrainState
@@ -34,10 +34,10 @@ class Restored:
 
 
 def restore(run_dir: Path, checkpoint: str = "latest", sigma_rel: float | None = None) -> Restored:
-    """From a run's checkpoint, or from an export.
+    """Loads a run from a checkpoint, or from an export.
 
-    checkpoint: latest, best or a step. sigma_rel: of an average put together from snapshots; None takes the run's own.
-    Raises UserError when there is no such checkpoint, or no such average, as in an export, which has its own alone."""
+    checkpoint: latest, best or a step. sigma_rel: width of an average that is computed from snapshots; None uses the
+    run's own average. Raises UserError if there is no such checkpoint or average. An export has only its own."""
     if (run_dir / exported.NAME).is_file():
         if checkpoint != "latest" or sigma_rel is not None:
             raise UserError(
@@ -62,23 +62,22 @@ def restore(run_dir: Path, checkpoint: str = "latest", sigma_rel: float | None =
             field=run_dir,
             code="not_found",
         )
-    if config.threads:  # what was chosen for this machine's cores holds for drawing, too
+    if config.threads:  # the number chosen for this machine's cores applies to drawing, too
         torch.set_num_threads(config.threads)
     state = read_state(path)
     denoiser = config.model.adapter.denoiser(state.shape, config.process, config.prediction, config.seed)
     average, average_name = read_tensors(path, "ema"), str(config.ema)
     if sigma_rel is not None:
         average, average_name = reconstructed(run_dir, config.ema, path, state.step, sigma_rel)
-    trained = {
-        name for name, p in denoiser.named_parameters() if p.requires_grad
-    }  # a frozen base is not in checkpoints
+    # Checkpoints do not contain a frozen base.
+    trained = {name for name, p in denoiser.named_parameters() if p.requires_grad}
     try:
         if trained != average.keys():
             raise RuntimeError
         denoiser.load_state_dict(average, strict=False)
-    except RuntimeError:  # also for another shape
+    except RuntimeError:  # also raised for another shape
         raise UserError(
-            f"{path}: these weights are not of the model in {run_dir / 'config.yaml'}; was it edited?",
+            f"{path}: these weights do not belong to the model in {run_dir / 'config.yaml'}; was it edited?",
             field=path,
             code="mismatch",
         ) from None
@@ -90,7 +89,7 @@ def _ready(denoiser: Denoiser) -> Denoiser:
 
 
 def shards_of(config: RunConfig) -> ShardIndex | None:
-    """What a run was trained on; None where its shards are not there any more."""
+    """Returns the index of the shards that a run was trained on; None if they do not exist any more."""
     try:
         return read_index(config.data.shards)
     except (UserError, WorkFailed):

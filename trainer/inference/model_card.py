@@ -16,7 +16,7 @@ from trainer.models.adapter import Card
 
 
 def card(run: Restored, run_dir: Path) -> str:
-    """Markdown, with the head that the hub reads."""
+    """Returns the card in Markdown, with the header that the hub reads."""
     config = run.config
     its = config.model.adapter.card(run.state.shape)
     tags = ["ambient-trainer", "arxiv:2404.10177", *its.tags]
@@ -70,8 +70,8 @@ def card(run: Restored, run_dir: Path) -> str:
             "## Licence",
             "",
             (
-                "To be filled in by whoever publishes this: the licence of the images, and of the base model where "
-                "there is one, bind it."
+                "Fill this in before you publish the model: the licence of the images and, if there is a base model, "
+                "its licence apply to it."
             ),
             "",
         ]
@@ -100,7 +100,7 @@ OUTPUTS = {
     "v": "x / (1 + sigma**2) - sigma / (1 + sigma**2) ** 0.5 * out",
     "flow": "(x - sigma * out) / (1 + sigma)",
 }
-"""h, by prediction, as trainer/diffusion/prediction.py has it."""
+"""Expressions for h by prediction, as in trainer/diffusion/prediction.py."""
 
 
 def scale_code(process: AnyProcess) -> str:
@@ -110,7 +110,7 @@ def scale_code(process: AnyProcess) -> str:
 
 
 def time_code(process: AnyProcess) -> str:
-    """An expression of sigma, as trainer/diffusion/process.py has it."""
+    """Returns an expression in sigma, as in trainer/diffusion/process.py."""
     if process.kind == "ve":
         return (
             f"1000 * torch.log(sigma / {process.sigma_min}) / torch.log(torch.tensor({process.sigma_max} / "
@@ -134,13 +134,13 @@ def time_code(process: AnyProcess) -> str:
 def _data(config: RunConfig) -> list[str]:
     index = shards_of(config)
     if index is None:
-        return [f"Shards at `{config.data.shards}`, which were not there any more when this was written."]
+        return [f"Shards at `{config.data.shards}`, which did not exist any more when this was written."]
     corruption = json.dumps(index.request.get("corruption"))
     levels = (
         f"sigma_n {index.sigma_min:g} to {index.sigma_max:g}, in units of "
         f"{'scaled latents' if index.request.get('latents') else 'pixels in [-1, 1]'}"
     )
-    scaled = "" if config.data.sigma_scale == 1 else f" (taken for {config.data.sigma_scale:g} times that)"
+    scaled = "" if config.data.sigma_scale == 1 else f" (treated as {config.data.sigma_scale:g} times that)"
     return [
         f"- {index.samples} observations of shape {list(index.shape)}, of `{index.request.get('source')}`",
         f"- {levels}{scaled}; corruption `{corruption}`",
@@ -173,7 +173,7 @@ def _training(run: Restored) -> list[str]:
 
 
 def _metrics(run_dir: Path, step: int) -> dict[str, float]:
-    """The losses of the last report that has each, up to this step."""
+    """Returns the last reported value of each loss up to this step."""
     found = dict[str, float]()
     for record in json_lines(run_dir / "metrics.jsonl"):
         metrics = record.get("metrics", {}) if record["step"] <= step else {}

@@ -1,4 +1,4 @@
-"""Backbones, one file a kind: its configuration, its network, and the adapter that the rest of the project asks.
+"""Backbones, one file per kind: its configuration, its network, and the adapter that other folders use.
 
 Imports ambient_core, data_pipeline and trainer's diffusion and engine; config, planning, inference and training import
 it.
@@ -10,8 +10,9 @@ import logging
 
 
 def quieten_xformers() -> None:
-    """Before diffusers is imported: without a GPU xformers has no operator, and says so at length."""
-    import torch  # here, since it takes seconds
+    """Silences xformers, to be called before diffusers is imported. Without a GPU, xformers has no operator, and logs
+    long warnings about it."""
+    import torch  # imported here since it takes seconds
 
     if not torch.cuda.is_available():
         logging.getLogger("xformers").setLevel(logging.ERROR)

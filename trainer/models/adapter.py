@@ -1,6 +1,7 @@
-"""The adapter of a kind of model: all that the rest of the project asks of it.
+"""The adapter of a kind of model: the interface that the rest of the project uses.
 
-A kind is a file in this folder: its configuration, its network and its adapter, which `config.model.adapter` gives.
+A kind is a file in this folder with its configuration, its network and its adapter. `config.model.adapter` is the
+adapter.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from trainer.diffusion.process import AnyProcess
 from trainer.models.conditioning import Shapes, Text, TextEncoders, TrainingConditioning
 
 Shape = tuple[int, int, int]
-"""(C, H, W) of one observation, as it is in the shards: of pixels, or of latents."""
+"""(C, H, W) of one observation, as stored in the shards: pixels or latents."""
 
 Coder = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Card:
-    """What the model card of an export says of its kind.
+    """The parts of an export's model card that depend on the kind of model.
 
-    code: Python that loads the export from THIS_FOLDER. output: where that gives a bare network, an expression of
-    its output for an input {x} (B, C, H, W) and a `time` (B,), of which the card makes E[x0 | x]. library: that
-    loads it. tags, head: more of the head that the hub reads."""
+    code: Python code that loads the export from THIS_FOLDER. output: if the code makes a bare network, an expression
+    for its output, given an input {x} (B, C, H, W) and a `time` (B,). The card converts it to E[x0 | x]. library: the
+    library that loads the export. tags, head: further tags and fields of the header that the hub reads."""
 
     code: str
     output: str | None = None
@@ -45,50 +46,50 @@ class Card:
 
 @dataclass(frozen=True)
 class Adapter(ABC):
-    """One kind of model, as the rest of the project sees it. config: its configuration.
+    """The interface to one kind of model. config: its configuration.
 
-    The defaults are of a network in pixel space, trained from scratch, without text: such a kind has to give `backbone`
-    alone.
+    The defaults are for a network in pixel space that is trained from scratch without text. Such a kind only has to
+    define `backbone`.
     """
 
     config: Any
     at_once: ClassVar[int] = 64
-    """Images that are drawn together."""
+    """Number of images that are drawn together."""
     takes_prompt: ClassVar[bool] = False
-    """Whether images are drawn of a prompt."""
+    """Whether images are drawn for a prompt."""
     default_shape: ClassVar[tuple[Shape, str] | None] = None
-    """The shape to plan with where there are no shards yet, and what it is, in words; None: there is none."""
+    """The shape to plan with if there are no shards yet, and its description; None if there is no such shape."""
 
     # Building.
 
     @abstractmethod
     def backbone(self, shape: Shape, text: Text | None = None) -> nn.Module:
-        """Fresh weights, of torch's global generator: called with (input (B, C, H, W), time (B,), conditioning) ->
-        (B, C, H, W). text: what caption ids stand for, for a network that is given some and has no text encoders of
-        its own."""
+        """Returns the network with fresh weights, drawn from torch's global generator. It is called with (input (B, C,
+        H, W), time (B,), conditioning) and returns (B, C, H, W). text: maps caption ids to embeddings, for a network
+        that gets captions and has no text encoders of its own."""
 
     def architecture(self, shape: Shape) -> nn.Module:
-        """The same network on the meta device, without weights, to plan with."""
+        """Returns the same network on the meta device, without weights, for planning."""
         with torch.device("meta"):
             return self.backbone(shape)
 
-    def check_shape(self, shape: Shape) -> None:  # noqa: B027  # by default it takes any
+    def check_shape(self, shape: Shape) -> None:  # noqa: B027  # by default every shape is valid
         """Raises UserError for observations that the network cannot take."""
 
-    def check_process(self, process: AnyProcess, prediction: Prediction) -> None:  # noqa: B027  # likewise
-        """Raises UserError for another noise process or prediction than weights that are fine-tuned were trained
-        with."""
+    def check_process(self, process: AnyProcess, prediction: Prediction) -> None:  # noqa: B027  # likewise valid
+        """Raises UserError if the weights to be fine-tuned were trained with another noise process or prediction."""
 
     def check_data(self, index: ShardIndex, shards: str) -> None:
-        """Raises UserError for a folder of shards that it cannot be trained on."""
+        """Raises UserError for a folder of shards that the model cannot be trained on."""
         for shape in index.shapes:
             self.check_shape(shape)
 
     def denoiser(
         self, shape: Shape, process: AnyProcess, prediction: Prediction, seed: int, text: Text | None = None
     ) -> Denoiser:
-        """The denoiser on the CPU, with the same fresh weights on every rank and machine; of a base that is
-        fine-tuned, its weights with fresh adapters. Raises UserError for what does not fit the model."""
+        """Returns the denoiser on the CPU, with the same fresh weights on every rank and machine. If a base is
+        fine-tuned, these are the base's weights with fresh adapters. Raises UserError for a shape, process or
+        prediction that does not fit the model."""
         self.check_shape(shape)
         self.check_process(process, prediction)
         with torch.random.fork_rng(devices=[]):
@@ -99,54 +100,56 @@ class Adapter(ABC):
 
     @property
     def prompt(self) -> str | None:
-        """The run's own prompt, which all its images are trained with."""
+        """The run's own prompt, which all its images are trained with; None if there is none."""
         return None
 
     def conditioning(self, data: DataConfig, seed: int, device: torch.device) -> TrainingConditioning:
-        """What the network of a training on these shards is given besides the noisy image."""
+        """Returns what the network gets in addition to the noisy image when it is trained on these shards."""
         return TrainingConditioning()
 
     def of_prompts(self, denoiser: Denoiser, prompts: Sequence[str], shape: Shape) -> tuple[Conditioning, Conditioning]:
-        """What images of these prompts are drawn with, tensors (len(prompts), ...); and the same with empty ones, to
-        be guided away from."""
+        """Returns the conditioning that draws images for these prompts, tensors (len(prompts), ...); and the same for
+        empty prompts, for guidance away from them."""
         return {}, {}
 
     # Images.
 
     def image_shape(self, shape: Shape) -> Shape:
-        """(C, H, W) of the images, for the shape of what the network works on."""
+        """Returns (C, H, W) of the images that belong to a shape of the network's input."""
         return shape
 
     def coders(self, device: torch.device) -> tuple[Coder, Coder]:
-        """Images (N, C, H, W) in [-1, 1] -> what the network works on, on the device; and back, float32 on the CPU."""
+        """Returns two functions: one maps images (N, C, H, W) in [-1, 1] to the network's input on the device, the
+        other maps back, to float32 on the CPU."""
         return lambda images: images.to(device), Tensor.cpu
 
     # Exports.
 
     @property
     def weights_file(self) -> str:
-        """Of an export: the file of its weights."""
+        """The name of the file with the weights of an export."""
         return "diffusion_pytorch_model.safetensors"
 
     def export(self, denoiser: Denoiser, folder: Path) -> None:
-        """Writes the weights into a folder, such that `load_export` reads them back."""
+        """Writes the weights into a folder, from which `load_export` can read them."""
         from safetensors.torch import save_model
 
         save_model(denoiser.backbone, str(folder / self.weights_file))
 
     def config_of_export(self, folder: Path) -> Any:
-        """The configuration that the network of an export is built by: this one, or one with the folder as its base."""
+        """Returns the configuration to build the network of an export with: this one, or one with the folder as its
+        base."""
         return self.config
 
     def load_export(self, denoiser: Denoiser, folder: Path) -> None:
-        """Puts the weights of an export into a fresh network. Raises OSError, SafetensorError, RuntimeError or
+        """Loads the weights of an export into a fresh network. Raises OSError, SafetensorError, RuntimeError or
         ValueError for a folder that is not what `export` wrote."""
         from safetensors.torch import load_model
 
         load_model(denoiser.backbone, str(folder / self.weights_file))
 
     def card(self, shape: Shape) -> Card:
-        """shape: of what it was trained on."""
+        """Returns the card of an export. shape: shape of the observations that the model was trained on."""
         code = """from pathlib import Path
 
 from trainer.inference.load import restore
@@ -157,22 +160,24 @@ h = restore(Path("THIS_FOLDER")).denoiser  # h(x, sigma, {}) is E[x0 | x], where
     # Planning.
 
     def conditioning_shapes(self, denoiser: Denoiser) -> Shapes:
-        """What the network is given besides image and level, of one sample, text encoded."""
+        """Returns the shapes of what the network gets for one sample in addition to image and noise level, with encoded
+        text."""
         return {}
 
     def text_encoders(self, denoiser: Denoiser) -> TextEncoders | None:
-        """The network's own text encoders."""
+        """Returns the network's own text encoders; None if it has none."""
         return None
 
     def encoded_captions(self, samples: int) -> int:
-        """How many captions a micro-batch of so many samples, particles among them, has encoded by these, at most."""
+        """Returns the largest number of captions that these encode for a micro-batch of `samples` samples, including
+        particles."""
         return 0
 
 
 @dataclass(frozen=True)
 class DiffusersAdapter(Adapter):
-    """Of a network of diffusers that is trained from scratch, and that the backbone has as `model`: exported as its
-    folder."""
+    """The adapter of a diffusers network that is trained from scratch. The backbone has the network as `model`, and an
+    export is the folder that the network saves."""
 
     class_name: ClassVar[str]
     """The network's class in diffusers."""

@@ -1,5 +1,5 @@
-"""Which attention a model computes by: a probe on this device decides, and every diffusers model is set the same
-way."""
+"""Chooses the attention backend of a model with a probe on this device, and sets it in every diffusers model in the
+same way."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q (B, L, D), k and v (B, M, D) -> (B, L, D): softmax(q k^T / sqrt(D)) v."""
 
 SLOWER = 1.1
-"""`auto` leaves xformers where it takes more than this many times the time of SDPA."""
+"""`auto` does not use xformers if it takes more than this many times the time of SDPA."""
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 4e-2, torch.float16: 1e-2}
-"""Largest difference to SDPA, relative to the largest value, in the output and in the gradients."""
+"""Largest allowed difference to SDPA, relative to the largest value, in the output and in the gradients."""
 USUAL_HEAD_DIM = 64
 BATCH = 32
 CROSS_TOKENS = 77
@@ -32,8 +32,9 @@ CROSS_TOKENS = 77
 
 @dataclass(frozen=True)
 class Probe:
-    """A forward and a backward pass by xformers compared with SDPA's. problem: why it cannot be used, or "".
-    difference: the largest to SDPA, relative. ratio: its time over SDPA's; both 0 where it did not run."""
+    """A comparison of forward and backward passes by xformers with those by SDPA. problem: why xformers cannot be used,
+    or "". difference: the largest relative difference to SDPA. ratio: the time of xformers divided by that of SDPA.
+    Both are 0 if xformers did not run."""
 
     problem: str
     difference: float = 0.0
@@ -42,23 +43,24 @@ class Probe:
 
 @dataclass(frozen=True)
 class Choice:
-    """The attention of a run, why, and what was measured; it goes to MLflow as tags."""
+    """The attention backend of a run, the reason for it, and the measurement. MLflow gets them as tags."""
 
     backend: Backend
     why: str
     probe: Probe | None = None
 
     def tags(self) -> dict[str, str]:
-        found = {"attention.backend": self.backend, "attention.why": self.why[:2000]}
+        tags = {"attention.backend": self.backend, "attention.why": self.why[:2000]}
         if self.probe and self.probe.ratio:
-            found["attention.xformers_time_over_sdpa"] = f"{self.probe.ratio:.3f}"
-            found["attention.xformers_difference_to_sdpa"] = f"{self.probe.difference:.2e}"
-        return found
+            tags["attention.xformers_time_over_sdpa"] = f"{self.probe.ratio:.3f}"
+            tags["attention.xformers_difference_to_sdpa"] = f"{self.probe.difference:.2e}"
+        return tags
 
 
 def set_attention(module: nn.Module, wanted: Attention, dtype: torch.dtype, ranks: Ranks) -> Choice:
-    """Chooses, and sets every attention layer of a module that holds a diffusers model. A collective: all ranks end
-    with the same. Raises UserError where xformers is asked for and cannot run, with its own reason."""
+    """Chooses a backend and sets it in every attention layer of a module that holds a diffusers model. A collective
+    operation: all ranks get the same backend. Raises UserError with xformers' own reason if xformers is requested and
+    cannot run."""
     choice = choose(wanted, head_dims(module), dtype, ranks.device)
     if ranks.any(choice.backend == "sdpa") and choice.backend == "xformers":
         choice = Choice("sdpa", "xformers did not pass on another rank", choice.probe)
@@ -67,7 +69,8 @@ def set_attention(module: nn.Module, wanted: Attention, dtype: torch.dtype, rank
 
 
 def choose(wanted: Attention, dims: list[int], dtype: torch.dtype, device: torch.device) -> Choice:
-    """dims: the model's head dimensions; without any the usual one is probed, so that what was asked for is checked."""
+    """Returns the choice for this rank. dims: the model's head dimensions. If there are none, the usual one is probed,
+    so that a requested backend is checked."""
     if wanted == "sdpa":
         return Choice("sdpa", "asked for")
     result = probe(xformers_kernel, dims or [USUAL_HEAD_DIM], dtype, device)
@@ -88,7 +91,8 @@ def choose(wanted: Attention, dims: list[int], dtype: torch.dtype, device: torch
 
 
 def probe(kernel: Kernel, dims: list[int], dtype: torch.dtype, device: torch.device) -> Probe:
-    """Forward and backward of self- and cross-attention at each head dimension, against SDPA. Short on a CPU."""
+    """Compares the forward and backward passes of self- and cross-attention with SDPA's at each head dimension. On a
+    CPU the sequences are short."""
     tokens = 1024 if device.type == "cuda" else 64
     difference, ours, theirs = 0.0, 0.0, 0.0
     for dim in dims:
@@ -97,11 +101,11 @@ def probe(kernel: Kernel, dims: list[int], dtype: torch.dtype, device: torch.dev
             shapes = ((BATCH, tokens, dim), (BATCH, keys, dim), (BATCH, keys, dim), (BATCH, tokens, dim))
             q, k, v, upstream = (torch.randn(s, generator=generator, device=device, dtype=dtype) for s in shapes)
             try:
-                found = _forward_backward(kernel, q, k, v, upstream)
+                actual = _forward_backward(kernel, q, k, v, upstream)
             except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
                 return Probe(_reason(error))
             expected = _forward_backward(sdpa_kernel, q, k, v, upstream)
-            for a, b in zip(found, expected, strict=True):
+            for a, b in zip(actual, expected, strict=True):
                 gap = float((a.float() - b.float()).abs().max() / b.float().abs().max())
                 difference = max(difference, gap if gap == gap else float("inf"))
             seconds = _seconds((kernel, sdpa_kernel), (q, k, v, upstream), device)
@@ -112,9 +116,10 @@ def probe(kernel: Kernel, dims: list[int], dtype: torch.dtype, device: torch.dev
 
 
 def xformers_kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Raises NotImplementedError, with the reason of each of its operators, where none can run."""
+    """Computes attention with xformers. Raises NotImplementedError, with the reason for each of its operators, if none
+    can run."""
     quieten_xformers()
-    import xformers.ops  # here, since it takes seconds
+    import xformers.ops  # imported here since it takes seconds
 
     return xformers.ops.memory_efficient_attention(q, k, v)
 
@@ -124,20 +129,19 @@ def sdpa_kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def head_dims(module: nn.Module) -> list[int]:
-    """The head dimensions of a model's attention layers, each once, in order of size."""
+    """Returns the head dimensions of a model's attention layers, each once, in ascending order."""
     return sorted({layer.to_q.out_features // layer.heads for layer in _layers(module)})
 
 
 def use(module: nn.Module, backend: Backend) -> None:
-    """Sets the processor of every attention layer. Raises UserError for a model whose layers have one of another
-    kind."""
+    """Sets the processor of every attention layer. Raises UserError if a layer has a processor of another kind."""
     from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
 
     for layer in _layers(module):
         if not isinstance(layer.processor, (AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor)):
             name = type(layer.processor).__name__
             raise UserError(
-                f"engine.attention {backend}: this model's attention is {name}, which has no other form",
+                f"engine.attention {backend}: this model's attention is {name}, whose backend cannot be changed",
                 field="engine.attention",
                 code="unsupported",
             )
@@ -145,7 +149,7 @@ def use(module: nn.Module, backend: Backend) -> None:
 
 
 def _layers(module: nn.Module) -> list[Any]:
-    from diffusers.models.attention_processor import Attention as Layer  # here, since it takes seconds
+    from diffusers.models.attention_processor import Attention as Layer  # imported here since it takes seconds
 
     return [layer for layer in module.modules() if isinstance(layer, Layer)]
 
@@ -157,7 +161,8 @@ def _forward_backward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, upstream:
 
 
 def _seconds(kernels: Sequence[Kernel], inputs: tuple[Tensor, ...], device: torch.device) -> list[float]:
-    """The median of 7 for each kernel, by turns, so that what else the machine does slows all alike."""
+    """Returns the median seconds of 7 runs of each kernel. The kernels take turns, so that other load on the machine
+    slows all of them equally."""
     times: list[list[float]] = [[] for _ in kernels]
     for _ in range(7):
         for kernel, taken in zip(kernels, times, strict=True):

@@ -1,7 +1,7 @@
-"""The real vocabulary of CLIP's tokenizer: 49,408 tokens, as Stable Diffusion XL's two tokenizers have it.
+"""The real vocabulary of CLIP's tokenizer: 49,408 tokens, which both tokenizers of Stable Diffusion XL use.
 
 It is one file of the PyPI package open_clip_torch (MIT). The package itself needs torchvision and is not installed: pip
-downloads it once, and the file is kept in the cache folder (AMBIENT_CACHE, else ~/.cache/ambient-trainer).
+downloads it once, and the file is kept in the cache folder (AMBIENT_CACHE, otherwise ~/.cache/ambient-trainer).
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from ambient_core.errors import WorkFailed
 
 PACKAGE, MEMBER = "open_clip_torch==3.3.0", "open_clip/bpe_simple_vocab_16e6.txt.gz"
 SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
-"""Of the file that OpenAI published with CLIP."""
+"""Checksum of the file that OpenAI published with CLIP."""
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 SIZE = 49408
 
 
 def vocabulary() -> tuple[dict[str, int], list[str]]:
-    """Token -> id, and the merges in their order, each two tokens with a space between. Raises WorkFailed offline."""
+    """Returns the id of each token, and the merges in their order, each as two tokens separated by a space. Raises
+    WorkFailed if the file cannot be downloaded or is not the published one."""
     lines = gzip.decompress(_file().read_bytes()).decode().split("\n")
-    merges = lines[1 : SIZE - 512 - 2 + 1]  # the file goes on; CLIP uses this many
+    merges = lines[1 : SIZE - 512 - 2 + 1]  # the file has more; CLIP uses this many
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    # The bytes that are no printable characters are written as those from 256 on.
+    # Bytes that are not printable characters are written as the characters from 256 on.
     characters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     tokens = [*characters, *(c + "</w>" for c in characters), *("".join(m.split()) for m in merges), START, END]
     return {token: i for i, token in enumerate(tokens)}, merges

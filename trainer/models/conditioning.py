@@ -1,5 +1,5 @@
-"""What a network is given besides the noisy image: of a batch in training, of a prompt in sampling; and text
-encoders of its own."""
+"""The conditioning that a network gets in addition to the noisy image, from a batch in training or a prompt in
+sampling; and text encoders that are a part of the network."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ from trainer.diffusion.noise import Noise
 from trainer.diffusion.tensors import expand
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""Of conditioning: the shape of one sample's tensor, by name."""
+"""The shapes of one sample's conditioning tensors, by name."""
 
 Text = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Captions (B, ...) int64, as the data have them -> prompt_embeds (B, T, D) and pooled (B, P), of any float type and
-device. They are ids (B,), which are looked up, and 0 is no caption; or tokens (B, 2, T), which are encoded."""
+"""Maps captions (B, ...) int64, in the form that the data have, to prompt_embeds (B, T, D) and pooled (B, P), of any
+float type and device. Captions are ids (B,), which are looked up (0 is no caption), or tokens (B, 2, T), which are
+encoded."""
 
 NO_CAPTION, FIXED = 0, 1
-"""Ids: of the empty caption, always; and of a run's own prompt, where it has one and it is encoded once."""
+"""Caption ids. NO_CAPTION is always the empty caption. FIXED is the run's own prompt, if it has one that is encoded
+once."""
 
 
 @dataclass(frozen=True)
 class Conditioner:
-    """Leaves of a batch's conditioning what the network takes, and drops captions.
+    """Reduces a batch's conditioning to what the network takes, and drops captions.
 
-    names: what it takes; none for a model without conditioning. no_caption: the empty caption, as the data have
-    captions: an id () or tokens (2, T). fixed: the run's own prompt, likewise, which all images have, if there is one.
-    drop: the share of samples whose caption becomes the empty one. Which ones is a function of seed, batch and row, so
-    it is the same on any number of ranks; and a particle keeps the caption, or its absence, that it was initialized
-    with.
-    """
+    names: the conditioning that the network takes; none for a model without conditioning. no_caption: the empty caption
+    in the form that the data have: an id () or tokens (2, T). fixed: the run's own prompt in the same form, which
+    replaces the captions of all images; None if there is none. drop: share of samples that get the empty caption. The
+    choice is a function of seed, batch and row, so it is the same for any number of ranks. A particle keeps the
+    caption, or the empty caption, that it was initialized with."""
 
     names: tuple[str, ...] = ()
     no_caption: Tensor = field(default_factory=lambda: torch.tensor(NO_CAPTION))
@@ -55,13 +56,12 @@ class Conditioner:
 
 
 class TrainingConditioning:
-    """What the network of a training is given besides the noisy image. These defaults are of a network that takes
-    nothing."""
+    """The conditioning of the network in training. The defaults are for a network without conditioning."""
 
     @property
     def captions(self) -> Literal["ids"] | CaptionEncoder | None:
-        """What the Loader makes of captions: their ids in the shards, or what this `CaptionEncoder` makes of them;
-        None: nothing."""
+        """What the Loader delivers for captions: "ids" are their ids in the shards, a `CaptionEncoder` encodes them,
+        and None delivers nothing."""
         return None
 
     @property
@@ -71,33 +71,34 @@ class TrainingConditioning:
 
     @property
     def text(self) -> Text | None:
-        """What caption ids stand for: for a network that has no text encoders of its own. Made at the first call."""
+        """Maps caption ids to embeddings, for a network without text encoders of its own. Made at the first call."""
         return None
 
     def conditioner(self) -> Conditioner:
-        """What each batch passes through before the losses."""
+        """Returns the function that is applied to each batch before the losses."""
         return Conditioner()
 
     def begin(self, denoiser: Denoiser, given: Sequence[Conditioning]) -> None:
-        """Called before the passes of a micro-batch with all conditioning that they will be given."""
+        """Called before the passes of a micro-batch. given: all conditioning that these passes will get."""
 
     def preview(self, number: int, shape: tuple[int, int, int]) -> Conditioning:
-        """Of so many samples (C, H, W), to look at while training: tensors (number, ...)."""
+        """Returns the conditioning of `number` preview samples of shape (C, H, W): tensors (number, ...)."""
         return {}
 
 
 class TextEncoders(nn.Module):
-    """Text encoders that are a part of the network and run in each micro-batch: what the planner asks of them."""
+    """Text encoders that are a part of the network and run in each micro-batch, with the interface that the planner
+    uses."""
 
     @property
     def trained(self) -> bool:
         return any(p.requires_grad for p in self.parameters())
 
     def encode_empty(self, captions: int, device: str) -> dict[str, Tensor]:
-        """The conditioning (captions, ...) of so many empty captions."""
+        """Returns the conditioning (captions, ...) of `captions` empty captions."""
         raise NotImplementedError
 
 
 def repeated(conditioning: Conditioning, number: int) -> Conditioning:
-    """Of one sample, for so many."""
+    """Returns one sample's conditioning, repeated for `number` samples."""
     return {name: row.expand(number, *row.shape[1:]) for name, row in conditioning.items()}

@@ -31,7 +31,7 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         if min(self.patch, self.layers, self.heads) < 1 or self.head_dim < 4 or self.head_dim % 4:
-            raise ValueError("need patch, layers and heads of at least 1, and a head_dim that is a multiple of 4")
+            raise ValueError("patch, layers and heads must be at least 1, and head_dim a multiple of 4, at least 4")
 
     @property
     def adapter(self) -> DiTAdapter:
@@ -39,14 +39,14 @@ class DiTConfig:
 
 
 class DiT(nn.Module):
-    """(input, time, conditioning) -> output. Images are squares of `image_size`."""
+    """The network: (input, time, conditioning) -> output. Images are squares with sides of `image_size`."""
 
     def __init__(self, config: DiTConfig, image_channels: int, image_size: int) -> None:
         super().__init__()
         quieten_xformers()
         from diffusers.models.embeddings import LabelEmbedding
         from diffusers.models.transformers.dit_transformer_2d import (
-            DiTTransformer2DModel,  # here, since it takes seconds
+            DiTTransformer2DModel,  # imported here since it takes seconds
         )
 
         self.model: Any = DiTTransformer2DModel(
@@ -60,7 +60,7 @@ class DiT(nn.Module):
         )
         for module in self.model.modules():
             if isinstance(module, LabelEmbedding):
-                module.dropout_prob = 0.0  # it would drop the one class, by noise that is not addressed
+                module.dropout_prob = 0.0  # it would drop the only class, with noise other than AddressedNoise
         if config.activation_checkpointing:
             self.model.enable_gradient_checkpointing()
 
@@ -82,8 +82,8 @@ class DiTAdapter(DiffusersAdapter):
         patch = self.config.patch
         if shape[1] != shape[2] or shape[1] % patch:
             raise UserError(
-                f"model.patch {patch}: a dit takes squares whose side is a multiple of it; "
-                f"the shards have {shape[2]}x{shape[1]}: shard with --size, or change it",
+                f"model.patch {patch}: a dit takes square images whose side is a multiple of patch; "
+                f"the shards have {shape[2]}x{shape[1]}: shard with --size, or change patch",
                 field="model.patch",
                 code="mismatch",
             )

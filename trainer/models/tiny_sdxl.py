@@ -1,7 +1,8 @@
-"""`python -m trainer.models.tiny_sdxl FOLDER`: a pipeline of Stable Diffusion XL's classes, a few MB, random weights.
+"""`python -m trainer.models.tiny_sdxl FOLDER`: writes a pipeline of Stable Diffusion XL's classes with random weights,
+a few MB.
 
-Every part is of the class, and has the kind of settings, that the real pipeline has: only widths and depths differ. So
-what loads and trains this folder loads and trains the real one. It makes 64-pixel images of no meaning.
+Every part has the class and the kind of settings of the real pipeline; only widths and depths differ. So code that
+loads and trains this folder also loads and trains the real pipeline. Its images have 64 pixels a side and no meaning.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from trainer.models import quieten_xformers
 from trainer.models.clip_vocabulary import END, SIZE, START, vocabulary
 
 WIDTHS = (16, 24)
-"""Of the two text encoders. All widths differ, so that mixing two of them up shows."""
+"""Widths of the two text encoders. All widths differ, so that a mix-up of two of them is noticed."""
 PROJECTION = 32
 TIME_IDS, TIME_EMBEDDING = 6, 8
 MAX_TOKENS = 77
@@ -58,7 +59,7 @@ TEXT: dict[str, Any] = {
     "vocab_size": SIZE,
     "max_position_embeddings": MAX_TOKENS,
     "num_hidden_layers": 3,
-    # As the real ones: 2 makes transformers pool at the token of the highest id, which is END.
+    # As in the real encoders: with 2, transformers pools at the token with the highest id, which is END.
     "bos_token_id": 0,
     "eos_token_id": 2,
     "pad_token_id": 1,
@@ -74,7 +75,7 @@ PIPELINE: dict[str, Any] = {
     "tokenizer_2": ["transformers", "CLIPTokenizer"],
     "scheduler": ["diffusers", "EulerDiscreteScheduler"],
 }
-"""The real one's model_index.json, too."""
+"""The content of model_index.json, the same as in the real pipeline."""
 SCHEDULER: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -88,8 +89,8 @@ SCHEDULER: dict[str, Any] = {
 
 
 def write_tiny_sdxl(folder: Path, seed: int = 0, unet: dict[str, Any] = UNET) -> None:
-    """The same bytes for the same seed and versions of the libraries. unet: settings of a larger one, for
-    benchmarks. Raises UserError where `folder` has content."""
+    """Writes the pipeline, with the same bytes for the same seed and library versions. unet: the UNet's settings;
+    benchmarks use a larger one. Raises UserError if `folder` is not empty."""
     if not paths.is_free(folder):
         raise UserError(f"FOLDER {folder}: exists already: choose a new one", field="FOLDER", code="in_use")
     import torch
@@ -136,7 +137,8 @@ def write_tiny_sdxl(folder: Path, seed: int = 0, unet: dict[str, Any] = UNET) ->
 
 
 def _save(encoder: Any, folder: Path) -> None:
-    """What its save_pretrained writes; that one would import deepspeed, which takes seconds and prints."""
+    """Writes the same files as the encoder's save_pretrained, which would import deepspeed: that takes seconds and
+    prints text."""
     from safetensors.torch import save_model
 
     encoder.config.architectures = [type(encoder).__name__]

@@ -44,12 +44,12 @@ class UNet2DConfig:
 
 
 class UNet2D(nn.Module):
-    """(input, time, conditioning) -> output. UNet2DModel takes no conditioning."""
+    """The network: (input, time, conditioning) -> output. It ignores conditioning, which UNet2DModel does not take."""
 
     def __init__(self, config: UNet2DConfig, image_channels: int, image_size: int) -> None:
         super().__init__()
         quieten_xformers()
-        from diffusers.models.unets.unet_2d import UNet2DModel  # here, since it takes seconds
+        from diffusers.models.unets.unet_2d import UNet2DModel  # imported here since it takes seconds
 
         levels = range(len(config.channels))
         self.model = UNet2DModel(
@@ -66,8 +66,8 @@ class UNet2D(nn.Module):
         )
 
     def forward(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        # The layout that convolutions on GPUs ask for. On a CPU it makes no difference in fp32 and costs 4 % in bf16
-        # (benchmarks/ideas.py).
+        # The memory layout that convolutions on GPUs prefer. On a CPU it makes no difference in fp32 and costs 4 % in
+        # bf16 (benchmarks/ideas.py).
         return self.model(x.contiguous(memory_format=torch.channels_last), time).sample
 
 

@@ -1,4 +1,4 @@
-"""What is watched while training goes: metrics by level, slow ranks, spikes, collapse.
+"""Monitors of a training: metrics by noise level, slow ranks, spikes, collapse.
 
-Imports trainer's diffusion and engine; checkpoint and training import it.
+This package imports trainer's diffusion and engine; checkpoint and training import it.
 """

@@ -1,4 +1,4 @@
-"""Notices while it trains that consistency is destroying the denoiser."""
+"""Detects during training that consistency is destroying the denoiser."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from statistics import mean
 from trainer.diffusion.consistency import ConsistencyConfig
 
 REPORTS, FALLEN, RISEN = 3, 0.6, 2.0
-"""At REPORTS reports in a row: a spread below FALLEN times the highest one so far, or an ambient loss whose mean
-over them is above RISEN times that over the first ones with consistency."""
+"""There are two signs of a collapse, which must last for REPORTS reports in a row. Either the spread is below FALLEN
+times the highest spread so far, or the mean ambient loss over these reports is above RISEN times its mean over the
+first REPORTS reports with consistency."""
 
 SPREAD = "consistency/spread"
-"""The variance of h over a batch, below sigma_n, as a share of the clean images' own variance (that of the
-observations less sigma_n^2). For E[x0 | x_t] it only grows as the level falls, up to 1; a denoiser that answers the
-same everywhere has 0, and a consistency loss of 0 (the collapse that arXiv 2404.10177 names)."""
+"""The variance of h over a batch, below sigma_n, relative to the clean images' own variance (that of the observations
+minus sigma_n^2). For E[x0 | x_t] it only grows as the level falls, up to 1. A denoiser with the same output everywhere
+has a spread of 0, and a consistency loss of 0: the collapse that arXiv 2404.10177 names."""
 
 
 class CollapseGuard:
-    """Given each report's figures, warns once, with what to do."""
+    """Checks each report's figures, and warns once, with advice."""
 
     def __init__(self, config: ConsistencyConfig) -> None:
         self._advice = f"lower consistency.weight (now {config.weight:g})"
@@ -29,7 +30,7 @@ class CollapseGuard:
         self._last: deque[tuple[float, float]] = deque(maxlen=REPORTS)  # spreads and ambient losses
 
     def observe(self, step: int, spread: float, ambient_loss: float) -> str | None:
-        """A warning, the first time that a sign has stayed."""
+        """Returns a warning the first time that a sign has lasted."""
         self._highest = max(self._highest, min(1.0, spread))
         self._last.append((spread, ambient_loss))
         if len(self._first) < REPORTS:
@@ -45,8 +46,8 @@ class CollapseGuard:
             )
         elif 0 < RISEN * first < last:
             sign = (
-                f"loss/ambient has risen from {first:.3g} to {last:.3g} since consistency began: it drowns what the "
-                "data teach"
+                f"loss/ambient has risen from {first:.3g} to {last:.3g} since consistency began: consistency "
+                "outweighs what the data teach"
             )
         else:
             return None

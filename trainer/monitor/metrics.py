@@ -1,4 +1,4 @@
-"""What training reports: losses by kind and by noise-level band, kept on the device until they are asked for."""
+"""Metrics of training: losses by kind and by noise-level band, which stay on the device until they are reported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trainer.diffusion.ambient import LossTerms
 from trainer.engine.distributed import Ranks
 
 EDGES = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-"""Borders of the bands of sigma, the same for every run, so that runs can be compared."""
+"""Limits of the bands of sigma. They are the same for every run, so that runs can be compared."""
 
 BANDS = [f"{low:g}-{high:g}" for low, high in zip((0, *EDGES), (*EDGES, float("inf")), strict=True)]
 
@@ -26,7 +26,7 @@ class Meter:
         self._since = time.perf_counter()
 
     def add(self, kind: str, terms: LossTerms) -> None:
-        """Files each sample's loss under its kind and band, those that are finite. No synchronization with the
+        """Adds each sample's loss, if it is finite, to the sum of its kind and band. It does not synchronize with the
         device."""
         if kind not in self._sums:
             self._sums[kind] = torch.zeros(2, len(BANDS), device=self._edges.device)
@@ -36,13 +36,13 @@ class Meter:
         self._sums[kind].index_add_(1, band, torch.stack([torch.where(finite, loss, 0), finite.float()]))
 
     def ratio(self, name: str, numerator: torch.Tensor, denominator: torch.Tensor) -> None:
-        """Files two scalars; the ratio of their sums is reported. Nothing where one is not finite."""
+        """Adds two scalars to their sums; the ratio of the sums is reported. If one is not finite, it adds nothing."""
         both = torch.stack([numerator.detach().float(), denominator.detach().float()])
         both = torch.where(both.isfinite().all(), both, 0)
         self._ratios[name] = self._ratios.get(name, 0) + both
 
     def report(self, evaluations: int, samples: int) -> dict[str, float]:
-        """Means since the last report, over all ranks, and rates. A collective.
+        """Returns the means since the last report, over all ranks, and rates. A collective.
 
         evaluations: network evaluations since then; samples: training samples since then; both over all ranks.
         """
@@ -51,7 +51,7 @@ class Meter:
         metrics: dict[str, float] = {}
         for kind, sums in sorted(self._sums.items()):
             total, count = self._ranks.sum(sums).double().cpu()
-            metrics[f"loss/{kind}"] = float(total.sum() / count.sum())  # NaN where none was finite
+            metrics[f"loss/{kind}"] = float(total.sum() / count.sum())  # NaN if none was finite
             for band, t, n in zip(BANDS, total, count, strict=True):
                 if n > 0:
                     metrics[f"loss_{kind}_by_sigma/{band}"] = float(t / n)

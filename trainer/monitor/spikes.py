@@ -33,7 +33,8 @@ class RecoveryConfig:
 
 
 class Diverged(WorkFailed):
-    """A step that stops the run, on all ranks alike. problem: what of it is wrong, without what to do."""
+    """The error at a step that stops the run, the same on all ranks. problem: what is wrong with the step, without
+    advice."""
 
     def __init__(self, problem: str, message: str) -> None:
         super().__init__(message)
@@ -42,7 +43,8 @@ class Diverged(WorkFailed):
 
 @dataclass(frozen=True)
 class Usual:
-    """The usual loss of steps of one kind. mean: over about the last WINDOW of them. steps: how many there were."""
+    """The usual loss of steps of one kind. mean: the mean over about the last WINDOW of them. steps: their number so
+    far."""
 
     mean: float = 0.0
     steps: int = 0
@@ -52,10 +54,11 @@ class Usual:
 
 
 class Spikes:
-    """Given the loss of each step, the same on all ranks, finds the spikes."""
+    """Finds spikes in the losses of the steps, which are the same on all ranks."""
 
     def __init__(self, factor: float, usual: tuple[Usual, Usual]) -> None:
-        """factor: recovery.spike. usual: of the checkpoint that training starts from, without and with consistency."""
+        """factor: recovery.spike. usual: the usual losses in the checkpoint from which training starts, without and
+        with consistency."""
         self._factor, self._usual = factor, list(usual)
 
     @property
@@ -63,8 +66,9 @@ class Spikes:
         return self._usual[0], self._usual[1]
 
     def observe(self, loss: float, with_consistency: bool) -> str | None:
-        """What is wrong with it, if it is a spike; else it counts among the usual ones. One that is not finite does
-        neither. Where the usual loss is not above 0, as that of pairs may be, it has no multiple to compare with."""
+        """Returns what is wrong with the loss if it is a spike. Otherwise the loss, if finite, enters the usual loss.
+        If the usual loss is not above 0, as it may be with pairs, a multiple of it has no meaning, and there are no
+        spikes."""
         usual = self._usual[with_consistency]
         if usual.steps >= WARM_UP and usual.mean > 0 and loss > self._factor * usual.mean:
             return f"the loss {loss:.4g} is {loss / usual.mean:.3g} times the usual {usual.mean:.4g}"

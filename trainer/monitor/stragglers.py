@@ -1,4 +1,4 @@
-"""How long each rank takes by itself, so that one that keeps the others waiting is named."""
+"""The time that each rank takes by itself, so that a rank that keeps the others waiting can be named."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from trainer.engine.distributed import Ranks
 
 SLOW, WORTH = 2.0, 0.1
 """A rank is slow if it takes SLOW times the median of the other ranks, and if the difference is above the share WORTH
-of all time."""
+of the total time."""
 
 LEAST_S = 2.0
-"""Seconds that are judged together, at least: a single step may be late by chance."""
+"""Shortest time, in seconds, that is judged together, because a single step may be late by chance."""
 
 KINDS = "waiting for data", "computing"
 LONGEST_NAME = 64
 
 
 class Pace:
-    """Since the last report, of this rank; the report is of all. Steps end for all ranks together, so a rank is
-    compared by what it does before it meets the others: waiting for data, and forward passes."""
+    """Measures this rank's times since the last report; a report covers all ranks. Steps end for all ranks together. So
+    the ranks are compared by what each does before it meets the others: waiting for data, and forward passes."""
 
     def __init__(self, ranks: Ranks, zero_stage: int) -> None:
-        """zero_stage: at 3 a forward pass waits for all ranks' weights, so those are not compared."""
+        """zero_stage: at stage 3 forward passes wait for the weights of all ranks, so they are not compared."""
         self._ranks, self._compares_passes = ranks, zero_stage < 3
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._waited, self._computed, self._since = 0.0, 0.0, time.perf_counter()
         self._named: set[int] = set()
-        self._judged: tuple[list[list[float]], float] = [], 0.0  # what is not judged yet: by rank, and of how long
+        self._judged: tuple[list[list[float]], float] = [], 0.0  # not judged yet: seconds by rank, and in total
 
     def waited(self, seconds: float) -> None:
-        """Time spent waiting for data."""
+        """Adds time spent waiting for data."""
         self._waited += seconds
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Around forward passes. No synchronization with the device."""
+        """A context that measures forward passes. It does not synchronize with the device."""
         if self._ranks.device.type == "cuda":
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
@@ -54,7 +54,7 @@ class Pace:
             self._computed += time.perf_counter() - begun
 
     def report(self) -> tuple[dict[str, float], str | None]:
-        """Shares of the time since the last report, and a warning where a rank has become slow. A collective."""
+        """Returns shares of the time since the last report, and a warning if a rank has become slow. A collective."""
         if self._events:
             self._events[-1][1].synchronize()
             self._computed += sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
@@ -67,7 +67,7 @@ class Pace:
         by_rank, total = (
             [each[:2] for each in gathered],
             max(each[2] for each in gathered),
-        )  # the same on all ranks, who decide alike
+        )  # the same on all ranks, which therefore decide alike
         shares = {"speed/share_waiting_for_data": sum(waited for waited, _ in by_rank) / len(by_rank) / total}
         excess = [mine - others for *_, mine, others in compared(by_rank)]
         shares["speed/share_waiting_for_slowest_rank"] = max(0.0, *excess) / total if excess else 0.0
@@ -77,13 +77,13 @@ class Pace:
         if total < LEAST_S:
             return shares, None
         self._judged = [], 0.0
-        found = slow(by_rank, total)
-        new, self._named = found.keys() - self._named, set(found)
+        slow_ranks = slow(by_rank, total)
+        new, self._named = slow_ranks.keys() - self._named, set(slow_ranks)
         if not new:
             return shares, None
         hosts = self._hosts()
-        said = [f"rank {rank} on {hosts[rank]} is slow: {found[rank]}" for rank in sorted(new)]
-        return shares, "; ".join(said)
+        warnings = [f"rank {rank} on {hosts[rank]} is slow: {slow_ranks[rank]}" for rank in sorted(new)]
+        return shares, "; ".join(warnings)
 
     def _hosts(self) -> list[str]:
         name = socket.gethostname().encode()[:LONGEST_NAME].ljust(LONGEST_NAME, b"\0")
@@ -92,8 +92,8 @@ class Pace:
 
 
 def compared(by_rank: Sequence[Sequence[float]]) -> Iterator[tuple[int, str, float, float]]:
-    """Rank, kind, its seconds, and the median of the other ranks; nothing of a rank alone. by_rank: seconds of
-    each kind."""
+    """Yields rank, kind, the rank's seconds, and the median seconds of the other ranks; nothing for a single rank.
+    by_rank: seconds of each kind, by rank."""
     if len(by_rank) == 1:
         return
     for rank, own in enumerate(by_rank):
@@ -102,12 +102,12 @@ def compared(by_rank: Sequence[Sequence[float]]) -> Iterator[tuple[int, str, flo
 
 
 def slow(by_rank: Sequence[Sequence[float]], total: float) -> dict[int, str]:
-    """A description of each slow rank. total: seconds in which they did that."""
-    found: dict[int, str] = {}
+    """Returns a description of each slow rank. by_rank: see `compared`. total: seconds in which the ranks did this."""
+    descriptions: dict[int, str] = {}
     for rank, name, mine, others in compared(by_rank):
         if mine > SLOW * others and mine - others > WORTH * total:
-            found[rank] = (
+            descriptions[rank] = (
                 f"of the last {total:.3g} s it spent {mine:.3g} s {name}, and the median of the other ranks "
                 f"{others:.3g} s"
             )
-    return found
+    return descriptions

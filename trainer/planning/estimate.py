@@ -1,4 +1,5 @@
-"""What a run takes on N devices of a kind: memory, arithmetic, time, traffic, reading, disk; and what would fit."""
+"""Estimates what a run needs on N devices of a kind: memory, FLOPs, time, network traffic and disk space; and finds a
+setting that fits."""
 
 from __future__ import annotations
 
@@ -40,16 +41,18 @@ class Setting:
 
 
 def setting_of(config: RunConfig, gpu: str, gpus: int) -> Setting:
-    """What a configuration asks for, on so many devices of a kind. Raises UserError where the batch does not divide."""
+    """Returns the setting of a configuration on `gpus` devices of the kind `gpu`. Raises UserError if the batch cannot
+    be divided."""
     e = config.engine
     saving = Saving(e.precision != "fp32", e.adam == "8bit", e.offload_optimizer, e.offload_parameters)
     return Setting(gpu, gpus, e.zero_stage, config.layout(0, gpus).micro_batch_size, saving)
 
 
 class Estimate:
-    """Of a configuration, its network and the shape of its images. bf16: of the network's arithmetic.
+    """The costs of a configuration, for its network and the shape of its images. bf16: whether the network computes in
+    half precision.
 
-    Raises UserError where the batch does not divide. Makes two traces of the network, which take half a minute for
+    Raises UserError if the batch cannot be divided. Makes two traces of the network, which take half a minute for
     SDXL.
     """
 
@@ -57,7 +60,7 @@ class Estimate:
         self.config, self.shape, self.setting = config, shape, setting
         self.bf16 = config.engine.precision != "fp32"
         self.stride = config.stride
-        self._layout(setting)  # a batch that does not divide is refused before the traces, which take their time
+        self._layout(setting)  # refuses a batch that cannot be divided before the traces, which are slow
         self.weights: Weights = weights_of(network)
         conditioning = config.model.adapter.conditioning_shapes(network)
         encoders = config.model.adapter.text_encoders(network)
@@ -83,13 +86,15 @@ class Estimate:
     # Memory.
 
     def memory(self, setting: Setting) -> Memory:
-        """Of one rank. The particle pool and a batch are counted with the activations."""
+        """Returns the memory of one rank. The activations include the particle pool and a batch."""
         layout = self._layout(setting)
         sample = FLOAT * self.shape[0] * self.shape[1] * self.shape[2]
         depth = self.config.consistency.pool_depth if self.config.consistency else 0
-        beside = sample * (layout.rows // self.stride * depth + setting.micro)
-        more = FLOAT * self.weights.trainable * (self._averages() - 1) // (setting.gpus if setting.stage else 1)
-        found = memory(
+        pool_and_batch = sample * (layout.rows // self.stride * depth + setting.micro)
+        further_averages = (
+            FLOAT * self.weights.trainable * (self._averages() - 1) // (setting.gpus if setting.stage else 1)
+        )
+        counted = memory(
             self.weights,
             self._activations(setting.micro),
             setting.stage,
@@ -97,13 +102,13 @@ class Estimate:
             layout.accumulation,
             setting.saving,
         )
-        here, there = (0, more) if setting.saving.offload_optimizer else (more, 0)
+        on_device, on_host = (0, further_averages) if setting.saving.offload_optimizer else (further_averages, 0)
         return dataclasses.replace(
-            found,
-            optimizer=found.optimizer + here,
-            activations=found.activations + beside,
-            peak=found.peak + beside + here,
-            host=found.host + there,
+            counted,
+            optimizer=counted.optimizer + on_device,
+            activations=counted.activations + pool_and_batch,
+            peak=counted.peak + pool_and_batch + on_device,
+            host=counted.host + on_host,
         )
 
     def _averages(self) -> int:
@@ -113,36 +118,37 @@ class Estimate:
         return self.memory(setting).peak <= USABLE * GPUS[setting.gpu].memory
 
     def micros(self, gpus: int) -> list[int]:
-        """Micro-batches that a rank's share of the batch can be cut into."""
+        """Returns the sizes of micro-batches that a rank's share of the batch can be divided into."""
         rows = self.config.batch_size // gpus
         return [m for m in range(self.stride, rows + 1, self.stride) if rows % m == 0]
 
     def nearest(self) -> Setting | None:
-        """The setting nearest to the asked one that fits: a smaller micro-batch first, which costs nothing but time;
-        then a higher stage; then moments of 8 bits; then offloading; then more ranks; then a larger device."""
+        """Returns the setting nearest to the requested one that fits, or None. The order is: a smaller micro-batch,
+        which costs only time; a higher ZeRO stage; 8-bit moments; offloading; more ranks; a larger device."""
         return next((setting for setting in self._others() if self.fits(setting)), None)
 
     def _others(self) -> Iterator[Setting]:
-        asked = self.setting
-        stages = range(asked.stage, 4)
-        for saving in _savings(asked.saving):
+        requested = self.setting
+        stages = range(requested.stage, 4)
+        for saving in _savings(requested.saving):
             for stage in stages:
                 if (saving.offload_optimizer and not stage) or (saving.offload_parameters and stage < 3):
                     continue
-                for micro in reversed(self.micros(asked.gpus)):
-                    if micro <= asked.micro:
-                        yield dataclasses.replace(asked, stage=stage, micro=micro, saving=saving)
-        for gpus in range(asked.gpus + 1, min(MOST_GPUS, self.config.batch_size) + 1):
+                for micro in reversed(self.micros(requested.gpus)):
+                    if micro <= requested.micro:
+                        yield dataclasses.replace(requested, stage=stage, micro=micro, saving=saving)
+        for gpus in range(requested.gpus + 1, min(MOST_GPUS, self.config.batch_size) + 1):
             if self.config.batch_size % gpus == 0 and (micros := self.micros(gpus)):
                 for stage in stages:
-                    yield Setting(asked.gpu, gpus, stage, micros[0], asked.saving)
+                    yield Setting(requested.gpu, gpus, stage, micros[0], requested.saving)
         for gpu in sorted(GPUS, key=lambda name: GPUS[name].memory):
-            if GPUS[gpu].memory > GPUS[asked.gpu].memory:
+            if GPUS[gpu].memory > GPUS[requested.gpu].memory:
                 for stage in stages:
-                    yield Setting(gpu, asked.gpus, stage, self.micros(asked.gpus)[0], asked.saving)
+                    yield Setting(gpu, requested.gpus, stage, self.micros(requested.gpus)[0], requested.saving)
 
     def _activations(self, micro: int) -> Activations:
-        """By a straight line through the two traces: what is kept grows with the rows, and cast weights do not."""
+        """Returns a point on the straight line through the two traces: kept activations grow with the number of rows,
+        cast weights do not."""
         (low, a), (high, b) = self._traces.items()
         share = (micro - low) / (high - low)
         return Activations(
@@ -152,14 +158,14 @@ class Estimate:
     # Arithmetic.
 
     def step_flops(self, consistency: bool) -> float:
-        """Of one optimizer step, over all ranks."""
+        """Returns the FLOPs of one optimizer step over all ranks."""
         micro, batch = self.setting.micro, self.config.batch_size
         encoded = captions(self.config, micro, consistency) * (batch // micro)
         return self.flops.of(passes(self.config, batch, consistency)) + self.text.both * encoded
 
     def consistency_steps(self) -> int:
-        """How many of the run's steps have consistency. A budget chooses its period by time when the run has begun;
-        here by arithmetic."""
+        """Returns how many of the run's steps include the consistency loss. With an overhead budget, a run chooses the
+        period from measured times; here it is computed from FLOPs."""
         c = self.config.consistency
         if c is None:
             return 0
@@ -182,7 +188,8 @@ class Estimate:
     # Network and disk.
 
     def traffic(self, consistency: bool) -> float:
-        """Bytes that each rank sends in a step, and as many that it receives, by rings; at stage 3 at most."""
+        """Returns the bytes that each rank sends in a step, with ring collectives; it receives the same number. At
+        stage 3 this is a maximum."""
         world, micros = self.setting.gpus, self._layout(self.setting).accumulation
         weights = FLOAT * self.weights.trainable
         gradients = weights // 2 if self.bf16 and self.setting.stage else weights  # autocast's layers send bfloat16
@@ -198,25 +205,26 @@ class Estimate:
         return once * micros * ((calls + graphs) * (weights + self.weights.frozen_bytes) + gradients)
 
     def checkpoint_bytes(self) -> int:
-        """Weights, averages and two moments, float32, and the particle pool; never a frozen base."""
+        """Returns the bytes of a checkpoint: weights, averages and two moments in float32, and the particle pool; never
+        a frozen base."""
         c, sample = self.config.consistency, FLOAT * self.shape[0] * self.shape[1] * self.shape[2]
         pool = self.config.batch_size // self.stride * c.pool_depth * sample if c else 0
         return (3 + self._averages()) * FLOAT * self.weights.trainable + pool
 
     def snapshots_bytes(self) -> int:
-        """Of all snapshots of averages that the run leaves in RUN_DIR/ema/."""
+        """Returns the bytes of all snapshots of averages that the run leaves in RUN_DIR/ema/."""
         ema = self.config.ema
         if not isinstance(ema, PowerEMA) or ema.snapshots is None:
             return 0
         return self.config.steps // ema.snapshots.every * len(ema.tracked()) * FLOAT * self.weights.trainable
 
 
-def _savings(asked: Saving) -> Iterator[Saving]:
-    """As asked, and with more of them; 8 bits and an offloaded optimizer exclude each other."""
-    yield asked
-    if not asked.eight_bit and not asked.offload_optimizer:
-        yield dataclasses.replace(asked, eight_bit=True)
-    if not asked.offload_optimizer:
-        yield dataclasses.replace(asked, eight_bit=False, offload_optimizer=True)
-    if not asked.offload_parameters:
-        yield dataclasses.replace(asked, eight_bit=False, offload_optimizer=True, offload_parameters=True)
+def _savings(requested: Saving) -> Iterator[Saving]:
+    """Yields the requested savings, then more of them. 8-bit moments and an offloaded optimizer exclude each other."""
+    yield requested
+    if not requested.eight_bit and not requested.offload_optimizer:
+        yield dataclasses.replace(requested, eight_bit=True)
+    if not requested.offload_optimizer:
+        yield dataclasses.replace(requested, eight_bit=False, offload_optimizer=True)
+    if not requested.offload_parameters:
+        yield dataclasses.replace(requested, eight_bit=False, offload_optimizer=True, offload_parameters=True)

@@ -1,4 +1,5 @@
-"""Accelerators: memory, arithmetic and links, from the vendors' data sheets. Dense figures, without sparsity."""
+"""Memory, arithmetic speed and links of accelerators, from the vendors' data sheets. Dense figures, without
+sparsity."""
 
 from __future__ import annotations
 
@@ -8,9 +9,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class GPU:
-    """memory: bytes. bf16, fp32: operations a second, of the tensor cores, and of float32 without TF32, which torch
-    does not use unless asked. link: bytes a second to its neighbours, each way. pattern: of the name that torch
-    gives it."""
+    """memory: bytes. bf16: operations per second of the tensor cores. fp32: operations per second in float32 without
+    TF32, which torch does not use by default. link: bytes per second to the neighbouring devices, in each direction.
+    pattern: regular expression for the name that torch gives the device."""
 
     memory: float
     bf16: float
@@ -43,11 +44,12 @@ GPUS = {
 }
 
 USABLE = 0.9
-"""The share of a device's memory that tensors may take: the rest is CUDA's own, the libraries' and lost between
-blocks."""
+"""The share of a device's memory that tensors may take. CUDA and libraries use the rest, or it is lost to
+fragmentation."""
 
 
 def peak_of(name: str, bf16: bool) -> float | None:
-    """Operations a second of the device that torch calls `name`; None for one that is not in the table."""
+    """Returns the operations per second of the device that torch calls `name`; None for a device that is not in the
+    table."""
     gpu = next((gpu for gpu in GPUS.values() if re.search(gpu.pattern, name)), None)
     return gpu.peak(bf16) if gpu else None

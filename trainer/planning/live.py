@@ -1,5 +1,5 @@
-"""How many bytes of tensors live at once: counted as they are made and freed, on any device, also of tensors without
-data."""
+"""Counts how many bytes of tensors are alive at once, as they are made and freed, on any device, also for tensors
+without data."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveTensors(TorchDispatchMode):
-    """Within it, every storage that an operation makes counts until it is freed.
+    """While this mode is active, every storage that an operation makes is counted until it is freed.
 
-    live, peak: bytes. held: bytes that the caller says live besides; peak_held: the most of both. Storages made before
-    are not counted, unless given to `count`. What a kernel allocates for itself and frees before it returns, such as
-    the workspace of a convolution, is not seen.
+    live, peak: bytes. held: bytes that the caller counts in addition; peak_held: the largest sum of both. Storages that
+    were made before are only counted if they are given to `count`. Memory that a kernel allocates for itself and frees
+    before it returns, such as the workspace of a convolution, is not seen.
     """
 
     def __init__(self) -> None:
@@ -46,8 +46,7 @@ class LiveTensors(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if (
-                isinstance(leaf, torch.Tensor) and leaf.device.type != "meta"
-            ):  # which has no memory; a fake one names its device
+            # A meta tensor has no memory; a fake tensor names the device that it stands for.
+            if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
                 self.count(leaf)
         return result

@@ -1,19 +1,19 @@
-"""Memory of one rank by ZeRO stage: what DeepSpeed keeps, as its source has it, and the activations of a trace.
+"""The memory of one rank by ZeRO stage: what DeepSpeed keeps, according to its source, and the activations of a trace.
 
-P trainable weights are float32, as are Adam's two moments and one average (EMA); further ones are added by the
-estimate. N ranks:
+P is the number of trainable weights. They are float32, and so are Adam's two moments and one average (EMA); the
+estimate adds further averages. With N ranks:
 
 | stage | weights | optimizer and average | gradients |
 |---|---|---|---|
 | 0 | P | 3 P | P, made as activations are freed |
-| 1, 2 | P | 4 P / N: with a float32 copy of the share | a buffer of P or 5e8, and 2 P / N at the end |
-| 3 | P / N, and what is gathered | 4 P / N | the same buffer, all the time, and 2 P / N |
+| 1, 2 | P | 4 P / N, with a float32 copy of the rank's share | a buffer of P or 5e8, and 2 P / N at the end |
+| 3 | P / N, and gathered weights | 4 P / N | the same buffer, all the time, and 2 P / N |
 
-A frozen base is whole on each rank, at stage 3 a share of it. Moments of 8 bits take 2.03 bytes a weight in the place
-of 8 (those that bitsandbytes keeps as float32 are not seen), and no temporary. With offload_optimizer the host has what
-the optimizer has, 6 P / N, one more while it steps, one more to accumulate in; with offload_parameters the share of the
-weights and of the base, but what is gathered is the device's. fp16 takes what bf16 takes.
-tests/trainer/planning/test_planned_memory.py compares with what runs take.
+Each rank has the full frozen base, at stage 3 a share of it. 8-bit moments take 2.03 bytes per weight instead of 8, and
+no temporary memory; moments that bitsandbytes keeps in float32 are not counted. With offload_optimizer, the host has
+the memory of the optimizer, 6 P / N, another P / N during a step, and another P / N for accumulation. With
+offload_parameters, it also has the share of the weights and of the base, but gathered weights are on the device. fp16
+takes as much as bf16. tests/trainer/planning/test_planned_memory.py compares this with the memory of runs.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from trainer.planning.trace import Activations
 
 FLOAT = 4
 EIGHT_BIT = 2 * (1 + FLOAT / BLOCK) / FLOAT
-"""Bytes of two moments of 8 bits, a code a weight and a float32 a block, to one byte of the weights' float32."""
+"""Bytes of two 8-bit moments (one code per weight and one float32 per block) per byte of the float32 weights."""
 GATHERED = 1_000_000_000
-"""Weights that stage 3 keeps whole at a time, at most: DeepSpeed's stage3_max_live_parameters."""
+"""Largest number of weights that stage 3 keeps gathered at a time: DeepSpeed's stage3_max_live_parameters."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """trainable: how many, float32. frozen: how many, and their bytes."""
+    """trainable: number of trainable weights, which are float32. frozen, frozen_bytes: number and bytes of the frozen
+    ones."""
 
     trainable: int
     frozen: int = 0
@@ -42,7 +43,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Saving:
-    """Of EngineConfig, what takes memory from the device: see there. half: bf16 or fp16, by autocast."""
+    """The options of EngineConfig that save memory on the device: see there. half: autocast to bf16 or fp16."""
 
     half: bool = False
     eight_bit: bool = False
@@ -52,9 +53,9 @@ class Saving:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank's device. gradients: with DeepSpeed's buffers, at most. activations: at most, without
-    gradients. peak: of all at once, which is less than their sum, since gradients are made as activations are freed.
-    host: bytes of what is offloaded, at most, in the memory of the machine."""
+    """Bytes on one rank's device. gradients: maximum, with DeepSpeed's buffers. activations: maximum, without
+    gradients. peak: maximum of all together, which is less than their sum, since gradients are made while activations
+    are freed. host: maximum of the offloaded bytes in the memory of the machine."""
 
     weights: int
     optimizer: int
@@ -67,13 +68,14 @@ class Memory:
 def memory(
     weights: Weights, activations: Activations, stage: int, world: int, accumulation: int = 1, saving: Saving = Saving()
 ) -> Memory:
-    """accumulation: micro-batches a step. Under autocast DeepSpeed has a second buffer."""
+    """Returns the memory of one rank. accumulation: micro-batches per step. With autocast, DeepSpeed has a second
+    buffer."""
     p, frozen = FLOAT * weights.trainable, weights.frozen_bytes
     share = -(-p // world)
     bucket = min(weights.trainable, MOST_IN_BUCKET) * (FLOAT + 2 if saving.half else FLOAT)
     owned = share if stage else p
     moments = round(owned * EIGHT_BIT) if saving.eight_bit else 2 * owned
-    adam = 0 if saving.eight_bit else owned  # a temporary of its own: the root of the second moment
+    adam = 0 if saving.eight_bit else owned  # a temporary of Adam: the root of the second moment
     forward, backward = activations.forward, activations.backward
     if stage == 0:
         kept = p if accumulation > 1 else 0

@@ -1,4 +1,4 @@
-"""Networks to be planned for: on the meta device, which has shapes and no weights."""
+"""Networks for planning, on the meta device: with shapes, without weights."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from trainer.planning.memory import Weights
 
 
 def configured(config: RunConfig, shape: tuple[int, int, int]) -> Denoiser:
-    """The network of a configuration, for observations (C, H, W). The base of an sdxl is read from its folder,
-    without the weights; one on a hub is taken for SDXL's own architecture. Raises UserError for a shape that it
-    cannot take."""
+    """Returns the network of a configuration, for observations (C, H, W). The base of an sdxl is read from its folder,
+    without the weights; a base on a hub is assumed to have SDXL's own architecture. Raises UserError for a shape that
+    the network cannot take."""
     adapter = config.model.adapter
     adapter.check_shape(shape)
     return Denoiser(adapter.architecture(shape), config.process, config.prediction)

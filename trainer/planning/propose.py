@@ -1,4 +1,4 @@
-"""A configuration for these shards and these GPUs."""
+"""Proposes a configuration for given shards and GPUs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from data_pipeline.format.index import ShardIndex
 def proposal(
     shards: str, index: ShardIndex, name: str, gpus: int, base: str | None, prompt: str | None
 ) -> dict[str, Any]:
-    """Where to begin, as the data of a RunConfig. Raises UserError for latents and pixels that do not go with the
-    options."""
+    """Returns a configuration to start from, as the data of a RunConfig. Raises UserError if the options do not fit the
+    latents or pixels in the shards."""
     latents = index.request.get("latents")
     if latents is None and (base or prompt):
         raise UserError(
@@ -76,8 +76,8 @@ def proposal(
 
 
 def _sizes(sides: tuple[int, int], gpus: int) -> dict[str, Any]:
-    """For GPUs the sizes of DDPM (Ho et al. 2020, appendix B), attention at 16 pixels; for a CPU those of the
-    quickstart."""
+    """Returns the sizes of a network: for GPUs those of DDPM (Ho et al. 2020, appendix B) with attention at 16 pixels,
+    for a CPU those of the quickstart."""
     halvings = 0
     while halvings < 5 and not any(side % 2 ** (halvings + 1) for side in sides) and min(sides) >> (halvings + 1) >= 4:
         halvings += 1

@@ -1,7 +1,8 @@
-"""One training step's passes on tensors without data: its arithmetic, and the memory of its activations.
+"""Runs the passes of one training step on tensors without data, to count FLOPs and the memory of activations.
 
-The network itself is run, under torch's FakeTensorMode, which computes shapes alone. So what autograd keeps, what
-autocast casts and what a frozen weight spares are as in training, for any network and any size, in seconds.
+The network itself runs under torch's FakeTensorMode, which computes only shapes. So the tensors that autograd keeps,
+the weights that autocast casts, and the memory that frozen weights save are as in training, for any network of any
+size, in seconds.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from trainer.planning.live import LiveTensors
 
 @dataclass(frozen=True)
 class Passes:
-    """Rows that go through the network in one micro-batch of a step, in order: (rows, whether a gradient follows)."""
+    """The network's passes in one micro-batch of a step, in order: (number of rows, whether a gradient follows)."""
 
     rows: tuple[tuple[int, bool], ...]
 
@@ -40,7 +41,8 @@ class Passes:
 
 
 def passes(config: RunConfig, rows: int, consistency: bool) -> Passes:
-    """Of a micro-batch of `rows` samples: the ambient loss, and the consistency loss where the step has one."""
+    """Returns the passes of a micro-batch of `rows` samples: those of the ambient loss and, if the step has it, those
+    of the consistency loss."""
     found = config.ambient.passes(rows)
     if consistency and config.consistency:
         found += config.consistency.passes(max(1, rows // config.stride))
@@ -48,15 +50,16 @@ def passes(config: RunConfig, rows: int, consistency: bool) -> Passes:
 
 
 def captions(config: RunConfig, rows: int, consistency: bool) -> int:
-    """That a micro-batch of `rows` samples has encoded, at most, its particles' among them."""
+    """Returns the largest number of captions that are encoded for a micro-batch of `rows` samples, including those of
+    its particles."""
     particles = rows // config.stride if consistency and config.consistency else 0
     return config.model.adapter.encoded_captions(rows + particles)
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one sample through the network: forward alone, and forward and backward. Without what checkpointing
-    repeats."""
+    """FLOPs of one sample in the network. forward: of the forward pass alone. both: of the forward and backward passes.
+    Activation checkpointing repeats work, which is not counted."""
 
     forward: float
     both: float
@@ -67,9 +70,9 @@ class Flops:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes in addition to weights and state in one micro-batch. forward: at most, up to the end of the passes.
-    with_gradients: at most, with the gradients made so far. backward: at most once the first gradient is there,
-    without any gradient."""
+    """Maximum bytes in one micro-batch, in addition to weights and state. forward: until the first gradient is made.
+    with_gradients: including the gradients made so far. backward: after the first gradient is made, without
+    gradients."""
 
     forward: int
     with_gradients: int
@@ -77,8 +80,9 @@ class Activations:
 
 
 def flops(network: Denoiser, shape: tuple[int, ...], conditioning: Shapes) -> Flops:
-    """By torch's counter, on the meta device. network: with its weights anywhere. shape: of one sample's image.
-    It must have torch's own attention: xformers' is not known there. An architecture is counted once a process."""
+    """Counts FLOPs with torch's counter, on the meta device. network: its weights may be on any device. It must use
+    torch's own attention, since the counter does not know that of xformers. shape: shape of one sample's image. An
+    architecture is counted once per process."""
     backbone = network.backbone
     state = {name: torch.empty_like(t, device="meta").requires_grad_(t.requires_grad) for name, t in _state(backbone)}
     tensors = tuple((name, t.shape, t.dtype, t.requires_grad) for name, t in state.items())
@@ -107,7 +111,8 @@ def _count(backbone: nn.Module, state: dict[str, Tensor], shape: tuple[int, ...]
 
 
 def text_flops(encoders: TextEncoders | None) -> Flops:
-    """Of one caption through a network's own text encoders, if it has any; both: with what their adapters take."""
+    """Counts the FLOPs of one caption in a network's own text encoders; 0 if it has none. `both` includes the backward
+    pass if they have adapters."""
     if encoders is None:
         return Flops(0.0, 0.0)
     double = copy.deepcopy(encoders).to("meta")
@@ -135,11 +140,11 @@ def activations(
     captions: int = 0,
     encoders: TextEncoders | None = None,
 ) -> Activations:
-    """Passes and the backward one on a double of the network on the CPU, whose attention keeps no score matrix, as a
-    GPU's. autocast: the dtype of DeepSpeed's autocast, or None. captions: encoded before the passes, by these
-    encoders, which are a part of the network."""
+    """Runs the passes and the backward pass on a copy of the network on the CPU, where attention keeps no score matrix,
+    as on a GPU. autocast: the dtype of DeepSpeed's autocast, or None. captions: the number of captions that are encoded
+    before the passes, by `encoders`, which are a part of the network."""
     counted = network.evaluations, network.evaluations_with_gradient
-    network.process.time(torch.ones(1))  # what it keeps for later is made here, of numbers, not below, of shapes alone
+    network.process.time(torch.ones(1))  # fills its cache with numbers; below there are only shapes
     with FakeTensorMode(allow_non_fake_inputs=True), LiveTensors() as live:
         state: dict[str, Tensor] = {}
         for name, tensor in _state(network):
@@ -169,7 +174,8 @@ def activations(
 
 
 class _MicroBatch(nn.Module):
-    """The passes and the backward one, in one call: checkpointing calls the network again in the backward pass."""
+    """The passes and the backward pass in one call, since checkpointing calls the network again in the backward
+    pass."""
 
     def __init__(
         self,
@@ -182,7 +188,7 @@ class _MicroBatch(nn.Module):
         super().__init__()
         self.network = network
         self.text: tuple[Callable[[], dict[str, Tensor]], bool] | None = None
-        """Gives the encoded captions; and whether with a gradient."""
+        """A function that returns the encoded captions, and whether they have a gradient."""
         self._shape, self._conditioning, self._passes, self._autocast = shape, conditioning, passes, autocast
 
     def forward(self) -> None:
@@ -201,13 +207,13 @@ class _MicroBatch(nn.Module):
         sum((o.square().mean() for o in outputs), torch.zeros(())).backward()
 
     def _low(self) -> torch.autocast:
-        """As DeepSpeed does: it ends with each call, and forgets the weights that it cast."""
+        """Returns an autocast like DeepSpeed's: it ends with each call, and drops the weights that it cast."""
         return torch.autocast("cpu", self._autocast, enabled=self._autocast is not None)
 
 
 @contextmanager
 def _nothing_computed_twice(module: nn.Module) -> Iterator[None]:
-    """Without diffusers' activation checkpointing, whose work is not the model's."""
+    """Turns off diffusers' activation checkpointing, whose repeated work does not count as the model's."""
     parts: list[Any] = [part for part in module.modules() if getattr(part, "gradient_checkpointing", False)]
     for part in parts:
         part.gradient_checkpointing = False

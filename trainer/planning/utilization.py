@@ -1,4 +1,4 @@
-"""Arithmetic a second while training, by the same count as the plan's."""
+"""Measures FLOPs per second during training, counted in the same way as in the plan."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.planning.trace import Flops
 
 
 class Utilization:
-    """Since the last report. Ranks do the same work, so each knows of all."""
+    """The utilization since the last report. Ranks do the same work, so each rank can compute the total."""
 
     def __init__(self, denoiser: Denoiser, flops: Flops, ranks: Ranks, bf16: bool) -> None:
         self._denoiser, self._flops, self._world = denoiser, flops, ranks.world
@@ -22,8 +22,8 @@ class Utilization:
         self._before = (time.perf_counter(), denoiser.evaluations, denoiser.evaluations_with_gradient)
 
     def report(self) -> dict[str, float]:
-        """progress/flops_per_second, over all ranks; progress/mfu, a share of the devices' peak, where that is known.
-        Waiting for data, checkpoints and pictures is in the time."""
+        """Returns progress/flops_per_second, over all ranks, and progress/mfu, a share of the devices' peak, if that is
+        known. The time includes waiting for data, checkpoints and pictures."""
         now, before = (
             (time.perf_counter(), self._denoiser.evaluations, self._denoiser.evaluations_with_gradient),
             self._before,

@@ -1,4 +1,4 @@
-"""Evaluations of runs, and studies of many: carried out, recorded, written as pages and tables.
+"""Evaluations of runs and studies of many runs: carries them out, records them, writes pages and tables.
 
 Imports trainer's evaluation, inference and tracking; the commands import it.
 """

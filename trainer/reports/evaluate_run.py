@@ -1,4 +1,4 @@
-"""Evaluates one run: what is measured, in which order, and what is shown of it."""
+"""Evaluates one run: which measures are taken, in which order, and which pictures are shown."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from trainer.reports.record import FORMAT, Evaluation, Picture, read, write
 
 SAMPLER: Sampler = "dpmpp_2m"
 CHECKED = 512
-"""Held-out images that the denoiser's error is taken over."""
+"""Held-out images over which the denoiser's error is averaged."""
 SHOWN = 48
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A run under evaluation. index: of its shards, None where they are gone. reference, training: clean images as
-    it sees them. observations: noisy ones that samples are compared with. prompt: for a run with text. folder: for
-    all that is kept of it."""
+    """A run under evaluation. index: the index of its shards; None if they no longer exist. reference, training: clean
+    images in the run's shape and value range. observations: noisy images that samples are compared with. prompt: for a
+    run with text. folder: the folder of the run's evaluations."""
 
     name: str
     run: Restored
@@ -48,7 +48,7 @@ class Subject:
     folder: Path
 
     def sampling(self, request: Request) -> tuple[Path, dict[str, Any]]:
-        """The folder of its samples, and what they are drawn with."""
+        """Returns the folder of the run's samples, and the settings they are drawn with."""
         record = {
             "run": f"{self.name}, step {self.run.state.step}, averaged by {self.run.average}",
             "guide": None,
@@ -58,7 +58,7 @@ class Subject:
 
 
 def model_of(run: Restored, prompt: str = "") -> Model:
-    """prompt: for a run with text."""
+    """Returns the run's model for evaluation. prompt: for a run with text."""
     adapter, process, shape = run.config.model.adapter, run.config.process, run.state.shape
     given, _ = adapter.of_prompts(run.denoiser, [prompt], shape)
     encode, decode = adapter.coders(run.device)
@@ -75,12 +75,13 @@ def model_of(run: Restored, prompt: str = "") -> Model:
 
 
 def judge(subject: Subject, request: Request, extractor: Extractor) -> tuple[Evaluation, Path]:
-    """The evaluation, and its folder. One that is there already, of the same images and settings, is read back."""
+    """Returns the evaluation and its folder. An existing evaluation of the same images with the same settings is read
+    back."""
     run, index = subject.run, subject.index
     settings = _settings(subject, request, extractor)
     folder = subject.folder / f"step-{run.state.step:08d}-{_digest(settings)}"
-    if (there := read(folder)) is not None:
-        return there, folder
+    if (kept := read(folder)) is not None:
+        return kept, folder
     shown = _Shown()
     metrics, curve = _measured(subject, request, extractor, shown)
     sigma_n = _sigma_n(run, index)
@@ -90,7 +91,7 @@ def judge(subject: Subject, request: Request, extractor: Extractor) -> tuple[Eva
 
 
 def _settings(subject: Subject, request: Request, extractor: Extractor) -> dict[str, Any]:
-    """All that the metrics depend on; its digest names the evaluation's folder."""
+    """Returns all settings that the metrics depend on. Their digest is part of the folder's name."""
     run, reference, training = subject.run, subject.reference, subject.training
     observations, levels = subject.observations, levels_within(request, run)
     attacks = attacks_of(request, run) if training else ()
@@ -132,7 +133,8 @@ def _settings(subject: Subject, request: Request, extractor: Extractor) -> dict[
 def _measured(
     subject: Subject, request: Request, extractor: Extractor, shown: _Shown
 ) -> tuple[dict[str, float], measures.Curve | None]:
-    """Metrics by name, and the denoiser's error by level where there are clean images; adds pictures to `shown`."""
+    """Returns the metrics by name and, if there are held-out clean images, the denoiser's error by level. Adds pictures
+    to `shown`."""
     run, reference, training, observations = subject.run, subject.reference, subject.training, subject.observations
     metrics: dict[str, float] = {}
     model = model_of(run, subject.prompt)
@@ -144,7 +146,9 @@ def _measured(
         else None
     )
     if samples:
-        shown.sheet("samples.png", samples, range(min(SHOWN, samples.count)), "Samples", "The first ones, not chosen.")
+        shown.sheet(
+            "samples.png", samples, range(min(SHOWN, samples.count)), "Samples", "The first samples, not selected."
+        )
     if samples and reference:
         metrics |= _distances("quality", samples, reference, extractor)
         shown.sheet("reference.png", reference, reference.spread(SHOWN), "Held-out clean images", "For comparison.")
@@ -156,14 +160,14 @@ def _measured(
             noisy,
             range(min(SHOWN, samples.count)),
             "Samples, corrupted as the data are",
-            "The same ones.",
+            "The same samples.",
         )
         shown.sheet(
             "measured.png",
             observations.images,
             observations.images.spread(SHOWN),
             "Held-out observations",
-            "For comparison with those.",
+            "For comparison with the corrupted samples.",
         )
     curve = measures.curve(model, reference, CHECKED, levels_within(request, run)) if reference else None
     if curve:
@@ -180,7 +184,7 @@ def _measured(
 
 
 class _Shown:
-    """Pictures, collected."""
+    """Collects pictures and their files."""
 
     def __init__(self) -> None:
         self.pictures: list[Picture] = []
@@ -195,14 +199,15 @@ class _Shown:
 
 
 def attacks_of(request: Request, run: Restored) -> tuple[Attack, ...]:
-    """attack_sigma None: a 14th of the side of what the run works on, within what its process has: the noise that
-    hides an image has a level in proportion to its side."""
+    """Returns the noise attack and the mask attack. If attack_sigma is None, the noise level is the side of the
+    denoiser's input divided by 14, but at most half of the highest level of the process: the level of the noise that
+    hides an image is proportional to the side of the image."""
     sigma = request.attack_sigma or min(run.state.shape[-1] / 14, run.config.process.sigma_max / 2)
     return (Noised(sigma), Masked(request.attack_visible))
 
 
 def levels_within(request: Request, run: Restored) -> list[float]:
-    """Those that the run's process has."""
+    """Returns the requested levels that are within the range of the run's process."""
     return [level for level in request.levels if run.config.process.sigma_min <= level <= run.config.process.sigma_max]
 
 
@@ -211,8 +216,8 @@ def _digest(settings: dict[str, Any]) -> str:
 
 
 def _distances(group: str, samples: Images, others: Images, extractor: Extractor) -> dict[str, float]:
-    found = measures.quality(features_of(samples, extractor), features_of(others, extractor))
-    return {f"{group}/{name}": value for name, value in found.items()}
+    distances = measures.quality(features_of(samples, extractor), features_of(others, extractor))
+    return {f"{group}/{name}": value for name, value in distances.items()}
 
 
 def _attack(
@@ -224,33 +229,30 @@ def _attack(
     request: Request,
     shown: _Shown,
 ) -> dict[str, float]:
-    found = measures.attacked(
+    result = measures.attacked(
         model, attack, training, held_out, extractor, request.attacked, request.steps, request.seed
     )
     name = f"memorization/{attack.name}"
     metrics = {
-        f"{name}_auc": found.auc["both"].value,
-        f"{name}_auc_error": found.auc["both"].error,
-        f"{name}_share": found.share,
+        f"{name}_auc": result.auc["both"].value,
+        f"{name}_auc_error": result.auc["both"].error,
+        f"{name}_share": result.share,
     }
-    metrics |= {f"{name}_auc_{kind}": found.auc[kind].value for kind in measures.KINDS}
+    metrics |= {f"{name}_auc_{kind}": result.auc[kind].value for kind in measures.KINDS}
     shown.add(
         f"{attack.name}-similarity.png",
-        figures.histograms(found),
+        figures.histograms(result),
         f"Attack by {attack.about}",
-        (
-            "How alike each image is to what the model made of what was left of it. Where nothing is memorized, the "
-            "two histograms agree."
-        ),
+        "Similarity of each image and its reconstruction. If nothing is memorized, the two histograms agree.",
         plot=True,
     )
-    for kind, rows in found.shown.items():
+    for kind, rows in result.shown.items():
         file = f"{attack.name}-{kind.partition(' ')[0]}.png"
         shown.add(
             file,
             figures.matches(rows),
             f"Best matches among {kind}, {attack.name}",
-            "From above: the image, what was left of it, what the model made of that.",
+            "From top to bottom: the image, what was left of it, the model's reconstruction.",
         )
     return metrics
 
@@ -258,15 +260,15 @@ def _attack(
 def _neighbours(
     samples: Images, training: Images, held_out: Images, extractor: Extractor, shown: _Shown
 ) -> dict[str, float]:
-    found = measures.neighbours(samples, training, held_out, extractor)
-    metrics = {f"memorization/nearer_{kind}": estimate.value for kind, estimate in found.nearer.items()}
-    metrics |= {f"memorization/nearer_{kind}_error": estimate.error for kind, estimate in found.nearer.items()}
-    metrics |= {f"memorization/copies_{kind}": share for kind, share in found.copies.items()}
+    result = measures.neighbours(samples, training, held_out, extractor)
+    metrics = {f"memorization/nearer_{kind}": estimate.value for kind, estimate in result.nearer.items()}
+    metrics |= {f"memorization/nearer_{kind}_error": estimate.error for kind, estimate in result.nearer.items()}
+    metrics |= {f"memorization/copies_{kind}": share for kind, share in result.copies.items()}
     shown.add(
         "neighbours.png",
-        figures.matches(found.shown),
-        "Samples most alike to a training image",
-        "Above: fresh samples. Below: the training image next to each, by features.",
+        figures.matches(result.shown),
+        "Samples most similar to a training image",
+        "Top: samples. Bottom: the nearest training image of each sample, by features.",
     )
     return metrics
 
@@ -278,9 +280,9 @@ def _sigma_n(run: Restored, index: ShardIndex | None) -> tuple[float, float] | N
 
 def _data(run: Restored, index: ShardIndex | None) -> str:
     if index is None:
-        return f"Its shards, {run.config.data.shards}, are not there any more."
-    taken = "" if run.config.data.sigma_scale == 1 else f", taken for {run.config.data.sigma_scale:g} times that"
+        return f"Its shards, {run.config.data.shards}, no longer exist."
+    scaled = "" if run.config.data.sigma_scale == 1 else f", treated as {run.config.data.sigma_scale:g} times that"
     return (
         f"Trained on {index.samples} observations of {index.request.get('source')}, "
-        f"{index.request.get('corruption', {}).get('kind')}, sigma_n {index.levels}{taken}."
+        f"{index.request.get('corruption', {}).get('kind')}, sigma_n {index.levels}{scaled}."
     )

@@ -1,4 +1,4 @@
-"""Evaluates runs: draws their samples, judges them, and leaves figures and a report with each run and in MLflow."""
+"""Evaluates runs: draws their samples, computes the metrics, and writes results and a report to each run and MLflow."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from trainer.tracking.config import LoggingConfig
 
 @dataclass(frozen=True)
 class Weights:
-    """Which weights of each run are judged, and with which prompt, where it takes one; see `restore`."""
+    """Which weights of each run are evaluated, and with which prompt, if the run takes one; see `restore`."""
 
     prompt: str | None = None
     checkpoint: str = "latest"
@@ -39,17 +39,17 @@ class Weights:
 def evaluate(
     runs: Sequence[Path], request: Request, extractor: str, command: str, weights: Weights
 ) -> list[tuple[Evaluation, Path]]:
-    """Judges each run, writes its report, and adds its figures to its MLflow run. A collective: the samples are
-    shared out, and the rest is done by the first rank; the others return an empty list. command: that does this
-    again."""
+    """Evaluates each run, writes its report, and adds its results to its MLflow run. A collective: all ranks draw
+    samples, and the first rank does the rest. The other ranks return an empty list. command: the command that repeats
+    this evaluation."""
     ranks = distributed.init()
-    judged = subjects(runs, request, weights, _warn if ranks.is_main else lambda text: None)
+    prepared = subjects(runs, request, weights, _warn if ranks.is_main else lambda text: None)
     network = open_extractor(extractor, ranks.device)
     if request.number:
-        for subject in judged:
+        for subject in prepared:
             _draw(subject, request, ranks)
     done: list[tuple[Evaluation, Path]] = []
-    for run_dir, subject in zip(runs, judged, strict=True):
+    for run_dir, subject in zip(runs, prepared, strict=True):
         if ranks.is_main:
             evaluation, folder = judge(subject, request, network)
             done.append((evaluation, folder))
@@ -64,39 +64,39 @@ def _warn(text: str) -> None:
 
 
 def subjects(runs: Sequence[Path], request: Request, weights: Weights, say: Callable[[str], None]) -> list[Subject]:
-    """say: is called with what is odd about them. Raises UserError for what does not fit a run, before anything is
-    drawn."""
+    """Returns the runs with all that their evaluations need. say: is called with each warning. Raises UserError for
+    options that do not fit a run, before any sample is drawn."""
     found: list[Subject] = []
-    opened = cache(_open_images)  # runs that see the same images share them, and what is known of them
+    opened = cache(_open_images)  # runs with the same images and shape share one `Images` and its hash
     for run_dir in runs:
         run = restore(run_dir, weights.checkpoint, weights.sigma_rel)
         model, process, index = run.config.model, run.config.process, shards_of(run.config)
         adapter = model.adapter
         if weights.prompt is not None and not adapter.takes_prompt:
             raise UserError(
-                f"--prompt {weights.prompt}: needs a run with text, and the model of {run_dir} is a {model.kind}",
+                f"--prompt {weights.prompt}: needs a run with text, but the model of {run_dir} is a {model.kind}",
                 field="--prompt",
                 code="conflict",
             )
         if request.attack_sigma is not None and not process.sigma_min < request.attack_sigma < process.sigma_max:
             raise UserError(
                 f"--attack-sigma {request.attack_sigma:g}: must be between {process.sigma_min:g} and "
-                f"{process.sigma_max:g}, of {run_dir}",
+                f"{process.sigma_max:g}, the noise levels of {run_dir}",
                 field="--attack-sigma",
                 code="invalid",
             )
         if request.reference and not levels_within(request, run):
             raise UserError(
                 f"--levels {' '.join(f'{level:g}' for level in request.levels)}: none is from "
-                f"{process.sigma_min:g} to {process.sigma_max:g}, of {run_dir}",
+                f"{process.sigma_min:g} to {process.sigma_max:g}, the noise levels of {run_dir}",
                 field="--levels",
                 code="invalid",
             )
         prompt = weights.prompt if weights.prompt is not None else adapter.prompt or ""
-        asked, shape = index.request if index else {}, adapter.image_shape(run.state.shape)
-        value_range = asked.get("value_range") and tuple(asked["value_range"])
+        made, shape = index.request if index else {}, adapter.image_shape(run.state.shape)
+        value_range = made.get("value_range") and tuple(made["value_range"])
         reference, training = (
-            opened(option, name, shape, asked.get("limit") if asked.get("source") == name else None, value_range)
+            opened(option, name, shape, made.get("limit") if made.get("source") == name else None, value_range)
             if name
             else None
             for option, name in (("--reference", request.reference), ("--training", request.training))
@@ -123,11 +123,11 @@ def subjects(runs: Sequence[Path], request: Request, weights: Weights, say: Call
             for name, flag in (("value_range", "--range"), ("corruption", "corruption")):
                 if theirs.get(name) != its.get(name):
                     say(
-                        f"--measured {request.measured}: made with {flag} {theirs.get(name)}, {run_dir} was "
+                        f"--measured {request.measured}: made with {flag} {theirs.get(name)}, but {run_dir} was "
                         f"trained with {its.get(name)}"
                     )
         if index is None:
-            say(f"{run_dir}: its shards, {run.config.data.shards}, are not there: noise levels are not marked")
+            say(f"{run_dir}: its shards, {run.config.data.shards}, no longer exist: noise levels are not marked")
         elif (made_of := index.request.get("source")) == request.reference and made_of:
             say(f"--reference {request.reference}: {run_dir} was trained on these images: nothing here is held out")
         elif request.training and made_of != request.training:
@@ -141,11 +141,12 @@ def subjects(runs: Sequence[Path], request: Request, weights: Weights, say: Call
 def _open_images(
     option: str, name: str, shape: tuple[int, int, int], limit: int | None, value_range: tuple[float, float] | None
 ) -> Images:
-    """option: that names them. limit: where a run's shards were made of the source's first images alone, those."""
+    """Opens a source of clean images. option: the option that names it. limit: only this many first images, if the
+    run's shards were made of these; None: all."""
     local = storage.local_path(name)
     if local is not None and (local / INDEX).is_file():
         raise UserError(
-            f"{option} {name}: these are shards of observations: give clean images; observations are for "
+            f"{option} {name}: these are shards of observations: give clean images, or pass the shards as "
             f"--measured {name}",
             field=option,
             code="mismatch",
@@ -155,7 +156,7 @@ def _open_images(
 
 
 def _draw(subject: Subject, request: Request, ranks: Ranks) -> None:
-    """A collective."""
+    """Draws the samples of a run into its folder. A collective."""
     folder, record = subject.sampling(request)
     draw, at_once = drawer(
         subject.run, None, SamplingRequest(request.seed, request.steps, SAMPLER, prompt=subject.prompt)
@@ -164,7 +165,7 @@ def _draw(subject: Subject, request: Request, ranks: Ranks) -> None:
 
 
 def _line(evaluation: Evaluation) -> str:
-    """The figures that one looks at first, as the report has them."""
+    """Returns the metrics of the report's table in one line."""
     shown = [
         f"{heading} {value(evaluation, name)}" for name, (heading, _) in COLUMNS.items() if name in evaluation.metrics
     ]
@@ -172,8 +173,8 @@ def _line(evaluation: Evaluation) -> str:
 
 
 def _log(run_dir: Path, config: LoggingConfig, evaluation: Evaluation, folder: Path) -> None:
-    """Into the run's own MLflow run, replacing those of another evaluation."""
-    marker = folder.parent / "mlflow.sent"  # names the evaluation that MLflow's figures are of
+    """Sends the results to the run's own MLflow run. They replace those of another evaluation."""
+    marker = folder.parent / "mlflow.sent"  # holds the name of the evaluation that was sent to MLflow
     if marker.exists() and marker.read_text() == folder.name:
         return
     settings = evaluation.settings
@@ -183,9 +184,9 @@ def _log(run_dir: Path, config: LoggingConfig, evaluation: Evaluation, folder: P
     try:
         sent = attach(config, run_dir, evaluation.step, evaluation.metrics, tags, folder)
     except WorkFailed as error:
-        print(f"warning: {error}; evaluate again to send the figures", file=sys.stderr)
+        print(f"warning: {error}; evaluate again to send the results", file=sys.stderr)
         return
     if sent:
         storage.write_atomically(str(marker), folder.name.encode())
     else:
-        print(f"{run_dir}: has no MLflow run, so the figures are in {folder} alone")
+        print(f"{run_dir}: has no MLflow run, so the results are only in {folder}")

@@ -1,4 +1,4 @@
-"""Pictures of an evaluation. Each is a PNG as bytes, for a file, a page and MLflow."""
+"""Pictures of an evaluation. Each is returned as the bytes of a PNG file, for a file, a page and MLflow."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from trainer.inference.grids import sheet
 
 NAMED = {**KINDS, "both": "the larger of both"}
 AT_MOST = 1200
-"""Pixels that a sheet of images is wide."""
+"""Width in pixels up to which a sheet of small images is enlarged."""
 
 
 def image_sheet(images: Tensor, columns: int) -> bytes:
-    """(B, C, H, W) in [-1, 1], in rows of `columns`; small ones are enlarged by a whole number."""
+    """Draws images (B, C, H, W) in [-1, 1] in rows of `columns`. Small images are enlarged by an integer factor."""
     pixels = sheet(images, columns)
     scale = max(1, min(4, AT_MOST // pixels.shape[1]))
     return _png(Image.fromarray(np.repeat(np.repeat(pixels, scale, 0), scale, 1)))
 
 
 def matches(shown: Tensor) -> bytes:
-    """(N, K, C, H, W): a column for each of the N, with its K images below one another."""
+    """Draws (N, K, C, H, W) as N columns, each with its K images below one another."""
     return image_sheet(shown.transpose(0, 1).flatten(0, 1), len(shown))
 
 
 def curves(of: Mapping[str, Curve], sigma_n: Mapping[str, tuple[float, float]]) -> bytes:
-    """Error against level with bands of 95 % over images. sigma_n: the range of each run's data, marked."""
+    """Plots the error against the noise level, with 95 % confidence bands over images. sigma_n: the range of noise
+    levels of each run's data, which is marked."""
     figure, axis = _figure(7.5, 5)
     for number, (name, curve) in enumerate(of.items()):
         colour = f"C{number % 10}"
@@ -57,7 +58,7 @@ def curves(of: Mapping[str, Curve], sigma_n: Mapping[str, tuple[float, float]]) 
 
 
 def histograms(found: Attacked) -> bytes:
-    """Similarity of what the model made with the original, for training and for held-out images."""
+    """Plots the similarity of reconstructions and originals, for training images and for held-out images."""
     figure, axes = _figure(12, 3.4, columns=len(NAMED))
     for axis, (kind, about) in zip(axes, NAMED.items(), strict=True):
         training, held_out = found.scores[kind]
@@ -79,7 +80,7 @@ def trade(
     auc: Sequence[float],
     auc_error: Sequence[float],
 ) -> bytes:
-    """Quality against memorization, a point for each run."""
+    """Plots quality against memorization, with one point for each run."""
     figure, axis = _figure(6.5, 4.5)
     for number, name in enumerate(names):
         axis.errorbar(
@@ -93,14 +94,14 @@ def trade(
 
 
 def _figure(width: float, height: float, columns: int = 1) -> Any:
-    from matplotlib.figure import Figure  # here, since it takes a second; without pyplot, which keeps figures
+    from matplotlib.figure import Figure  # here, because the import takes a second; not pyplot, which keeps figures
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(1, columns)
 
 
 def saved(figure: Any) -> bytes:
-    """As PNG."""
+    """Returns the figure as PNG."""
     data = BytesIO()
     figure.savefig(data, format="png", dpi=110)
     return data.getvalue()

@@ -1,4 +1,4 @@
-"""One HTML file that needs no other: the figures of one evaluation, or of several side by side, and their pictures."""
+"""One self-contained HTML file: the results and pictures of one evaluation, or of several side by side."""
 
 from __future__ import annotations
 
@@ -16,44 +16,47 @@ COLUMNS = {
     "quality/kid": (
         "KID",
         (
-            "kernel distance of samples to the reference in the extractor's features; lower is better, 0 for one "
-            "distribution at any number of images"
+            "kernel distance between samples and reference in the extractor's features; lower is better; 0 for equal "
+            "distributions at any number of images"
         ),
     ),
     "quality/frechet": (
         "Frechet distance",
-        "as FID, but in this extractor's features; lower is better; biased: compare equal numbers of images alone",
+        "like FID, but in this extractor's features; lower is better; biased: compare only equal numbers of images",
     ),
-    "quality/precision": ("precision", "share of samples that lie within the reference's manifold; higher is better"),
-    "quality/recall": ("recall", "share of the reference that lies within the samples' manifold; higher is better"),
+    "quality/precision": ("precision", "share of samples within the manifold of the reference; higher is better"),
+    "quality/recall": ("recall", "share of the reference within the manifold of the samples; higher is better"),
     "measured/kid": (
         "KID, observed",
         (
-            "the same of corrupted samples to held-out observations, which needs no clean images; sees nothing that "
-            "the noise hides"
+            "the same between corrupted samples and held-out observations; needs no clean images; does not compare "
+            "what the noise hides"
         ),
     ),
     "measured/precision": (
         "precision, observed",
-        "share of corrupted samples that lie within the observations' manifold",
+        "share of corrupted samples within the manifold of the observations",
     ),
     "measured/recall": (
         "recall, observed",
-        "share of the observations that lies within the corrupted samples' manifold",
+        "share of the observations within the manifold of the corrupted samples",
     ),
     "memorization/noise_auc": (
         "AUC, noise",
         (
-            "of telling training images from held-out ones by what the model makes of them under heavy noise; 0.5: "
-            "nothing memorized, 1: all"
+            "AUC of distinguishing training images from held-out ones by their reconstructions from heavy noise; 0.5: "
+            "nothing memorized, 1: everything"
         ),
     ),
-    "memorization/mask_auc": ("AUC, mask", "the same where most of the image was hidden"),
+    "memorization/mask_auc": ("AUC, mask", "the same for images with most columns hidden"),
     "memorization/noise_share": (
         "above threshold, noise",
-        "share of training images that come back more alike than 95 % of held-out ones; 0.05: nothing memorized",
+        (
+            "share of training images whose reconstructions are more similar to them than those of 95 % of the "
+            "held-out images; 0.05: nothing memorized"
+        ),
     ),
-    "memorization/mask_share": ("above threshold, mask", "the same where most of the image was hidden"),
+    "memorization/mask_share": ("above threshold, mask", "the same for images with most columns hidden"),
     "memorization/nearer_features": (
         "nearer to training, features",
         (
@@ -71,14 +74,14 @@ COLUMNS = {
     ),
     "memorization/copies_pixels": ("copies, pixels", "the same by pixels"),
 }
-"""Metrics of the table: how each is headed, and what it says. NAME_error, if there is one, is shown after it."""
+"""The metrics of the table: heading and meaning. If the metric NAME_error exists, it is shown after the value."""
 
 TEMPLATE = "report.html.jinja"
 
 
 @dataclass(frozen=True)
 class Figure:
-    """data: of a PNG, in base64. plot: drawn smooth where it is shown larger or smaller; pictures show their pixels."""
+    """data: a PNG file in base64. plot: a plot, which is scaled smoothly; other pictures are scaled by whole pixels."""
 
     title: str
     about: str
@@ -87,7 +90,7 @@ class Figure:
 
 
 def report(evaluations: Sequence[tuple[Evaluation, Path]], command: str) -> str:
-    """evaluations: each with its folder. command: that makes the report again."""
+    """Returns the page. evaluations: each with its folder. command: the command that writes the report again."""
     of = _named([evaluation for evaluation, _ in evaluations])
     shown = [name for name in COLUMNS if any(name in evaluation.metrics for evaluation in of.values())]
     runs = [
@@ -113,7 +116,7 @@ def report(evaluations: Sequence[tuple[Evaluation, Path]], command: str) -> str:
 
 
 def _named(evaluations: Sequence[Evaluation]) -> dict[str, Evaluation]:
-    """By the run's name; where two have one name, with the step, and else with a number."""
+    """Returns the evaluations by the run's name. If a name is taken, the step is added; if that is taken, a number."""
     named: dict[str, Evaluation] = {}
     for evaluation in evaluations:
         name = evaluation.run
@@ -127,14 +130,14 @@ def _named(evaluations: Sequence[Evaluation]) -> dict[str, Evaluation]:
 
 
 def _shared_settings(of: dict[str, Evaluation]) -> list[tuple[str, str]]:
-    """What all runs were evaluated with: labels and values."""
+    """Returns labels and values of the settings that all evaluations share."""
     first, *others = (evaluation.settings for evaluation in of.values())
     shared = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
     return [(label, _text_of(shared[key])) for key, label in LABELS.items() if shared.get(key) not in (None, "")]
 
 
 def _unlike(evaluations: Sequence[Evaluation]) -> list[str]:
-    """The settings in which they differ."""
+    """Returns the settings in which the evaluations differ."""
     first = evaluations[0].settings
     return [key for key in LABELS if any(e.settings.get(key) != first.get(key) for e in evaluations)]
 
@@ -151,19 +154,19 @@ HELD_AGAINST = (
     "steps",
     "levels",
 )
-"""Settings that figures of several runs must share to be compared; images are hashed as each run sees them."""
+"""Settings that must be equal if the results of several runs are compared. Images are hashed in the run's shape."""
 
 
 def incomparable(evaluations: Sequence[Evaluation]) -> str | None:
-    """What to say of evaluations whose figures cannot be compared with one another, if so."""
+    """Returns a message if the results of the evaluations cannot be compared with one another, else None."""
     first = evaluations[0]
     for other in evaluations[1:]:
         keys = [key for key in HELD_AGAINST if other.settings.get(key) != first.settings.get(key)]
         if keys:
             names = ", ".join(LABELS.get(key.replace("_hash", ""), key) for key in keys)
             return (
-                f"{first.run} and {other.run}: their figures cannot be compared, as these differ, in kind, number "
-                f"or size: {names}"
+                f"{first.run} and {other.run}: their results cannot be compared, because these differ in kind, "
+                f"number or size: {names}"
             )
     return None
 
@@ -185,7 +188,7 @@ LABELS = {
     "compared": "training images that samples were compared with",
     "attacks": "attacks",
     "attacked": "images attacked, training and held out",
-    "checked": "images of the denoiser's error",
+    "checked": "images for the denoiser's error",
     "steps": "sampling steps",
     "sampler": "sampler",
     "seed": "seed",
@@ -195,8 +198,8 @@ LABELS = {
 
 
 def _rows(of: dict[str, Evaluation], shown: Sequence[str]) -> list[list[str]]:
-    """The table, with its head: a row for each metric, which says what it means; or for each run, where there are
-    many."""
+    """Returns the table with its head. It has a row for each metric, with the meaning of the metric; or, if there are
+    many runs, a row for each run."""
     if len(of) > SIDE_BY_SIDE:
         head = ["run", "step", *(COLUMNS[name][0] for name in shown)]
         return [head, *([name, str(e.step), *(value(e, m) for m in shown)] for name, e in of.items())]
@@ -213,7 +216,7 @@ SIDE_BY_SIDE = 6
 
 
 def value(evaluation: Evaluation, name: str) -> str:
-    """A metric with its error, as text; a dash where it was not measured."""
+    """Returns a metric with its error, as text; a dash if it was not measured."""
     if name not in evaluation.metrics:
         return "-"
     error = evaluation.metrics.get(f"{name}_error")
@@ -221,7 +224,7 @@ def value(evaluation: Evaluation, name: str) -> str:
 
 
 def _together(of: dict[str, Evaluation]) -> list[Figure]:
-    """Pictures of all runs in one."""
+    """Returns the figures that show all runs in one plot."""
     parts: list[Figure] = []
     if with_curve := {name: e.curve for name, e in of.items() if e.curve}:
         sigma_n = {name: of[name].sigma_n or (0.0, 0.0) for name in with_curve}
@@ -229,14 +232,14 @@ def _together(of: dict[str, Evaluation]) -> list[Figure]:
             _figure(
                 curves(with_curve, sigma_n),
                 "The denoiser's error",
-                "Against held-out clean images; bands: 95 % over images.",
+                "Against held-out clean images; bands: 95 % confidence over images.",
                 True,
             )
         )
     both = ("quality/kid", "memorization/noise_auc")
     if len(points := {name: e.metrics for name, e in of.items() if all(m in e.metrics for m in both)}) > 1:
         columns = [[m[name] for m in points.values()] for metric in both for name in (metric, f"{metric}_error")]
-        parts.append(_figure(trade(list(points), *columns), "Quality and memorization", "Bars: 95 %.", True))
+        parts.append(_figure(trade(list(points), *columns), "Quality and memorization", "Bars: 95 % confidence.", True))
     return parts
 
 

@@ -1,4 +1,5 @@
-"""The quickstart's picture: noisy images, estimates, samples of two runs, and both denoisers' error per level."""
+"""The picture of the quickstart: noisy images, estimates, samples of two runs, and the error of both denoisers per
+level."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ HELD_OUT = 256
 def compare(
     ours: Restored, naive: Restored, held_out: str, levels: Sequence[float], path: Path
 ) -> tuple[list[float], list[float]]:
-    """Writes the picture, and returns the error of each denoiser at each level."""
+    """Writes the picture, and returns the errors of both denoisers at each level."""
     shape = ours.state.shape
     device = next(ours.denoiser.parameters()).device
     clean = clean_images(held_out, HELD_OUT, shape).to(device)

@@ -1,4 +1,5 @@
-"""What an evaluation leaves in its folder: evaluation.json, a PNG for each picture, and from these report.html."""
+"""The files of an evaluation in its folder: evaluation.json, a PNG for each picture, and report.html made from
+these."""
 
 from __future__ import annotations
 
@@ -14,15 +15,15 @@ from ambient_core.parsing import from_json, text_of
 from trainer.evaluation.measures import Curve
 
 FOLDER = "evaluation"
-"""In a run directory: a folder for each evaluation, and for each set of samples."""
+"""Folder in the run directory. It contains a folder for each evaluation and for each set of samples."""
 NAME, REPORT = "evaluation.json", "report.html"
 FORMAT = 1
-"""Of the file, and of how things are measured: what was measured otherwise is not taken for the same."""
+"""Version of the file and of the measures. An evaluation of another version is not read back."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """file: in the evaluation's folder. about: what is to be seen in it. plot: of lines and letters, not of images."""
+    """file: name in the evaluation's folder. about: caption. plot: whether it is a plot, and not a sheet of images."""
 
     file: str
     title: str
@@ -32,9 +33,9 @@ class Picture:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """settings: all that decides the figures. run: name, of the run. data: what it was trained on, in words.
-    sigma_n: the range of the noise levels of its data, None where its shards are gone. metrics: names as in MLflow,
-    groups before the slash."""
+    """settings: all settings that the results depend on. run: name of the run. data: description of its training data.
+    sigma_n: range of the noise levels of its data; None if its shards no longer exist. metrics: by their names in
+    MLflow, with the group before the slash."""
 
     settings: dict[str, Any]
     run: str
@@ -50,7 +51,8 @@ class Evaluation:
 
 
 def write(folder: Path, evaluation: Evaluation, pictures: dict[str, bytes]) -> None:
-    """pictures: their files. evaluation.json is written last, so a folder that has one is complete."""
+    """Writes an evaluation. pictures: contents of the files, by name. evaluation.json is written last, so a folder that
+    has it is complete."""
     for name, data in pictures.items():
         storage.write_atomically(str(folder / name), data)
     text = json.dumps({"format": FORMAT, **asdict(evaluation)}, indent=1)
@@ -58,8 +60,8 @@ def write(folder: Path, evaluation: Evaluation, pictures: dict[str, bytes]) -> N
 
 
 def read(folder: Path) -> Evaluation | None:
-    """None where there is none, or one of another format, which is then made again. Raises UserError for a damaged
-    one."""
+    """Returns the evaluation in a folder. Returns None if there is none, or if it has another format; the caller then
+    makes it again. Raises UserError for a damaged file."""
     path = folder / NAME
     if not path.is_file():
         return None
@@ -72,5 +74,5 @@ def read(folder: Path) -> Evaluation | None:
         return Evaluation(**data, sigma_n=sigma_n and tuple(sigma_n), curve=curve and Curve(**curve), pictures=pictures)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path}: is damaged ({error}): remove {folder}, and evaluate again", field=path, code="unreadable"
+            f"{path}: is damaged ({error}): remove {folder} and evaluate again", field=path, code="unreadable"
         ) from None

@@ -1,4 +1,4 @@
-"""Commands of this project, called as a user types them, in processes of their own."""
+"""Runs commands of this project as a user types them, each in its own process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from ambient_core.errors import WorkFailed
 
 
 def run_python(module: str, words: Sequence[str], log: Path | None = None) -> None:
-    """`python -m MODULE WORDS`. log: its output is added there, if given. Raises WorkFailed where it fails."""
+    """Runs `python -m MODULE WORDS`. log: file that the output is appended to. Raises WorkFailed if the command
+    fails."""
     command = [sys.executable, "-m", module, *words]
     if log is None:
         code = subprocess.run(command).returncode

@@ -1,4 +1,4 @@
-"""What a study is: runs of several methods, on several data sets, with several seeds; and how they are judged."""
+"""The configuration of a study: several methods, data sets and seeds, and how the runs are evaluated."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ NAME = re.compile(r"[\w.,+=-]+( [\w.,+=-]+)*")
 
 @dataclass(frozen=True)
 class Method:
-    """overrides: of the configuration. data: the one data set that it is trained on, such as the clean images of an
-    oracle, which is then compared with all others; None takes each. seeds: in place of the study's."""
+    """overrides: overrides of the configuration. data: the only data set that the method is trained on, such as the
+    clean images of an oracle; the method is then compared with all others. None: each of `StudyConfig.compared_data`.
+    seeds: number of seeds; None: that of the study."""
 
     overrides: list[str] = field(default_factory=list[str])
     data: str | None = None
@@ -70,7 +71,10 @@ class StudyConfig:
     def __post_init__(self) -> None:
         for name in (*self.data, *self.methods):
             if not NAME.fullmatch(name):
-                raise ValueError(f"the name {name!r} must be of letters, digits and .,+=-, as it becomes a folder's")
+                raise ValueError(
+                    f"the name {name!r} must consist of letters, digits and .,+=-, because it becomes part of a "
+                    "folder name"
+                )
         if not self.data or not self.methods:
             raise ValueError("data and methods must each have at least one entry")
         for name, method in self.methods.items():
@@ -82,10 +86,10 @@ class StudyConfig:
                 raise ValueError(f"seeds of {name}: must be at least 1")
         folders = [point.name for point in self.points()]
         if twice := next((name for name in folders if folders.count(name) > 1), None):
-            raise ValueError(f"methods and data: two runs would have the folder {twice}: name one of them otherwise")
+            raise ValueError(f"methods and data: two runs would have the folder {twice}: rename one of them")
 
     def points(self) -> list[Point]:
-        """Seed by seed, so that a study that is stopped early has one of everything."""
+        """Returns the runs, seed by seed, so a study that is stopped early has one run of everything."""
         return [
             Point(name, data, seed)
             for seed, (name, method) in product(range(max(map(self._seeds, self.methods))), self.methods.items())
@@ -98,6 +102,7 @@ class StudyConfig:
 
     @property
     def compared_data(self) -> list[str]:
-        """Data sets that no method has to itself: each of the other methods is trained on all of them."""
+        """The data sets that no method has to itself. All methods without a data set of their own are trained on
+        these."""
         own = {method.data for method in self.methods.values() if method.data}
         return [name for name in self.data if name not in own] or list(self.data)

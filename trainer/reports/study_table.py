@@ -1,4 +1,4 @@
-"""The table and the plots of a study: for each method and data set the mean over seeds, and its standard deviation."""
+"""The table and plots of a study: mean and standard deviation over seeds, for each method and data set."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Found = Mapping[Point, Evaluation]
 
 
 def metrics_of(found: Found) -> dict[str, str]:
-    """Which metrics are shown, and how they are headed: those of the report, and the denoiser's errors."""
+    """Returns the metrics that are shown, with their headings: those of the report, and the denoiser's errors."""
     names = dict.fromkeys(name for evaluation in found.values() for name in evaluation.metrics)
     errors = [name for name in names if name.startswith("denoiser_error_by_sigma/")]
     headed = {name: f"error at {name.partition('/')[2]}" for name in errors}
@@ -23,7 +23,7 @@ def metrics_of(found: Found) -> dict[str, str]:
 
 
 def rows(config: StudyConfig, found: Found) -> list[tuple[str, str, list[Evaluation]]]:
-    """Method, data and the runs of all seeds, where there are any."""
+    """Returns method, data set and the evaluations of all seeds, for each pair that has any."""
     groups: dict[tuple[str, str], list[Evaluation]] = {}
     for data in config.data:
         for method in config.methods:
@@ -34,7 +34,7 @@ def rows(config: StudyConfig, found: Found) -> list[tuple[str, str, list[Evaluat
 
 
 def table(config: StudyConfig, found: Found) -> str:
-    """Markdown. Mean and standard deviation over seeds."""
+    """Returns the table in Markdown: mean and standard deviation over seeds."""
     shown = metrics_of(found)
     some = next(iter(found.values())).settings
     lines = [["data", "method", "seeds", *shown.values()]]
@@ -42,10 +42,10 @@ def table(config: StudyConfig, found: Found) -> str:
         cells = [_spread([run.metrics[name] for run in runs if name in run.metrics]) for name in shown]
         lines.append([data, method, str(len(runs)), *cells])
     text = "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
-    said = (
+    footer = (
         f"Features: {some['extractor']}; {some['number']} samples against {some['reference_number']} held-out images."
     )
-    return f"{text}\n\n{said} Mean and standard deviation over seeds.\n"
+    return f"{text}\n\n{footer} Mean and standard deviation over seeds.\n"
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -56,7 +56,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def table_data(found: Found, command: str) -> dict[str, Any]:
-    """All figures, as JSON."""
+    """Returns the metrics of all runs, for a JSON file."""
     runs = [
         {"method": p.method, "data": p.data, "seed": p.seed, "step": e.step, "metrics": e.metrics}
         for p, e in found.items()
@@ -65,12 +65,12 @@ def table_data(found: Found, command: str) -> dict[str, Any]:
 
 
 CHARACTERS = 45
-"""Of the names of data sets, for which a plot has room on one line."""
+"""Total length of the data set names that fits on one line below a plot."""
 
 
 def draw(config: StudyConfig, found: Found) -> dict[str, bytes]:
-    """plots.png: each metric of the report over the data sets, a line for each method; a bar for each where there is
-    one data set."""
+    """Returns plots.png: each metric of the report over the data sets, with a line for each method. If there is only
+    one data set, each method has a bar."""
     from matplotlib.figure import Figure
 
     names = [name for name in metrics_of(found) if name in COLUMNS]
@@ -94,7 +94,8 @@ def draw(config: StudyConfig, found: Found) -> dict[str, bytes]:
 
 
 def _values(config: StudyConfig, found: Found, method: str, data: str, name: str) -> list[float]:
-    """Of all seeds. data: of those that have noise; a method may have data of its own."""
+    """Returns a metric for all seeds. data: a compared data set; a method that has its own data set is read from
+    that."""
     of = config.methods[method].data or data
     return [e.metrics[name] for p, e in found.items() if (p.method, p.data) == (method, of) and name in e.metrics]
 
@@ -105,7 +106,7 @@ def _bars(axis: Any, config: StudyConfig, found: Found, name: str) -> None:
         if values := _values(config, found, method, data, name):
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             axis.barh(number, statistics.mean(values), xerr=spread or None, capsize=3, color=f"C{number}")
-    if all(bar.get_width() == 0 for bar in axis.patches):  # else the axis is centred on nothing
+    if all(bar.get_width() == 0 for bar in axis.patches):  # otherwise matplotlib centres the axis on 0
         axis.set_xlim(0, 1)
     axis.set_yticks(range(len(config.methods)), list(config.methods), fontsize=8)
     axis.invert_yaxis()

@@ -1,4 +1,4 @@
-"""MLflow: what is logged, by whom, and where it is kept while the server is away.
+"""MLflow: what is logged, how it is sent, and where it is kept while the server cannot be reached.
 
-Alone imports mlflow. Imports ambient_core; config, reports and training import it.
+No other folder imports mlflow. It imports ambient_core; config, reports and training import it.
 """

@@ -1,4 +1,4 @@
-"""All calls of MLflow's client. Each may be made again when it is not known whether it was done."""
+"""All calls of MLflow's client. Each can be repeated if it is not known whether it succeeded."""
 
 from __future__ import annotations
 
@@ -22,20 +22,22 @@ os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "10"
 from mlflow.tracking import MlflowClient
 print(len(MlflowClient(tracking_uri=sys.argv[1]).search_experiments(max_results=100)))
 """
-"""A program that asks the server at its argument for its experiments, and prints how many there are, up to 100."""
+"""A program that asks the server at the address in its argument for its experiments, and prints how many there are, up
+to 100."""
 
 KEY = "ambient.key"
-"""A tag: what a run was called before MLflow had a name for it."""
+"""A tag with the key that a run has before MLflow gives it an id."""
 
 
 def begin(client: Any, experiment_id: str, key: str, name: str, began: int) -> str:
-    """The id of the run of this key, which is made if need be. began: in milliseconds since 1970.
+    """Returns the id of the run with this key, which is made if it does not exist. began: in milliseconds since 1970.
 
-    An answer may be lost, also between two tries of the client's own, which then makes a second run: all but one go."""
-    asked = ([experiment_id], f"tags.`{KEY}` = '{key}'")
-    if not (runs := client.search_runs(*asked)):
+    A response may be lost, also between two attempts inside the client, which then makes a second run. All runs but one
+    are deleted."""
+    query = ([experiment_id], f"tags.`{KEY}` = '{key}'")
+    if not (runs := client.search_runs(*query)):
         client.create_run(experiment_id, began, _origin("trainer.train") | {KEY: key}, name)
-        runs = client.search_runs(*asked)
+        runs = client.search_runs(*query)
     first, *others = sorted(run.info.run_id for run in runs)
     for run_id in others:
         client.delete_run(run_id)
@@ -50,7 +52,7 @@ def describe(client: Any, run_id: str, parameters: dict[str, Any], config: Path)
 
 
 def tag(client: Any, run_id: str, tags: dict[str, str], files: Sequence[Path]) -> None:
-    """What may be another at each start: tags, and files that belong to it."""
+    """Sets what may differ at each start: tags, and files that belong to it."""
     from mlflow.entities import RunTag
 
     for file in files:
@@ -59,8 +61,8 @@ def tag(client: Any, run_id: str, tags: dict[str, str], files: Sequence[Path]) -
 
 
 def send(client: Any, run_id: str, records: Sequence[dict[str, Any]], run_dir: Path) -> None:
-    """The records of metrics.jsonl. Of a metric, MLflow keeps one where all is the same; a picture that is there is
-    not sent again."""
+    """Sends records of metrics.jsonl. They may be sent twice: MLflow keeps one of several identical metrics, and a
+    picture that it already has is not sent again."""
     from mlflow.entities import Metric
     from PIL import Image
 
@@ -82,8 +84,8 @@ def send(client: Any, run_id: str, records: Sequence[dict[str, Any]], run_dir: P
 def attach(
     config: LoggingConfig, run_dir: Path, step: int, metrics: dict[str, float], tags: dict[str, str], folder: Path
 ) -> bool:
-    """Adds figures and the files of a folder to the MLflow run of a run directory, and to its experiment a view of such
-    figures; False where it has no run. Raises WorkFailed where the server does not take them."""
+    """Adds metrics and the files of a folder to the MLflow run of a run directory, and a view of such metrics to its
+    experiment. Returns False if there is no run. Raises WorkFailed if the server does not accept them."""
     from mlflow.entities import Metric, RunTag
     from mlflow.exceptions import MlflowException
 
@@ -92,7 +94,7 @@ def attach(
             return False
         run_id = pages.state(run_dir)["run_id"]
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise WorkFailed(f"{run_dir / 'mlflow.json'}: is damaged ({error}): mend it or move it away") from None
+        raise WorkFailed(f"{run_dir / 'mlflow.json'}: is damaged ({error}): repair it or move it away") from None
     now = int(time.time() * 1000)
     try:
         client, experiment_id = connect(config, run_dir)
@@ -109,8 +111,8 @@ def attach(
 
 
 def heading(config: LoggingConfig, run_dir: Path, tags: dict[str, str], source: str) -> str:
-    """Makes a run that has no training of its own, for others to be children of; returns its id. run_dir: its
-    folder, in which the children have theirs. source: the command that asks for it."""
+    """Makes a parent run without a training of its own, and returns its id. run_dir: its folder, which contains the
+    children's folders. source: the command that requests it."""
     client, experiment_id = connect(config, run_dir / "child")
     run = client.create_run(experiment_id, run_name=config.name or run_dir.name, tags=_origin(source) | tags)
     client.set_terminated(run.info.run_id, "FINISHED")
@@ -118,7 +120,7 @@ def heading(config: LoggingConfig, run_dir: Path, tags: dict[str, str], source: 
 
 
 def _origin(source: str) -> dict[str, str]:
-    """What MLflow's pages have as "Created by" and "Source"; its client leaves both empty."""
+    """Returns the tags that MLflow's pages show as "Created by" and "Source"; its client leaves both empty."""
     tags = {"mlflow.source.name": source, "mlflow.source.type": "LOCAL"}
     with suppress(OSError, KeyError):  # a container may have no name for its user
         tags["mlflow.user"] = getpass.getuser()
@@ -126,7 +128,7 @@ def _origin(source: str) -> dict[str, str]:
 
 
 def connect(config: LoggingConfig, run_dir: Path) -> tuple[Any, str]:
-    """MLflow's client, and the id of the experiment, which is made if need be."""
+    """Returns MLflow's client and the id of the experiment, which is made if it does not exist."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from mlflow.tracking import MlflowClient
 
@@ -142,7 +144,7 @@ def connect(config: LoggingConfig, run_dir: Path) -> tuple[Any, str]:
 
 @contextmanager
 def _alone(uri: str) -> Iterator[None]:
-    """One process at a time makes a database file: two that do it together leave it half made."""
+    """Lets one process at a time make a database file: two at the same time leave it incomplete."""
     if not uri.startswith("sqlite:///"):
         yield
         return

@@ -26,7 +26,9 @@ class LoggingConfig:
         if self.every < 1 or self.sample_every < 0:
             raise ValueError("need every >= 1 and sample_every >= 0")
         if self.reference and not self.sample_every:
-            raise ValueError(f"reference {self.reference} is looked at with each grid of samples: give sample_every")
+            raise ValueError(
+                f"reference {self.reference} is compared with each grid of samples: set sample_every above 0"
+            )
 
     def uri(self, run_dir: Path) -> str:
         """The tracking URI, made absolute: MLflow's own default depends on the working folder."""

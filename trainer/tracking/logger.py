@@ -1,8 +1,8 @@
-"""MLflow from one background thread, which may never stop or slow training.
+"""Logs to MLflow from one background thread, which must never stop or slow down training.
 
-Every record goes into RUN_DIR/metrics.jsonl first. The thread reads from there what MLflow has not had yet; while the
-server is away the records wait there, not in memory, also for the next start. A resumed run logs only steps that it has
-not logged before.
+Every record is first written to RUN_DIR/metrics.jsonl. The thread reads from there what was not sent to MLflow yet.
+While the server cannot be reached, the records wait in the file, not in memory. If the run ends first, its next start
+sends them. A resumed run logs only steps that it has not logged before.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from trainer.tracking import client as mlflow_client
 from trainer.tracking.config import LoggingConfig
 
 AT_ONCE = 25
-"""Records between two notes of how far they were sent: what a server that fails in between is sent again."""
+"""Number of records that are sent before their number is saved. If the server fails in between, they are sent again."""
 LONGEST_PAUSE_S = 60.0
-"""Between two tries to reach a server that is away."""
+"""Longest pause in seconds between two attempts to reach the server."""
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -49,7 +49,7 @@ class MLflowLogger:
             self._began = int(records[0]["time"]) if records else int(time.time() * 1000)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{run_dir}: metrics.jsonl or mlflow.json is damaged ({error}): mend it or move it away",
+                f"{run_dir}: metrics.jsonl or mlflow.json is damaged ({error}): repair it or move it away",
                 field=run_dir,
                 code="unreadable",
             ) from None
@@ -74,12 +74,12 @@ class MLflowLogger:
         )
 
     def notice(self, step: int, name: str, text: str) -> None:
-        """Records what a person should know of this run, as the tag notice.NAME; what was said on stderr stays
-        findable."""
+        """Records what a user should know about this run, as the tag notice.NAME, so that messages on stderr can be
+        found later."""
         self._record({"step": step, "time": int(time.time() * 1000), "notice": [name, text]})
 
     def close(self, status: Status, patience: float = 60.0) -> None:
-        """Sends what is left, and waits for that at most `patience` seconds."""
+        """Sends the remaining records, and waits for this at most `patience` seconds."""
         if self._thread:
             self._status = status
             self._news.set()
@@ -92,12 +92,12 @@ class MLflowLogger:
                     ),
                     file=sys.stderr,
                 )
-        with suppress(OSError):  # it was said when it could not be written
+        with suppress(OSError):  # the failed write has already raised an error
             self._file.close()
 
     def _record(self, record: dict[str, Any]) -> None:
         if record["step"] <= self._last.get(_kind(record), 0):
-            return  # of a training that was started again, or has gone back
+            return  # the step was logged before the run was resumed or rolled back
         self._last[_kind(record)] = record["step"]
         line = json.dumps(record)
         try:
@@ -105,12 +105,12 @@ class MLflowLogger:
             self._file.flush()
         except OSError as error:
             raise WorkFailed(
-                f"{self._records}: cannot be written: {error.strerror}: make room or mend the disk, and run it again"
+                f"{self._records}: cannot be written: {error.strerror}: free space or repair the disk, and run it again"
             ) from None
         self._news.set()
 
     def _mend(self) -> list[str]:
-        """The complete lines of the file; a last one that was cut off is removed."""
+        """Returns the complete lines of the file, and removes a last line that was cut off."""
         if not self._records.is_file():
             return []
         text = self._records.read_text()
@@ -134,7 +134,7 @@ class MLflowLogger:
                 return
 
     def _waiting(self) -> list[str]:
-        """The first lines of the file that were not sent yet, as many as go at once."""
+        """Returns the first complete lines of the file that were not sent yet, at most AT_ONCE."""
         with self._records.open("rb") as file:
             file.seek(self._sent_bytes)
             lines = [line.decode() for line in itertools.islice(file, AT_ONCE)]
@@ -160,8 +160,8 @@ class MLflowLogger:
                 wait = min(LONGEST_PAUSE_S, wait * 2)
 
     def _connect(self) -> Any:
-        """MLflow's client, and the run there. It is called again after an error anywhere in it, and makes nothing
-        twice."""
+        """Returns MLflow's client, and makes the run there. It is called again after an error at any point, and makes
+        nothing twice."""
         client, experiment_id = mlflow_client.connect(self._config, self._run_dir)
         if self._state["run_id"] is None:
             self._state |= {"key": self._state.get("key") or uuid.uuid4().hex}
@@ -192,8 +192,8 @@ class MLflowLogger:
 
 
 def _kind(record: dict[str, Any]) -> str:
-    """Of records of one kind, a run has one a step; each text of a notice is a kind. Raises ValueError for what is
-    no record."""
+    """Returns the kind of a record. A run has at most one record of a kind per step; each text of a notice is a kind of
+    its own. Raises ValueError if it is not a record."""
     for name in ("metrics", "image", "notice"):
         if name in record:
             return f"{name} {' '.join(record[name]) if name == 'notice' else next(iter(record[name]), '')}"
@@ -201,7 +201,7 @@ def _kind(record: dict[str, Any]) -> str:
 
 
 def _checked(state: dict[str, Any]) -> dict[str, Any]:
-    """Raises TypeError for what is not how far a run's records were sent."""
+    """Returns the state. Raises TypeError if it does not say how many of the run's records were sent."""
     if (
         type(state["sent"]) is not int
         or state["sent"] < 0

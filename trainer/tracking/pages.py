@@ -15,11 +15,11 @@ from ambient_core.parsing import from_json, text_of
 PORT = 5000
 BASE = f"http://127.0.0.1:{PORT}"
 QUIET = ("MLFLOW_DISABLE_TELEMETRY=true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false")
-"""Nothing is sent away, and no processes are started for jobs that trainings do not have: 0.5 GB instead of 2.3."""
+"""Turns off telemetry, and the processes for jobs, which trainings do not have: 0.5 GB of memory instead of 2.3."""
 
 
 def server(database: Path, port: int = PORT) -> str:
-    """A line for a shell. database: the SQLite file that runs next to it log to."""
+    """Returns the shell command that serves a database. database: the SQLite file that the runs next to it log to."""
     store = ("--backend-store-uri", f"sqlite:///{database.resolve()}")
     mlflow = str(Path(sys.executable).parent / "mlflow")
     return shlex.join(["env", *QUIET, mlflow, "server", *store, "--workers", "1", "--port", str(port)])
@@ -33,14 +33,14 @@ SHOWN = (
     "memorization/copies_features",
     "measured/kid",
 )
-"""Metrics that the table has columns for; MLflow itself shows none."""
+"""Metrics that have a column in the table of runs. By default MLflow shows none."""
 KEY = "evaluation"
 TRAINING = "workflowType=machine_learning"
-"""Part of an address: without it the pages open as those of language models."""
+"""Part of an address. Without it, the pages open in the form for language models."""
 
 
 def view() -> tuple[str, str]:
-    """Name and value of a tag of an experiment: a view of its runs, best quality first."""
+    """Returns name and value of an experiment's tag that holds a view of its runs, best quality first."""
     columns = [f"metrics.`{name}`" for name in SHOWN]
     shown = {
         "orderByKey": columns[0],
@@ -53,12 +53,12 @@ def view() -> tuple[str, str]:
 
 
 def run_table(run_dir: Path, base: str = BASE) -> str:
-    """The table of the runs of a run's experiment, by the view that an evaluation leaves there."""
+    """Returns the address of the table of runs in a run's experiment, with the view that an evaluation stores there."""
     return f"{base}/#/experiments/{state(run_dir)['experiment_id']}/runs?viewStateShareKey={KEY}&{TRAINING}"
 
 
 def compare_page(run_dirs: Sequence[Path], base: str = BASE) -> str:
-    """The page that holds runs against each other; all of one experiment."""
+    """Returns the address of the page that compares runs, all of one experiment."""
     states = [state(run_dir) for run_dir in run_dirs]
     query = {"runs": [ids["run_id"] for ids in states], "experiments": [states[0]["experiment_id"]]}
     encoded = "&".join(f"{name}={quote(json.dumps(values, separators=(',', ':')))}" for name, values in query.items())
@@ -66,17 +66,17 @@ def compare_page(run_dirs: Sequence[Path], base: str = BASE) -> str:
 
 
 def run_page(run_dir: Path, tab: Literal["overview", "model-metrics", "artifacts"], base: str = BASE) -> str:
-    """A page of one run: its figures, its charts and samples, its files."""
+    """Returns the address of a page of one run. The tabs show its metrics, its charts and samples, and its files."""
     ids = state(run_dir)
     return f"{base}/#/experiments/{ids['experiment_id']}/runs/{ids['run_id']}/{tab}?{TRAINING}"
 
 
 def logged(run_dir: Path) -> bool:
-    """Whether MLflow has a run of this run directory; not so with logging.enabled=false, or where its server was
-    never there."""
+    """Returns whether MLflow has a run of this run directory. It has none with logging.enabled=false, or if its server
+    was never reached."""
     return (run_dir / "mlflow.json").is_file() and state(run_dir)["run_id"] is not None
 
 
 def state(run_dir: Path) -> dict[str, str]:
-    """The ids of a run that MLflow has."""
+    """Returns the ids of a run in MLflow."""
     return from_json(text_of(run_dir / "mlflow.json"))

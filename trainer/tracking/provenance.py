@@ -13,7 +13,7 @@ PACKAGES = ("torch", "deepspeed", "diffusers", "peft", "webdataset", "xformers",
 
 
 def tags() -> dict[str, str]:
-    """Tags for a run: git revision (with "+changes" where files differ from it), and versions."""
+    """Returns tags for a run: git revision (with "+changes" if files differ from it), and versions."""
     found = {f"version.{name}": version_of(name) or "not installed" for name in PACKAGES}
     return {
         "git.revision": revision(),
@@ -31,7 +31,7 @@ def version_of(name: str) -> str | None:
 
 
 def revision() -> str:
-    """Of the code's git repository, "unknown" where there is none."""
+    """Returns the revision of the code's git repository, or "unknown" if there is none."""
 
     def git(*arguments: str) -> str:
         folder = Path(trainer.__file__).parent

@@ -1,4 +1,4 @@
-"""The loop, one step of it, and what is put together for a run.
+"""The training loop, one step of it, and the assembly of a run.
 
-Imports every other folder of trainer but reports; the command `trainer.train` imports it.
+This package imports every other folder of trainer except reports; the command `trainer.train` imports it.
 """

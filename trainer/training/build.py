@@ -1,4 +1,4 @@
-"""The composition root: from a RunConfig to the objects of a run. Nothing else puts components together."""
+"""The composition root, which builds the objects of a run from a RunConfig. No other module combines components."""
 
 from __future__ import annotations
 
@@ -38,9 +38,10 @@ from trainer.training.run import Run
 
 
 def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = None) -> Run:
-    """Builds a run, new or from its last checkpoint. A collective. Raises UserError for what does not fit together.
+    """Builds a run, either new or from its last checkpoint. A collective. Raises UserError if the configuration, the
+    data and the checkpoint do not fit together.
 
-    extra_tags: for MLflow, in place of or in addition to its own."""
+    extra_tags: tags for MLflow, which replace the run's own tags of the same name or are added to them."""
     if config.threads:
         torch.set_num_threads(config.threads)
     layout = config.layout(ranks.rank, ranks.world)
@@ -106,7 +107,7 @@ def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = 
 
 
 def _notices(config: RunConfig, loader: Loader, ranks: Ranks) -> dict[str, str]:
-    """What is said of the data, as tags for MLflow; printed by the first rank."""
+    """Returns the warnings about the data, as tags for MLflow. The first rank prints them."""
     few = few_images(config.data.shards, loader.index, config.data.sigma_scale)
     other = not_gaussian_data(config, loader)
     notices = {f"notice.{name}": text for name, text in (("few_images", few), ("not_gaussian", other)) if text}
@@ -117,7 +118,7 @@ def _notices(config: RunConfig, loader: Loader, ranks: Ranks) -> dict[str, str]:
 
 
 def _attention(config: RunConfig, network: Denoiser, precision: str, ranks: Ranks) -> Choice:
-    """Sets the network's attention, in the precision that it trains in."""
+    """Sets the network's attention implementation, for the precision of the training, and returns the choice."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     if config.engine.deterministic:
         return replace(set_attention(network, "sdpa", dtype, ranks), why="engine.deterministic")
@@ -125,7 +126,7 @@ def _attention(config: RunConfig, network: Denoiser, precision: str, ranks: Rank
 
 
 def _load(path: Path, engine: Engine, ema: EMA, pool: ParticlePool, first_particle: int, ranks: Ranks) -> TrainState:
-    """Puts the state of a checkpoint into what has one."""
+    """Loads a checkpoint into the engine, the averages and the pool, and returns its training state."""
     state = read_state(path)
     for name in ema.averages:
         engine.load(read_tensors(path, name), {}, state.step, state.loss_scale)
@@ -138,8 +139,8 @@ def _load(path: Path, engine: Engine, ema: EMA, pool: ParticlePool, first_partic
 
 
 def roll_back(run: Run) -> bool:
-    """Sets a run back to its last checkpoint, but for the samples, of which it takes those after. A collective. False
-    where it has none, or has gone back as often as it may."""
+    """Sets a run back to its last checkpoint, except for its position in the data: it continues with the next samples.
+    A collective. Returns False if there is no checkpoint, or if the run has gone back as often as it may."""
     here = run.state
     if here.rolled_back >= run.config.recovery.roll_back:
         return False
@@ -162,7 +163,7 @@ def roll_back(run: Run) -> bool:
 
 
 def _logger(config: RunConfig, ranks: Ranks, engine: Engine, more: dict[str, str]) -> MLflowLogger | None:
-    """Of the first rank; the others have none."""
+    """Returns the logger on the first rank, and None on the others."""
     if not ranks.is_main:
         return None
     parameters, run_tags = dict(flatten(to_data(config))), {**tags(), "engine.precision": engine.precision, **more}
@@ -195,7 +196,7 @@ def _check_levels(config: RunConfig, loader: Loader) -> None:
 
 
 def _claim(config: RunConfig, settings: Mapping[str, object], directory: Path, ranks: Ranks) -> None:
-    """Writes config.yaml, once all that it asks for could be built, and the configuration of DeepSpeed."""
+    """Writes config.yaml and the configuration of DeepSpeed, once everything in the configuration could be built."""
     if ranks.is_main:
         try:
             (directory / "config.yaml").write_text(to_yaml(config))

@@ -1,4 +1,5 @@
-"""The period of consistency from a budget of time: times both kinds of step, then chooses once."""
+"""The choice of the consistency period from a time budget: both kinds of step are timed, then the period is chosen
+once."""
 
 from __future__ import annotations
 
@@ -12,19 +13,19 @@ from trainer.diffusion.interleave import StepSchedule, period_within
 from trainer.engine.distributed import Ranks
 
 WARM_UP, COUNTED = 2, 6
-"""Steps of each kind whose time is thrown away, and whose time counts."""
+"""Numbers of steps of each kind: the time of the first WARM_UP is discarded, that of the next COUNTED counts."""
 
 
 def settled(config: ConsistencyConfig, period: int) -> StepSchedule:
-    """The schedule once a budget has chosen `period`. The consistency steps of the alternation were taken in
-    advance: it waits until its own count would have reached theirs, so that what was added to training stays within
-    the budget."""
+    """Returns the schedule once a budget has chosen `period`. While both kinds of step were timed, every other step had
+    consistency. So consistency pauses until a schedule of this period would have reached the same number of
+    consistency steps. The time added to training thus stays within the budget."""
     return StepSchedule(period, 1, config.start + (WARM_UP + COUNTED) * period, config.end)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was measured, in seconds a step on the slowest rank, and what follows."""
+    """The measured times, in seconds per step on the slowest rank, and the period that was chosen from them."""
 
     ambient_seconds: float
     consistency_seconds: float
@@ -33,7 +34,8 @@ class Choice:
 
 @dataclass
 class Budget:
-    """Takes the time of each step while the two kinds alternate. share: the time that consistency may add."""
+    """Collects the times of steps while the two kinds alternate. share: the time that consistency may add, relative to
+    that of the ambient loss alone."""
 
     share: float
     start: int
@@ -42,17 +44,17 @@ class Budget:
 
     @property
     def schedule(self) -> StepSchedule:
-        """The alternation in which the steps are timed."""
+        """The alternating schedule in which the steps are timed."""
         return StepSchedule(2, 1, self.start, self.end)
 
     def times(self, step: int) -> bool:
-        """Whether it wants to know how long this step takes."""
+        """Whether this step is to be timed."""
         return step >= self.start and (self.end is None or step < self.end)
 
     def observe(self, step: int, seconds: float, ranks: Ranks) -> Choice | None:
-        """seconds: of this step on this rank, without waiting for data. A choice, the same on all ranks, as soon as
-        both kinds were seen often enough. Every rank must call it at every step: the call that chooses is a
-        collective."""
+        """Adds the time of a step. Returns a choice, the same on all ranks, as soon as both kinds were timed often
+        enough. Every rank must call it at every step: the call that chooses is a collective. seconds: the step's time
+        on this rank, without waiting for data."""
         if not self.times(step):
             return None
         self._seconds[self.schedule.has_consistency(step)].append(seconds)

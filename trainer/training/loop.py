@@ -30,8 +30,8 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
     """Trains to the last step, or until `stop()` is true on any rank. Returns whether it reached the last step. Raises
     Diverged, on all ranks, at a step that may not be skipped.
 
-    Every step is a pure function of the checkpoint before it: data are addressed by position, noise by (seed, batch of
-    the data, row), where the batch is the step but for a run that has gone back.
+    Every step is a pure function of the checkpoint before it: data are addressed by position, and noise by (seed, batch
+    of the data, row). The number of the batch is that of the step, except in a run that has gone back.
     """
     config, ranks, engine, layout = run.config, run.ranks, run.engine, run.layout
     reports, preview = Reports(run), Preview(run)
@@ -46,7 +46,7 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
         total=config.steps, initial=before.step, desc=run.directory.name, unit="step", disable=not ranks.is_main
     )
 
-    # On errors, too: the progress bar's line is ended, and no worker is left.
+    # After errors, too, the progress bar's line is ended and no worker is left.
     with _last_checkpoint(run), bar, closing(batches):
         for step in range(before.step, config.steps):
             started, done = time.perf_counter(), step + 1
@@ -68,12 +68,12 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
                 rolled_back=before.rolled_back,
             )
 
-            # What the ranks know together: of this step where something depends on it, else of the one before.
-            asked, saves = stop(), done % config.checkpoint.every == 0 or done == config.steps
+            # What all ranks know: about this step if something depends on it now, else about the step before.
+            stop_asked, saves = stop(), done % config.checkpoint.every == 0 or done == config.steps
             reports_now = done % config.logging.every == 0 or done == config.steps
             judged = Step(run.state, passes.keys, passes.spike, engine.loss_scale.scale)
-            statuses.tell(judged, asked, run.checkpoints.written, passes.finite, engine.left_out)
-            known = statuses.known(saves or reports_now or (asked and ranks.world == 1))
+            statuses.tell(judged, stop_asked, run.checkpoints.written, passes.finite, engine.left_out)
+            known = statuses.known(saves or reports_now or (stop_asked and ranks.world == 1))
             if stopping := any(status.stop for status in known):
                 known += statuses.known(of_all=True)
             for status in known:
@@ -82,7 +82,7 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
                 run.checkpoints.end(ranks)
             run.state = replace(run.state, loss_scale=engine.loss_scale, in_a_row=in_a_row)
 
-            # What people look at.
+            # Output for people to look at.
             bar.update()
             if reports_now or stopping:
                 report, covered = reports.report(evaluations, config.optimizer.rate(step))
@@ -93,7 +93,7 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
             if config.logging.sample_every and (done % config.logging.sample_every == 0 or done == config.steps):
                 preview.log(done)
 
-            # What outlasts the process.
+            # Output that outlasts the process.
             _snapshots(run, done)
             if saves or stopping:
                 tally, warning = judge.close(done)
@@ -108,7 +108,7 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
 
 
 def _snapshots(run: Run, done: int) -> None:
-    """Writes those of the averages that are due after so many steps. A collective."""
+    """Writes the snapshots of averages that are due after `done` steps. A collective."""
     ema = run.config.ema
     if isinstance(ema, PowerEMA) and ema.snapshots and done % ema.snapshots.every == 0:
         for name, width in ema.tracked().items():
@@ -116,7 +116,8 @@ def _snapshots(run: Run, done: int) -> None:
 
 
 def _spend(run: Run, step: int, started: float) -> int | None:
-    """Gives the budget, if it has not chosen yet, this step's time; returns the period that it chose, now or before."""
+    """Adds this step's time to the budget, if the budget has not chosen yet. Returns the period that it has chosen, now
+    or before, if any."""
     c, ranks = run.config.consistency, run.ranks
     if run.budget is None or c is None or not run.budget.times(step):
         return run.state.period
@@ -137,19 +138,19 @@ def _spend(run: Run, step: int, started: float) -> int | None:
 
 
 def _act_on(run: Run, status: StepStatus, in_a_row: int) -> int:
-    """Says what of a step is wrong, if anything; returns how many such steps there are in a row. Raises Diverged,
-    with the run's state that of the step, where it may not be skipped."""
+    """Reports what is wrong with a step, if anything. Returns the number of bad steps in a row, up to this one. Raises
+    Diverged if the step may not be skipped; the run's state is then that of the step."""
     engine, step = run.engine, status.step
     engine.count(status.left_out)
     done = step.state.step
     problem = f"{step.spike} at step {done}" if step.spike else _not_finite(status, engine.precision)
     if problem is None:
         return 0
-    # The weights moved, or never will.
+    # The weights have moved, or no loss scale can help any more, or no more steps may be skipped.
     if not status.left_out or step.scale < 1 or in_a_row >= run.config.recovery.leave_out:
         run.state = replace(step.state, loss_scale=engine.loss_scale)
         run.checkpoints.end(run.ranks)
-        raise Diverged(problem, _last_words(run, problem, step.keys))
+        raise Diverged(problem, _diverged_message(run, problem, step.keys))
     if status.here or step.spike:
         tqdm.write(f"warning: {problem}; samples of rank {run.ranks.rank}: {' '.join(step.keys)}", file=sys.stderr)
     warn(run, "not_finite", f"{problem}; it was skipped, {engine.loss_scale.skipped} such steps so far", done)
@@ -157,7 +158,7 @@ def _act_on(run: Run, status: StepStatus, in_a_row: int) -> int:
 
 
 def _not_finite(status: StepStatus, precision: str) -> str | None:
-    """What of a step is not finite, if that is not for the loss's scale to mend."""
+    """Returns what of a step is not finite; None if nothing is, or if a lower loss scale may correct it."""
     done = status.step.state.step
     if status.loss:
         return f"the loss is not finite at step {done}"
@@ -168,20 +169,20 @@ def _not_finite(status: StepStatus, precision: str) -> str | None:
     return None
 
 
-def _last_words(run: Run, problem: str, keys: list[str]) -> str:
+def _diverged_message(run: Run, problem: str, keys: list[str]) -> str:
     return (
         f"{problem}; samples of rank {run.ranks.rank}: {' '.join(keys[:8])}...; the last good checkpoint is "
         f"{run.checkpoints.latest() or 'none'}; "
-        "try a lower optimizer.lr or consistency.weight, or engine.precision=fp32; recovery.leave_out passes "
-        "over such steps, "
-        "recovery.roll_back, once there is a checkpoint, over all samples since it"
+        "try a lower optimizer.lr or consistency.weight, or engine.precision=fp32; recovery.leave_out skips "
+        "such steps, and recovery.roll_back returns to the last checkpoint, once there is one, and skips all samples "
+        "since it"
     )
 
 
 @contextmanager
 def _last_checkpoint(run: Run) -> Iterator[None]:
-    """What was begun is ended; after an error on one of several ranks it cannot be, as the others continue or wait
-    elsewhere."""
+    """A context that completes at its end the checkpoint that was begun. After an error on one of several ranks this is
+    impossible, because the other ranks continue or wait elsewhere."""
     try:
         yield
     except Exception:

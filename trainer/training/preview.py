@@ -1,4 +1,4 @@
-"""Sample grids while training, by the averaged weights."""
+"""Grids of samples during training, drawn with the averaged weights."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from trainer.training.run import Run
 
 SHOWN = 16
 JUDGED, REFERENCE = 256, 2000
-"""Samples whose distance is taken, and reference images at most. KID has no bias at any number, so few will do to
-see a trend."""
+"""Number of samples whose distance is measured, and largest number of reference images. KID has no bias at any number,
+so few are enough to see a trend."""
 
 
 class Preview:
-    """A second network on rank 0 that holds the averaged weights; made when the first picture is. Raises UserError
-    for a reference that is not there."""
+    """Draws samples on rank 0. A second network holds the averaged weights; it is built when samples are first drawn.
+    Raises UserError for a reference that does not exist."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -31,8 +31,8 @@ class Preview:
         self._source = open_source(reference, "logging.reference") if reference else None
 
     def log(self, step: int) -> None:
-        """Samples images with the same seeds each time, and logs 16 of them, and the distance of 256 where there is a
-        reference. A collective: the weights are gathered."""
+        """Samples images with the same seeds each time, and logs 16 of them. If there is a reference, it also logs the
+        distance of 256 samples from it. A collective: the weights are gathered."""
         run, config = self._run, self._run.config
         average = run.averaged_weights()
         if run.logger is None:

@@ -1,4 +1,4 @@
-"""What a run says of itself every few steps, gathered from those who watch it; and what it warns of."""
+"""A run's reports every few steps, collected from its monitors, and its warnings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from trainer.training.run import Run
 
 
 class Reports:
-    """Since the last report. meter: is given the losses. pace: is given the times of each rank alone."""
+    """Collects the figures since the last report. meter: receives the losses. pace: receives the times that each rank
+    takes by itself."""
 
     def __init__(self, run: Run) -> None:
         config = run.config
@@ -24,12 +25,14 @@ class Reports:
         self._run = run
         self._utilization = Utilization(run.denoiser, run.flops, run.ranks, run.engine.precision in ("bf16", "fp16"))
         self._collapse = collapse.CollapseGuard(config.consistency) if config.consistency else None
-        self._last = 0, run.state.step  # network evaluations, and steps
+        self._last = 0, run.state.step  # network evaluations and steps at the last report
 
     def report(self, evaluations: int, rate: float) -> tuple[dict[str, float], int]:
-        """The figures of the steps up to the run's state, and of how many steps they are. A collective.
+        """Returns the figures of the steps from the last report to the run's state, and the number of these steps. A
+        collective.
 
-        evaluations: of the network, since training was started. rate: the learning rate of the last step."""
+        evaluations: network evaluations on all ranks since this start of the training. rate: the learning rate of the
+        last step."""
         run, config, engine, state = self._run, self._run.config, self._run.engine, self._run.state
         (evaluations_before, step_before), self._last = self._last, (evaluations, state.step)
         steps = state.step - step_before
@@ -62,7 +65,8 @@ class Reports:
 
 
 def warn(run: Run, name: str, warning: str | None, step: int | None = None) -> None:
-    """Says it, if there is something to say, and leaves it in MLflow as notice.NAME, of this step or another."""
+    """Prints a warning, if there is one, and logs it to MLflow as notice.NAME. step: the step that the warning
+    concerns; None is the run's current step."""
     if warning and run.ranks.is_main:
         tqdm.write(f"warning: {warning}", file=sys.stderr)
         if run.logger:

@@ -1,4 +1,4 @@
-"""Run: all that the loop needs."""
+"""Run: everything that the training loop needs."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from trainer.training.consistency_budget import Budget
 
 @dataclass
 class Run:
-    """All that the loop needs. Losses see a Denoise; here it is the engine around the denoiser.
+    """Everything that the training loop needs. The losses see a Denoise, which here is the engine around the denoiser.
 
-    conditioning: what the network is given besides the noisy image. conditioner: what each batch passes through for it.
-    stride: consistency takes every stride-th row of the batch. budget: present until it has chosen the schedule's
+    conditioning: the network's inputs in addition to the noisy image. conditioner: prepares the conditioning of each
+    batch. stride: consistency uses every stride-th row of the batch. budget: present until it has chosen the schedule's
     period.
     """
 
@@ -57,6 +57,6 @@ class Run:
     state: TrainState
 
     def averaged_weights(self, name: str = "ema") -> State:
-        """The full averaged weights; name: of the average. A collective."""
+        """Returns the full averaged weights. name: the average's name. A collective."""
         with self.engine.replaced(self.ema.averages[name]):
             return self.engine.weights()

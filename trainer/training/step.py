@@ -1,4 +1,4 @@
-"""One step: the losses of its micro-batches, forward and backward."""
+"""One training step: the losses of its micro-batches, forward and backward."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from trainer.training.run import Run
 
 @dataclass(frozen=True)
 class Passes:
-    """Of one step, on this rank. keys: of its samples. finite: whether the losses of its micro-batches are, a bool
-    scalar on the device. spike: what is wrong with the mean loss of all ranks, if anything. waited: seconds, for
-    data."""
+    """The results of one step's passes on this rank. keys: the keys of its samples. finite: whether the losses of its
+    micro-batches are all finite, a bool scalar on the device. spike: what is wrong with the mean loss of all ranks, if
+    anything. waited: seconds spent waiting for data."""
 
     keys: list[str]
     finite: torch.Tensor
@@ -34,35 +34,35 @@ class Passes:
 def run_passes(
     run: Run, batches: Iterator[Batch], step: int, drawn: int, reports: Reports, spikes: Spikes | None
 ) -> Passes:
-    """Forward and backward passes of the step's micro-batches, and the optimizer's step. drawn: as `step_loss` has
-    it."""
+    """Runs the forward and backward passes of the step's micro-batches, and the optimizer's step. drawn: see
+    `step_loss`."""
     engine, ranks, last = run.engine, run.ranks, run.layout.accumulation - 1
     finite, scale = torch.ones((), dtype=torch.bool, device=ranks.device), engine.loss_scale
     keys, losses, spike, waited = list[str](), list[torch.Tensor](), None, 0.0
     for micro in range(run.layout.accumulation):
-        asked = time.perf_counter()
+        started = time.perf_counter()
         batch = next(batches)
-        waited += time.perf_counter() - asked
+        waited += time.perf_counter() - started
         with reports.pace.computing():
             loss = step_loss(run, batch, step, drawn, micro, reports.meter)
         finite &= loss.isfinite()
         keys += batch.keys
-        if spikes:  # whether to step depends on it, so here the device is waited for
+        if spikes:  # whether to step depends on the loss, so this waits for the device
             losses.append(loss.detach())
             if micro == last:
                 mean = float(ranks.sum(torch.stack(losses).sum())) / len(losses) / ranks.world
                 spike = spikes.observe(mean, run.schedule.has_consistency(step))
-        engine.backward(loss * math.nan if spike else loss)  # steps of such gradients are skipped
+        engine.backward(loss * math.nan if spike else loss)  # a step with gradients of NaN is skipped
         engine.step(step)
-    if spike and engine.precision == "fp16":  # no overflow, so the scale stays
+    if spike and engine.precision == "fp16":  # this was no overflow, so the scale is restored
         engine.loss_scale = replace(scale, skipped=engine.loss_scale.skipped)
     reports.pace.waited(waited)
     return Passes(keys, finite, spike, waited)
 
 
 def step_loss(run: Run, batch: Batch, step: int, drawn: int, micro: int, meter: Meter) -> torch.Tensor:
-    """The ambient loss and, at the steps that the schedule says, the consistency loss of the batch's particles.
-    drawn: which batch of the data it is, which addresses its noise."""
+    """Returns the ambient loss of the batch, plus the consistency loss of its particles at the steps that the schedule
+    selects. drawn: the number of the batch in the data, which addresses its noise."""
     first_row = run.layout.first_row(micro)
     noise = AddressedNoise(run.config.seed, drawn, first_row)
     batch = run.conditioner(batch, noise)

@@ -1,8 +1,8 @@
-"""What ranks tell one another of each step: whether to stop, what of it is not finite, and whether a checkpoint is
+"""What the ranks tell each other about each step: whether to stop, what is not finite, and whether a checkpoint is
 written.
 
-On a device it is read one step late, when the next one is queued: a host that waited for each step would leave the
-device without work between any two.
+It is usually read one step late, when the next step is queued. If the host waited for each step, the device would have
+no work between steps.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from trainer.engine.distributed import Ranks
 
 @dataclass(frozen=True)
 class Step:
-    """Of one step, on this rank. state: as it was then. keys: of its samples. spike: what is wrong with its loss,
-    the same on all ranks. scale: of the loss, after it."""
+    """One step, on this rank. state: the training state at that step. keys: the keys of its samples. spike: what is
+    wrong with its loss, if anything; the same on all ranks. scale: the loss scale after it."""
 
     state: TrainState
     keys: list[str]
@@ -30,9 +30,9 @@ class Step:
 
 @dataclass(frozen=True)
 class StepStatus:
-    """step: what it is of. stop: a rank was asked to. loss: it is not finite on some rank. here: it is not finite on
-    this one. left_out: the weights did not move, as gradients were not finite. written: all ranks have written their
-    parts of a checkpoint."""
+    """What all ranks know about a step. step: the step. stop: some rank was asked to stop. loss: the loss is not finite
+    on some rank. here: the loss is not finite on this rank. left_out: the weights did not move, because gradients were
+    not finite. written: all ranks have written their parts of a checkpoint."""
 
     step: Step
     stop: bool
@@ -43,31 +43,32 @@ class StepStatus:
 
 
 class StepStatuses:
-    """Of the steps whose verdict was not asked for yet."""
+    """The statuses of the steps that were not read yet."""
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks, self._waiting = ranks, deque[tuple[Step, Tensor, torch.cuda.Event | None]]()
 
     def tell(self, step: Step, stop: bool, written: bool, finite: Tensor, left_out: Tensor) -> None:
-        """written: whether this rank has written its part of a checkpoint. finite, left_out: bool scalars on the
-        device. A collective; it does not wait for the device."""
-        asked, writes = (torch.full((), flag, device=finite.device) for flag in (stop, not written))
-        flags = torch.stack([asked, writes, left_out, ~finite]).int()
+        """Combines a step's flags over the ranks. written: whether this rank has written its part of a checkpoint.
+        finite, left_out: bool scalars on the device. A collective; it does not wait for the device."""
+        stops, writes = (torch.full((), flag, device=finite.device) for flag in (stop, not written))
+        flags = torch.stack([stops, writes, left_out, ~finite]).int()
         flags = torch.cat([self._ranks.max(flags.clone()), flags[-1:]])
         event = None
         if flags.is_cuda:
-            there = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
-            flags, event = there.copy_(flags, non_blocking=True), torch.cuda.Event()
+            on_host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+            flags, event = on_host.copy_(flags, non_blocking=True), torch.cuda.Event()
             event.record()
         self._waiting.append((step, flags, event))
 
     def known(self, of_all: bool) -> list[StepStatus]:
-        """In order: of all steps so far, which waits for the device, or of all but the last. On all ranks alike."""
-        found: list[StepStatus] = []
+        """Returns the statuses that were not read yet, in order and the same on all ranks. of_all: include the last
+        step, which waits for the device."""
+        statuses: list[StepStatus] = []
         while len(self._waiting) > (0 if of_all else 1):
             step, flags, event = self._waiting.popleft()
             if event:
                 event.synchronize()
             stop, writes, left_out, loss, here = (bool(flag) for flag in flags.tolist())
-            found.append(StepStatus(step, stop, loss, here, left_out, not writes))
-        return found
+            statuses.append(StepStatus(step, stop, loss, here, left_out, not writes))
+        return statuses

@@ -135,7 +135,7 @@ GREY = np.zeros((6, 9, 8), np.uint8)
         (lambda p: tar(p, ("../a.png", P)), "the member '../a.png' leads out of the archive (path traversal)"),
         (lambda p: tar(p, ("/etc/a.png", P)), "the member '/etc/a.png' leads out of the archive"),
         (lambda p: tar(p, ("b/../../a.txt", P)), "the member 'b/../../a.txt' leads out"),
-        (linked, "the member 'a.png' is a link or no plain file"),
+        (linked, "the member 'a.png' is a link or not a plain file"),
         (lambda p: tar(p, ("a.png", P), ("a.png", P)), "two members are named a.png: rename one"),
         (
             lambda p: tar(p, ("a.b.png", P), ("a_b.png", P)),

@@ -241,7 +241,7 @@ def test_without_captions_or_text_encoders_there_is_no_cache(
 ) -> None:
     assert main(words(photos, tmp_path / "none", tiny_sdxl, "--no-captions", "--workers", "1")) == 0
     assert main(words(photos, tmp_path / "vae", tiny_sdxl / "vae", "--workers", "1")) == 0
-    assert "has no text encoders; the shards have their words" in capsys.readouterr().err
+    assert "has no text encoders; the shards hold them as text" in capsys.readouterr().err
     assert main(words(photos, tmp_path / "words", tiny_sdxl, "--no-embeddings", "--workers", "1")) == 0
     assert read_index(tmp_path / "words").request["latents"]["embeddings"] is False
     for name in ("none", "vae", "words"):

@@ -164,8 +164,8 @@ class Odd:
         ("channels", "2 channels, the first image has 1"),
         ("level", "sigma_n is -1.0, must be a finite number, at least 0"),
         ("no level", "sigma_n is nan, must be a finite number, at least 0"),
-        ("json", "what is recorded of it is no JSON"),
-        ("long", "what is recorded of it has 20000"),
+        ("json", "its record is not valid JSON"),
+        ("long", "its record has 20000"),
     ],
 )
 def test_what_a_corruption_cannot_do_is_a_reason(

@@ -71,7 +71,7 @@ def test_two_starts_without_a_step_stop_the_job_and_one_does_not(tmp_path: Path)
     start(tmp_path, 1, {})
     decision = attempts.decide(tmp_path, "7", 1, 9, most=9)
     assert decision.follows == "a person"
-    assert "no step further in two starts" in decision.reason
+    assert "no progress in two starts" in decision.reason
     checkpoint(tmp_path, 6)
     assert attempts.decide(tmp_path, "7", 1, 9, most=9).follows == "another start"
 
@@ -81,7 +81,7 @@ def test_starts_whose_ranks_never_began_are_counted_too(tmp_path: Path) -> None:
     attempts.record(tmp_path / "attempts" / "7-0", first)
     assert first.follows == "another start"
     decision = attempts.decide(tmp_path, "7", 1, 127, most=9)
-    assert decision.reason.startswith("step 0: ended with exit code 127 before the ranks began; no step further")
+    assert decision.reason.startswith("step 0: ended with exit code 127 before the ranks began; no progress in")
     assert decision.follows == "a person"
 
 

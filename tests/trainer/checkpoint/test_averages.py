@@ -146,4 +146,4 @@ def test_samples_are_drawn_by_the_checkpoint_and_the_average_that_are_asked_for(
         assert errors.run(lambda arguments=arguments: sample.main(arguments)) == 0
         pictures.add(out.read_bytes())
     assert len(pictures) == 3
-    assert "2 images of step 12, by weights averaged by a power function of sigma_rel 0.06" in capfd.readouterr().out
+    assert "2 images of step 12, from weights averaged by a power function of sigma_rel 0.06" in capfd.readouterr().out

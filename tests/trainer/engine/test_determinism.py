@@ -79,4 +79,4 @@ def test_an_operation_without_such_an_algorithm_is_one_line() -> None:
 def test_xformers_is_refused_beside_it(train: Train) -> None:
     code, output = train("run", "engine.deterministic=true", "engine.attention=xformers")
     assert code == 2
-    assert "deterministic cannot be had with attention xformers" in output
+    assert "deterministic cannot be combined with attention xformers" in output

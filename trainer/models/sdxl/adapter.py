@@ -1,4 +1,4 @@
-"""The UNet of Stable Diffusion XL, fine-tuned by LoRA or in full: its configuration, and what others ask of it."""
+"""The UNet of Stable Diffusion XL, fine-tuned by LoRA or in full: its configuration and its adapter."""
 
 from __future__ import annotations
 
@@ -85,13 +85,14 @@ class SDXLAdapter(Adapter):
 
     @property
     def _encoded(self) -> bool:
-        """Whether text encoders are a part of the network."""
+        """Whether the network includes text encoders."""
         return self.config.text == "encoded"
 
     # Building.
 
     def backbone(self, shape: Shape, text: Text | None = None) -> network.SDXL:
-        """The base's UNet; where captions are encoded in training, with its text encoders in place of `text`."""
+        """Returns the base's UNet. If captions are encoded in training, it has the base's text encoders instead of
+        `text`."""
         quieten_xformers()
         unet, encoders = network.load(self.config.base, self._dtype, self._encoded)
         return self._adapted(unet, encoders, text)
@@ -106,18 +107,18 @@ class SDXLAdapter(Adapter):
         return DTYPES[self.config.base_dtype] if self.config.lora else torch.float32
 
     def _adapted(self, unet: Any, encoders: EncodedText | None, text: Text | None = None) -> network.SDXL:
-        """With fresh LoRA adapters, those of the text encoders among them where they have some, or all of it to be
-        trained."""
-        lora, again = self.config.lora, self.config.activation_checkpointing
+        """Returns the network with fresh LoRA adapters, also in the text encoders if these get some; or, without LoRA,
+        with the full UNet trainable."""
+        lora, checkpointing = self.config.lora, self.config.activation_checkpointing
         if lora:
             add_lora(unet, lora)
             if lora.text_encoders and encoders is not None:
                 encoders.add_lora(lora)
-                if again:
+                if checkpointing:
                     encoders.keep_fewer_activations()
         else:
             unet.requires_grad_(True)
-        if again:
+        if checkpointing:
             unet.enable_gradient_checkpointing()
         return network.SDXL(unet.train(), text if encoders is None else encoders)
 
@@ -138,7 +139,7 @@ class SDXLAdapter(Adapter):
         return SDXLConditioning(c.base, c.prompt, self._encoded, c.drop_captions, data, seed, device)
 
     def of_prompts(self, denoiser: Denoiser, prompts: Sequence[str], shape: Shape) -> tuple[Conditioning, Conditioning]:
-        """By the network's own text encoders, where it has them, else by its base's."""
+        """Encodes the prompts with the network's own text encoders if it has them, otherwise with those of its base."""
         device = next(denoiser.parameters()).device
         return of_prompts(self.config.base, self.text_encoders(denoiser), prompts, shape, device)
 
@@ -164,7 +165,8 @@ class SDXLAdapter(Adapter):
             export.write_pipeline(self.config.base, denoiser.backbone, folder)
 
     def config_of_export(self, folder: Path) -> SDXLConfig:
-        """A UNet that was trained in full is a base by itself."""
+        """Returns the configuration of an export. The export of a fully trained UNet is a pipeline, which is its own
+        base."""
         return self.config if self.config.lora else replace(self.config, base=str(folder))
 
     def load_export(self, denoiser: Denoiser, folder: Path) -> None:
@@ -210,10 +212,10 @@ image = pipeline(
     def encoded_captions(self, samples: int) -> int:
         if not self._encoded:
             return 0
-        return samples if self.config.prompt is None else min(samples, 2)  # the prompt, and none
+        return samples if self.config.prompt is None else min(samples, 2)  # the prompt and the empty caption
 
 
 SCHEDULER = """pipeline.scheduler = EulerDiscreteScheduler.from_config(
     pipeline.scheduler.config, use_karras_sigmas=True, timestep_spacing="linspace"
 )"""
-"""The levels of `trainer.sample`; its sampler ddim is this scheduler."""
+"""Python code that sets the noise levels of `trainer.sample`; its sampler ddim equals this scheduler."""

@@ -1,5 +1,5 @@
-"""The base pipeline of a run on latents, and what is around its UNet: checked against data and noise process, VAE,
-prompts.
+"""The base pipeline of a run on latents, except for its UNet: checks against the data and the noise process, the VAE,
+and the encoding of prompts.
 
 base: a Stable Diffusion XL pipeline in diffusers' layout, a folder or a hub id.
 """
@@ -26,13 +26,13 @@ PARTS = ["unet", SCHEDULER, "vae", *ENCODERS, *TOKENIZERS]
 
 
 def folders_of(base: str) -> dict[str, Path]:
-    """Of its parts. Raises UserError where one is missing."""
+    """Returns the folders of the base's parts. Raises UserError if one is missing."""
     return find_parts("model.base", base, PARTS)
 
 
 def check_data(base: str, prompt: str | None, encoded: bool, index: ShardIndex, shards: str) -> None:
-    """Raises UserError for shards that were made by another VAE or other text encoders than the base's, or of a
-    shape that its UNet cannot take. prompt, encoded: see `SDXLConditioning`."""
+    """Raises UserError if the shards were made with another VAE or other text encoders than the base's, lack captions
+    that are needed, or have a shape that its UNet cannot take. prompt, encoded: see `SDXLConditioning`."""
     latents = index.request.get("latents")
     if not latents:
         raise UserError(
@@ -79,8 +79,8 @@ def check_data(base: str, prompt: str | None, encoded: bool, index: ShardIndex, 
 
 
 def check_schedule(base: str, process: AnyProcess, prediction: Prediction) -> None:
-    """Raises UserError for another noise schedule or prediction than the base was trained with, on which fine-tuning
-    builds."""
+    """Raises UserError if the base was trained with another noise schedule or prediction, since fine-tuning needs the
+    same ones."""
     path = folders_of(base)[SCHEDULER] / "scheduler_config.json"
     try:
         recorded: dict[str, Any] = from_json(text_of(path))
@@ -107,26 +107,28 @@ def check_schedule(base: str, process: AnyProcess, prediction: Prediction) -> No
     if process != table:
         raise UserError(
             f"process.kind {process.kind}: model.base {base} was trained with kind: vp_table, beta_start: "
-            f"{table.beta_start:g}, beta_end: {table.beta_end:g}, steps: {table.steps}: give these",
+            f"{table.beta_start:g}, beta_end: {table.beta_end:g}, steps: {table.steps}: set these",
             field="process.kind",
             code="mismatch",
         )
-    its = {"epsilon": "eps", "v_prediction": "v"}.get(recorded.get("prediction_type", "epsilon"))
-    if prediction != its:
+    expected = {"epsilon": "eps", "v_prediction": "v"}.get(recorded.get("prediction_type", "epsilon"))
+    if prediction != expected:
         raise UserError(
-            f"prediction {prediction}: model.base {base} predicts {recorded.get('prediction_type')}: set it to {its}",
+            f"prediction {prediction}: model.base {base} predicts {recorded.get('prediction_type')}: set it to "
+            f"{expected}",
             field="prediction",
             code="mismatch",
         )
 
 
 def pixels_a_side(base: str) -> int:
-    """Of the image, for one of the latent: 8 for SDXL."""
+    """Returns the number of image pixels along a side per latent pixel: 8 for SDXL."""
     return 2 ** (len(read_config(folders_of(base)["vae"])["block_out_channels"]) - 1)
 
 
 def embed(base: str, prompts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
-    """prompt_embeds (N, T, D) and pooled (N, P) of prompts, float16. The encoders are loaded, and let go."""
+    """Returns prompt_embeds (N, T, D) and pooled (N, P) of the prompts in float16. The encoders are loaded only for
+    this call."""
     from data_pipeline.latents.text import TextEncoders
 
     folders_of(base)
@@ -135,11 +137,11 @@ def embed(base: str, prompts: Sequence[str], device: torch.device) -> tuple[Tens
 
 
 def coders(base: str, device: torch.device) -> tuple[Coder, Coder]:
-    """The base's VAE, both ways. In float32: SDXL's VAE overflows in float16.
+    """Returns the encoder and the decoder of the base's VAE, in float32, since SDXL's VAE overflows in float16.
 
-    images (N, 3, H, W) in [-1, 1] -> latents (N, C, H / 8, W / 8) on the device, as stored, but for their draw: the
-    mean of the VAE's distribution is taken, so that a score depends on the image alone. Latents, as stored ->
-    images, float32, on the CPU."""
+    The encoder maps images (N, 3, H, W) in [-1, 1] to latents (N, C, H / 8, W / 8) on the device, scaled as in the
+    shards. It takes the mean of the VAE's distribution instead of a random draw, so that a score depends only on the
+    image. The decoder maps such latents to images, float32 on the CPU."""
     from data_pipeline.latents.vae import Vae, images_a_pass
 
     folders_of(base)

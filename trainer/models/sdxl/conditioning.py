@@ -1,5 +1,5 @@
-"""Captions and prompts of Stable Diffusion XL: as ids of cached embeddings, or as tokens for text encoders that run
-in training."""
+"""The conditioning of Stable Diffusion XL: captions and prompts, as ids of cached embeddings or as tokens for text
+encoders that run in training."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from trainer.models.sdxl.encoded_text import EncodedText
 
 FEW = 256
-"""Captions whose embeddings are kept in the device's memory: 81 MB of SDXL's."""
+"""Largest number of captions whose embeddings are kept in the device's memory: 81 MB for SDXL."""
 
 
 class TextRows:
-    """Embeddings by caption id (see models.conditioning.Text): those of few captions in memory, of many on disk,
-    mapped."""
+    """Looks up embeddings by caption id (see models.conditioning.Text). If there are few captions, their embeddings are
+    in memory; if there are many, the file on disk is memory-mapped."""
 
     def __init__(self, source: TextCache | tuple[Tensor, Tensor]) -> None:
         self._cache = source if isinstance(source, TextCache) else None
@@ -53,9 +53,9 @@ class TextRows:
 
 @dataclass(frozen=True)
 class SDXLConditioning(TrainingConditioning):
-    """prompt: one for all images, in place of their captions. encoded: by text encoders of the network's own, in
-    each batch; else a prompt is encoded once, at the start, and captions were when the shards were made. drop: see
-    Conditioner."""
+    """prompt: one prompt for all images, instead of their captions. encoded: whether the network's own text encoders
+    encode captions in each batch. If not, a prompt is encoded once at the start, and captions were encoded when the
+    shards were made. drop: see Conditioner."""
 
     base: str
     prompt: str | None
@@ -98,7 +98,7 @@ class SDXLConditioning(TrainingConditioning):
             encoders.begin(torch.cat([each["caption"] for each in given]))
 
     def preview(self, number: int, shape: tuple[int, int, int]) -> Conditioning:
-        """Of the run's own prompt, or of its first captions in turn."""
+        """Returns the conditioning of the run's own prompt, or of its first captions in turn."""
         if not self.encoded:
             count = self._rows.count
             captions = torch.arange(number) % max(1, count - 1) + min(FIXED, count - 1)
@@ -114,7 +114,8 @@ class SDXLConditioning(TrainingConditioning):
 
 
 def time_ids(base: str, number: int, shape: tuple[int, int, int], device: torch.device) -> Tensor:
-    """(number, 6): an original of the image's own size, not cropped, as diffusers' pipeline says by default."""
+    """Returns time ids (number, 6) for an original of the image's own size that was not cropped, the default of
+    diffusers' pipeline."""
     factor = pixels_a_side(base)
     height, width = shape[1] * factor, shape[2] * factor
     ids = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=device)
@@ -124,7 +125,8 @@ def time_ids(base: str, number: int, shape: tuple[int, int, int], device: torch.
 def of_prompts(
     base: str, encoders: EncodedText | None, prompts: Sequence[str], shape: tuple[int, int, int], device: torch.device
 ) -> tuple[Conditioning, Conditioning]:
-    """Of these prompts, one each; and of as many empty ones. encoders: the network's own; None: those of its base."""
+    """Returns the conditioning of these prompts, one sample each, and of the same number of empty prompts. encoders:
+    the network's own text encoders; None uses those of its base."""
     distinct = list(dict.fromkeys(["", *prompts]))
     if encoders is not None:
         tokens, _ = Tokens("model.base", base)(distinct)

@@ -1,4 +1,5 @@
-"""Captions encoded as they come, by both of Stable Diffusion XL's text encoders: frozen, or with adapters."""
+"""Encodes captions during training with both text encoders of Stable Diffusion XL, which are frozen or have
+adapters."""
 
 from __future__ import annotations
 
@@ -12,11 +13,12 @@ from trainer.models.sdxl.lora import LoraConfig, add_text_lora
 
 
 class EncodedText(TextEncoders):
-    """Captions as tokens (B, 2, T) int64, of the two tokenizers -> prompt_embeds (B, T, D) and pooled (B, P), in the
-    encoders' type. Each distinct caption is encoded once a call.
+    """Maps captions, as tokens (B, 2, T) int64 of the two tokenizers, to prompt_embeds (B, T, D) and pooled (B, P) in
+    the encoders' type. Each distinct caption is encoded once per call.
 
-    In training once a micro-batch, however many passes it has: `begin` is given all of its captions, the first call
-    encodes them, with gradient where there are adapters, and all calls until the next `begin` share the result.
+    In training it is encoded once per micro-batch, for any number of passes. `begin` gets all captions of the
+    micro-batch. The first call encodes them, with gradients if there are adapters. All calls until the next `begin`
+    share the result.
     """
 
     def __init__(self, text_encoder: Any, text_encoder_2: Any) -> None:
@@ -26,20 +28,20 @@ class EncodedText(TextEncoders):
         self._encoded: tuple[Tensor, Tensor] | None = None
 
     def add_lora(self, config: LoraConfig) -> None:
-        # The second-last hidden states are taken, so the first encoder's last layer has no say; the second's has, in
-        # pooled.
+        # prompt_embeds are the second-last hidden states, so the last layer of the first encoder has no effect. That of
+        # the second encoder has one, through pooled.
         add_text_lora(self.text_encoder, config, self.text_encoder.config.num_hidden_layers - 1)
         add_text_lora(self.text_encoder_2, config, self.text_encoder_2.config.num_hidden_layers)
 
     def keep_fewer_activations(self) -> None:
-        """Computes them again in the backward pass."""
+        """Recomputes activations in the backward pass instead of keeping them."""
         for encoder in (self.text_encoder, self.text_encoder_2):
-            # of transformers 5, and 4
+            # the names in transformers 5 and 4
             enable = getattr(encoder, "activation_checkpointing_enable", None) or encoder.gradient_checkpointing_enable
             enable({"use_reentrant": False})
 
     def begin(self, captions: Tensor) -> None:
-        """captions: all that the coming calls ask for, (N, 2, T); they may come more than once."""
+        """Starts a micro-batch. captions: those of all calls to come, (N, 2, T); they may occur more than once."""
         self._begun, self._encoded = captions.unique(dim=0), None
 
     @torch.compiler.disable
@@ -57,7 +59,7 @@ class EncodedText(TextEncoders):
         return self._encoded[0][rows], self._encoded[1][rows]
 
     def encode(self, captions: Tensor) -> tuple[Tensor, Tensor]:
-        """Row by row, as the pipeline's encode_prompt does."""
+        """Encodes each row of captions, as the pipeline's encode_prompt does."""
         first = self.text_encoder(captions[:, 0], output_hidden_states=True)
         second = self.text_encoder_2(captions[:, 1], output_hidden_states=True)
         return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds

@@ -1,5 +1,5 @@
-"""Exports of Stable Diffusion XL: adapters as diffusers loads them, read back; and a whole pipeline around a trained
-UNet."""
+"""Exports of Stable Diffusion XL: writes and reads adapters in diffusers' format, and writes a complete pipeline with a
+trained UNet."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ def write_lora(backbone: nn.Module, folder: Path) -> None:
     arguments: dict[str, Any] = {}
     for name, part in _adapted(backbone).items():
         arguments[f"{name}_lora_layers"] = _layers_of(name, part)
-        # has alpha, which the weights alone do not tell
+        # holds alpha, which the weights do not contain
         arguments[f"{name}_lora_adapter_metadata"] = part.peft_config["default"].to_dict()
     StableDiffusionXLLoraLoaderMixin.save_lora_weights(folder, **arguments)
-    (folder / LORA).chmod(0o644)  # it is written for its owner alone
+    (folder / LORA).chmod(0o644)  # until here only its owner can read it
 
 
 def load_lora(backbone: nn.Module, folder: Path) -> None:
-    """Raises OSError, SafetensorError, RuntimeError or ValueError where they are not those of this network."""
+    """Loads the adapters of an export. Raises OSError, SafetensorError, RuntimeError or ValueError if they do not
+    belong to this network."""
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
     parts, tensors = _adapted(backbone), load_file(folder / LORA)
     if {f"{name}.{key}" for name, part in parts.items() for key in _layers_of(name, part)} != tensors.keys():
-        raise ValueError("other layers have adapters")
+        raise ValueError("the adapters are for other layers")
     for name, part in parts.items():
         before = f"{name}.{_within(name, part)}"
         inside = {key.removeprefix(before): value for key, value in tensors.items() if key.startswith(f"{name}.")}
@@ -46,7 +47,8 @@ def load_lora(backbone: nn.Module, folder: Path) -> None:
 
 
 def write_pipeline(base: str, backbone: nn.Module, folder: Path) -> None:
-    """The base's other parts are copied as they are."""
+    """Writes a pipeline with the trained UNet and an Euler scheduler with Karras levels. The base's other parts are
+    copied."""
     from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 
     parts = folders_of(base)
@@ -58,13 +60,13 @@ def write_pipeline(base: str, backbone: nn.Module, folder: Path) -> None:
     recorded = from_json(text_of(parts[SCHEDULER] / "scheduler_config.json"))
     scheduler: Any = EulerDiscreteScheduler.from_config(recorded, use_karras_sigmas=True, timestep_spacing="linspace")
     scheduler.save_pretrained(folder / SCHEDULER)
-    # Without captions it was shown the empty one's embeddings, not zeros.
+    # In training, an empty caption had the embeddings of the empty text, not zeros.
     index = {**PIPELINE, "force_zeros_for_empty_prompt": False}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _adapted(backbone: Any) -> dict[str, Any]:
-    """The parts that have adapters, by their names in the pipeline."""
+    """Returns the parts that have adapters, by their names in the pipeline."""
     encoders = encoders_of(backbone)
     if encoders is None or not encoders.trained:
         return {"unet": backbone.unet}
@@ -72,12 +74,13 @@ def _adapted(backbone: Any) -> dict[str, Any]:
 
 
 def _layers_of(name: str, part: Any) -> dict[str, Any]:
-    """The adapters of a part, as they are in the file."""
+    """Returns the adapters of a part by their names in the file."""
     from peft import get_peft_model_state_dict
 
     return {f"{_within(name, part)}{key}": value for key, value in get_peft_model_state_dict(part).items()}
 
 
 def _within(name: str, part: Any) -> str:
-    """Before a layer's name: transformers 5 has left it out of CLIPTextModel; 4 needs it, and diffusers takes both."""
+    """Returns the prefix of a layer's name in the file. CLIPTextModel of transformers 5 does not have it, that of
+    transformers 4 needs it, and diffusers accepts both."""
     return "" if name == "unet" or hasattr(part, "text_model") else "text_model."

@@ -1,4 +1,4 @@
-"""Low-rank adapters on a diffusers network, by peft: which layers have one, and of what size."""
+"""Low-rank adapters on a diffusers network, made with peft: which layers have one, and of which size."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEXT_LAYERS: dict[Target, tuple[str, ...]] = {
     "feed_forward": ("fc1", "fc2"),
     "convolutions": (),
 }
-"""In CLIP's text encoders, which have no convolutions."""
+"""The same for CLIP's text encoders, which have no convolutions."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,12 @@ class LoraConfig:
 
 
 def add_lora(network: Any, config: LoraConfig) -> None:
-    """Freezes a diffusers network and gives it adapters, float32 whatever the frozen weights are."""
+    """Freezes a diffusers network and adds adapters, which are float32 for any type of the frozen weights."""
     _add(network, config, [name for target in config.targets for name in LAYERS[target]])
 
 
 def add_text_lora(encoder: Any, config: LoraConfig, layers: int) -> None:
-    """The same for one of CLIP's text encoders, in its first so many layers: those that what is taken of it depends
-    on."""
+    """The same for one of CLIP's text encoders, in its first `layers` layers: those that its used outputs depend on."""
     ends = tuple(f".{name}" for target in config.targets for name in TEXT_LAYERS[target])
     inside = tuple(f"layers.{i}." for i in range(layers))
     names = [name for name, _ in encoder.named_modules()]
@@ -71,7 +70,7 @@ def add_text_lora(encoder: Any, config: LoraConfig, layers: int) -> None:
 
 
 def _add(network: Any, config: LoraConfig, modules: list[str]) -> None:
-    import peft  # here, since it takes seconds
+    import peft  # imported here since it takes seconds
 
     network.requires_grad_(False)
     network.add_adapter(

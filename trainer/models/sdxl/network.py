@@ -1,5 +1,5 @@
-"""The UNet of Stable Diffusion XL as a backbone, and its parts of a base pipeline, with weights or on the meta
-device."""
+"""The UNet of Stable Diffusion XL as a backbone; it and its text encoders are loaded from a base pipeline, or made
+without weights on the meta device."""
 
 from __future__ import annotations
 
@@ -58,16 +58,16 @@ TEXT: dict[str, dict[str, Any]] = {
         "hidden_act": "gelu",
     },
 }
-"""Of its text encoders: CLIP ViT-L and OpenCLIP ViT-bigG, 123 and 695 million parameters."""
+"""The architectures of its text encoders: CLIP ViT-L and OpenCLIP ViT-bigG, 123 and 695 million parameters."""
 TOKENS, TIME_IDS = 77, 6
 
 
 class SDXL(nn.Module):
-    """(input, time, conditioning) -> output, in the UNet's own type.
+    """The network: (input, time, conditioning) -> output, in the UNet's own type.
 
     conditioning: time_ids (B, 6), SDXL's micro-conditioning in pixels; and either caption (B, ...) int64, which `text`
-    looks up or encodes, or prompt_embeds (B, T, D) and pooled (B, P). Captions are what travels with the data and waits
-    in the particle pool: an id has 8 bytes and tokens 1.2 kB, where SDXL's embeddings of one caption have 0.3 MB.
+    looks up or encodes, or prompt_embeds (B, T, D) and pooled (B, P). Batches and the particle pool hold captions, not
+    embeddings: an id takes 8 bytes and tokens 1.2 kB, but SDXL's embeddings of one caption take 0.3 MB.
     """
 
     def __init__(self, unet: Any, text: Text | None = None) -> None:
@@ -78,7 +78,7 @@ class SDXL(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         if "caption" in conditioning:
-            assert self.text is not None, "captions need a text that knows them"
+            assert self.text is not None, "captions need `text`, which looks them up or encodes them"
             prompt_embeds, pooled = self.text(conditioning["caption"])
         else:
             prompt_embeds, pooled = conditioning["prompt_embeds"], conditioning["pooled"]
@@ -92,12 +92,12 @@ class SDXL(nn.Module):
 
 
 def load(base: str, dtype: torch.dtype, encoded: bool) -> tuple[Any, EncodedText | None]:
-    """The base's UNet and, where captions are encoded in training, its text encoders. Raises UserError where it is
-    no SDXL."""
+    """Returns the base's UNet and, if captions are encoded in training, its text encoders. Raises UserError if the base
+    is not SDXL."""
     from data_pipeline.latents.vae import load_part
 
     folders = folders_of(base)
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel  # here, since it takes seconds
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel  # imported here since it takes seconds
 
     unet = load_part(UNet2DConditionModel, folders["unet"], STEMS["unet"], torch_dtype=dtype)
     _require_sdxl(base, unet)
@@ -112,7 +112,7 @@ def load(base: str, dtype: torch.dtype, encoded: bool) -> tuple[Any, EncodedText
 
 
 def without_weights(base: str, dtype: torch.dtype, encoded: bool) -> tuple[Any, EncodedText | None]:
-    """The same on the meta device. The base is read from its folder; one on a hub is taken for SDXL's own
+    """The same on the meta device. The base is read from its folder; a base on a hub is assumed to have SDXL's own
     architecture."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
@@ -143,13 +143,13 @@ def _require_sdxl(base: str, unet: Any) -> None:
 
 
 def _architectures(base: str, encoded: bool) -> dict[str, dict[str, Any]]:
-    """Of the UNet and, where they run, of the text encoders."""
+    """Returns the settings of the UNet and, if `encoded`, of the text encoders."""
     names = ["unet", *(ENCODERS if encoded else ())]
     if not Path(base).expanduser().is_dir():
         if base.startswith(("/", ".", "~")) or base.count("/") != 1:
             raise UserError(f"model.base {base}: no such folder", field="model.base", code="not_found")
         print(
-            f"model.base {base}: no folder here, so it is taken for a hub's, with SDXL's own networks", file=sys.stderr
+            f"model.base {base}: no such folder, so it is taken as a hub id, with SDXL's own networks", file=sys.stderr
         )
         return {name: {"unet": UNET, **TEXT}[name] for name in names}
     found = {name: read_config(path) for name, path in find_parts("model.base", base, names).items()}
@@ -157,6 +157,6 @@ def _architectures(base: str, encoded: bool) -> dict[str, dict[str, Any]]:
 
 
 def encoders_of(backbone: nn.Module) -> EncodedText | None:
-    """A network's own text encoders."""
+    """Returns a network's own text encoders; None if it has none."""
     text: Any = getattr(backbone, "text", None)
     return cast("EncodedText", text) if isinstance(text, TextEncoders) else None
