@@ -59,12 +59,12 @@ class ParticlePool:
             self._states[shape] = self._empty(batch)
         state, rows = self._states[shape], torch.arange(first_row, first_row + len(batch), device=batch.x_n.device)
         slot = (noise.uniform("pool.slot", batch.sigma_n) * self.depth).long().clamp(max=self.depth - 1)
-        dead = state["sigma"][rows, slot] <= self.sigma_min * (1 + 1e-6)
-        born_x, born_sigma = self._born(batch, noise)
-        x = torch.where(expand(dead, batch.x_n), born_x, state["x"][rows, slot])
-        sigma = torch.where(dead, born_sigma, state["sigma"][rows, slot])
+        exhausted = state["sigma"][rows, slot] <= self.sigma_min * (1 + 1e-6)
+        new_x, new_sigma = self._initialized(batch, noise)
+        x = torch.where(expand(exhausted, batch.x_n), new_x, state["x"][rows, slot])
+        sigma = torch.where(exhausted, new_sigma, state["sigma"][rows, slot])
         conditioning = {
-            name: torch.where(expand(dead, value), value, state[f"conditioning.{name}"][rows, slot])
+            name: torch.where(expand(exhausted, value), value, state[f"conditioning.{name}"][rows, slot])
             for name, value in batch.conditioning.items()
         }
         active = sigma > self.sigma_min * (1 + 1e-6)
@@ -102,7 +102,7 @@ class ParticlePool:
             shape, _, inner = name.partition(".")
             self._states.setdefault(torch.Size(map(int, shape.split("x"))), {})[inner] = value.clone()
 
-    def _born(self, batch: Batch, noise: Noise) -> tuple[Tensor, Tensor]:
+    def _initialized(self, batch: Batch, noise: Noise) -> tuple[Tensor, Tensor]:
         if self.sigma_max is None:
             return batch.x_n, batch.sigma_n
         low = batch.sigma_n.clamp(min=self.sigma_min)

@@ -7,11 +7,13 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ambient_core.errors import UserError
 from ambient_core.parsing import flatten
+from data_pipeline.loading.config import Layout
 from data_pipeline.loading.loader import Loader
 from trainer.checkpoint.checkpoints import Checkpoints, read_pool
 from trainer.checkpoint.resume import newest_intact
@@ -25,6 +27,7 @@ from trainer.diffusion.denoiser import Denoiser
 from trainer.diffusion.interleave import StepSchedule
 from trainer.diffusion.particles import ParticlePool
 from trainer.engine import deepspeed_config
+from trainer.engine.config import Precision
 from trainer.engine.deepspeed_engine import Engine
 from trainer.engine.distributed import Ranks
 from trainer.engine.ema import EMA
@@ -51,9 +54,7 @@ def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = 
     _check_levels(config, loader)
     notices = _notices(config, loader, ranks)
     precision = deepspeed_config.resolve_precision(config.engine.precision)
-    settings, unused = deepspeed_config.settings(config.engine, config.optimizer, layout, precision)
-    if unused and ranks.is_main:
-        print(f"warning: engine.deepspeed {config.engine.deepspeed}: not used: {', '.join(unused)}", file=sys.stderr)
+    settings = _settings(config, layout, precision, ranks)
     directory = Path(config.run_dir)
     checkpoints = Checkpoints(directory, config.checkpoint)
     refuse_another_run(config, directory)
@@ -68,18 +69,14 @@ def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = 
     if config.engine.compile:
         network.backbone.compile()
     engine = Engine(network, config.engine, config.optimizer, precision, settings)
-    sigma_min = config.process.sigma_min
-    c = config.consistency
-    stride = config.stride
-    born_up_to = config.process.sigma_max if c and c.where == "everywhere" else None
-    pool = ParticlePool(layout.rows // stride, c.pool_depth if c else 1, sigma_min, born_up_to)
+    pool = _pool(config, layout)
     state, ema = TrainState(0, 0, 0, 0.0, shape), EMA(config.ema, engine.fp32_shards)
     path, damaged = newest_intact(checkpoints, ["weights", "optimizer", *ema.averages], ranks)
     if path is not None:
-        state = _load(path, engine, ema, pool, layout.first_row(0) // stride, ranks)
+        state = _load(path, engine, ema, pool, layout.first_row(0) // config.stride, ranks)
     if damaged:
         notices["notice.torn_checkpoint"] = damaged
-    budget = _budget(c, state)
+    budget = _budget(config.consistency, state)
     _claim(config, settings, directory, ranks)
     return Run(
         config,
@@ -95,15 +92,35 @@ def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = 
         work,
         ema,
         ambient=AmbientLoss(config.levels, config.weight, config.process, config.ambient),
-        consistency=ConsistencyLoss(config.weight, sigma_min, c.ratio, c.steps, c.gradient) if c else None,
+        consistency=_consistency(config),
         pool=pool,
-        stride=stride,
-        schedule=_schedule(c, budget, state),
+        stride=config.stride,
+        schedule=_schedule(config.consistency, budget, state),
         budget=budget,
         checkpoints=checkpoints,
         logger=_logger(config, ranks, engine, attention.tags() | notices | dict(extra_tags or {})),
         state=state,
     )
+
+
+def _settings(config: RunConfig, layout: Layout, precision: Precision, ranks: Ranks) -> dict[str, Any]:
+    """Returns DeepSpeed's configuration. Warns of keys of the user's file that have no effect."""
+    settings, unused = deepspeed_config.settings(config.engine, config.optimizer, layout, precision)
+    if unused and ranks.is_main:
+        print(f"warning: engine.deepspeed {config.engine.deepspeed}: not used: {', '.join(unused)}", file=sys.stderr)
+    return settings
+
+
+def _pool(config: RunConfig, layout: Layout) -> ParticlePool:
+    """Returns this rank's particles, not initialized yet."""
+    c, process = config.consistency, config.process
+    initial_max = process.sigma_max if c and c.where == "everywhere" else None
+    return ParticlePool(layout.rows // config.stride, c.pool_depth if c else 1, process.sigma_min, initial_max)
+
+
+def _consistency(config: RunConfig) -> ConsistencyLoss | None:
+    c = config.consistency
+    return ConsistencyLoss(config.weight, config.process.sigma_min, c.ratio, c.steps, c.gradient) if c else None
 
 
 def _notices(config: RunConfig, loader: Loader, ranks: Ranks) -> dict[str, str]:

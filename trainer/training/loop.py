@@ -22,7 +22,7 @@ from trainer.training.consistency_budget import settled
 from trainer.training.preview import Preview
 from trainer.training.reports import Reports, warn
 from trainer.training.run import Run
-from trainer.training.step import run_passes
+from trainer.training.step import Passes, run_passes
 from trainer.training.step_status import Step, StepStatus, StepStatuses
 
 
@@ -33,78 +33,114 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
     Every step is a pure function of the checkpoint before it: data are addressed by position, and noise by (seed, batch
     of the data, row). The number of the batch is that of the step, except in a run that has gone back.
     """
-    config, ranks, engine, layout = run.config, run.ranks, run.engine, run.layout
-    reports, preview = Reports(run), Preview(run)
-    begun, before = time.perf_counter(), run.state
-    judge = Judge(config.checkpoint, before.tally)
-    spikes = Spikes(config.recovery.spike, before.usual_loss) if config.recovery.spike else None
-    evaluations_before, saved_at = run.denoiser.evaluations, before.step
-    passed_over = before.samples // layout.batch_size - before.step
-    statuses, in_a_row = StepStatuses(ranks), before.in_a_row
-    batches = run.loader.stream(before.samples)
-    bar = progress_bar(
-        total=config.steps, initial=before.step, desc=run.directory.name, unit="step", disable=not ranks.is_main
-    )
-
+    loop = _Loop(run, stop)
     # After errors, too, the progress bar's line is ended and no worker is left.
-    with _last_checkpoint(run), bar, closing(batches):
-        for step in range(before.step, config.steps):
-            started, done = time.perf_counter(), step + 1
-            passes = run_passes(run, batches, step, step + passed_over, reports, spikes)
-            run.ema.update(engine.fp32_shards, done)
-            period = _spend(run, step, started + passes.waited)
-
-            evaluations = (run.denoiser.evaluations - evaluations_before) * ranks.world
-            seconds = before.seconds + time.perf_counter() - begun
-            run.state = TrainState(
-                done,
-                before.samples + (done - before.step) * layout.batch_size,
-                before.evaluations + evaluations,
-                seconds,
-                before.shape,
-                period,
-                loss_scale=engine.loss_scale,
-                usual_loss=spikes.usual if spikes else before.usual_loss,
-                rolled_back=before.rolled_back,
-            )
-
-            # What all ranks know: about this step if something depends on it now, else about the step before.
-            stop_asked, saves = stop(), done % config.checkpoint.every == 0 or done == config.steps
-            reports_now = done % config.logging.every == 0 or done == config.steps
-            judged = Step(run.state, passes.keys, passes.spike, engine.loss_scale.scale)
-            statuses.tell(judged, stop_asked, run.checkpoints.written, passes.finite, engine.left_out)
-            known = statuses.known(saves or reports_now or (stop_asked and ranks.world == 1))
-            if stopping := any(status.stop for status in known):
-                known += statuses.known(of_all=True)
-            for status in known:
-                in_a_row = _act_on(run, status, in_a_row)
-            if any(status.written for status in known):
-                run.checkpoints.end(ranks)
-            run.state = replace(run.state, loss_scale=engine.loss_scale, in_a_row=in_a_row)
-
-            # Output for people to look at.
-            bar.update()
-            if reports_now or stopping:
-                report, covered = reports.report(evaluations, config.optimizer.rate(step))
-                judge.observe(report, covered)
-                bar.set_postfix(loss=f"{report['loss/ambient']:.3f}", refresh=False)
-                if run.logger:
-                    run.logger.metrics(done, report)
-            if config.logging.sample_every and (done % config.logging.sample_every == 0 or done == config.steps):
-                preview.log(done)
-
-            # Output that outlasts the process.
-            _snapshots(run, done)
-            if saves or stopping:
-                tally, warning = judge.close(done)
-                warn(run, "keep_best", warning)
-                run.state = replace(run.state, tally=tally)
-                save(run)
-                saved_at = done
+    with _last_checkpoint(run), loop.bar, closing(loop.batches):
+        for step in range(run.state.step, run.config.steps):
+            loop.optimize(step)
+            stopping = loop.agree()
+            loop.report(stopping)
+            loop.keep(stopping)
             if stopping:
                 break
-    assert saved_at == run.state.step, "nothing done is left unsaved"
-    return run.state.step >= config.steps
+    assert loop.saved_at == run.state.step, "nothing done is left unsaved"
+    return run.state.step >= run.config.steps
+
+
+class _Loop:
+    """The parts of a step, in order, and what one step leaves to the next. Each part is a collective."""
+
+    def __init__(self, run: Run, stop: Callable[[], bool]) -> None:
+        config, start = run.config, run.state
+        self._run, self._stop, self._start = run, stop, start
+        self._begun, self._evaluations_before = time.perf_counter(), run.denoiser.evaluations
+        self._skipped_batches = start.samples // run.layout.batch_size - start.step
+        self._reports, self._preview = Reports(run), Preview(run)
+        self._judge = Judge(config.checkpoint, start.tally)
+        self._spikes = Spikes(config.recovery.spike, start.usual_loss) if config.recovery.spike else None
+        self._statuses, self._bad_in_a_row = StepStatuses(run.ranks), start.in_a_row
+        self._passes: Passes
+        self.saved_at = start.step
+        self.batches = run.loader.stream(start.samples)
+        self.bar = progress_bar(
+            total=config.steps,
+            initial=start.step,
+            desc=run.directory.name,
+            unit="step",
+            disable=not run.ranks.is_main,
+        )
+
+    @property
+    def _done(self) -> int:
+        return self._run.state.step
+
+    @property
+    def _evaluations(self) -> int:
+        """Network evaluations of all ranks since the start of this call."""
+        return (self._run.denoiser.evaluations - self._evaluations_before) * self._run.ranks.world
+
+    def _is_due(self, every: int) -> bool:
+        return self._done % every == 0 or self._done == self._run.config.steps
+
+    def optimize(self, step: int) -> None:
+        """The passes of a step, the optimizer, the averages, and the training state after it."""
+        run, start, started = self._run, self._start, time.perf_counter()
+        self._passes = run_passes(run, self.batches, step, step + self._skipped_batches, self._reports, self._spikes)
+        run.ema.update(run.engine.fp32_shards, step + 1)
+        period = _spend(run, step, started + self._passes.waited)
+        run.state = TrainState(
+            step + 1,
+            start.samples + (step + 1 - start.step) * run.layout.batch_size,
+            start.evaluations + self._evaluations,
+            start.seconds + time.perf_counter() - self._begun,
+            start.shape,
+            period,
+            loss_scale=run.engine.loss_scale,
+            usual_loss=self._spikes.usual if self._spikes else start.usual_loss,
+            rolled_back=start.rolled_back,
+        )
+
+    def agree(self) -> bool:
+        """What all ranks know: about this step if something depends on it now, else about the step before. Returns
+        whether to stop."""
+        run, engine, passes, config = self._run, self._run.engine, self._passes, self._run.config
+        stop_asked = self._stop()
+        now = self._is_due(config.checkpoint.every) or self._is_due(config.logging.every)
+        judged = Step(run.state, passes.keys, passes.spike, engine.loss_scale.scale)
+        self._statuses.tell(judged, stop_asked, run.checkpoints.written, passes.finite, engine.left_out)
+        known = self._statuses.known(now or (stop_asked and run.ranks.world == 1))
+        if stopping := any(status.stop for status in known):
+            known += self._statuses.known(of_all=True)
+        for status in known:
+            self._bad_in_a_row = _act_on(run, status, self._bad_in_a_row)
+        if any(status.written for status in known):
+            run.checkpoints.end(run.ranks)
+        run.state = replace(run.state, loss_scale=engine.loss_scale, in_a_row=self._bad_in_a_row)
+        return stopping
+
+    def report(self, stopping: bool) -> None:
+        """Output for people to look at: metrics and grids of samples."""
+        run, logging = self._run, self._run.config.logging
+        self.bar.update()
+        if stopping or self._is_due(logging.every):
+            report, covered = self._reports.report(self._evaluations, run.config.optimizer.rate(self._done - 1))
+            self._judge.observe(report, covered)
+            self.bar.set_postfix(loss=f"{report['loss/ambient']:.3f}", refresh=False)
+            if run.logger:
+                run.logger.metrics(self._done, report)
+        if logging.sample_every and self._is_due(logging.sample_every):
+            self._preview.log(self._done)
+
+    def keep(self, stopping: bool) -> None:
+        """Output that outlasts the process: snapshots of the averages, and checkpoints."""
+        run = self._run
+        _snapshots(run, self._done)
+        if stopping or self._is_due(run.config.checkpoint.every):
+            tally, warning = self._judge.close(self._done)
+            warn(run, "keep_best", warning)
+            run.state = replace(run.state, tally=tally)
+            save(run)
+            self.saved_at = self._done
 
 
 def _snapshots(run: Run, done: int) -> None:
