@@ -77,32 +77,8 @@ def write_text_cache(folder: Path, captions: Iterable[str], encoder: Encoder) ->
     if (folder / DONE).is_file():
         TextCache(folder).require(encoder.identity)
         return
-    state = {"done": 0, "cut": 0}
-    if (folder / CAPTIONS).is_file() and (folder / PROGRESS).is_file():
-        recorded = from_json(text_of(folder / PROGRESS))
-        require_same(recorded["identity"], encoder.identity, folder, f"{folder}, not finished: the text encoders")
-        state = {"done": recorded["done"], "cut": recorded["cut"]}
-    else:
-        _write(folder / CAPTIONS, lines)
-        for name in ARRAYS:
-            np.lib.format.open_memmap(
-                _partial(folder, name), "w+", np.float16, tuple(described[Path(name).stem])
-            ).flush()
-    arrays = [
-        np.lib.format.open_memmap(_partial(folder, name), "r+") for name in ARRAYS if state["done"] < len(distinct)
-    ]
-    bar = progress_bar(total=len(distinct), initial=state["done"], desc=f"text {folder}", unit="caption")
-    while state["done"] < len(distinct):
-        chunk = distinct[state["done"] : state["done"] + CHUNK]
-        embeddings, cut = encoder.embed(chunk)
-        for array, rows in zip(arrays, (embeddings.prompt_embeds, embeddings.pooled), strict=True):
-            array[state["done"] : state["done"] + len(chunk)] = rows.numpy()
-            array.flush()
-        state = {"done": state["done"] + len(chunk), "cut": state["cut"] + cut}
-        _write(folder / PROGRESS, json.dumps({"identity": encoder.identity, **state}).encode())
-        bar.update(len(chunk))
-    bar.close()
-    del arrays
+    state = _begin(folder, lines, described)
+    _encode(folder, distinct, encoder, state)
     for name in ARRAYS:
         if _partial(folder, name).exists():  # otherwise an earlier call renamed it and was killed after that
             _partial(folder, name).replace(folder / name)
@@ -112,6 +88,36 @@ def write_text_cache(folder: Path, captions: Iterable[str], encoder: Encoder) ->
         tqdm.write(
             f"{folder}: {state['cut']} of {len(distinct)} captions are longer than {encoder.tokens} tokens and were cut"
         )
+
+
+def _begin(folder: Path, lines: bytes, described: dict[str, Any]) -> dict[str, int]:
+    """Makes the captions' file and the empty arrays, unless an earlier call did. Returns how many captions are encoded,
+    and how many of those were cut. lines: the captions as the file has them. described: the content of DONE."""
+    if (folder / CAPTIONS).is_file() and (folder / PROGRESS).is_file():
+        recorded = from_json(text_of(folder / PROGRESS))
+        require_same(recorded["identity"], described["identity"], folder, f"{folder}, not finished: the text encoders")
+        return {"done": recorded["done"], "cut": recorded["cut"]}
+    _write(folder / CAPTIONS, lines)
+    for name in ARRAYS:
+        np.lib.format.open_memmap(_partial(folder, name), "w+", np.float16, tuple(described[Path(name).stem])).flush()
+    return {"done": 0, "cut": 0}
+
+
+def _encode(folder: Path, captions: list[str], encoder: Encoder, state: dict[str, int]) -> None:
+    """Encodes the captions that are missing, in chunks, and records in `state` and in the folder what is done."""
+    if state["done"] == len(captions):
+        return
+    arrays = [np.lib.format.open_memmap(_partial(folder, name), "r+") for name in ARRAYS]
+    with progress_bar(total=len(captions), initial=state["done"], desc=f"text {folder}", unit="caption") as bar:
+        while state["done"] < len(captions):
+            chunk = captions[state["done"] : state["done"] + CHUNK]
+            embeddings, cut = encoder.embed(chunk)
+            for array, rows in zip(arrays, (embeddings.prompt_embeds, embeddings.pooled), strict=True):
+                array[state["done"] : state["done"] + len(chunk)] = rows.numpy()
+                array.flush()
+            state |= {"done": state["done"] + len(chunk), "cut": state["cut"] + cut}
+            _write(folder / PROGRESS, json.dumps({"identity": encoder.identity, **state}).encode())
+            bar.update(len(chunk))
 
 
 def _partial(folder: Path, name: str) -> Path:

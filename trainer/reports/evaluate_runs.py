@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,15 +11,16 @@ from pathlib import Path
 from ambient_core import storage
 from ambient_core.errors import UserError, WorkFailed
 from data_pipeline.format.index import NAME as INDEX
+from data_pipeline.format.index import ShardIndex
 from data_pipeline.inputs.sources import open_source
 from trainer.engine import distributed
 from trainer.engine.distributed import Ranks
 from trainer.evaluation.features import open_extractor
 from trainer.evaluation.images import Images
-from trainer.evaluation.observations import open_observations
+from trainer.evaluation.observations import Observations, open_observations
 from trainer.evaluation.request import FEWEST, Request
 from trainer.inference.draw import SamplingRequest, drawer, into_folder
-from trainer.inference.load import restore, shards_of
+from trainer.inference.load import Restored, restore, shards_of
 from trainer.reports.evaluate_run import SAMPLER, Subject, judge, levels_within
 from trainer.reports.html import COLUMNS, report, value
 from trainer.reports.record import FOLDER, REPORT, Evaluation
@@ -70,28 +71,8 @@ def subjects(runs: Sequence[Path], request: Request, weights: Weights, say: Call
     opened = cache(_open_images)  # runs with the same images and shape share one `Images` and its hash
     for run_dir in runs:
         run = restore(run_dir, weights.checkpoint, weights.sigma_rel)
-        model, process, index = run.config.model, run.config.process, shards_of(run.config)
-        adapter = model.adapter
-        if weights.prompt is not None and not adapter.takes_prompt:
-            raise UserError(
-                f"--prompt {weights.prompt}: needs a run with text, but the model of {run_dir} is a {model.kind}",
-                field="--prompt",
-                code="conflict",
-            )
-        if request.attack_sigma is not None and not process.sigma_min < request.attack_sigma < process.sigma_max:
-            raise UserError(
-                f"--attack-sigma {request.attack_sigma:g}: must be between {process.sigma_min:g} and "
-                f"{process.sigma_max:g}, the noise levels of {run_dir}",
-                field="--attack-sigma",
-                code="invalid",
-            )
-        if request.reference and not levels_within(request, run):
-            raise UserError(
-                f"--levels {' '.join(f'{level:g}' for level in request.levels)}: none is from "
-                f"{process.sigma_min:g} to {process.sigma_max:g}, the noise levels of {run_dir}",
-                field="--levels",
-                code="invalid",
-            )
+        adapter, index = run.config.model.adapter, shards_of(run.config)
+        _check_options(run_dir, run, request, weights)
         prompt = weights.prompt if weights.prompt is not None else adapter.prompt or ""
         made, shape = index.request if index else {}, adapter.image_shape(run.state.shape)
         value_range = made.get("value_range") and tuple(made["value_range"])
@@ -101,41 +82,78 @@ def subjects(runs: Sequence[Path], request: Request, weights: Weights, say: Call
             else None
             for option, name in (("--reference", request.reference), ("--training", request.training))
         )
-        for option, images in (("--reference", reference), ("--training", training)):
-            if images and images.count < FEWEST:
-                raise UserError(
-                    f"{option} {images.name}: {images.count} images, at least {FEWEST} are needed",
-                    field=option,
-                    code="invalid",
-                )
         observations = open_observations(request.measured, shape) if request.measured else None
-        if observations and observations.index.samples < FEWEST:
-            raise UserError(
-                f"--measured {request.measured}: {observations.index.samples} observations, at least {FEWEST} "
-                "are needed",
-                field="--measured",
-                code="invalid",
-            )
-        if observations and index:
-            theirs, its = observations.index.request, index.request
-            if theirs.get("source") == its.get("source"):
-                say(f"--measured {request.measured}: {run_dir} was trained on these images: nothing here is held out")
-            for name, flag in (("value_range", "--range"), ("corruption", "corruption")):
-                if theirs.get(name) != its.get(name):
-                    say(
-                        f"--measured {request.measured}: made with {flag} {theirs.get(name)}, but {run_dir} was "
-                        f"trained with {its.get(name)}"
-                    )
-        if index is None:
-            say(f"{run_dir}: its shards, {run.config.data.shards}, no longer exist: noise levels are not marked")
-        elif (made_of := index.request.get("source")) == request.reference and made_of:
-            say(f"--reference {request.reference}: {run_dir} was trained on these images: nothing here is held out")
-        elif request.training and made_of != request.training:
-            say(f"--training {request.training}: {run_dir} was trained on {made_of}")
+        _refuse_few("--reference", request.reference, reference.count if reference else None, "images")
+        _refuse_few("--training", request.training, training.count if training else None, "images")
+        _refuse_few(
+            "--measured", request.measured, observations.index.samples if observations else None, "observations"
+        )
+        for warning in _mismatches(run_dir, run, index, request, observations):
+            say(warning)
         found.append(
             Subject(run_dir.resolve().name, run, index, reference, training, observations, prompt, run_dir / FOLDER)
         )
     return found
+
+
+def _check_options(run_dir: Path, run: Restored, request: Request, weights: Weights) -> None:
+    """Raises UserError for an option that does not fit the run."""
+    model, process = run.config.model, run.config.process
+    if weights.prompt is not None and not model.adapter.takes_prompt:
+        raise UserError(
+            f"--prompt {weights.prompt}: needs a run with text, but the model of {run_dir} is a {model.kind}",
+            field="--prompt",
+            code="conflict",
+        )
+    if request.attack_sigma is not None and not process.sigma_min < request.attack_sigma < process.sigma_max:
+        raise UserError(
+            f"--attack-sigma {request.attack_sigma:g}: must be between {process.sigma_min:g} and "
+            f"{process.sigma_max:g}, the noise levels of {run_dir}",
+            field="--attack-sigma",
+            code="invalid",
+        )
+    if request.reference and not levels_within(request, run):
+        raise UserError(
+            f"--levels {' '.join(f'{level:g}' for level in request.levels)}: none is from "
+            f"{process.sigma_min:g} to {process.sigma_max:g}, the noise levels of {run_dir}",
+            field="--levels",
+            code="invalid",
+        )
+
+
+def _refuse_few(option: str, name: str | None, count: int | None, of: str) -> None:
+    """count: None if the option is not given."""
+    if count is not None and count < FEWEST:
+        raise UserError(
+            f"{option} {name}: {count} {of}, at least {FEWEST} are needed",
+            field=option,
+            code="invalid",
+        )
+
+
+def _mismatches(
+    run_dir: Path, run: Restored, index: ShardIndex | None, request: Request, observations: Observations | None
+) -> Iterator[str]:
+    """Yields warnings about images that do not belong to the run, or that it was trained on. index: of the run's
+    shards, if they still exist."""
+    if index is None:
+        yield f"{run_dir}: its shards, {run.config.data.shards}, no longer exist: noise levels are not marked"
+        return
+    source = index.request.get("source")
+    if observations:
+        measured = observations.index.request
+        if measured.get("source") == source:
+            yield f"--measured {request.measured}: {run_dir} was trained on these images: nothing here is held out"
+        for name, flag in (("value_range", "--range"), ("corruption", "corruption")):
+            if measured.get(name) != index.request.get(name):
+                yield (
+                    f"--measured {request.measured}: made with {flag} {measured.get(name)}, but {run_dir} was "
+                    f"trained with {index.request.get(name)}"
+                )
+    if source and source == request.reference:
+        yield f"--reference {request.reference}: {run_dir} was trained on these images: nothing here is held out"
+    elif request.training and source != request.training:
+        yield f"--training {request.training}: {run_dir} was trained on {source}"
 
 
 def _open_images(
