@@ -142,7 +142,43 @@ def activations(
 ) -> Activations:
     """Runs the passes and the backward pass on a copy of the network on the CPU, where attention keeps no score matrix,
     as on a GPU. autocast: the dtype of DeepSpeed's autocast, or None. captions: the number of captions that are encoded
-    before the passes, by `encoders`, which are a part of the network."""
+    before the passes, by `encoders`, which are a part of the network. An architecture is traced once per process."""
+    key = (
+        _architecture(network),
+        shape,
+        tuple(sorted(conditioning.items())),
+        passes,
+        autocast,
+        captions,
+        encoders is None,
+    )
+    if key not in _traced:
+        _traced[key] = _trace(network, shape, conditioning, passes, autocast, captions, encoders)
+    return _traced[key]
+
+
+_traced: dict[Hashable, Activations] = {}
+
+
+def _architecture(network: Denoiser) -> Hashable:
+    """Returns what the operations and the sizes of the tensors depend on."""
+    modules = tuple(
+        (getattr(part, "gradient_checkpointing", None), type(getattr(part, "processor", None)))
+        for part in network.modules()
+    )
+    tensors = tuple((name, t.shape, t.stride(), t.dtype, t.requires_grad) for name, t in _state(network))
+    return repr(network), repr(network.process), network.prediction, modules, tensors
+
+
+def _trace(
+    network: Denoiser,
+    shape: tuple[int, ...],
+    conditioning: Shapes,
+    passes: Passes,
+    autocast: torch.dtype | None,
+    captions: int,
+    encoders: TextEncoders | None,
+) -> Activations:
     counted = network.evaluations, network.evaluations_with_gradient
     network.process.time(torch.ones(1))  # fills its cache with numbers; below there are only shapes
     with FakeTensorMode(allow_non_fake_inputs=True), LiveTensors() as live:

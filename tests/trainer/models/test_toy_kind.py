@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -26,9 +26,12 @@ WEIGHTS = 6 * (2 * 9 + 1) + (6 * 9 + 1)
 
 
 @pytest.fixture(autouse=True)
-def in_the_union(monkeypatch: pytest.MonkeyPatch) -> None:
+def in_the_union(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     kinds = Annotated[UNet2DConfig, Tag("unet2d")] | Annotated[ToyConfig, Tag("toy")]
     monkeypatch.setattr(run_config, "AnyModel", Annotated[kinds, Discriminator(run_config._kind_of_model)])
+    run_config.checker.cache_clear()
+    yield
+    run_config.checker.cache_clear()
 
 
 def test_every_command_takes_it(
