@@ -33,7 +33,7 @@ quickstart: install
 	$(BIN)/python -m trainer.quickstart --dataset $(DATASET) --started $(STARTED)
 
 test: dev
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # Nothing is skipped then. The cluster is taken down again, also after a failure.
 test-slurm: dev

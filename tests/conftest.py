@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 from PIL import Image
 
@@ -18,8 +22,15 @@ from data_pipeline.corruption.corruption import Gaussian
 from data_pipeline.shard import shard
 from tests.refusals import run
 from tests.waiting import HANG_S
-from trainer.models.tiny_sdxl import write_tiny_sdxl
+from trainer.models.tiny_sdxl import UNET, write_tiny_sdxl
+from trainer.tracking.client import connect
+from trainer.tracking.config import LoggingConfig
 from trainer.tracking.logger import MLflowLogger
+
+# A shell without job control starts background jobs that ignore Ctrl-C, and the processes that tests send it to would
+# inherit that.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No example may fail because a machine is slow.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -31,6 +42,32 @@ MLflowLogger.close.__defaults__ = (HANG_S,)
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny.yaml"
+
+LONGEST = (
+    "test_ranks.py",
+    "test_docs_run.py",
+    "test_evaluate.py",
+    "test_numbers.py",
+    "test_runs.py",
+    "test_submit.py",
+    "test_encoded_text.py",
+    "test_init.py",
+    "test_tutorial.py",
+    "test_fuzz.py",
+    "test_planned_memory.py",
+    "test_engine_options.py",
+    "test_plan_text.py",
+    "test_studies.py",
+    "test_campaign.py",
+    "test_export.py",
+    "test_plan.py",
+)
+"""Files that take the longest, in that order: started first, so that both workers end at about the same time."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
 
 Outcome = tuple[int, str]
 """Exit code, and all that was printed."""
@@ -65,12 +102,58 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def small_sdxl(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny pipeline with fewer layers, whose number says how long ZeRO and a trace take. With two levels latents of
+    4x4 have 2x2 positions at the deepest; with a third they have one, which attends to itself whatever q and k are:
+    their gradients are rounding alone, which Adam makes steps of."""
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    folder = tmp_path_factory.mktemp("models") / "small-sdxl"
+    shutil.copytree(tiny_sdxl, folder, ignore=shutil.ignore_patterns("diffusion_pytorch_model.safetensors"))
+    shutil.copytree(tiny_sdxl / "vae", folder / "vae", dirs_exist_ok=True)
+    fewer: dict[str, Any] = {
+        "layers_per_block": 1,
+        "transformer_layers_per_block": 1,
+        "block_out_channels": (16, 32),
+        "attention_head_dim": (1, 2),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        UNet2DConditionModel(**UNET | fewer).save_pretrained(folder / "unet")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], None]:
+    """Puts an empty MLflow database, which takes seconds to make, at a path that has none."""
+
+    @cache
+    def made() -> Path:
+        folder = tmp_path_factory.mktemp("mlflow")
+        connect(LoggingConfig(experiment="Default"), folder / "run")
+        return folder / "mlflow.db"
+
+    def put(path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            shutil.copy(made(), path)
+
+    return put
+
+
 @pytest.fixture
-def train(shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+def train(
+    shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], empty_store: Callable[[Path], None]
+) -> Callable[..., Outcome]:
     """Runs `trainer.train` on the tiny configuration: one rank in this process, two in processes that wait for the
     next training, which saves seconds of imports."""
 
     def call(name: str, *overrides: str, ranks: int = 1) -> Outcome:
+        if "logging.enabled=true" in overrides:
+            empty_store(tmp_path / "mlflow.db")
         arguments = [str(TINY), f"run_dir={tmp_path / name}", f"data.shards={shards}", *overrides]
         if ranks == 1:
             return in_process(arguments)

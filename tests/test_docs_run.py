@@ -50,7 +50,7 @@ SMALLER = {
     r"--ema-sigma-rel \S+": "--ema-sigma-rel 0.1",
     r"--shared \S+ --tracking \S+": "--shared .",
     r"(keep_every|snapshots\.every)=\d+": r"\1=4",
-    r"(trainer\.plan configs/sdxl-face\.yaml)": r"\1 model.base=models/tiny-sdxl",
+    r"(trainer\.plan configs/sdxl-face\.yaml)": r"\1 model.base=models/small-sdxl",
     r"((slurm\.submit|trainer\.study) (?!.*--dry-run).*)": r"\1 --dry-run",
     r"(slurm\.submit .*)": r"\1 run_dir=runs/new",
     r"(trainer\.train .*)": r"\1 steps=4",
@@ -75,7 +75,7 @@ RUN = [(page, command) for page, command in ALL if not any(re.search(pattern, co
 
 
 @pytest.fixture(scope="module")
-def place(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(pictures: Path, small_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which someone has used the commands: pictures, shards, a run of four steps, and a cluster's file."""
     folder = tmp_path_factory.mktemp("user")
     (folder / "configs").symlink_to(ROOT / "configs")
@@ -85,6 +85,7 @@ def place(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         place.mkdir(exist_ok=True)
         shutil.copy(picture, place)
     shutil.copy(ROOT / "configs" / "clusters" / "local.yaml", folder / "cluster.yaml")
+    shutil.copytree(small_sdxl, folder / "models" / "small-sdxl")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for command in (

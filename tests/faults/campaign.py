@@ -105,9 +105,11 @@ def campaign(rounds: int, seed: int, folder: Path) -> Outcome:
     }
     for number in tqdm(range(rounds), unit="round", desc="campaign"):
         kind = list(whole)[number % len(whole)]
-        place = folder / f"{number:04d}-{kind.replace(' ', '-')}"
-        place.mkdir()
-        problems = _round(whole[kind], kind, place, rng, outcome)
+        place, killed, problems = folder / f"{number:04d}-{kind.replace(' ', '-')}", outcome.kills.total(), list[str]()
+        while not problems and outcome.kills.total() == killed:  # it may be done before the moment to kill it
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir()
+            problems = _round(whole[kind], kind, place, rng, outcome)
         outcome.rounds += 1
         if problems:
             outcome.failures += 1

@@ -108,14 +108,19 @@ def test_names_in_any_script_with_spaces_and_signs(
 
 
 def test_a_home_that_cannot_be_written_is_no_hindrance_or_said_with_what_to_do(
-    train: Train, disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    train: Train,
+    disk: Disk,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     disk.change("ro")
     monkeypatch.setenv("HOME", str(disk.folder))
     monkeypatch.delenv("AMBIENT_CACHE", raising=False)
     code, output = train("run", "logging.enabled=true")
     assert code == 0, output
-    words = [str(tmp_path / "run"), "--reference", "packaged:digits/test", "--number", "10", "--steps", "2"]
+    words = [str(tmp_path / "run"), "--reference", str(pictures), "--number", "10", "--steps", "2"]
     assert errors.run(lambda: evaluate.main(words)) == 2
     (said,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert said == (

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from ambient_core import errors
 from data_pipeline.shard import main as shard_main
 from tests.conftest import Outcome
 from tests.trainer.in_turn import as_in_a_process_of_its_own
-from trainer.models.tiny_sdxl import UNET
 
 CAPTIONS = ["a disc", "a square", "two of them"]
 
@@ -25,30 +21,6 @@ CAPTIONS = ["a disc", "a square", "two of them"]
 def alone() -> Iterator[None]:
     with as_in_a_process_of_its_own():
         yield
-
-
-@pytest.fixture(scope="session")
-def small_sdxl(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny pipeline with fewer layers, whose number says how long ZeRO and a trace take. With two levels latents of
-    4x4 have 2x2 positions at the deepest; with a third they have one, which attends to itself whatever q and k are:
-    their gradients are rounding alone, which Adam makes steps of."""
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
-    folder = tmp_path_factory.mktemp("models") / "small-sdxl"
-    shutil.copytree(tiny_sdxl, folder, ignore=shutil.ignore_patterns("diffusion_pytorch_model.safetensors"))
-    shutil.copytree(tiny_sdxl / "vae", folder / "vae", dirs_exist_ok=True)
-    fewer: dict[str, Any] = {
-        "layers_per_block": 1,
-        "transformer_layers_per_block": 1,
-        "block_out_channels": (16, 32),
-        "attention_head_dim": (1, 2),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        UNet2DConditionModel(**UNET | fewer).save_pretrained(folder / "unet")
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -140,9 +140,25 @@ def test_the_denoisers_error_is_the_mean_square_per_level() -> None:
 
 
 def test_quickstart_from_images_to_picture(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    empty_store: Callable[[Path], None],
 ) -> None:
+    """Sharding is in a process of its own, as for a user; the trainings are in this one, since a process of theirs
+    takes seconds to start."""
     from trainer import quickstart
+    from trainer.reports import quickstart_figure
+
+    monkeypatch.setattr(quickstart_figure, "STEPS", 2)
+    monkeypatch.setattr(quickstart_figure, "HELD_OUT", 16)
+    honest = quickstart._python
+
+    def in_process_after_sharding(*words: str) -> None:
+        if words[0] == "data_pipeline.shard":
+            honest(*words)
+        else:
+            called(["python", "-m", *words])
 
     config = tmp_path / "config.yaml"
     config.write_text(TINY.read_text().replace("enabled: false", "enabled: true"))
@@ -156,9 +172,9 @@ def test_quickstart_from_images_to_picture(
         "--steps",
         "4",
     ]
+    empty_store(tmp_path / "runs" / "quickstart-digits" / "mlflow.db")
     for call in range(2):
-        if call:  # what finds its work done does so in this process as in one of its own, which takes seconds to start
-            monkeypatch.setattr(quickstart, "_python", lambda *words: called(["python", "-m", *words]))
+        monkeypatch.setattr(quickstart, "_python", in_process_after_sharding)
         assert errors.run(lambda: quickstart.main(arguments)) == 0
         printed = capfd.readouterr()
         assert printed.err.count("already done at step") == 2 * call, "a second call reuses what exists"

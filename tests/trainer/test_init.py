@@ -37,10 +37,8 @@ def test_what_it_writes_trains(shards: Path, tmp_path: Path, capfd: pytest.Captu
         ),
         lines[0],
     )
-    assert (
-        "  overhead_budget: 0.2  # instead of a period: the share of time that consistency may add to training, "
-        "such as 0.2"
-    ) in lines
+    meaning = "  overhead_budget: 0.2  # instead of period: the largest share of extra time that consistency may cost"
+    assert any(line.startswith(meaning) for line in lines)
 
 
 def test_of_latents_it_adapts_the_pipeline_whose_vae_made_them(
@@ -64,9 +62,7 @@ def test_of_latents_it_adapts_the_pipeline_whose_vae_made_them(
     assert yaml.safe_load((tmp_path / "prompt.yaml").read_text())["model"]["prompt"] == "a face"
 
 
-@pytest.mark.parametrize(
-    ("size", "channels"), [(16, [128, 256, 256]), (28, [128, 256, 256]), (64, [128, 256, 256, 256, 512]), (9, [128])]
-)
+@pytest.mark.parametrize(("size", "channels"), [(16, [128, 256, 256]), (64, [128, 256, 256, 256, 512]), (9, [128])])
 def test_for_gpus_sizes_go_with_the_images_and_all_fits(
     size: int, channels: list[int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

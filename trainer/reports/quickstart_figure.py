@@ -18,6 +18,7 @@ from trainer.inference.load import Restored
 
 COLUMNS = 12
 HELD_OUT = 256
+STEPS = 100
 
 
 def compare(
@@ -32,7 +33,7 @@ def compare(
     with torch.no_grad():
         estimates = ours.denoiser(batch.x_n, batch.sigma_n, {})
     samples = [
-        generate(run.denoiser, 2 * COLUMNS, shape, seed=0, steps=100, sampler="ancestral") for run in (ours, naive)
+        generate(run.denoiser, 2 * COLUMNS, shape, seed=0, steps=STEPS, sampler="ancestral") for run in (ours, naive)
     ]
     sigma_n = float(batch.sigma_n[0])
     rows = {

@@ -35,8 +35,9 @@ TIMES, LEAST = 20, 3e-3
 weights go. Measured without AVX-512, the farthest tensor and metric: spread 6e-5, two ranks 3e-4. Of a lost gradient
 half of the tensors are farther than 1.5e-2."""
 AVERAGES = "ema.snapshots={every: 2}"
-SDXL_STAGES = (0, 2, 3)
-"""Without 1, which splits the moments as 2 does, and which pixels are trained at."""
+SDXL_STEPS = {0: 20, 2: 20, 3: 8}
+"""By stage. Without 1, which splits the moments as 2 does, and which pixels are trained at. At 3 a step takes seven
+times as long, so it has fewer."""
 STEPS = {"loss/ambient", "loss/consistency", "optimizer/gradient_norm"}
 AGAIN = "micro_batch_size=4"
 """Two micro-batches a step in one process, instead of one."""
@@ -106,17 +107,18 @@ def runs(shards: Path, latents: Path, small_sdxl: Path, tmp_path_factory: pytest
             options.append("model.activation_checkpointing=true")
         if stage == 3:
             options.append(f"engine.deepspeed={folder / 'short.json'}")
-        if stage in SDXL_STAGES:
-            trainings += [sdxl(f"sdxl-{stage}", *options, "steps=12"), sdxl(f"sdxl-{stage}", *options, "steps=20")]
+        if steps := SDXL_STEPS.get(stage):
+            trainings += [sdxl(f"sdxl-{stage}", *options, f"steps={stop}") for stop in (steps - 4, steps)]
     code, output = on_two_ranks(trainings)
     assert code == 0, output
-    assert "resuming at step 12 of 20" in output
+    assert "resuming at step 16 of 20" in output
+    assert "resuming at step 4 of 8" in output
 
     # what was sharded goes on in one process, without sharding
     trainings = [pixels(f"two-{stage}", "steps=9", "engine.zero_stage=0") for stage in range(4)]
     trainings += [pixels(f"offloaded-{stage}", *offloaded[stage], "steps=9") for stage in offloaded]
     assert (
-        in_turn([*trainings, sdxl("sdxl-3", "steps=22", "engine.zero_stage=0", "model.activation_checkpointing=true")])
+        in_turn([*trainings, sdxl("sdxl-3", "steps=12", "engine.zero_stage=0", "model.activation_checkpointing=true")])
         == 0
     )
     return folder
@@ -224,26 +226,26 @@ def test_moments_of_8_bits_come_back_on_two_ranks(runs: Path) -> None:
         assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("stage", SDXL_STAGES)
-def test_two_ranks_follow_one_process_for_20_steps_of_sdxl_with_adapters(
-    stage: int, runs: Path, tolerances: dict[str, float]
+@pytest.mark.parametrize(("stage", "steps"), SDXL_STEPS.items())
+def test_two_ranks_follow_one_process_on_sdxl_with_adapters(
+    stage: int, steps: int, runs: Path, tolerances: dict[str, float]
 ) -> None:
     """Two micro-batches a step, dropped captions, clipping, passes with and without gradient before one backward,
     activations computed again at stages 2 and 3, and a stop in the middle."""
     one, two = runs / "sdxl", runs / f"sdxl-{stage}"
     assert_curves_near(one, two, tolerances["sdxl"])
     records = curve(two)
-    assert {*range(1, 21)} <= records.keys()
-    assert 8 <= sum("loss/consistency" in record for record in records.values()) <= 12
+    assert {*range(1, steps + 1)} <= records.keys()
+    assert 0.4 * len(records) <= sum("loss/consistency" in record for record in records.values()) <= 0.6 * len(records)
     clipped = sum(record["optimizer/gradient_norm"] > CLIP for record in records.values())
-    assert 2 <= clipped <= len(records) - 2
+    assert 1 <= clipped <= len(records) - 1
     for file in ("weights", "ema"):
-        assert_weights_near(one, two, 20, file, tolerances["sdxl"])
-    start, end = (weights(two, step, "weights") for step in (16, 20))
+        assert_weights_near(one, two, steps, file, tolerances["sdxl"])
+    start, end = (weights(two, step, "weights") for step in (steps - 4, steps))
     assert all((start[key] - end[key]).abs().max() > 1e-3 for key in start), (
         "all of them move, by more than one step's rate"
     )
 
 
 def test_adapters_that_were_sharded_go_on_in_one_process(runs: Path, tolerances: dict[str, float]) -> None:
-    assert_weights_near(runs / "sdxl", runs / "sdxl-3", 22, "weights", tolerances["sdxl"])
+    assert_weights_near(runs / "sdxl", runs / "sdxl-3", 12, "weights", tolerances["sdxl"])
