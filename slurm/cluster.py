@@ -148,7 +148,7 @@ def executor(config: ClusterConfig, folder: Path, name: str, around: Surrounding
     at = ["env", "-C", str(around.code)] if around.code else []  # python -m looks for code in the working folder first
     if config.kind == "local":
         words = [f"{key}={value}" for key, value in config.environment.items()]
-        python = shlex.join([*(at or ["env"]), *words, sys.executable])
+        python = shlex.join([*(at or ["env"]), *_visible_gpus(config.gpus_per_node), *words, sys.executable])
         local = submitit.LocalExecutor(folder, python=python)
         local.update_parameters(
             timeout_min=config.time_minutes,
@@ -191,6 +191,17 @@ def executor(config: ClusterConfig, folder: Path, name: str, around: Surrounding
         **{key: value for key, value in optional.items() if value is not None},
     )
     return slurm
+
+
+def _visible_gpus(gpus: int) -> list[str]:
+    """Returns arguments of env that show a job of kind local its GPUs. submitit numbers them from 0 whatever the user's
+    CUDA_VISIBLE_DEVICES has, and hides them all from a job that asks for none. gpus: gpus_per_node; 0: all that the
+    user sees."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        chosen = visible.split(",")[:gpus] if gpus else [visible]
+        return [f"CUDA_VISIBLE_DEVICES={','.join(chosen)}"]
+    return [] if gpus else ["-u", "CUDA_VISIBLE_DEVICES"]
 
 
 def script(made: Any, jobs: int) -> str:

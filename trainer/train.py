@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -41,11 +42,14 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         help="replaces a field of the file, such as steps=100",
     )
+    p.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # by deepspeed's launcher
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    if args.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     from trainer.config.run_config import load  # imports from here on take seconds; --help must not wait for them
 
     stopped = listen()
@@ -61,19 +65,26 @@ def listen() -> list[int]:
 
 
 def train(
-    config: RunConfig, stop: Callable[[], bool], tags: Mapping[str, str] | None = None, patience: float = 0.0
+    config: RunConfig,
+    stop: Callable[[], bool],
+    tags: Mapping[str, str] | None = None,
+    patience: float = 0.0,
+    timeout_minutes: float = 0.0,
 ) -> int:
     """Trains as one of the ranks that the environment describes; returns the exit code, DONE or INTERRUPTED.
 
     stop: called at each step; if it is true on any rank, all ranks save a checkpoint and end. tags: tags of the MLflow
-    run, in addition to its own. patience: seconds to wait for another process that trains in the same run directory."""
+    run, in addition to its own. patience: seconds to wait for another process that trains in the same run directory.
+    timeout_minutes: replaces engine.timeout_minutes if it is larger."""
     from trainer.checkpoint.run_lock import exclusive
     from trainer.engine import determinism, distributed
     from trainer.training import build
 
-    ranks = distributed.init()
+    ranks = distributed.init(max(config.engine.timeout_minutes, timeout_minutes))
     with exclusive(Path(config.run_dir), ranks, patience), determinism.forced(config.engine.deterministic):
-        return _train(build.run(config, ranks, tags), stop)
+        code = _train(build.run(config, ranks, tags), stop)
+    distributed.leave_at_exit()
+    return code
 
 
 def _train(run: Run, stop: Callable[[], bool]) -> int:

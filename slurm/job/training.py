@@ -77,7 +77,8 @@ class TrainingJob:
             environment.meet(at)
             config = parse(dict(self.config), "the submitted configuration")
             tags = {**self.tags, **_tags(at, number)}
-            code = train(config, stop, tags, PATIENCE)
+            # Twice as long as the watchdog waits: it writes the stacks of a hanging rank, which a timeout would not.
+            code = train(config, stop, tags, PATIENCE, timeout_minutes=2 * self.hang_s / 60)
             return code, Ending("done" if code == errors.DONE else "interrupted")
         except UserError as error:
             code, ending = errors.BAD_REQUEST, Ending("refused", str(error))

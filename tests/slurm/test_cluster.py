@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from ambient_core import errors
 from ambient_core.errors import Code, WorkFailed
 from data_pipeline.corruption.corruption import Gaussian
 from data_pipeline.shard import shard
-from slurm.cluster import ClusterConfig, executor, read_cluster
+from slurm.cluster import ClusterConfig, Surroundings, executor, read_cluster, submit
 from slurm.shard import by_jobs, main
 from tests.conftest import ROOT
 from tests.refusals import refused
@@ -37,6 +38,24 @@ def test_two_jobs_write_the_bytes_of_one_process(
     assert f"logs in {folder}" in said
     assert all(log.name.split("_")[0] in said for log in folder.glob("*.out")), "job ids"
     assert len(list(folder.glob("*.out"))) == 2
+
+
+def visible_gpus() -> str | None:
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "visible", "expected"), [(0, None, None), (0, "4,5,6", "4,5,6"), (2, "4,5,6", "4,5"), (2, None, "0,1")]
+)
+def test_a_job_on_this_machine_sees_the_gpus_of_its_user(
+    gpus: int, visible: str | None, expected: str | None, local: ClusterConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    made = executor(replace(local, gpus_per_node=gpus), Path(local.logs), "look", Surroundings(code=ROOT))
+    (job,) = submit(made, [visible_gpus])
+    assert job.result() == expected
 
 
 def test_a_failed_job_is_named_with_its_log_and_only_what_is_missing_is_submitted_again(

@@ -8,6 +8,8 @@ from typing import Literal
 Attention = Literal["auto", "xformers", "sdpa"]
 Precision = Literal["fp32", "bf16", "fp16", "auto"]
 
+LONGEST_TIMEOUT = 100_000
+"""Minutes, of engine.timeout_minutes."""
 MOST_IN_BUCKET = 500_000_000
 """Largest number of elements in the buffer in which ZeRO collects gradients: DeepSpeed's default. A small model needs
 fewer."""
@@ -26,7 +28,9 @@ class EngineConfig:
     docs/deepspeed.md. attention: xformers, or sdpa for torch's scaled_dot_product_attention. auto is xformers if a test
     on the device shows that it runs, agrees with SDPA and is not slower. compile: runs the network by torch.compile.
     The first steps take minutes, and a compiler must be installed. deterministic: only algorithms that give the same
-    bits each time, and attention by SDPA. Slower on a GPU; on a CPU training is always deterministic."""
+    bits each time, and attention by SDPA. Slower on a GPU; on a CPU training is always deterministic. timeout_minutes:
+    how long a rank waits for the others before it ends with an error. It must be longer than the work of the first rank
+    alone, such as a checkpoint on a slow file system."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Precision = "fp32"
@@ -37,8 +41,11 @@ class EngineConfig:
     attention: Attention = "auto"
     compile: bool = False
     deterministic: bool = False
+    timeout_minutes: float = 30.0
 
     def __post_init__(self) -> None:
+        if not 0 < self.timeout_minutes < LONGEST_TIMEOUT:
+            raise ValueError(f"timeout_minutes must be above 0 and below {LONGEST_TIMEOUT}")
         if self.deterministic and self.attention == "xformers":
             raise ValueError(
                 "deterministic cannot be combined with attention xformers, whose gradients vary: choose auto or sdpa"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from ambient_core.errors import UserError
+from trainer.engine.launch import gpu_of, launched
 
 
 @dataclass(frozen=True)
@@ -52,45 +54,37 @@ class Ranks:
             dist.barrier()
 
 
-def init() -> Ranks:
+def init(timeout_minutes: float = 30.0) -> Ranks:
     """Joins the group that torchrun, deepspeed or srun describes in the environment, or makes a group of this process
-    alone."""
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    given = [name for name in names if name in os.environ]
-    alone = len(given) < len(names)
-    if alone and os.environ.get("WORLD_SIZE", "1") != "1":
-        missing = [name for name in names if name not in given]
-        raise UserError(
-            f"the environment has WORLD_SIZE but not {', '.join(missing)}: start with torchrun, or set all four",
-            field=missing[0],
-            code="missing",
-        )
-    rank, world = (0, 1) if alone else (_number("RANK"), _number("WORLD_SIZE"))
+    alone. timeout_minutes: how long a rank waits for the others in a collective."""
+    launch = launched(os.environ)
     if torch.cuda.is_available():
-        local, gpus = _number("LOCAL_RANK"), torch.cuda.device_count()
-        if local >= gpus:
-            raise UserError(
-                f"LOCAL_RANK {local}: this machine has {gpus} GPUs: start at most {gpus} processes on it",
-                field="LOCAL_RANK",
-                code="invalid",
-            )
-        device = torch.device("cuda", local)
+        number = gpu_of(launch, torch.cuda.device_count(), os.environ)
+        os.environ["LOCAL_RANK"] = str(number)  # DeepSpeed sets the device by it
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
     if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        store = dist.HashStore() if alone else None  # no port to collide on
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    return Ranks(rank, world, device)
-
-
-def _number(name: str) -> int:
-    text = os.environ.get(name, "0")
-    if not text.isdigit():
-        raise UserError(
-            f"{name} {text!r} in the environment: must be a whole number, as torchrun sets it",
-            field=name,
-            code="invalid",
+        on_gpu = device.type == "cuda"
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            store=dist.HashStore() if launch.alone else None,  # no port to collide on
+            rank=launch.rank,
+            world_size=launch.world,
+            timeout=timedelta(minutes=timeout_minutes),
+            device_id=device if on_gpu else None,
         )
-    return int(text)
+    return Ranks(launch.rank, launch.world, device)
+
+
+def leave_at_exit() -> None:
+    """Leaves the group when this process ends, so that NCCL frees its resources and does not warn. Only after success:
+    where a rank has failed, leaving would wait for the others."""
+    atexit.unregister(_leave)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -3,6 +3,7 @@ nothing."""
 
 from __future__ import annotations
 
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -65,6 +66,22 @@ def test_an_ordinary_step_reads_nothing_from_the_device(words: list[str], train:
     assert found[6] > 0  # a report does
     # Each count is of a step's work after `stop` was asked and of the next one's before that: the 6th and 12th report.
     assert not any(found[step] for step in range(2, 12) if step != 6), found
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_deepspeed_does_not_wait_for_the_device(stage: int, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its throughput timer would, at each pass and each step."""
+    from deepspeed.accelerator import get_accelerator
+
+    calls: list[str] = []
+    monkeypatch.setattr(
+        type(get_accelerator()),
+        "synchronize",
+        lambda *_, **__: calls.append("".join(traceback.format_stack(limit=3))),
+    )
+    code, output = train("run", "steps=4", f"engine.zero_stage={stage}")
+    assert code == 0, output
+    assert not calls, calls[0]
 
 
 @pytest.mark.parametrize("words", [["engine.precision=fp16"], ["recovery.spike=5"], ["engine.zero_stage=1"]], ids=str)
