@@ -37,6 +37,7 @@ NOT_RUN = {
 
 SMALLER = {
     r"^torchrun --nproc_per_node \d+ ": "python ",
+    r"^srun .*? python ": "python ",
     r"--size \d+": "--size 16",
     r"my_images/": "pictures/",
     r"held-out/|packaged:\w+/test": "held_out/",
