@@ -127,7 +127,7 @@ def test_a_wrong_value_is_one_line_and_exit_code_2(
     from trainer.engine.distributed import Ranks
 
     two_ranks = "batch" in override
-    monkeypatch.setattr(distributed, "init", lambda: Ranks(0, 2 if two_ranks else 1, torch.device("cpu")))
+    monkeypatch.setattr(distributed, "init", lambda *_: Ranks(0, 2 if two_ranks else 1, torch.device("cpu")))
     override = override.replace("{nowhere}", str(tmp_path / "nowhere"))
     arguments = [str(TINY), f"data.shards={shards}", f"run_dir={tmp_path / 'run'}", override]
     assert run(lambda: main(arguments)) == 2
