@@ -169,7 +169,7 @@ def load_as(kind: type[T], path: Path) -> T:
 def parse_as(kind: type[T], data: dict[str, Any], where: str, overridden: Sequence[str] = ()) -> T:
     """Makes any dataclass from plain data, like `parse`."""
     try:
-        made = checker(kind).validate_python(data)
+        made: T = checker(kind).validate_python(data)
         taken = dict(flatten(checker(kind).dump_python(made, mode="json")))
         for name, value in flatten(data):  # pydantic accepts true as 1
             if isinstance(value, bool) and isinstance(taken.get(name), int | float) and taken[name] is not value:
@@ -224,7 +224,7 @@ def _parse_override(text: str) -> dict[str, Any]:
 
 
 @cache
-def checker(kind: type[T]) -> TypeAdapter[T]:
+def checker(kind: type[Any]) -> TypeAdapter[Any]:
     """Returns what checks and writes a dataclass, and refuses unknown fields in it and in all nested ones, which
     pydantic drops silently by default. Made once per class, since that takes 50 ms."""
     for inner in dataclasses_in(kind):
