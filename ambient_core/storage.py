@@ -1,8 +1,9 @@
 """Files by path or by URL. Local files cost no more than `open`; all others are accessed through fsspec.
 
-Every function opens its own connection and keeps nothing, so it is safe in forked and in spawned processes. A backend
-that is not installed is a UserError. Every other failure is an OSError with the path in it (`FileNotFoundError` for a
-missing file), whatever the backend raised."""
+No function keeps a connection open (fsspec keeps one file system per process), so all are safe in forked and in spawned
+processes. A backend that is not installed, an unknown kind of URL, and a password in a URL are a UserError. Every other
+failure is an OSError with the path in it (`FileNotFoundError` for a missing file), whatever the backend raised; a
+MemoryError stays one."""
 
 from __future__ import annotations
 

@@ -106,11 +106,10 @@ def shard(
     """Writes OUTPUT, or resumes writing it, and returns its index. If OUTPUT is already complete and was made by the
     same request, only its index is returned.
 
-    write: a function that writes the shards, such as `slurm.shard.by_jobs`, instead of `workers` processes on this
-    machine. With several workers, `shard` must be called from a module that a new process can import: a script guards
-    its start with `if __name__ == "__main__"`. Raises UserError for a wrong request, or if OUTPUT holds something else;
-    WorkFailed if too many images cannot be used, or a worker or job dies.
-    """
+    write: a function that writes the shards, such as the result of `slurm.shard.by_jobs`, instead of `workers`
+    processes on this machine. With several workers, `shard` must be called from a module that a new process can import:
+    a script guards its start with `if __name__ == "__main__"`. Raises UserError for a wrong request, or if OUTPUT holds
+    something else; WorkFailed if too many images cannot be used, or a worker or job dies."""
     request = Request(source, corruption, seed, size, channels, value_range, limit, shard_size, captions, latents)
     return preprocess(request, str(output), max_rejected, write or in_processes(workers))
 

@@ -28,15 +28,14 @@ class ClusterConfig:
     """What a job asks for. kind: `slurm`, or `local`, which starts the jobs on this machine through the same code.
 
     partition, account, qos, constraint: as sbatch takes them. nodes, gpus_per_node, cpus_per_task: of each job.
-    min_nodes: a training may start, and come back, with as few (slurm only). tasks_per_node: ranks of a training on a
-    node; None: one for each GPU, or one. gpu: which GPUs they are, as `trainer.plan --gpu` names them; None: memory is
-    not planned for. mem_gb: memory of a node in GB; None: the partition's default. time_minutes: the job's limit.
+    min_nodes: a training may start and resume with this few nodes (slurm only). tasks_per_node: ranks of a training on
+    a node; None: one for each GPU, or one. gpu: the GPU model, as `trainer.plan --gpu` names it; None: memory is not
+    planned for. mem_gb: memory of a node in GB; None: the partition's default. time_minutes: the job's limit.
     signal_delay_s: the warning before it, in seconds. max_requeues: how often a training may be started again; None: 20
-    times, 5 for kind local, which can no more. hang_minutes: a training whose ranks take no step for so long is ended
-    and started again; 0: never. setup: shell commands that run before the job (slurm only). environment: variables of
-    the job. srun_args: given to srun as they are (slurm only). logs: the folder for the jobs' files, which all nodes
-    must see.
-    """
+    times, or 5 for kind local, which is also its maximum. hang_minutes: a training whose ranks take no step for this
+    long is ended and started again; 0: never. setup: shell commands that run before the job (slurm only). environment:
+    variables of the job. srun_args: given to srun as they are (slurm only). logs: the folder for the jobs' files, which
+    all nodes must see."""
 
     kind: Literal["slurm", "local"]
     partition: str | None = None

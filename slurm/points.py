@@ -54,7 +54,7 @@ def points(path: Path, overrides: Sequence[str], sweeps: Sequence[str]) -> list[
     keys = [sweep.partition("=")[0] for sweep in sweeps]
     if twice := next((key for key in keys if keys.count(key) > 1), None):
         raise UserError(
-            f"--sweep {twice}: is given twice: give all its values in one", field="--sweep", code="conflict"
+            f"--sweep {twice}: is given twice: give all its values in one --sweep", field="--sweep", code="conflict"
         )
     if "run_dir" in keys:
         raise UserError(

@@ -236,8 +236,8 @@ class Submission:
 
 @contextmanager
 def _detached(log: Path) -> Iterator[None]:
-    """Within it, processes that are started write to the log and not to this command's output. Otherwise a pipe that
-    reads this command would wait for them."""
+    """Within it, processes that are started write to the log and not to this command's output. Otherwise a
+    program that reads this command's output through a pipe would wait for them."""
     kept = [os.dup(1), os.dup(2)]
     sys.stdout.flush()
     with log.open("ab") as file:

@@ -94,7 +94,8 @@ class ShardIndex:
 
     @property
     def checksum(self) -> str:
-        """The checksum of the data set: the SHA-256 of its shards' concatenated checksums, as hexadecimal text."""
+        """The checksum of the data set: the SHA-256, as hexadecimal text, of the text of its shards' hexadecimal
+        checksums, one after the other."""
         return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
 
 

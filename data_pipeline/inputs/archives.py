@@ -138,7 +138,7 @@ def _members(path: str) -> Iterator[tuple[str, int, int]]:
                 code="unreadable",
             ) from None
         file.seek(end)
-        if file.read(BLOCK) != bytes(BLOCK):  # tarfile accepts a tar without it
+        if file.read(BLOCK) != bytes(BLOCK):  # tarfile accepts a tar without its end mark
             raise UserError(
                 f"SOURCE {path}: ends without a tar's end mark (truncated?): copy it again",
                 field="SOURCE",

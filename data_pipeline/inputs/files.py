@@ -20,7 +20,7 @@ from data_pipeline.inputs.picture import Picture, Source, keys_of
 class Files:
     """Image files and their captions. source: as the user wrote it. images: the names of the image files. texts: for an
     image, the names of the `.txt` and `.json` files that caption it; they are read with the image. captions: the
-    captions that are known already, by image. read: returns the bytes of the file with a name."""
+    captions that are known already, by image. read: takes a file's name and returns its bytes."""
 
     source: str
     images: Sequence[str]
@@ -64,8 +64,8 @@ def is_hidden(name: str) -> bool:
 
 
 def open_folder(source: str, names: Sequence[str], suffixes: frozenset[str] = SUFFIXES) -> Source:
-    """Returns a source of the image files in a folder. names: the names of all files in the folder. Only metadata.jsonl
-    and metadata.csv are opened yet."""
+    """Returns a source of the image files in a folder. names: the names of all files in the folder. No file
+    except metadata.jsonl and metadata.csv is opened yet."""
     return named(source, names, partial(_read_in, source), suffixes)
 
 

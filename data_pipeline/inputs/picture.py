@@ -45,8 +45,8 @@ class Source:
     header: Callable[[int], tuple[int, int] | None] | None = None
     """Returns the width and height of a picture if its first bytes give them, otherwise None."""
     reduced: Callable[[int, int], Picture] | None = None
-    """Reads a picture of which a square will be made. The second argument is the side of the square in pixels, which
-    can save work; see `decode`."""
+    """Reads a picture of which a square will be made. The second argument is the side of the square in pixels. To
+    know it can save work; see `decode`."""
     unused: Sequence[str] = ()
     """Messages about files in the source that seem to describe its pictures, but do not; each is to be printed once."""
 
@@ -93,7 +93,7 @@ def keys_of(source: str, names: Iterable[str]) -> list[str]:
                 field="SOURCE",
                 code="conflict",
             )
-        if any("\ud800" <= letter <= "\udfff" for letter in key):  # so Python decodes bytes that are not UTF-8
+        if any("\ud800" <= letter <= "\udfff" for letter in key):  # how Python decodes other bytes
             raise UserError(
                 f"SOURCE {source}: the name {name!r} is not UTF-8: rename it", field="SOURCE", code="invalid"
             )

@@ -73,12 +73,12 @@ def _file(name: str) -> Source:
         raise UserError(f"SOURCE {name}: is one image; give the folder that it is in", field="SOURCE", code="invalid")
     if name.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
         raise UserError(
-            f"SOURCE {name}: a compressed tar cannot be read at any place: uncompress it to .tar",
+            f"SOURCE {name}: a compressed tar cannot be read from any position: uncompress it to .tar",
             field="SOURCE",
             code="unsupported",
         )
     raise UserError(
-        f"SOURCE {name}: is none of what is understood; give {UNDERSTOOD}", field="SOURCE", code="unsupported"
+        f"SOURCE {name}: is not a supported kind of source; give {UNDERSTOOD}", field="SOURCE", code="unsupported"
     )
 
 

@@ -20,8 +20,8 @@ class LatentRequest:
 
     source: a pipeline folder, a VAE's folder, or a hub id. vae: the VAE's identity. size: the side, in pixels, of the
     square to which images are cropped. crop: which part of an image is kept; a random part is drawn by its key. flip:
-    mirrors half of the images, drawn by key. buckets: None crops to the square only. A number adds sizes of other
-    aspect ratios with about size x size pixels; it is the step in pixels, and all sides are multiples of it.
+    mirrors half of the images, drawn by key. buckets: None crops to the square. A number is a step in
+    pixels: each image gets one of several sizes of about size x size pixels, whose sides are multiples of the step.
     embeddings: whether OUTPUT/text/ is written from the captions.
     """
 
@@ -146,8 +146,8 @@ def check_corruption(corruption: Corruption) -> None:
     if isinstance(corruption, Measured):
         raise UserError(
             "--corruption measured with --latents: a photograph's noise is not Gaussian after a VAE; train on "
-            "pixels (without --latents), or add enough Gaussian noise to the latent to dominate it: "
-            "--corruption gaussian --sigma LEVEL",
+            "pixels (without --latents), or add Gaussian noise to the latent that is much stronger "
+            "than the photograph's: --corruption gaussian --sigma LEVEL",
             field="--corruption",
             code="conflict",
         )

@@ -91,8 +91,9 @@ def write_text_cache(folder: Path, captions: Iterable[str], encoder: Encoder) ->
 
 
 def _begin(folder: Path, lines: bytes, described: dict[str, Any]) -> dict[str, int]:
-    """Makes the captions' file and the empty arrays, unless an earlier call did. Returns how many captions are encoded,
-    and how many of those were cut. lines: the captions as the file has them. described: the content of DONE."""
+    """Makes the captions' file and the empty arrays, unless an earlier call has encoded a chunk. Returns how many
+    captions are encoded, and how many of those were cut. lines: the captions as the file has them. described: the
+    content of DONE."""
     if (folder / CAPTIONS).is_file() and (folder / PROGRESS).is_file():
         recorded = from_json(text_of(folder / PROGRESS))
         require_same(recorded["identity"], described["identity"], folder, f"{folder}, not finished: the text encoders")

@@ -15,12 +15,12 @@ class DataConfig:
     block. docs/loader.md says what a larger or smaller block costs. flip: mirrors each image left to right with
     probability 1/2, drawn anew in each epoch. Use it only if mirrored images belong to the data. Not for latents: the
     latent of a mirrored image is not the mirrored latent. cache_dir: folder for local copies of remote shards, shared
-    by all ranks of a machine; null is AMBIENT_CACHE, or ~/.cache/ambient-trainer if that is not set. cache_gb: largest
-    size of these copies, in 10^9 bytes. retries: how often a failed remote read is tried again, after 0.5, 1, 2, ... up
-    to 30 seconds. verify: compares the checksum of each local shard when a process first opens it, which reads every
-    byte once more. Without it only the size is compared. Remote shards are always verified when they are fetched.
-    on_error: what to do if a shard cannot be read: stop names the shard and ends the run; skip warns, replaces its
-    samples by others of the same shuffle block, and counts them."""
+    by all ranks of a machine; null is the folder `shards` in AMBIENT_CACHE, or in ~/.cache/ambient-trainer if that is
+    not set. cache_gb: largest size of these copies, in 10^9 bytes. retries: how often a failed remote read is tried
+    again, after 0.5, 1, 2, ... up to 30 seconds. verify: compares the checksum of each local shard when a process first
+    opens it, which reads every byte once more. Without it only the size is compared. Remote shards are always verified
+    when they are fetched. on_error: what to do if a shard cannot be read: stop names the shard and ends the run; skip
+    warns, replaces its samples by others of the same shuffle block, and counts them."""
 
     shards: str
     sigma_scale: float = 1.0

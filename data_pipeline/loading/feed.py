@@ -1,4 +1,4 @@
-"""The work of a background process: it reads worker batches, which are micro-batches in memory of the host."""
+"""The work of a background process: it makes worker batches, which are micro-batches in the host's memory."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ CaptionEncoder = Callable[[Sequence[str]], tuple[NDArray[np.int64], Sequence[int
 
 
 class WorkerBatch(NamedTuple):
-    """A micro-batch as a background process sends it. Its observations, float16 of this shape, are in slot
-    `number % depth` of its worker's `SharedBuffers`. sigma_n (B,) float32 and the conditioning are sent with it.
+    """A micro-batch as a background process sends it. Its observations, float16 of this shape, are in its
+    worker's slot `number % depth` of the `SharedBuffers`. sigma_n (B,) float32 and the conditioning are sent with it.
     skipped: the number of samples that replace samples of shards that failed. failed: error messages of the shards
     that failed since the previous batch. cut: the keys of the samples whose captions were cut."""
 
@@ -91,8 +91,8 @@ class SharedBuffers:
 
 
 class Feed:
-    """The last stage: reads worker batches. flip: as in DataConfig. skip: continues without shards that fail.
-    encode_captions: makes the network's input from captions; None omits captions."""
+    """The last stage: reads samples and yields worker batches. flip: as in DataConfig. skip: continues without shards
+    that fail. encode_captions: makes the network's input from captions; None omits captions."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The order of the samples: a pure function of the seed, independent of the ranks and workers.
+"""The order of the samples: a pure function of the seed, the shards and `group`, independent of the ranks and workers.
 
 The global sequence is endless: position p is in epoch p // N, and each epoch holds every sample once. In each epoch the
 shards are permuted and divided into shuffle blocks of `group` shards, and the samples of a block are shuffled together.

@@ -91,7 +91,8 @@ class ReadAhead:
             self._reader.prefetch(shard)
 
     def _enter(self, micro_batch: MicroBatch, wanted: SimpleQueue[int | None]) -> None:
-        """At the start of a block, closes the shards of earlier blocks and prefetches those of this and the next."""
+        """At the start of a block, closes the shards of earlier blocks and prefetches those of the next; at the first
+        block, also its own."""
         order, before = self._order.orders[micro_batch.shape], self._blocks.get(micro_batch.shape)
         block = order.block_at(micro_batch.places.first)
         if block == before:

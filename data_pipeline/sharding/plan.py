@@ -30,16 +30,16 @@ from data_pipeline.latents.arguments import LatentRequest, check_channels, check
 NAME = "plan.json"
 FORMAT = 2
 LARGEST = 8192
-"""Largest side of an observation in pixels; in colour it has 400 MB."""
+"""Largest side of an observation, in pixels. A colour observation of this size has 400 MB."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """Everything that determines the shards' bytes. source: as the user gave it. size: the side of the observations in
-    pixels; None keeps the images' sizes. channels: None takes those of the first image. value_range: the values that
-    become -1 and 1; None takes the range of the images' type. limit: how many images are used, from the first on; None
-    uses all. shard_size: images per shard. captions: whether the source's captions are stored. latents: None stores
-    pixels; otherwise `size` must equal the size in `latents`."""
+    """Everything that determines the shards' bytes. source: as the user gave it. size: the side, in pixels, of the
+    square that images are resized to; None keeps their sizes. channels: None takes those of the first image.
+    value_range: the values that become -1 and 1; None takes the range of the images' type. limit: how many images are
+    used, from the first on; None uses all. shard_size: images per shard. captions: whether the source's captions are
+    stored. latents: None stores pixels; otherwise `size` must equal the size in `latents`."""
 
     source: str
     corruption: Corruption

@@ -91,7 +91,7 @@ def preprocess(request: Request, output: str, max_rejected: float, write: Write)
 
 
 def _refuse_places(source: str, output: str) -> None:
-    """Raises UserError if OUTPUT is empty, or is a folder within SOURCE."""
+    """Raises UserError if OUTPUT is empty, or is SOURCE or a folder within it."""
     if not output.strip():
         raise UserError("OUTPUT: is empty (a variable that is not set?): give a folder", field="OUTPUT", code="missing")
     one, other = storage.local_path(source), storage.local_path(output)
@@ -120,7 +120,7 @@ def _complete(request: Request, output: str) -> ShardIndex:
         try:
             source = open_source(request.source)
         except UserError as error:
-            print(f"warning: {error}; its shards exist, and are not compared with it", file=sys.stderr)
+            print(f"warning: {error}; OUTPUT is complete, and is not compared with SOURCE", file=sys.stderr)
         else:
             plan.check_source(source, existing.request, existing.samples + existing.rejected, existing.keys)
     planned = plan.read_plan(output)

@@ -170,7 +170,7 @@ def _outcome(attempt: Attempt | None, code: int) -> tuple[Follows, str]:
     )
     if attempt and len(endings) < attempt.ranks and code != 0:
         gone = [str(rank) for rank in range(attempt.ranks) if rank not in attempt.endings]
-        return "another start", f"killed: ranks {', '.join(gone)} ended without a word (exit code {code})" + "".join(
+        return "another start", f"killed: ranks {', '.join(gone)} ended without a record (exit code {code})" + "".join(
             f"; {c}" for c in crashed[:1]
         )
     if crashed:

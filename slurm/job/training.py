@@ -92,8 +92,8 @@ class TrainingJob:
 
     def _decide_locally(self, run_dir: Path, attempt: Path, code: int, stopped_by_user: bool) -> None:
         """Decides whether a job of kind local is started again. On this machine no script outlives the ranks, so rank 0
-        decides when it ends. stopped_by_user: the job was stopped by a signal. It is then not started again, because
-        there is no preemption here: a user must have sent the signal."""
+        decides when it ends. stopped_by_user: the job got SIGTERM or SIGINT. It is then not started again, because
+        there is no preemption here: a user must have sent it."""
         job, _, number = attempt.name.rpartition("-")
         decision = attempts.decide(run_dir, job, int(number), code, self.most)
         if stopped_by_user and decision.follows == "another start":

@@ -89,7 +89,7 @@ def test_a_job_on_this_machine_loses_a_rank_goes_on_and_is_one_run_of_the_code_a
     assert errors.run(lambda: status.main([str(run_dir)])) == 0
     text = capfd.readouterr().out
     assert f"{run_dir}: COMPLETED, step 30 of 30 (100%), loss/ambient " in text
-    assert "killed: ranks 1 ended without a word" in text
+    assert "killed: ranks 1 ended without a record" in text
     assert errors.run(lambda: status.main([str(run_dir), "--json"])) == 0
     found = json.loads(capfd.readouterr().out)
     assert (found["state"], found["step"], found["steps"]) == ("COMPLETED", 30, 30)

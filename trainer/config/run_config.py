@@ -100,7 +100,7 @@ class RunConfig:
 
     @property
     def stride(self) -> int:
-        """The number n, if every n-th sample of a batch has a particle for consistency; 1 without consistency."""
+        """n, where every n-th sample of a batch has a particle for consistency; 1 without consistency."""
         particles = self.consistency.batch_size if self.consistency else None
         return self.batch_size // (particles or self.batch_size)
 

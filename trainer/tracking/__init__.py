@@ -1,4 +1,4 @@
 """MLflow: what is logged, how it is sent, and where it is kept while the server cannot be reached.
 
-No other folder imports mlflow. It imports ambient_core; config, reports and training import it.
+Only this folder imports mlflow. It imports ambient_core; config, reports and training import it.
 """

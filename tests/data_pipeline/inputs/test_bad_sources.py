@@ -118,9 +118,9 @@ GREY = np.zeros((6, 9, 8), np.uint8)
     ("make", "expected"),
     [
         (lambda p: "nowhere", "no such folder or file; give a folder of images, of .npy pictures"),
-        (lambda p: file(p, "a.doc", b"x"), "a.doc: is none of what is understood; give a folder of images"),
+        (lambda p: file(p, "a.doc", b"x"), "a.doc: is not a supported kind of source; give a folder of images"),
         (lambda p: file(p, "a.png", P), "is one image; give the folder that it is in"),
-        (lambda p: file(p, "a.tar.gz", b"x"), "a compressed tar cannot be read at any place: uncompress it"),
+        (lambda p: file(p, "a.tar.gz", b"x"), "a compressed tar cannot be read from any position: uncompress it"),
         (lambda p: folder(p, a_doc=b"x"), "no image in it; looked for .bmp .jpeg"),
         (lambda p: folder(p, a_png=P, b__c_tar=b"x"), "holds 1 images and 1 .tar files: keep one kind in it"),
         (splits, "holds the splits test, train: give the folder of one"),

@@ -48,10 +48,10 @@ def both(outcome: Outcome, message: str = "") -> dict[int, Ending]:
             {0: Ending("crashed", "OSError: x")},
             137,
             "another start",
-            "killed: ranks 1 ended without a word (exit code 137); rank 0: OSError: x",
+            "killed: ranks 1 ended without a record (exit code 137); rank 0: OSError: x",
         ),
         (both("crashed", "OSError: x"), 1, "another start", "crashed: rank 0: OSError: x"),
-        ({}, 137, "another start", "killed: ranks 0, 1 ended without a word (exit code 137)"),
+        ({}, 137, "another start", "killed: ranks 0, 1 ended without a record (exit code 137)"),
     ],
 )
 def test_what_follows_an_end(endings: dict[int, Ending], code: int, follows: str, reason: str, tmp_path: Path) -> None:
