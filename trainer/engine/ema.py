@@ -18,7 +18,7 @@ WIDEST = 0.28
 class SnapshotConfig:
     """every: steps between snapshots in RUN_DIR/ema/. From these an average of any width can be made after the
     training. sigma_rels: widths of the averages in the snapshots. Averages of these widths are tracked in addition to
-    ema.sigma_rel."""
+    that of ema.sigma_rel; a width that equals it is not tracked twice."""
 
     every: int
     sigma_rels: tuple[float, ...] = (0.05, 0.1)
@@ -34,8 +34,8 @@ class SnapshotConfig:
 class PowerEMA:
     """The weights of step t are averaged in proportion to t^gamma (Karras et al. 2024, sec. 3).
 
-    sigma_rel: width of that profile, relative to the length of the training, of the average that samples and exports
-    use. snapshots: none by default."""
+    sigma_rel: width of that profile, relative to the length of the training so far, of the average that samples and
+    exports use. snapshots: none by default."""
 
     sigma_rel: float = 0.1
     snapshots: SnapshotConfig | None = None

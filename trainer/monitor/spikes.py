@@ -16,7 +16,7 @@ class RecoveryConfig:
 
     spike: a loss larger than this factor times the usual loss is a spike; null does not look for spikes. The usual loss
     is a running mean over about a hundred steps, kept apart for steps with and without consistency. The first twenty
-    steps of a run are never spikes. leave_out: how many bad steps in a row are skipped. A skipped step changes no
+    steps of each kind are never spikes. leave_out: how many bad steps in a row are skipped. A skipped step changes no
     weights and is counted. roll_back: how often a run may go back to its last checkpoint, once no more steps may be
     skipped. It continues with the samples after those of the bad step. After that, the next bad step ends the run."""
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """tracking_uri: of MLflow; null is an SQLite file `mlflow.db` next to the run directory. experiment: name of the
-    experiment in MLflow. name: name of the run in MLflow; null is the name of the run directory. every: steps between
-    logged metrics. sample_every: steps between grids of samples; 0 makes none. reference: a source of clean images that
-    training never sees. With each grid, a kernel distance between the samples and these images is logged. enabled:
-    false writes to the run directory only, without MLflow."""
+    """tracking_uri: address of the MLflow server or store; null is an SQLite file `mlflow.db` next to the run
+    directory. experiment: name of the experiment in MLflow. name: name of the run in MLflow; null is the name of the
+    run directory. every: steps between logged metrics. sample_every: steps between grids of samples; 0 makes none.
+    reference: a source of clean images that training never sees. With each grid, a kernel distance between the samples
+    and these images is logged. enabled: false writes to the run directory only, without MLflow."""
 
     enabled: bool = True
     tracking_uri: str | None = None
