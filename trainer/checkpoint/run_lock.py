@@ -51,8 +51,8 @@ _held: set[Path] = set()
 
 
 def _locked(file: IO[str]) -> bool:
-    """Tries to lock the file, and returns whether it did. Processes forked from this one do not share the lock, because
-    a data reader may outlive a killed training by seconds."""
+    """Tries to lock the file, and returns whether it did. Processes forked from this one do not share this kind
+    of lock. This is needed: a data reader may outlive a killed training by seconds."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -27,10 +27,11 @@ class ConsistencyConfig:
     the largest share of extra time that consistency may cost, such as 0.2. The first steps from `start` on are timed
     with and without it; the period is set from these times and then stays. start: first step that may have consistency.
     end: consistency stops before this step; null: never. batch_size: particles per consistency step, over all ranks;
-    null is batch_size. steps: reverse steps from a particle to its child, of two network passes each. ratio: a reverse
-    step goes from level t to about ratio times t. gradient: low sends the gradient through the denoiser at the lower
-    level only; both through both. where: below starts particles below each sample's sigma_n; everywhere at all levels.
-    pool_depth: particles kept per row of the batch, each at its own level."""
+    null takes the run's batch_size. steps: reverse steps from a particle to its child, of two network passes each.
+    ratio: a reverse step goes from level t to about ratio times t. gradient: low sends the gradient through the
+    denoiser at the lower level only; both through both. where: below starts particles at each sample's sigma_n, so that
+    they cover the levels below it; everywhere starts them at all levels from sigma_n up to sigma_max. pool_depth:
+    particles kept per row of the batch, each at its own level."""
 
     weight: float = 0.03
     period: int | None = None

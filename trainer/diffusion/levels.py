@@ -1,6 +1,7 @@
 """Distributions over the training level sigma_t, truncated at each sample's own sigma_n, and loss weights.
 
-Truncation uses the inverse distribution function: one uniform number per sample, no rejection, no clamping.
+Truncation uses the inverse distribution function: one uniform number per sample, no rejection, and no clamping
+except of rounding errors.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ Attention = Literal["auto", "xformers", "sdpa"]
 Precision = Literal["fp32", "bf16", "fp16", "auto"]
 
 LONGEST_TIMEOUT = 100_000
-"""Minutes, of engine.timeout_minutes."""
+"""Exclusive upper limit of engine.timeout_minutes."""
 MOST_IN_BUCKET = 500_000_000
 """Largest number of elements in the buffer in which ZeRO collects gradients: DeepSpeed's default. A small model needs
 fewer."""
@@ -77,7 +77,7 @@ class OptimizerConfig:
     """AdamW.
 
     lr: learning rate. betas: decay rates of the two moments. eps: added to the square root of the second moment.
-    weight_decay: decoupled weight decay. warmup_steps: steps over which the learning rate rises linearly from 0. clip:
+    weight_decay: decoupled weight decay. warmup_steps: steps over which the learning rate rises linearly to lr. clip:
     largest norm of the gradient; 0 does not clip."""
 
     lr: float = 1e-4

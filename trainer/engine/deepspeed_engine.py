@@ -26,7 +26,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import safe_get_full_fp32_param
 
 from ambient_core.errors import UserError
-from trainer.engine import adam_8bit, deepspeed_private
+from trainer.engine import adam_8bit, deepspeed_private, distributed
 from trainer.engine.config import MOST_IN_BUCKET, EngineConfig, OptimizerConfig, Precision
 from trainer.engine.loss_scaler import FIRST, LossScale
 
@@ -63,6 +63,7 @@ class Engine:
         with _refusals_in_one_line(config):
             made = deepspeed.initialize(model=module, optimizer=client, config=settings)
         self._engine: Any = made[0]
+        deepspeed_private.set_timeout(distributed.timeout())
         self._zero: Any = made[1]  # ZeRO's wrapper of our optimizer; at stage 0 our optimizer itself
         if config.zero_stage == 0:
             deepspeed_private.replace_at_stage_0(self._engine, self._forget_gradients, self._average_gradients)
@@ -110,7 +111,7 @@ class Engine:
     def step(self, number: int) -> None:
         """Must be called once per micro-batch. The last call of a step updates the weights, with the learning rate of
         step `number`. If a gradient is not finite, the weights stay unchanged and `left_out` is true. At ZeRO stage 0
-        it does not wait for the device, except in fp16 and with 8-bit or CPU Adam."""
+        it does not wait for the device, except in fp16 and with 8-bit Adam."""
         last = self._engine.is_gradient_accumulation_boundary()
         if last:
             for group in self._zero.param_groups:

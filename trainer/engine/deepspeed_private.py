@@ -8,17 +8,26 @@ ZeRO stage.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import deepspeed.ops
 import torch
+from deepspeed.utils import groups
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 
 def skip_probing_for_compilers() -> None:
     """Stops DeepSpeed from looking for the compilers of its fused operators when it is first used. This takes seconds,
     and the result is not used here."""
     setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010
+
+
+def set_timeout(timeout: timedelta) -> None:
+    """Sets how long a rank waits for the others in DeepSpeed's collectives. They are in a group of its own, which has
+    torch's default: 10 minutes with NCCL."""
+    _set_pg_timeout(timeout, groups._clone_world_group())
 
 
 def remove_loss_scalers(engine: Any, zero: Any) -> None:

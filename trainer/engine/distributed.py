@@ -65,6 +65,10 @@ def init(timeout_minutes: float = 30.0) -> Ranks:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+        if launch.local is not None:
+            os.environ.setdefault("LOCAL_RANK", str(launch.local))
+    global _timeout
+    _timeout = timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():
         on_gpu = device.type == "cuda"
         dist.init_process_group(
@@ -72,10 +76,18 @@ def init(timeout_minutes: float = 30.0) -> Ranks:
             store=dist.HashStore() if launch.alone else None,  # no port to collide on
             rank=launch.rank,
             world_size=launch.world,
-            timeout=timedelta(minutes=timeout_minutes),
+            timeout=_timeout,
             device_id=device if on_gpu else None,
         )
     return Ranks(launch.rank, launch.world, device)
+
+
+def timeout() -> timedelta:
+    """Returns how long a rank waits for the others in a collective."""
+    return _timeout
+
+
+_timeout = timedelta(minutes=30)
 
 
 def leave_at_exit() -> None:

@@ -9,17 +9,18 @@ from dataclasses import dataclass
 from ambient_core.errors import UserError
 
 NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What torch.distributed needs to connect the ranks; torchrun and the deepspeed launcher set all of them."""
-LOCAL = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
-"""Variables with the number of a process among those of its machine, by torchrun, SLURM, Open MPI and MPICH."""
-FIRST_PORT, PORTS = 12_000, 20_000
-"""Ports for ranks that srun starts: below those that systems hand out, and another one for each job step."""
+"""What torch.distributed needs to connect the ranks. torchrun and deepspeed's own launcher set all of them."""
+LOCAL = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
+"""Variables with the number of a process among those of its machine, by torchrun, Open MPI and MPICH."""
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+FIRST_PORT, PORTS = 13_000, 19_000
+"""Ports for ranks that srun starts: below those that systems hand out, and usually another one for each job step."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """rank, world: this process among all ranks. local: its number on its machine; None if no variable has it. alone:
-    it was not started as one of several."""
+    """rank, world: this process among all ranks. local: its number on its machine; 0 for a single process, None if
+    there are several and no variable has it. alone: it was not started as one of several."""
 
     rank: int
     world: int
@@ -29,8 +30,8 @@ class Launch:
 
 def launched(environment: MutableMapping[str, str]) -> Launch:
     """Reads the environment variables of the launcher. For tasks of srun it sets those that torchrun would set, since
-    torch.distributed and DeepSpeed read them. Raises UserError for a part of them, and for values that are no numbers.
-    """
+    torch.distributed and DeepSpeed read them. Raises UserError if there are several processes but not all the
+    variables, and for values that are not integers."""
     if "RANK" not in environment and _is_task_of_srun(environment):
         _set_from_slurm(environment)
     given = [name for name in NAMES if name in environment]
@@ -43,15 +44,22 @@ def launched(environment: MutableMapping[str, str]) -> Launch:
             field=missing[0],
             code="missing",
         )
+    if alone and (size := next((environment[name] for name in MPI_SIZES if name in environment), "1")) != "1":
+        raise UserError(
+            f"mpirun started {size} processes, but RANK is not set: start with torchrun or srun",
+            field="RANK",
+            code="missing",
+        )
     rank, world = (0, 1) if alone else (_number(environment, "RANK"), _number(environment, "WORLD_SIZE"))
-    local = next((_number(environment, name) for name in LOCAL if name in environment), 0 if world == 1 else None)
+    names = (*LOCAL, "SLURM_LOCALID") if _is_task_of_srun(environment) else LOCAL  # a batch script hands on its own
+    local = next((_number(environment, name) for name in names if name in environment), 0 if world == 1 else None)
     return Launch(rank, world, local, alone)
 
 
 def gpu_of(launch: Launch, gpus: int, environment: Mapping[str, str]) -> int:
-    """Returns the number of this process's GPU. gpus: how many are visible. Where a launcher shows each process its own
-    GPU alone (srun's --gpus-per-task and --gpu-bind), it is the one that CUDA_VISIBLE_DEVICES names. Raises UserError
-    if no variable has the number of this process on its machine, and if there are more processes than GPUs."""
+    """Returns the number of this process's GPU. gpus: how many it sees. If srun shows each of its tasks one GPU
+    (--gpus-per-task, --gpu-bind), that is number 0; NCCL refuses tasks that see the same one. Raises UserError if no
+    variable has the number of this process on its machine, or if there are more processes than GPUs."""
     if launch.local is None:
         raise UserError(
             "LOCAL_RANK is not set, so all ranks of a machine would use its first GPU: start with torchrun, or set it "
@@ -61,11 +69,11 @@ def gpu_of(launch: Launch, gpus: int, environment: Mapping[str, str]) -> int:
         )
     if launch.local < gpus:
         return launch.local
-    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
-    if gpus == 1 and visible and "," not in visible:
+    if gpus == 1 and _is_task_of_srun(environment) and "TORCHELASTIC_RUN_ID" not in environment:
         return 0
     raise UserError(
-        f"LOCAL_RANK {launch.local}: this machine has {gpus} GPUs: start at most {gpus} processes on it",
+        f"LOCAL_RANK {launch.local}: this process sees {gpus} GPUs: start at most {gpus} processes on a machine, or "
+        "show each process all GPUs",
         field="LOCAL_RANK",
         code="invalid",
     )
@@ -74,7 +82,8 @@ def gpu_of(launch: Launch, gpus: int, environment: Mapping[str, str]) -> int:
 def _is_task_of_srun(environment: Mapping[str, str]) -> bool:
     """Whether srun started this process as one of several. A batch script has SLURM_NTASKS and SLURM_PROCID too, but no
     step."""
-    return "SLURM_PROCID" in environment and environment.get("SLURM_STEP_NUM_TASKS", "1") != "1"
+    by_mpi = any(name in environment for name in MPI_SIZES[:1])  # mpirun starts its daemons by srun
+    return "SLURM_PROCID" in environment and environment.get("SLURM_STEP_NUM_TASKS", "1") != "1" and not by_mpi
 
 
 def _set_from_slurm(environment: MutableMapping[str, str]) -> None:

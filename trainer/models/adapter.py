@@ -169,8 +169,8 @@ h = restore(Path("THIS_FOLDER")).denoiser  # h(x, sigma, {}) is E[x0 | x], where
         return None
 
     def encoded_captions(self, samples: int) -> int:
-        """Returns the largest number of captions that these encode for a micro-batch of `samples` samples, including
-        particles."""
+        """Returns the largest number of captions that the network's own text encoders encode for a micro-batch of
+        `samples` samples, including particles."""
         return 0
 
 

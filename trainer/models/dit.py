@@ -60,7 +60,7 @@ class DiT(nn.Module):
         )
         for module in self.model.modules():
             if isinstance(module, LabelEmbedding):
-                module.dropout_prob = 0.0  # it would drop the only class, with noise other than AddressedNoise
+                module.dropout_prob = 0.0  # else it drops the only class at random, from torch's global generator
         if config.activation_checkpointing:
             self.model.enable_gradient_checkpointing()
 

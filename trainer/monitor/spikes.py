@@ -18,7 +18,8 @@ class RecoveryConfig:
     is a running mean over about a hundred steps, kept apart for steps with and without consistency. The first twenty
     steps of each kind are never spikes. leave_out: how many bad steps in a row are skipped. A skipped step changes no
     weights and is counted. roll_back: how often a run may go back to its last checkpoint, once no more steps may be
-    skipped. It continues with the samples after those of the bad step. After that, the next bad step ends the run."""
+    skipped. It continues with the samples after those of the bad step. If no roll-back is left, the next step that may
+    not be skipped ends the run."""
 
     spike: float | None = None
     leave_out: int = 0

@@ -159,11 +159,14 @@ def activations(
 
 _traced: dict[Hashable, Activations] = {}
 
+UNSHOWN = ("gradient_checkpointing", "heads", "num_heads")
+"""Attributes of modules that their text does not show."""
+
 
 def _architecture(network: Denoiser) -> Hashable:
     """Returns what the operations and the sizes of the tensors depend on."""
     modules = tuple(
-        (getattr(part, "gradient_checkpointing", None), type(getattr(part, "processor", None)))
+        (part.training, type(getattr(part, "processor", None)), *(getattr(part, name, None) for name in UNSHOWN))
         for part in network.modules()
     )
     tensors = tuple((name, t.shape, t.stride(), t.dtype, t.requires_grad) for name, t in _state(network))

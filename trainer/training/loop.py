@@ -53,9 +53,9 @@ class _Loop:
     def __init__(self, run: Run, stop: Callable[[], bool]) -> None:
         config, start = run.config, run.state
         self._run, self._stop, self._start = run, stop, start
+        self._reports, self._preview = Reports(run), Preview(run)
         self._begun, self._evaluations_before = time.perf_counter(), run.denoiser.evaluations
         self._skipped_batches = start.samples // run.layout.batch_size - start.step
-        self._reports, self._preview = Reports(run), Preview(run)
         self._judge = Judge(config.checkpoint, start.tally)
         self._spikes = Spikes(config.recovery.spike, start.usual_loss) if config.recovery.spike else None
         self._statuses, self._bad_in_a_row = StepStatuses(run.ranks), start.in_a_row
@@ -76,7 +76,7 @@ class _Loop:
 
     @property
     def _evaluations(self) -> int:
-        """Network evaluations of all ranks since the start of this call."""
+        """Network evaluations of all ranks since `train` was called."""
         return (self._run.denoiser.evaluations - self._evaluations_before) * self._run.ranks.world
 
     def _is_due(self, every: int) -> bool:
@@ -101,8 +101,9 @@ class _Loop:
         )
 
     def agree(self) -> bool:
-        """What all ranks know: about this step if something depends on it now, else about the step before. Returns
-        whether to stop."""
+        """Tells all ranks this step's status, and acts on the statuses that are known: of this step if something
+        depends on it now, else of the step before. Completes a written checkpoint. Returns whether to stop. Raises
+        Diverged at a step that may not be skipped."""
         run, engine, passes, config = self._run, self._run.engine, self._passes, self._run.config
         stop_asked = self._stop()
         now = self._is_due(config.checkpoint.every) or self._is_due(config.logging.every)

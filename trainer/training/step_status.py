@@ -30,9 +30,10 @@ class Step:
 
 @dataclass(frozen=True)
 class StepStatus:
-    """What all ranks know about a step. step: the step. stop: some rank was asked to stop. loss: the loss is not finite
-    on some rank. here: the loss is not finite on this rank. left_out: the weights did not move, because gradients were
-    not finite. written: all ranks have written their parts of a checkpoint."""
+    """The status of a step, the same on all ranks except for `step` and `here`. step: the step. stop: some rank was
+    asked to stop. loss: the loss is not finite on some rank. here: the loss is not finite on this rank. left_out: the
+    weights did not move, because gradients were not finite. written: all ranks have written their parts of a
+    checkpoint."""
 
     step: Step
     stop: bool
@@ -62,8 +63,8 @@ class StepStatuses:
         self._waiting.append((step, flags, event))
 
     def known(self, of_all: bool) -> list[StepStatus]:
-        """Returns the statuses that were not read yet, in order and the same on all ranks. of_all: include the last
-        step, which waits for the device."""
+        """Returns the statuses that were not read yet, in order and for the same steps on all ranks. of_all: include
+        the last step, which waits for the device."""
         statuses: list[StepStatus] = []
         while len(self._waiting) > (0 if of_all else 1):
             step, flags, event = self._waiting.popleft()

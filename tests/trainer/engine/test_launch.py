@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
+import torch
 
 from ambient_core.errors import UserError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Outcome
 from tests.trainer.in_turn import ENVIRONMENT
 from tests.waiting import HANG_S
 from trainer.engine.launch import Launch, first_host, gpu_of, launched
@@ -42,6 +45,8 @@ BATCH = {"SLURM_JOB_ID": "17", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM
             {k: v for k, v in TORCHRUN.items() if k != "LOCAL_RANK"} | {"OMPI_COMM_WORLD_LOCAL_RANK": "2"},
             Launch(3, 4, 2, False),
         ),
+        # ranks by a shell loop in a batch script, which has a SLURM_LOCALID of its own
+        ({k: v for k, v in TORCHRUN.items() if k != "LOCAL_RANK"} | BATCH, Launch(3, 4, None, False)),
     ],
 )
 def test_the_place_is_the_launchers(environment: dict[str, str], expected: Launch) -> None:
@@ -74,11 +79,11 @@ def test_the_first_host_of_a_list(nodes: str, first: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("local", "gpus", "visible", "expected"),
-    [(0, 1, None, 0), (3, 8, None, 3), (1, 2, "4,5", 1), (3, 1, "3", 0), (3, 1, "GPU-6f", 0)],
+    ("local", "gpus", "environment", "expected"),
+    [(0, 1, {}, 0), (3, 8, {}, 3), (1, 2, TORCHRUN, 1), (3, 1, SRUN, 0), (3, 4, SRUN, 3)],
 )
-def test_the_gpu_of_a_process(local: int, gpus: int, visible: str | None, expected: int) -> None:
-    environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+def test_the_gpu_of_a_process(local: int, gpus: int, environment: dict[str, str], expected: int) -> None:
+    """srun may show each task one GPU."""
     assert gpu_of(Launch(3, 4, local, False), gpus, environment) == expected
 
 
@@ -87,10 +92,14 @@ def test_the_gpu_of_a_process(local: int, gpus: int, visible: str | None, expect
     [
         (3, 1, {}, "invalid"),  # four processes, one GPU
         (2, 2, {"CUDA_VISIBLE_DEVICES": "0,1"}, "invalid"),
+        (1, 1, {"CUDA_VISIBLE_DEVICES": "0", "TORCHELASTIC_RUN_ID": "x"}, "invalid"),
+        (1, 1, SRUN | {"TORCHELASTIC_RUN_ID": "x"}, "invalid"),  # torchrun within one task of srun
         (None, 8, {}, "missing"),
     ],
 )
-def test_two_processes_never_share_a_gpu(local: int | None, gpus: int, environment: dict[str, str], code: str) -> None:
+def test_more_processes_than_gpus_are_refused(
+    local: int | None, gpus: int, environment: dict[str, str], code: str
+) -> None:
     with pytest.raises(UserError) as refused:
         gpu_of(Launch(3, 4, local, False), gpus, environment)
     assert (refused.value.field, refused.value.code) == ("LOCAL_RANK", code)
@@ -101,6 +110,8 @@ def test_two_processes_never_share_a_gpu(local: int | None, gpus: int, environme
     [
         ({"WORLD_SIZE": "2"}, "RANK", "missing"),
         ({**TORCHRUN, "RANK": "one"}, "RANK", "invalid"),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1"}, "RANK", "missing"),  # each would train alone
+        (SRUN | {"OMPI_COMM_WORLD_SIZE": "4"}, "RANK", "missing"),  # its daemons are tasks of srun
         ({**TORCHRUN, "LOCAL_RANK": "-1"}, "LOCAL_RANK", "invalid"),
         ({**SRUN, "SLURM_STEP_NODELIST": ""}, "SLURM_STEP_NODELIST", "invalid"),
     ],
@@ -109,6 +120,16 @@ def test_an_environment_that_says_half_is_refused(environment: dict[str, str], f
     with pytest.raises(UserError) as refused:
         launched(dict(environment))
     assert (refused.value.field, refused.value.code) == (field, code)
+
+
+def test_the_timeout_is_that_of_deepspeeds_collectives_too(train: Callable[..., Outcome]) -> None:
+    """DeepSpeed makes a group of its own."""
+    from deepspeed.utils import groups
+
+    code, output = train("run", "steps=1", "engine.timeout_minutes=7")
+    assert code == 0, output
+    backend = groups._clone_world_group()._get_backend(torch.device("cpu"))
+    assert backend.options._timeout == timedelta(minutes=7)
 
 
 def test_the_deepspeed_launcher_may_give_the_local_rank_as_an_argument() -> None:

@@ -81,6 +81,6 @@ def _layers_of(name: str, part: Any) -> dict[str, Any]:
 
 
 def _within(name: str, part: Any) -> str:
-    """Returns the prefix of a layer's name in the file. CLIPTextModel of transformers 5 does not have it, that of
-    transformers 4 needs it, and diffusers accepts both."""
+    """Returns the prefix to add to a layer's name for the file. The names in CLIPTextModel of transformers 5 lack it;
+    transformers 4 needs it in the file, and diffusers accepts both."""
     return "" if name == "unet" or hasattr(part, "text_model") else "text_model."
