@@ -27,7 +27,8 @@ def skip_probing_for_compilers() -> None:
 def set_timeout(timeout: timedelta) -> None:
     """Sets how long a rank waits for the others in DeepSpeed's collectives. They are in a group of its own, which has
     torch's default: 10 minutes with NCCL."""
-    _set_pg_timeout(timeout, groups._clone_world_group())
+    group: Any = groups._clone_world_group()
+    _set_pg_timeout(timeout, group)
 
 
 def remove_loss_scalers(engine: Any, zero: Any) -> None:

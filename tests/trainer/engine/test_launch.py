@@ -128,8 +128,8 @@ def test_the_timeout_is_that_of_deepspeeds_collectives_too(train: Callable[..., 
 
     code, output = train("run", "steps=1", "engine.timeout_minutes=7")
     assert code == 0, output
-    backend = groups._clone_world_group()._get_backend(torch.device("cpu"))
-    assert backend.options._timeout == timedelta(minutes=7)
+    group: Any = groups._clone_world_group()
+    assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(minutes=7)
 
 
 def test_the_deepspeed_launcher_may_give_the_local_rank_as_an_argument() -> None:
