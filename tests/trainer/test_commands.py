@@ -173,8 +173,8 @@ def test_quickstart_from_images_to_picture(
         "4",
     ]
     empty_store(tmp_path / "runs" / "quickstart-digits" / "mlflow.db")
+    monkeypatch.setattr(quickstart, "_python", in_process_after_sharding)
     for call in range(2):
-        monkeypatch.setattr(quickstart, "_python", in_process_after_sharding)
         assert errors.run(lambda: quickstart.main(arguments)) == 0
         printed = capfd.readouterr()
         assert printed.err.count("already done at step") == 2 * call, "a second call reuses what exists"

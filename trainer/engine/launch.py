@@ -82,13 +82,14 @@ def gpu_of(launch: Launch, gpus: int, environment: Mapping[str, str]) -> int:
 def _is_task_of_srun(environment: Mapping[str, str]) -> bool:
     """Whether srun started this process as one of several. A batch script has SLURM_NTASKS and SLURM_PROCID too, but no
     step."""
-    by_mpi = any(name in environment for name in MPI_SIZES[:1])  # mpirun starts its daemons by srun
-    return "SLURM_PROCID" in environment and environment.get("SLURM_STEP_NUM_TASKS", "1") != "1" and not by_mpi
+    if "OMPI_COMM_WORLD_SIZE" in environment:  # mpirun starts its daemons by srun
+        return False
+    return "SLURM_PROCID" in environment and environment.get("SLURM_STEP_NUM_TASKS", "1") != "1"
 
 
 def _set_from_slurm(environment: MutableMapping[str, str]) -> None:
     one_node = environment.get("SLURM_STEP_NUM_NODES", environment.get("SLURM_NNODES", "1")) == "1"
-    step = _number(environment, "SLURM_JOB_ID") * 31 + int(environment.get("SLURM_STEP_ID", "0") or 0)
+    step = _number(environment, "SLURM_JOB_ID") * 31 + _number(environment, "SLURM_STEP_ID")
     environment["RANK"] = environment["SLURM_PROCID"]
     environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
     environment.setdefault("LOCAL_RANK", environment.get("SLURM_LOCALID", "0"))
