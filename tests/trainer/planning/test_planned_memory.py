@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
 from tests.conftest import TINY, Outcome
 from tests.trainer.in_turn import on_two_ranks
 from tests.trainer.planning.measured_memory import measure
-from tests.trainer.test_plan import SHAPE, WIDE
+from tests.trainer.test_plan import SHAPE, WIDE, config_of
 from trainer.config.run_config import RunConfig, load
 from trainer.planning import models
 from trainer.planning.estimate import Estimate, Setting, setting_of
@@ -62,6 +63,20 @@ def test_a_run_takes_the_memory_that_was_planned(
     config = load(TINY, wanted)
     accumulation = batch // (config.micro_batch_size or batch)
     assert measure(TINY, wanted) == pytest.approx(predicted(config, stage, 1, accumulation), rel=MEMORY_TOLERANCE)
+
+
+def test_a_plan_does_not_depend_on_what_was_trained_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO stage 3 leaves its own linear function in torch, which keeps other tensors."""
+    config = config_of("batch_size=8", *WIDE)
+
+    def traced() -> Activations:
+        monkeypatch.setattr("trainer.planning.trace._traced", {})
+        return activations(models.configured(config, SHAPE), SHAPE, {}, passes(config, 8, True), None)
+
+    before = traced()
+    monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
+    assert traced() == before
+    assert torch.nn.functional.linear is zero3_linear_wrap
 
 
 def test_what_8_bits_and_offloading_leave_is_counted_by_hand() -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.models.conditioning import TextEncoders
 from trainer.models.sdxl.lora import LoraConfig, add_text_lora
@@ -49,14 +49,14 @@ class EncodedText(TextEncoders):
         if self._begun is None:
             distinct, rows = captions.unique(dim=0, return_inverse=True)
             prompt_embeds, pooled = self.encode(distinct)
-            return prompt_embeds[rows], pooled[rows]
+            return _take(prompt_embeds, rows), _take(pooled, rows)
         if self._encoded is None:
             with torch.set_grad_enabled(self.trained):
                 self._encoded = self.encode(self._begun)
         same = (captions[:, None] == self._begun).flatten(2).all(2)
         assert bool(same.any(1).all()), "a caption that `begin` was not given"
         rows = same.int().argmax(1)
-        return self._encoded[0][rows], self._encoded[1][rows]
+        return _take(self._encoded[0], rows), _take(self._encoded[1], rows)
 
     def encode(self, captions: Tensor) -> tuple[Tensor, Tensor]:
         """Encodes each row of captions, as the pipeline's encode_prompt does."""
@@ -68,3 +68,9 @@ class EncodedText(TextEncoders):
         tokens = self.text_encoder.config.max_position_embeddings
         prompt_embeds, pooled = self.encode(torch.zeros(captions, 2, tokens, dtype=torch.int64, device=device))
         return {"prompt_embeds": prompt_embeds, "pooled": pooled}
+
+
+def _take(table: Tensor, rows: Tensor) -> Tensor:
+    """Returns table[rows], for a table of two or more dimensions. The backward pass of indexing adds in any order if
+    several CPU threads share it; that of an embedding adds in one order on CPUs and GPUs, so runs repeat to the bit."""
+    return nn.functional.embedding(rows, table.flatten(1)).unflatten(1, table.shape[1:])
