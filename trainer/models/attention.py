@@ -57,11 +57,12 @@ class Choice:
         return tags
 
 
-def set_attention(module: nn.Module, wanted: Attention, dtype: torch.dtype, ranks: Ranks) -> Choice:
-    """Chooses a backend and sets it in every attention layer of a module that holds a diffusers model. A collective
-    operation: all ranks get the same backend. Raises UserError with xformers' own reason if xformers is requested and
-    cannot run."""
-    choice = choose(wanted, head_dims(module), dtype, ranks.device)
+def set_attention(module: nn.Module, wanted: Attention, autocast: torch.dtype | None, ranks: Ranks) -> Choice:
+    """Chooses a backend and sets it in every attention layer of a module that holds a diffusers model. autocast: the
+    data type that the training casts to; None computes in the layers' own type, which is bfloat16 for a frozen bf16
+    base. A collective operation: all ranks get the same backend. Raises UserError with xformers' own reason if xformers
+    is requested and cannot run."""
+    choice = choose(wanted, head_dims(module), autocast or _dtype(module), ranks.device)
     if ranks.any(choice.backend == "sdpa") and choice.backend == "xformers":
         choice = Choice("sdpa", "xformers did not pass on another rank", choice.probe)
     use(module, choice.backend)
@@ -102,7 +103,7 @@ def probe(kernel: Kernel, dims: list[int], dtype: torch.dtype, device: torch.dev
             q, k, v, upstream = (torch.randn(s, generator=generator, device=device, dtype=dtype) for s in shapes)
             try:
                 actual = _forward_backward(kernel, q, k, v, upstream)
-            except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
+            except Exception as error:  # an xformers or triton of another torch raises anything
                 return Probe(_reason(error))
             expected = _forward_backward(sdpa_kernel, q, k, v, upstream)
             for a, b in zip(actual, expected, strict=True):
@@ -148,6 +149,11 @@ def use(module: nn.Module, backend: Backend) -> None:
         layer.set_processor(AttnProcessor2_0() if backend == "sdpa" else XFormersAttnProcessor())
 
 
+def _dtype(module: nn.Module) -> torch.dtype:
+    """Returns the data type in which the attention layers compute without autocast."""
+    return next((layer.to_q.weight.dtype for layer in _layers(module)), torch.float32)
+
+
 def _layers(module: nn.Module) -> list[Any]:
     from diffusers.models.attention_processor import Attention as Layer  # imported here since it takes seconds
 
@@ -182,7 +188,7 @@ def _synchronize(device: torch.device) -> None:
 def _reason(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         return f"{error}; pip install xformers"
-    return one_line(error)
+    return one_line(error, with_kind=not isinstance(error, (ImportError, RuntimeError, ValueError)))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -136,10 +136,10 @@ def _notices(config: RunConfig, loader: Loader, ranks: Ranks) -> dict[str, str]:
 
 def _attention(config: RunConfig, network: Denoiser, precision: str, ranks: Ranks) -> Choice:
     """Sets the network's attention implementation, for the precision of the training, and returns the choice."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     if config.engine.deterministic:
-        return replace(set_attention(network, "sdpa", dtype, ranks), why="engine.deterministic")
-    return set_attention(network, config.engine.attention, dtype, ranks)
+        return replace(set_attention(network, "sdpa", autocast, ranks), why="engine.deterministic")
+    return set_attention(network, config.engine.attention, autocast, ranks)
 
 
 def _load(path: Path, engine: Engine, ema: EMA, pool: ParticlePool, first_particle: int, ranks: Ranks) -> TrainState:

@@ -43,6 +43,10 @@ def cannot_run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     raise NotImplementedError("No operator found:\n  device=abacus (supported: {'cuda'})")
 
 
+def not_for_this_torch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    raise AttributeError("module 'triton' has no attribute 'jit'")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_probe_passes_attention_written_by_hand(dtype: torch.dtype) -> None:
     found = probe(by_hand, [8, 40], dtype, CPU)
@@ -63,6 +67,7 @@ def test_the_probe_finds_a_wrong_output_and_a_wrong_gradient(kernel: attention.K
         (slow, "sdpa", "times the time of SDPA"),
         (wrong_scale, "sdpa", "it differs from SDPA"),
         (cannot_run, "sdpa", "No operator found: device=abacus (supported: {'cuda'})"),
+        (not_for_this_torch, "sdpa", "xformers: AttributeError: module 'triton' has no attribute 'jit'"),
     ],
 )
 def test_auto_takes_xformers_where_it_runs_and_agrees_and_is_not_slower(
@@ -124,24 +129,50 @@ def test_every_model_gives_the_same_by_either_attention(kind: str, monkeypatch: 
     torch.manual_seed(0)
     model, call = models()[kind]()
     assert head_dims(model) == [8]
-    assert set_attention(model, "sdpa", torch.float32, ALONE).backend == "sdpa"
+    assert set_attention(model, "sdpa", None, ALONE).backend == "sdpa"
     plain = call(model)
     assert not calls
-    assert set_attention(model, "xformers", torch.float32, ALONE).backend == "xformers"
+    assert set_attention(model, "xformers", None, ALONE).backend == "xformers"
     probed = len(calls)
     torch.testing.assert_close(call(model), plain, rtol=1e-4, atol=1e-5)
     assert len(calls) > probed
-    set_attention(model, "sdpa", torch.float32, ALONE)
+    set_attention(model, "sdpa", None, ALONE)
     seen = len(calls)
     call(model)
     assert len(calls) == seen
+
+
+@pytest.mark.parametrize(
+    ("base", "autocast", "probed"),
+    [
+        (torch.bfloat16, None, torch.bfloat16),
+        (torch.bfloat16, torch.float16, torch.float16),
+        (torch.float32, None, torch.float32),
+    ],
+)
+def test_the_probe_has_the_type_that_the_layers_compute_in(
+    base: torch.dtype, autocast: torch.dtype | None, probed: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    seen: set[torch.dtype] = set()
+
+    def noted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen.add(q.dtype)
+        return sdpa_kernel(q, k, v)
+
+    monkeypatch.setattr(attention, "xformers_kernel", noted)
+    model = models()["sdxl"]()[0].to(base)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q"]), model)
+    set_attention(model, "xformers", autocast, ALONE)
+    assert seen == {probed}
 
 
 def test_ranks_that_disagree_take_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "xformers_kernel", sdpa_kernel)
     monkeypatch.setattr(attention, "SLOWER", float("inf"))
     monkeypatch.setattr(Ranks, "any", lambda self, flags: {"sdpa": True})  # pyright: ignore[reportUnknownLambdaType]
-    choice = set_attention(models()["unet2d"]()[0], "auto", torch.float32, ALONE)
+    choice = set_attention(models()["unet2d"]()[0], "auto", None, ALONE)
     assert (choice.backend, choice.why) == ("sdpa", "xformers did not pass on another rank")
 
 
@@ -152,7 +183,7 @@ def test_a_layer_without_another_form_is_refused() -> None:
     layer.set_processor(AttnAddedKVProcessor2_0())  # pyright: ignore[reportArgumentType]
     model = nn.Sequential(layer)
     with refused("engine.attention", "unsupported"):
-        set_attention(model, "sdpa", torch.float32, ALONE)
+        set_attention(model, "sdpa", None, ALONE)
 
 
 Train = Callable[..., Outcome]
