@@ -1,5 +1,5 @@
 # make quickstart   real images, corrupted, to a trained model and one picture   (DATASET=digits|fashion|emoji|faces)
-# make test         the tests (JOBS=2 at once)          make lint, make types, make format
+# make test         the tests (JOBS=3 at once)          make lint, make types, make format
 # make test-slurm   starts a real SLURM of two nodes on this machine (root, Debian), and runs the tests that need one
 # make test-ui      installs a headless browser (root, Debian), and drives MLflow's pages of a small store with it
 # make audit        known weaknesses of the tested versions; needs the network
@@ -9,7 +9,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 DATASET ?= digits
-JOBS ?= 2
+JOBS ?= 3
 UI_SHOTS ?= /tmp/ambient-ui
 STARTED := $(shell date +%s)
 BIN := $(VENV)/bin

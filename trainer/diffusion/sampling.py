@@ -61,14 +61,14 @@ def sample(
     if method == "ancestral" and noise_at is None:
         raise ValueError("the ancestral sampler needs noise_at")
     previous_h: Tensor | None = None
-    h = x
+    h, levels = x, levels.to(x.dtype).to(x.device)
     for i in range(len(levels)):
-        t = levels[i].to(x.dtype).to(x.device)
+        t = levels[i]
         t_B = t.expand(x.shape[0])
         h = denoiser(x, t_B, conditioning)
         if i + 1 == len(levels):
             break
-        s = levels[i + 1].to(x.dtype).to(x.device)
+        s = levels[i + 1]
         if method == "ancestral" and noise_at is not None:
             x = reverse_step(x, h, t_B, s.expand(x.shape[0]), noise_at(i).normal("sample.step", x))
         elif method == "heun":  # Karras et al. 2022, algorithm 1
@@ -80,7 +80,7 @@ def sample(
             step = (t / s).log()
             mixed = h
             if previous_h is not None:
-                r = (levels[i - 1].to(x.dtype).to(x.device) / t).log() / step
+                r = (levels[i - 1] / t).log() / step
                 mixed = h + (h - previous_h) / (2 * r)
             x = s / t * x + (1 - s / t) * mixed
             previous_h = h
