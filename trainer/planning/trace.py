@@ -255,7 +255,7 @@ def _own_linear() -> Iterator[None]:
     """Uses torch's own linear function. ZeRO stage 3 replaces it for the rest of the process by one that keeps other
     tensors, so a plan would depend on what was trained before it."""
     replaced = nn.functional.linear
-    nn.functional.linear = torch._C._nn.linear
+    nn.functional.linear = torch._C._nn.linear  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
