@@ -1,3 +1,4 @@
+# make install      .venv with the tested versions; for NVIDIA GPUs where there is a driver (GPU=0 or GPU=1 overrides)
 # make quickstart   real images, corrupted, to a trained model and one picture   (DATASET=digits|fashion|emoji|faces)
 # make test         the tests (JOBS=3 at once)          make lint, make types, make format
 # make test-slurm   starts a real SLURM of two nodes on this machine (root, Debian), and runs the tests that need one
@@ -11,21 +12,30 @@ VENV ?= .venv
 DATASET ?= digits
 JOBS ?= 3
 UI_SHOTS ?= /tmp/ambient-ui
+# GPU decides which versions are installed. Without it: those that are installed, else a driver that lists a GPU decides.
+FOUND = $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo 1 || echo 0)
+GPU ?= $(if $(wildcard $(VENV)/.installed-gpu),1,$(if $(wildcard $(VENV)/.installed),0,$(FOUND)))
+ifneq ($(filter 0 1,$(GPU)),$(GPU))
+$(error GPU=$(GPU): 1 installs the versions for NVIDIA GPUs, 0 the others)
+endif
+CONSTRAINTS := $(if $(filter 1,$(GPU)),constraints-gpu.txt,constraints.txt)
+STAMP := $(VENV)/.installed$(if $(filter 1,$(GPU)),-gpu)
 STARTED := $(shell date +%s)
 BIN := $(VENV)/bin
 
 .PHONY: install dev quickstart test test-slurm test-ui directions bench bench-compare docs lint types format audit clean
-install: $(VENV)/.installed
-dev: $(VENV)/.installed-dev
+install: $(STAMP)
+dev: $(STAMP)-dev
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints-common.txt $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[datasets,evaluation,measured]'
+	rm -f $(VENV)/.installed*
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) torch
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[datasets,evaluation,measured]'
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+$(STAMP)-dev: $(STAMP)
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	$(BIN)/python -c 'from trainer.models.clip_vocabulary import vocabulary; vocabulary()'
 	touch $@
 
@@ -58,7 +68,7 @@ directions: dev
 	$(BIN)/python -m benchmarks.images --quick
 
 docs: dev
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: dev
@@ -72,7 +82,7 @@ types: dev
 audit:
 	$(PYTHON) -m venv build/audit
 	build/audit/bin/pip install --quiet pip-audit
-	build/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
+	build/audit/bin/pip-audit --requirement constraints-common.txt --requirement constraints.txt --no-deps --disable-pip --strict
 
 format: dev
 	$(BIN)/ruff check --fix .

@@ -48,7 +48,8 @@ class Finding:
 def parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="python -m trainer.doctor",
-        description="Checks packages, devices, bf16, attention, communication; on request a shared folder and MLflow.",
+        description="Checks packages, devices, bf16, compiled kernels, attention, communication; on request a shared "
+        "folder and MLflow.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -69,7 +70,14 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    checks: list[Callable[[], Iterator[Finding]]] = [packages, devices, arithmetic, attention, communication]
+    checks: list[Callable[[], Iterator[Finding]]] = [
+        packages,
+        devices,
+        arithmetic,
+        compiled,
+        attention,
+        communication,
+    ]
     if args.shared:
         checks.append(lambda: shared_folder(args.shared))
     if args.tracking:
@@ -166,6 +174,22 @@ def arithmetic() -> Iterator[Finding]:
         yield Finding("bf16", "ok", detail)
 
 
+def compiled() -> Iterator[Finding]:
+    """Lists the compiled kernels that GPUs use. Without a GPU, one that does not load is missed by nothing."""
+    import torch
+
+    from trainer.engine.kernels import kernels
+
+    gpu = torch.cuda.is_available()
+    for kernel in kernels():
+        if kernel.problem:
+            advice = kernel.mend if gpu or kernel.name == "deepspeed" else f"only GPUs use it; there: {kernel.mend}"
+            verdict = "fail" if kernel.name == "deepspeed" else "warn"
+            yield Finding(kernel.name, verdict, f"does not load: {kernel.problem}", advice)
+        else:
+            yield Finding(kernel.name, "ok", f"loads: {kernel.detail}")
+
+
 def attention() -> Iterator[Finding]:
     """Compares xformers with SDPA at SDXL's head dimension, in each precision that training uses on this device."""
     import torch
@@ -244,9 +268,8 @@ def communication() -> Iterator[Finding]:
             "NCCL_DEBUG=INFO says more; gloo needs a host name that resolves",
         )
     else:
-        yield Finding(
-            "communication", "ok", f"{backend}, 2 processes on this machine sum {float(answers[0][0]):.3g} GB/s"
-        )
+        speed = float(answers[0][0].split()[-1])  # gloo of torch 2.10 prints lines of its own first
+        yield Finding("communication", "ok", f"{backend}, 2 processes on this machine sum {speed:.3g} GB/s")
 
 
 def shared_folder(folder: Path) -> Iterator[Finding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +34,7 @@ def test_this_machine_can_train(
 
 def test_a_missing_package_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(provenance, "PACKAGES", ("torch", "no-such-package"))
-    for name in ("devices", "arithmetic", "attention", "communication"):
+    for name in ("devices", "arithmetic", "compiled", "attention", "communication"):
         monkeypatch.setattr(doctor, name, lambda: iter(()))
     assert errors.run(lambda: doctor.main([])) == 1
     printed = capsys.readouterr().out
@@ -69,3 +70,21 @@ def test_a_server_that_is_not_there_fails_in_one_line() -> None:
     assert found.verdict == "fail"
     assert found.detail.startswith("http://127.0.0.1:9: ")
     assert "\n" not in found.detail
+
+
+def test_only_deepspeed_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training can do without the other kernels."""
+    for name in ("triton", "bitsandbytes", "deepspeed"):
+        monkeypatch.setitem(sys.modules, name, None)
+    verdicts = {finding.name: finding.verdict for finding in doctor.compiled()}
+    assert verdicts["triton"] == verdicts["bitsandbytes"] == "warn"
+    assert verdicts["deepspeed"] == "fail"
+
+
+def test_the_time_is_read_after_what_gloo_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gloo of torch 2.10 prints lines of its own on the same stream."""
+    printed = "[Gloo] Rank 0 is connected to 1 peer ranks. Expected number of connected peer ranks is : 1\n0.237\n"
+    process = SimpleNamespace(communicate=lambda timeout: (printed, ""), kill=lambda: None, returncode=0)
+    monkeypatch.setattr(doctor.subprocess, "Popen", lambda *words, **options: process)
+    (finding,) = doctor.communication()
+    assert (finding.verdict, finding.detail) == ("ok", "gloo, 2 processes on this machine sum 0.237 GB/s")
