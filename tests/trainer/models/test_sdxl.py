@@ -26,7 +26,8 @@ from trainer import sample
 from trainer.diffusion.noise import AddressedNoise
 from trainer.inference.load import restore
 from trainer.models.conditioning import FIXED, NO_CAPTION, Conditioner
-from trainer.models.sdxl.conditioning import TextRows
+from trainer.models.sdxl import conditioning
+from trainer.models.sdxl.conditioning import SDXLConditioning, TextRows
 
 Train = Callable[..., Outcome]
 
@@ -96,6 +97,37 @@ def test_batches_have_the_ids_of_their_captions_and_their_time_ids(latents: Path
         assert (height, width, top, target) == (32, 40, 0, [32, 32])
         assert 0 <= left <= 8
     assert batch.conditioning["time_ids"][:, 3].unique().numel() > 1
+
+
+def test_many_captions_are_read_once_a_micro_batch(latents: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, reads = TextCache(latents / "text"), list[list[int]]()
+    read = cache.rows
+    monkeypatch.setattr(conditioning, "FEW", 0)
+    monkeypatch.setattr(cache, "rows", lambda ids: (reads.append(list(ids)), read(ids))[1])
+    text = TextRows(cache)
+    text.begin(torch.tensor([2, 0, 2]))
+    for ids in ([2, 0], [0], [2, 2]):
+        for found, wanted in zip(text(torch.tensor(ids)), read(ids), strict=True):
+            assert torch.equal(found, wanted)
+    assert reads == [[0, 2]]
+    for other in (1, 3):
+        with pytest.raises(RuntimeError, match="not given"):
+            text(torch.tensor([2, other]))
+
+
+def test_a_training_on_many_captions_is_that_on_few(
+    train_sdxl: Train, latents: Path, small_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, few in (("few", 256), ("many", 0)):
+        monkeypatch.setattr(conditioning, "FEW", few)
+        code, output = train_sdxl(name, "steps=3")
+        assert code == 0, output
+    assert_same_files(tmp_path / "few", tmp_path / "many")
+    data, cpu = DataConfig(str(latents)), torch.device("cpu")
+    given = SDXLConditioning(str(small_sdxl), None, False, 0.1, data, 0, cpu)
+    captions = given.preview(4, (4, 4, 4))["caption"]
+    for found, wanted in zip(given.text(captions), TextCache(latents / "text").rows(captions.tolist()), strict=True):
+        assert torch.equal(found, wanted)
 
 
 def test_captions_are_dropped_by_the_row_of_the_global_batch() -> None:

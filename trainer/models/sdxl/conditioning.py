@@ -33,7 +33,8 @@ FEW = 256
 
 class TextRows:
     """Looks up embeddings by caption id (see models.conditioning.Text). If there are few captions, their embeddings are
-    in memory; if there are many, the file on disk is memory-mapped."""
+    in the device's memory. If there are many, they are read from a memory-mapped file: in training once per
+    micro-batch, for all its passes."""
 
     def __init__(self, source: TextCache | tuple[Tensor, Tensor]) -> None:
         self._cache = source if isinstance(source, TextCache) else None
@@ -41,8 +42,25 @@ class TextRows:
         self.count = len(source) if isinstance(source, TextCache) else len(source[0])
         if isinstance(source, TextCache) and len(source) <= FEW:
             self._kept = source.rows(range(len(source)))
+        self._begun: tuple[Tensor, Tensor, Tensor] | None = None
+        """The ids of a micro-batch, ascending, and their embeddings."""
+
+    def begin(self, ids: Tensor) -> None:
+        """Starts a micro-batch. ids: those of all calls until the next `begin`; they may occur more than once. If there
+        are many captions, the host waits for the device once, to know which to read."""
+        if self._kept is not None:
+            return
+        assert self._cache is not None
+        distinct = sorted(set(ids.cpu().tolist()))
+        prompt_embeds, pooled = (_without_waiting(rows, ids.device) for rows in self._cache.rows(distinct))
+        self._begun = _without_waiting(torch.tensor(distinct), ids.device), prompt_embeds, pooled
 
     def __call__(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        if self._begun is not None:
+            distinct, prompt_embeds, pooled = self._begun
+            rows = torch.searchsorted(distinct, ids).clamp(max=len(distinct) - 1)
+            torch._assert_async((distinct[rows] == ids).all(), "a caption that `begin` was not given")
+            return prompt_embeds[rows], pooled[rows]
         if self._kept is None:
             assert self._cache is not None
             return self._cache.rows(ids.tolist())
@@ -94,14 +112,18 @@ class SDXLConditioning(TrainingConditioning):
         return Conditioner(("time_ids", "caption"), no_caption, None if self.prompt is None else fixed, self.drop)
 
     def begin(self, denoiser: Denoiser, given: Sequence[Conditioning]) -> None:
+        captions = torch.cat([each["caption"] for each in given])
         if (encoders := encoders_of(denoiser.backbone)) is not None:
-            encoders.begin(torch.cat([each["caption"] for each in given]))
+            encoders.begin(captions)
+        else:
+            self._rows.begin(captions)
 
     def preview(self, number: int, shape: tuple[int, int, int]) -> Conditioning:
         """Returns the conditioning of the run's own prompt, or of its first captions in turn."""
         if not self.encoded:
             count = self._rows.count
-            captions = torch.arange(number) % max(1, count - 1) + min(FIXED, count - 1)
+            captions = (torch.arange(number) % max(1, count - 1) + min(FIXED, count - 1)).to(self.device)
+            self._rows.begin(captions)
         elif self.prompt is not None:
             captions = torch.from_numpy(self._tokens([self.prompt] * number)[0])
         else:
@@ -111,6 +133,11 @@ class SDXLConditioning(TrainingConditioning):
             with closing(Loader(replace(self.data, workers=0), layout, self.seed, cpu, self._tokens).stream(0)) as data:
                 captions = next(data).conditioning["caption"]
         return {"time_ids": time_ids(self.base, number, shape, self.device), "caption": captions.to(self.device)}
+
+
+def _without_waiting(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copies a tensor to the device while the host goes on."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def time_ids(base: str, number: int, shape: tuple[int, int, int], device: torch.device) -> Tensor:

@@ -41,7 +41,8 @@ class EncodedText(TextEncoders):
             enable({"use_reentrant": False})
 
     def begin(self, captions: Tensor) -> None:
-        """Starts a micro-batch. captions: those of all calls to come, (N, 2, T); they may occur more than once."""
+        """Starts a micro-batch. captions: those of all calls to come, (N, 2, T); they may occur more than once. The
+        host waits for the device once, to know how many are distinct."""
         self._begun, self._encoded = captions.unique(dim=0), None
 
     @torch.compiler.disable
@@ -54,7 +55,7 @@ class EncodedText(TextEncoders):
             with torch.set_grad_enabled(self.trained):
                 self._encoded = self.encode(self._begun)
         same = (captions[:, None] == self._begun).flatten(2).all(2)
-        assert bool(same.any(1).all()), "a caption that `begin` was not given"
+        torch._assert_async(same.any(1).all(), "a caption that `begin` was not given")  # the host does not wait
         rows = same.int().argmax(1)
         return _take(self._encoded[0], rows), _take(self._encoded[1], rows)
 
