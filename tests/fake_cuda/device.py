@@ -100,7 +100,8 @@ def pretend() -> None:
     from torch._subclasses import fake_tensor
 
     fake_tensor.init_gpu_context = lambda device: None
-    fake_tensor.FakeTensorMode.avoid_device_init = True
+    mode: Any = fake_tensor.FakeTensorMode
+    mode.avoid_device_init = True
     properties = types.SimpleNamespace(total_memory=80 << 30, major=9, minor=0, name="NVIDIA H100 80GB HBM3")
     answers: dict[str, Any] = {
         "is_available": True,
@@ -122,7 +123,7 @@ def pretend() -> None:
         setattr(torch.cuda, name, Handle)
     torch.cuda.synchronize = lambda *words: WAITS.update([f"sync {_where()}"])
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
-    torch.Tensor.record_stream = lambda self, stream: None
+    torch.Tensor.record_stream = lambda self, s: None
     torch.Tensor.pin_memory = lambda self, device=None: self
 
 

@@ -68,7 +68,8 @@ def network(kind: str) -> tuple[nn.Module, Shape]:
         return UNet2DConfig((16, 32), 1, (1,), 16).adapter.backbone((1, 16, 16)), (1, 16, 16)
     if kind == "dit":
         return DiTConfig(2, 2, 2, 16).adapter.backbone((1, 16, 16)), (1, 16, 16)
-    unet = UNet2DConditionModel(**tiny_sdxl.UNET | FEWER).to(torch.bfloat16).requires_grad_(False)
+    unet: Any = UNet2DConditionModel(**tiny_sdxl.UNET | FEWER)
+    unet.to(torch.bfloat16).requires_grad_(False)
     encoded = kind == "sdxl-encoded"
     settings = {"checkpointed": {"activation_checkpointing": True}, "encoded": {"text": "encoded", "prompt": "a disc"}}
     lora = LoraConfig(4, text_encoders=encoded)
@@ -187,9 +188,9 @@ def samples(method: Any) -> None:
 
 def numbers_of_the_table() -> None:
     """VPTable reads its limits from a table, whose values FakeTensorMode hides. It does so once, on the CPU."""
-    low, high = process.VPTable().sigma_min, process.VPTable().sigma_max
-    process.VPTable.sigma_min = property(lambda self: low)
-    process.VPTable.sigma_max = property(lambda self: high)
+    kind: Any = process.VPTable
+    low, high = kind().sigma_min, kind().sigma_max
+    kind.sigma_min, kind.sigma_max = property(lambda self: low), property(lambda self: high)
 
 
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:

@@ -103,7 +103,7 @@ def _bitsandbytes() -> str:
 
 def _deepspeed() -> str:
     import deepspeed
-    from deepspeed.ops.op_builder import CPUAdamBuilder
+    from deepspeed.ops.op_builder import CPUAdamBuilder  # pyright: ignore[reportAttributeAccessIssue]
 
     compiled = "CPU Adam compiles when first used" if CPUAdamBuilder().is_compatible(verbose=False) else "no CPU Adam"
     return f"deepspeed {deepspeed.__version__}, {compiled}"

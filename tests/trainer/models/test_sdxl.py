@@ -126,6 +126,7 @@ def test_a_training_on_many_captions_is_that_on_few(
     data, cpu = DataConfig(str(latents)), torch.device("cpu")
     given = SDXLConditioning(str(small_sdxl), None, False, 0.1, data, 0, cpu)
     captions = given.preview(4, (4, 4, 4))["caption"]
+    assert given.text is not None
     for found, wanted in zip(given.text(captions), TextCache(latents / "text").rows(captions.tolist()), strict=True):
         assert torch.equal(found, wanted)
 
