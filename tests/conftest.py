@@ -8,7 +8,6 @@ import signal
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two ranks on two cores, and sum
 from data_pipeline.corruption.corruption import Gaussian
 from data_pipeline.shard import shard
 from tests.refusals import run
+from tests.small_unet import FEWER
 from tests.waiting import HANG_S
 from trainer.models.tiny_sdxl import UNET, write_tiny_sdxl
 from trainer.tracking.client import connect
@@ -112,17 +112,9 @@ def small_sdxl(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("models") / "small-sdxl"
     shutil.copytree(tiny_sdxl, folder, ignore=shutil.ignore_patterns("diffusion_pytorch_model.safetensors"))
     shutil.copytree(tiny_sdxl / "vae", folder / "vae", dirs_exist_ok=True)
-    fewer: dict[str, Any] = {
-        "layers_per_block": 1,
-        "transformer_layers_per_block": 1,
-        "block_out_channels": (16, 32),
-        "attention_head_dim": (1, 2),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    }
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        UNet2DConditionModel(**UNET | fewer).save_pretrained(folder / "unet")
+        UNet2DConditionModel(**UNET | FEWER).save_pretrained(folder / "unet")
     return folder
 
 

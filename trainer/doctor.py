@@ -183,9 +183,10 @@ def compiled() -> Iterator[Finding]:
     gpu = torch.cuda.is_available()
     for kernel in kernels():
         if kernel.problem:
-            advice = kernel.mend if gpu or kernel.name == "deepspeed" else f"only GPUs use it; there: {kernel.mend}"
-            verdict = "fail" if kernel.name == "deepspeed" else "warn"
-            yield Finding(kernel.name, verdict, f"does not load: {kernel.problem}", advice)
+            advice = kernel.mend if gpu or kernel.required else f"only GPUs use it; there: {kernel.mend}"
+            yield Finding(
+                kernel.name, "fail" if kernel.required else "warn", f"does not load: {kernel.problem}", advice
+            )
         else:
             yield Finding(kernel.name, "ok", f"loads: {kernel.detail}")
 

@@ -1,7 +1,7 @@
 """A CUDA device that has no memory and computes nothing, for one process that does nothing else.
 
 `load` first, then `pretend`. Under torch's FakeTensorMode, CUDA tensors then have shapes, autograd, autocast and
-generators. `Waits` counts where the host would wait for the device.
+generators. `waits` counts where the host would wait for the device.
 """
 
 from __future__ import annotations

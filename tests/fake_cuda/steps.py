@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from tests.fake_cuda import device
+from tests.small_unet import FEWER
 
 if __name__ == "__main__":
     device.load(Path(sys.argv[1]))
@@ -50,15 +51,6 @@ from trainer.training.step import step_loss
 
 ROWS, STRIDE, TOKENS = 4, 2, 77
 CUDA = torch.device("cuda", 0)
-FEWER: dict[str, Any] = {
-    "layers_per_block": 1,
-    "transformer_layers_per_block": 1,
-    "block_out_channels": (16, 32),
-    "attention_head_dim": (1, 2),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-}
-"""Fewer layers: each operation on a fake tensor takes a millisecond."""
 Shape = tuple[int, int, int]
 
 

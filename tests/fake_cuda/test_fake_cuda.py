@@ -32,11 +32,15 @@ ONCE = {
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What each case printed: its error and its waits."""
+def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if shutil.which("g++") is None:
         pytest.skip("no g++, which compiles the fake device")
-    guard = compile_guard(tmp_path_factory.mktemp("guard"))
+    return compile_guard(tmp_path_factory.mktemp("guard"))
+
+
+@pytest.fixture(scope="module")
+def ran(guard: Path) -> dict[str, dict[str, Any]]:
+    """What each case printed: its error and its waits."""
     command = [sys.executable, "-m", "tests.fake_cuda.steps", str(guard)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0, done.stderr
@@ -54,9 +58,8 @@ def test_no_device_is_mixed_and_the_host_does_not_wait(case: str, ran: dict[str,
     assert waits == dict.fromkeys(ONCE.get(case, []), 1)
 
 
-def test_a_wait_and_a_mix_of_devices_are_seen(ran: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+def test_a_wait_and_a_mix_of_devices_are_seen(guard: Path) -> None:
     """The instrument itself, in a process of its own."""
-    guard = compile_guard(tmp_path)
     program = f"""
 from pathlib import Path
 from tests.fake_cuda import device

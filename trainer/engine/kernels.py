@@ -18,12 +18,14 @@ PAIR = "make install GPU=1 installs a torch and an xformers that fit (constraint
 @dataclass(frozen=True)
 class Kernel:
     """name: an operator of xformers, or a package with kernels of its own. detail: what loads, if it loads. problem:
-    why it does not load or cannot run on this device; "" if it can. mend: what to do about it."""
+    why it does not load or cannot run on this device; "" if it can. mend: what to do about it. required: whether no
+    training runs without it."""
 
     name: str
     detail: str
     problem: str = ""
     mend: str = ""
+    required: bool = False
 
 
 def kernels() -> Iterator[Kernel]:
@@ -31,7 +33,7 @@ def kernels() -> Iterator[Kernel]:
     yield from _attention()
     yield _loaded("triton", _triton, "a torch for CUDA brings it; engine.compile and some xformers operators need it")
     yield _loaded("bitsandbytes", _bitsandbytes, "pip install 'ambient-trainer[eight-bit]'; engine.adam=8bit needs it")
-    yield _loaded("deepspeed", _deepspeed, "make install; every training needs it")
+    yield _loaded("deepspeed", _deepspeed, "make install; every training needs it", required=True)
 
 
 def _attention() -> Iterator[Kernel]:
@@ -74,13 +76,12 @@ def _fits(operator: Any) -> tuple[str, str]:
     return f"needs compute capability {text[0]}; this device has {text[1]}", "another operator, or SDPA, is used"
 
 
-def _loaded(name: str, load: Callable[[], str], mend: str) -> Kernel:
+def _loaded(name: str, load: Callable[[], str], mend: str, required: bool = False) -> Kernel:
     try:
         return Kernel(name, load())
     except Exception as error:
-        return Kernel(
-            name, "", one_line(error, 160, with_kind=not isinstance(error, (ImportError, RuntimeError))), mend
-        )
+        text = one_line(error, 160, with_kind=not isinstance(error, (ImportError, RuntimeError)))
+        return Kernel(name, "", text, mend, required)
 
 
 def _triton() -> str:

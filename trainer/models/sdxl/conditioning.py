@@ -112,11 +112,8 @@ class SDXLConditioning(TrainingConditioning):
         return Conditioner(("time_ids", "caption"), no_caption, None if self.prompt is None else fixed, self.drop)
 
     def begin(self, denoiser: Denoiser, given: Sequence[Conditioning]) -> None:
-        captions = torch.cat([each["caption"] for each in given])
-        if (encoders := encoders_of(denoiser.backbone)) is not None:
-            encoders.begin(captions)
-        else:
-            self._rows.begin(captions)
+        text = encoders_of(denoiser.backbone) or self._rows
+        text.begin(torch.cat([each["caption"] for each in given]))
 
     def preview(self, number: int, shape: tuple[int, int, int]) -> Conditioning:
         """Returns the conditioning of the run's own prompt, or of its first captions in turn."""
