@@ -17,7 +17,9 @@ from PIL import Image
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two ranks on two cores, and sums in one order
 
+from ambient_core import errors
 from data_pipeline.corruption.corruption import Gaussian
+from data_pipeline.shard import main as shard_command
 from data_pipeline.shard import shard
 from tests.refusals import run
 from tests.small_unet import FEWER
@@ -39,6 +41,8 @@ settings.load_profile("any machine")
 # At its end a training waits a minute for MLflow to have its records. A busy machine may take longer to make MLflow's
 # database.
 MLflowLogger.close.__defaults__ = (HANG_S,)
+
+CAPTIONS = ["a disc", "a square", "two of them"]
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny.yaml"
@@ -116,6 +120,20 @@ def small_sdxl(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         torch.manual_seed(0)
         UNet2DConditionModel(**UNET | FEWER).save_pretrained(folder / "unet")
     return folder
+
+
+@pytest.fixture(scope="session")
+def latents(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 pictures of 40x32 pixels as latents of 4x4, at sigma_n 0.4, with three captions between them, in 3 shards."""
+    folder = tmp_path_factory.mktemp("photos")
+    generator = np.random.default_rng(0)
+    for i, pixels in enumerate(generator.integers(0, 256, (24, 32, 40, 3), dtype=np.uint8)):
+        Image.fromarray(pixels).save(folder / f"p{i:02d}.png")
+        (folder / f"p{i:02d}.txt").write_text(CAPTIONS[i % 3])
+    output = tmp_path_factory.mktemp("latents") / "shards"
+    words = ["--latents", str(tiny_sdxl), "--size", "32", "--sigma", "0.4", "--shard-size", "8", "--crop", "random"]
+    assert errors.run(lambda: shard_command([str(folder), str(output), *words, "--workers", "1"])) == 0
+    return output
 
 
 @pytest.fixture(scope="session")

@@ -93,8 +93,8 @@ WAITS: Counter[str] = Counter()
 `to device` a copy that blocks, `shape` a result whose shape only the device knows, `sync` torch.cuda.synchronize."""
 
 
-def pretend() -> None:
-    """Makes torch.cuda answer as with one H100."""
+def pretend(devices: int = 1) -> None:
+    """Makes torch.cuda answer as with H100s."""
     import torch
     import torch._dynamo  # before its functions change
     from torch._subclasses import fake_tensor
@@ -105,7 +105,7 @@ def pretend() -> None:
     properties = types.SimpleNamespace(total_memory=80 << 30, major=9, minor=0, name="NVIDIA H100 80GB HBM3")
     answers: dict[str, Any] = {
         "is_available": True,
-        "device_count": 1,
+        "device_count": devices,
         "current_device": 0,
         "is_initialized": True,
         "is_bf16_supported": True,

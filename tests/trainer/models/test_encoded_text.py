@@ -20,9 +20,8 @@ from data_pipeline.latents.text_cache import TextCache
 from data_pipeline.latents.tokens import Tokens
 from data_pipeline.loading.config import DataConfig, Layout
 from data_pipeline.loading.loader import Loader
-from tests.conftest import TINY, Outcome
+from tests.conftest import CAPTIONS, TINY, Outcome
 from tests.refusals import refusal
-from tests.trainer.conftest import CAPTIONS
 from tests.trainer.training.test_runs import LOSS_TOLERANCE, WEIGHT_TOLERANCE, assert_same_files, curve, final
 from trainer import sample
 from trainer.config.run_config import load

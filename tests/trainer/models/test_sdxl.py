@@ -18,9 +18,8 @@ from data_pipeline.format.index import read_index
 from data_pipeline.latents.text_cache import TextCache
 from data_pipeline.loading.config import DataConfig, Layout
 from data_pipeline.loading.loader import Loader
-from tests.conftest import Outcome
+from tests.conftest import CAPTIONS, Outcome
 from tests.refusals import refusal
-from tests.trainer.conftest import CAPTIONS
 from tests.trainer.training.test_runs import WEIGHT_TOLERANCE, assert_same_files, final
 from trainer import sample
 from trainer.diffusion.noise import AddressedNoise
