@@ -23,17 +23,12 @@ _storages: dict[int, StorageWeakRef] = {}
 """Of the tensors on the device, by address. A reference of this kind keeps the address from being used again."""
 
 MAY_MIX = {
-    *("aten::copy_", "aten::_to_copy"),
-    *("aten::index.Tensor", "aten::index_put_", "aten::_index_put_impl_", "aten::index"),
-    "aten::set_",
-    "aten::_has_compatible_shallow_copy_type",
+    *("aten::copy_", "aten::set_", "aten::_has_compatible_shallow_copy_type"),
+    *("aten::index", "aten::index_put_", "aten::_index_put_impl_"),
 }
 """Operations that take tensors of both: copies, and indices."""
 
-_own = {
-    name: getattr(torch.Tensor, name)
-    for name in ("device", "is_cuda", "to", "cuda", "cpu", "numpy", "__array__", "type", "tolist", "is_cpu")
-}
+_own = {name: getattr(torch.Tensor, name) for name in ("device", "is_cpu", "to", "type", "numpy", "__array__")}
 
 
 def _as_torch(name: str, *args: Any, **kwargs: Any) -> Any:
@@ -120,7 +115,7 @@ def _to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     result = _as_torch("to", self, *words, **kwargs)
     if there is None:
         return result
-    if there != there_already and not kwargs.get("non_blocking") and True not in [w for w in words if w is True]:
+    if there != there_already and not kwargs.get("non_blocking") and not any(word is True for word in words):
         fake.WAITS[f"{'to device' if there else 'to host'} {fake._where()}"] += 1
     return _copied(result, there)
 
