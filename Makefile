@@ -1,6 +1,7 @@
 # make install      .venv with the tested versions; for NVIDIA GPUs where there is a driver (GPU=0 or GPU=1 overrides)
 # make quickstart   real images, corrupted, to a trained model and one picture   (DATASET=digits|fashion|emoji|faces)
 # make test         the tests (JOBS=3 at once)          make lint, make types, make format
+# make test-long    the tests that take minutes: the docs' commands, runs killed at random, adapters on two ranks, measured memory
 # make test-slurm   starts a real SLURM of two nodes on this machine (root, Debian), and runs the tests that need one
 # make test-ui      installs a headless browser (root, Debian), and drives MLflow's pages of a small store with it
 # make audit        known weaknesses of the tested versions; needs the network
@@ -23,7 +24,7 @@ STAMP := $(VENV)/.installed$(if $(filter 1,$(GPU)),-gpu)
 STARTED := $(shell date +%s)
 BIN := $(VENV)/bin
 
-.PHONY: install dev quickstart test test-slurm test-ui directions bench bench-compare docs lint types format audit clean
+.PHONY: install dev quickstart test test-long test-slurm test-ui directions bench bench-compare docs lint types format audit clean
 install: $(STAMP)
 dev: $(STAMP)-dev
 
@@ -42,8 +43,13 @@ $(STAMP)-dev: $(STAMP)
 quickstart: install
 	$(BIN)/python -m trainer.quickstart --dataset $(DATASET) --started $(STARTED)
 
+TEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
 test: dev
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(TEST) -m "not long"
+
+test-long: dev
+	$(TEST) -m long
 
 # Nothing is skipped then. The cluster is taken down again, also after a failure.
 test-slurm: dev

@@ -29,6 +29,8 @@ from trainer.tracking.client import connect
 from trainer.tracking.config import LoggingConfig
 from trainer.tracking.logger import MLflowLogger
 
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # torch, imported above, may have been first
+
 # A shell without job control starts background jobs that ignore Ctrl-C, and the processes that tests send it to would
 # inherit that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

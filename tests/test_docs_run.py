@@ -25,6 +25,8 @@ from trainer.diffusion.levels import karras_levels
 from trainer.diffusion.sampling import sample
 from trainer.inference.load import restore
 
+pytestmark = pytest.mark.long
+
 NOT_RUN = {
     r"stabilityai/|train configs/sdxl-face|sample runs/sdxl-face": "needs SDXL's own weights",
     r"sdxl-tiny|mine-sdxl": "tests/test_tutorial.py runs them, one after the other",

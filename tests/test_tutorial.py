@@ -18,6 +18,8 @@ from PIL import Image
 from tests.conftest import ROOT
 from tests.pages import called, commands, less, words_of
 
+pytestmark = pytest.mark.long
+
 PAGE = ROOT / "docs" / "tutorial.md"
 PYTHON = re.compile(r"```python\n(# (\S+)\n.*?)```", re.DOTALL)
 

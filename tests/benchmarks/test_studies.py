@@ -53,6 +53,7 @@ def test_the_published_loop_costs_what_it_costs_and_is_zero_at_the_exact_denoise
     assert OfficialConsistency(sampler_steps)(wrong, batch, Uniform(), StreamNoise(generator)) > 0.01
 
 
+@pytest.mark.long
 def test_quick_ends_with_one_line_of_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """With errors and distances over a tenth of the points."""
     monkeypatch.setattr(toy.error, "__defaults__", (2000,))
@@ -81,6 +82,7 @@ def test_a_budget_is_spent_in_the_toy_as_in_the_trainer() -> None:
     assert 1 < training.passes < 1 + 3
 
 
+@pytest.mark.long
 def test_pairs_learn_the_boundary_far_better_at_the_same_number_of_evaluations() -> None:
     angle = torch.arange(4) * (math.pi / 2)
     ring = Mixture(torch.stack([angle.cos(), angle.sin()], 1), torch.full((4,), 0.2), torch.full((4,), 0.25))

@@ -116,8 +116,13 @@ def _to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     if there is None:
         return result
     if there != there_already and not kwargs.get("non_blocking") and not any(word is True for word in words):
-        fake.WAITS[f"{'to device' if there else 'to host'} {fake._where()}"] += 1
+        _count(to_device=there)
     return _copied(result, there)
+
+
+def _count(to_device: bool) -> None:
+    """Counts a copy that the host waits for."""
+    fake.WAITS[f"{'to device' if to_device else 'to host'} {fake._where()}"] += 1
 
 
 def _type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -170,6 +175,8 @@ class _Operations(TorchDispatchMode):
         strangers = any(there) and any(t.dim() and not on for t, on in zip(given, there, strict=True))
         if strangers and name not in MAY_MIX:
             raise Refused(f"{name}: expected all tensors to be on the same device, got {_told(given, there)}")
+        if name == "aten::copy_" and there[0] != there[1] and not (args[2:] or kwargs.get("non_blocking")):
+            _count(to_device=there[0])
         if name == "aten::_local_scalar_dense" and there[0]:
             fake.WAITS[f"item {fake._where()}"] += 1
         out = func(*args, **kwargs)

@@ -17,10 +17,15 @@ from tests.conftest import ROOT, TINY, Outcome
 from tests.trainer.training.test_runs import WEIGHT_TOLERANCE, final
 from tests.waiting import HANG_S
 
+pytestmark = pytest.mark.long
+
 BUDGET = "consistency={period: null, overhead_budget: 0.5, start: 1, pool_depth: 2}"
 PREVIEWS = "logging.sample_every=4"
 
-AT_A_CHECKPOINT = {"trainer/engine/deepspeed_engine.py", "trainer/training/loop.py", "trainer/engine/distributed.py"}
+AT_A_CHECKPOINT = {
+    *("trainer/engine/deepspeed_engine.py", "trainer/engine/distributed.py"),
+    *("trainer/training/loop.py", "trainer/training/saving.py"),
+}
 AT_THE_START = {"trainer/training/build.py", "trainer/checkpoint/resume.py", "trainer/engine/distributed.py"}
 AT_A_REPORT = {"trainer/monitor/metrics.py", "trainer/training/reports.py"}
 DRAWING = {"trainer/training/preview.py", "trainer/inference/generate.py", "trainer/diffusion/sampling.py"}

@@ -6,8 +6,12 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import ROOT
 from tests.waiting import HANG_S
+
+pytestmark = pytest.mark.long
 
 
 def test_killed_at_random_moments_nothing_is_lost_and_nothing_differs() -> None:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import ROOT
 from tests.waiting import HANG_S
 
@@ -14,6 +16,7 @@ MARK = Path("/tmp/was-here")
 """What the commands in those files would make."""
 
 
+@pytest.mark.long
 def test_they_are_told_what_is_wrong_in_little_memory() -> None:
     """In a process of its own, as memory is bounded for good."""
     command = [sys.executable, "-m", "tests.faults.hostile"]

@@ -44,6 +44,7 @@ def visible_gpus() -> str | None:
     return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("gpus", "visible", "expected"), [(0, None, None), (0, "4,5,6", "4,5,6"), (2, "4,5,6", "4,5"), (2, None, "0,1")]
 )

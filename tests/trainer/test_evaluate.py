@@ -107,6 +107,7 @@ def test_several_runs_are_compared_in_one_page(
     assert "KID" not in page, "no samples were drawn"
 
 
+@pytest.mark.long
 def test_a_latent_run_is_judged_by_its_images(
     train_sdxl: Train, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -264,6 +265,7 @@ def test_images_that_were_trained_on_are_not_taken_for_held_out(
     assert "is also given as --reference" in output
 
 
+@pytest.mark.long
 def test_while_training_the_distance_of_samples_is_logged_with_each_grid(
     train: Train, tmp_path: Path, held_out: Path
 ) -> None:
@@ -285,6 +287,7 @@ def test_while_training_the_distance_of_samples_is_logged_with_each_grid(
     assert "set sample_every above 0" in output
 
 
+@pytest.mark.long
 def test_jobs_of_a_cluster_find_what_one_process_finds(
     train: Train, tmp_path: Path, held_out: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -76,6 +76,7 @@ def theirs(pipeline: Any) -> Tensor:
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options",
     [(ALL_OPTIONS,), OF_TEXT, ("model.lora=null", "model.text=encoded")],

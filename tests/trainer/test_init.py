@@ -62,6 +62,7 @@ def test_of_latents_it_adapts_the_pipeline_whose_vae_made_them(
     assert yaml.safe_load((tmp_path / "prompt.yaml").read_text())["model"]["prompt"] == "a face"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("size", "channels"), [(16, [128, 256, 256]), (64, [128, 256, 256, 256, 512]), (9, [128])])
 def test_for_gpus_sizes_go_with_the_images_and_all_fits(
     size: int, channels: list[int], tmp_path: Path, capfd: pytest.CaptureFixture[str]

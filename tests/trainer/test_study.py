@@ -41,6 +41,7 @@ def change(path: Path, **fields: object) -> None:
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **fields}))
 
 
+@pytest.mark.long
 def test_a_study_goes_from_data_to_a_table_and_on_after_a_failure(
     study_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -99,6 +99,7 @@ def test_each_picture_is_in_the_nearest_bucket_and_each_shard_has_one_shape(shar
     assert max(entry.samples for entry in index.shards) == 4
 
 
+@pytest.mark.long
 def test_two_workers_and_a_source_of_another_kind_give_the_same_latents(
     shards: Path, pictures: Path, tiny_sdxl: Path, tmp_path: Path
 ) -> None:

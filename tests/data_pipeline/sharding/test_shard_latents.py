@@ -124,6 +124,7 @@ def test_the_index_says_what_they_are_and_which_images_could_not_be_used(
     assert rejected[1]["reason"].startswith("uint16 (32, 40): --latents takes pictures of 8 bits")
 
 
+@pytest.mark.long
 def test_two_workers_write_the_same_bytes(latents: Path, photos: Path, tiny_sdxl: Path, tmp_path: Path) -> None:
     assert main(words(photos, tmp_path / "two", tiny_sdxl, "--flip", "--workers", "2")) == 0
     assert contents(tmp_path / "two") == contents(latents)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from data_pipeline.corruption.corruption import Degraded, Gaussian, Measured, generator_of
@@ -78,6 +79,7 @@ def test_observations_are_those_of_the_shards(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.long
 def test_clean_samples_are_at_no_distance_and_noisy_or_other_ones_are(tmp_path: Path) -> None:
     noise = np.random.default_rng(1).normal(0, 0.3, (300, 16, 16)).astype(np.float32)
     shard(

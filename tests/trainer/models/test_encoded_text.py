@@ -196,6 +196,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(train_sdxl: Train, tmp_p
     assert_same_files(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_two_ranks_follow_one_process(train_sdxl: Train, tmp_path: Path) -> None:
     """At the stage that gathers weights as they are used: the encoders' in the first pass alone."""

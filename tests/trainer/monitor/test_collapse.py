@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
+
 from tests.conftest import Outcome
 from trainer.diffusion.consistency import ConsistencyConfig
 from trainer.monitor.collapse import CollapseGuard
@@ -36,6 +38,7 @@ def test_an_ambient_loss_that_rises_is_said_and_one_that_wavers_is_not() -> None
     assert "loss/ambient has risen from 1 to 2.03 since consistency began" in said
 
 
+@pytest.mark.long
 def test_a_training_that_collapses_warns_and_one_with_the_default_gradient_does_not(train: Train) -> None:
     options = ["steps=80", "logging.every=5", "optimizer.lr=5e-3", "batch_size=16"]
     collapsing = "consistency={weight: 100, period: 1, start: 40, gradient: both, pool_depth: 2}"

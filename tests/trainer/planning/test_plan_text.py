@@ -64,6 +64,7 @@ def test_each_sample_and_each_particle_has_a_caption_and_a_prompt_is_one() -> No
     assert captions(config_of(), 8, True) == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("trained", ["true", "false"])
 def test_a_run_takes_the_memory_that_was_planned(
     trained: str, tiny_sdxl: Path, small_sdxl: Path, latents: Path, tmp_path: Path
