@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from ambient_core.batch import Conditioning
@@ -66,9 +65,9 @@ class UNet2D(nn.Module):
         )
 
     def forward(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        # The memory layout that convolutions on GPUs prefer. On a CPU it makes no difference in fp32 and costs 4 % in
-        # bf16 (benchmarks/ideas.py).
-        return self.model(x.contiguous(memory_format=torch.channels_last), time).sample
+        # In torch's default memory layout. On CUDA group_norm of torch 2.10 returns it for any other, too, so that
+        # images in channels_last would be copied at each layer. On a CPU it is at least as fast (benchmarks/ideas.py).
+        return self.model(x, time).sample
 
 
 @dataclass(frozen=True)
