@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from data_pipeline.corruption.corruption import Gaussian
 from data_pipeline.shard import shard
-from trainer.checkpoint.tensors import read_tensors
+from trainer.checkpoint.shares import read_tensors
 from trainer.diffusion.denoiser import Denoiser
 from trainer.evaluation.denoiser_error import denoiser_error
 from trainer.evaluation.distances import kid

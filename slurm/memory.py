@@ -14,8 +14,8 @@ of small runs on CPUs."""
 
 def check_memory(point: Point, cluster: ClusterConfig) -> None:
     """Checks the memory of a training on the smallest number of nodes that its job may get. Raises UserError if the
-    plan exceeds `mem_gb` (ranks on CPUs), or the memory of the GPUs (if the cluster file has `gpu`). It takes the time
-    of a plan: seconds, for SDXL half a minute."""
+    plan exceeds `mem_gb` on the host, or the memory of the GPUs (if the cluster file has `gpu`). It takes the time of a
+    plan: seconds, for SDXL half a minute."""
     from trainer.planning.gpus import GPUS, USABLE
 
     on_gpus = cluster.gpus_per_node > 0
@@ -25,7 +25,7 @@ def check_memory(point: Point, cluster: ClusterConfig) -> None:
             field="gpu",
             code="unknown",
         )
-    if (cluster.gpu if on_gpus else cluster.mem_gb) is None:
+    if cluster.mem_gb is None and not (on_gpus and cluster.gpu):
         return
     from data_pipeline.format.index import read_index
     from trainer.planning.estimate import Estimate, setting_of
@@ -37,7 +37,7 @@ def check_memory(point: Point, cluster: ClusterConfig) -> None:
     setting = setting_of(config, cluster.gpu or next(iter(GPUS)), ranks)
     estimate = Estimate(config, configured(config, shape), shape, setting)
     memory = estimate.memory(setting)
-    if on_gpus:
+    if on_gpus and cluster.gpu:
         peak = memory.peak / 1e9
         usable = USABLE * GPUS[setting.gpu].memory / 1e9
         if peak > usable:
@@ -49,14 +49,17 @@ def check_memory(point: Point, cluster: ClusterConfig) -> None:
                 field=point.run_dir,
                 code="invalid",
             )
+    if cluster.mem_gb is None:
         return
-    peak = (memory.peak + memory.host) / 1e9
-    needed = cluster.ranks_per_node * (peak + PROCESS_GB)
-    if cluster.mem_gb is not None and needed > cluster.mem_gb:
+    on_host = (memory.host + (0 if on_gpus else memory.peak)) / 1e9
+    written = estimate.checkpoint_host(setting, cluster.ranks_per_node) / 1e9
+    needed = cluster.ranks_per_node * (on_host + PROCESS_GB) + written
+    if needed > cluster.mem_gb:
+        advice = "offload less" if on_gpus else "give a smaller micro_batch_size"
         raise UserError(
             f"mem_gb {cluster.mem_gb:g}: {cluster.ranks_per_node} ranks on a node take about {needed:.1f} GB, of which "
-            f"the tensors of each rank take {peak:.1f} GB ({point.run_dir}): raise mem_gb, or give a smaller "
-            "micro_batch_size",
+            f"the tensors of each rank take {on_host:.1f} GB, and a checkpoint that is being written {written:.1f} GB "
+            f"({point.run_dir}): raise mem_gb, or {advice}",
             field="mem_gb",
             code="invalid",
         )

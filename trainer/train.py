@@ -77,11 +77,12 @@ def train(
     run, in addition to its own. patience: seconds to wait for another process that trains in the same run directory.
     timeout_minutes: replaces engine.timeout_minutes if it is larger."""
     from trainer.checkpoint.run_lock import exclusive
-    from trainer.engine import determinism, distributed
+    from trainer.engine import deepspeed_private, determinism, distributed
     from trainer.training import build
 
     ranks = distributed.init(max(config.engine.timeout_minutes, timeout_minutes))
-    with exclusive(Path(config.run_dir), ranks, patience), determinism.forced(config.engine.deterministic):
+    deterministic = determinism.forced(config.engine.deterministic)
+    with exclusive(Path(config.run_dir), ranks, patience), deterministic, deepspeed_private.process_restored():
         code = _train(build.run(config, ranks, tags), stop)
     distributed.leave_at_exit()
     return code

@@ -15,7 +15,7 @@ import torch
 from benchmarks.suite.rows import InTurns, Row, pair, paired
 from benchmarks.suite.steps import ROOT, pixel_run, seconds
 from trainer.checkpoint.retention import CheckpointConfig
-from trainer.training import build
+from trainer.training import saving
 
 STALL, LOGGING, HELP_S = 0.02, 1.01, 1.0
 TURN = 20
@@ -47,7 +47,7 @@ def checkpoints(folder: Path, shards: Path, rounds: int) -> list[Row]:
     assert saved is not None
     size = sum(file.stat().st_size for file in saved.iterdir())
     tensors = {
-        "weights": run.engine.weights(),
+        "weights": run.engine.gathered(),
         "moments": run.engine.moments(),
         "average": run.averaged_weights(),
         "pool": run.pool.state_dict(),
@@ -68,7 +68,7 @@ def checkpoints(folder: Path, shards: Path, rounds: int) -> list[Row]:
 
     def ours_load() -> float:
         begun = time.perf_counter()
-        build._load(saved, run.engine, run.ema, run.pool, 0, run.ranks)
+        saving.resume(run.checkpoints, run.engine, run.ema, run.pool, 0, run.ranks)
         return time.perf_counter() - begun
 
     theirs = [torch_save() for _ in range(rounds)]

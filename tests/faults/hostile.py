@@ -37,7 +37,7 @@ from data_pipeline.loading.loader import Loader
 from slurm.cluster import read_cluster
 from tests.faults.campaign import TINY, pictures_in
 from trainer.checkpoint.state import read_state
-from trainer.checkpoint.tensors import read_tensors
+from trainer.checkpoint.tensors import read_file
 from trainer.config.run_config import load, load_as
 from trainer.reports.study_config import StudyConfig
 from trainer.tracking.config import LoggingConfig
@@ -83,7 +83,7 @@ class Victim:
             "cluster": read_cluster,
             "study": lambda path: load_as(StudyConfig, path),
             "state": self._state,
-            "tensors": lambda path: read_tensors(path.parent, path.stem),
+            "tensors": read_file,
             "records": self._records,
         }
 

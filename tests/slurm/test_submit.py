@@ -62,6 +62,7 @@ def wait_for(file: Path, run_dir: Path) -> None:
     assert not ended(run_dir)
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_a_job_on_this_machine_loses_a_rank_goes_on_and_is_one_run_of_the_code_as_submitted(
     call: Call, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -97,6 +98,7 @@ def test_a_job_on_this_machine_loses_a_rank_goes_on_and_is_one_run_of_the_code_a
     assert found["starts"][0]["follows"] == "another start"
 
 
+@pytest.mark.long
 def test_a_job_on_this_machine_that_is_killed_saves_and_stays_down(call: Call, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     assert call("steps=100000", "checkpoint.every=100000")[0] == 0
@@ -230,6 +232,9 @@ def test_a_run_that_does_not_fit_into_what_is_asked_for_is_a_problem(shards: Pat
     (line,) = found(gpus_per_node=1, gpu="b100")
     assert line.startswith("gpu b100: must be one of h100, ")
     assert found(gpus_per_node=1, gpu="h100") == []
+    (line,) = found(gpus_per_node=1, gpu="h100", mem_gb=0.5)
+    assert line.startswith("mem_gb 0.5: 1 ranks on a node take about ")
+    assert "a checkpoint that is being written" in line
     (huge,) = points(TINY, [*wide, "batch_size=16384"], [])
     (line,) = problems([huge], ClusterConfig("slurm", logs=str(tmp_path), gpus_per_node=1, gpu="l4"))
     assert (

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Outcome
-from tests.trainer.in_turn import as_in_a_process_of_its_own
+from tests.trainer.in_turn import signals_restored
 
 
 @pytest.fixture(autouse=True)
 def alone() -> Iterator[None]:
-    with as_in_a_process_of_its_own():
+    with signals_restored():
         yield
 
 

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-import torch
 
 from ambient_core.storage import write_atomically
 from tests.conftest import ROOT
@@ -25,17 +24,12 @@ from tests.waiting import HANG_S
 
 
 @contextmanager
-def as_in_a_process_of_its_own() -> Iterator[None]:
-    """DeepSpeed's stage 3 puts a linear layer of its own, which rounds otherwise, in the place of torch's, and bf16
-    leaves a flag, for all that a process trains later."""
-    linear = torch.nn.functional.linear
+def signals_restored() -> Iterator[None]:
+    """A command that trains listens to signals for the rest of its process."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
     try:
         yield
     finally:
-        torch.nn.functional.linear = linear
-        if (autocast := sys.modules.get("deepspeed.runtime.torch_autocast")) is not None:
-            autocast.__dict__["TORCH_AUTOCAST_INITIALIZED"] = False
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
@@ -50,7 +44,7 @@ def in_turn(calls: list[list[str]], module: str = TRAIN) -> int:
 
     main = importlib.import_module(module).main
     for arguments in calls:
-        with as_in_a_process_of_its_own():
+        with signals_restored():
             if code := errors.run(lambda arguments=arguments: main(arguments)):
                 return code
     return 0

@@ -1,26 +1,25 @@
 """Checkpoints: safetensors and JSON, complete or absent, for any number of ranks.
 
 RUN_DIR/checkpoints/step-00000600/   weights, ema, ema-WIDTH, optimizer, pool-R-of-W (.safetensors), state.json
+                                     and if the weights take more than ONE_FILE, weights-R-of-W and so on
 RUN_DIR/checkpoints/latest           the name of the newest complete checkpoint
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from ambient_core.errors import UserError, WorkFailed
 from ambient_core.paths import replacing, sync
 from trainer.checkpoint.retention import CheckpointConfig, kept
-from trainer.checkpoint.state import FORMAT, TrainState, read_state, with_checksum
-from trainer.checkpoint.tensors import State, read_tensors, write
+from trainer.checkpoint.shares import Share, file_of, write_share
+from trainer.checkpoint.state import TrainState, read_state, write_state
+from trainer.checkpoint.tensors import State, write
 from trainer.engine.distributed import Ranks
 
 
@@ -103,20 +102,16 @@ class Checkpoints:
         )
 
     def begin(
-        self,
-        ranks: Ranks,
-        state: TrainState,
-        weights: State,
-        averages: Mapping[str, State],
-        moments: State,
-        pool: State,
+        self, ranks: Ranks, state: TrainState, full: Mapping[str, State], shares: Mapping[str, Share], pool: State
     ) -> None:
         """Begins to write a checkpoint. A thread writes the files, and `end` completes the checkpoint. A collective.
-        Rank 0 writes the full tensors, and each rank writes its rows of the pool.
+        Each rank writes its rows of the pool.
 
-        averages: by the names of their files. The tensors must not be changed until `end` returns."""
+        full: full tensors, which rank 0 writes, by the names of their files. shares: instead of these, each rank's
+        share. The tensors must not be changed until `end` returns."""
         self.end(ranks)
-        final, state = self.path(state.step), replace(state, pools=ranks.world if pool else 0)
+        count = ranks.world if shares else 0
+        final, state = self.path(state.step), replace(state, pools=ranks.world if pool else 0, shares=count)
         begun = self._begun = _Begun(final, self.folder / f".{final.name}.partial")
         if ranks.is_main:
             try:
@@ -129,20 +124,21 @@ class Checkpoints:
         ranks.barrier()
 
         def write_all() -> None:
-            files: dict[str, State] = {}
-            if ranks.is_main:
-                files = {"weights": weights, **averages, "optimizer": moments}
+            files: dict[str, State] = {f"{name}.safetensors": tensors for name, tensors in full.items()}
+            if not ranks.is_main:
+                files = {}
             if pool:
-                files[f"pool-{ranks.rank:05d}-of-{ranks.world:05d}"] = pool
+                files[file_of("pool", ranks.rank, ranks.world)] = pool
             # Syncs each file separately, because other ranks are still writing other files of the folder.
             for name, tensors in files.items():
-                file = begun.partial / f"{name}.safetensors"
-                write(tensors, file)
+                write(tensors, begun.partial / name)
+                sync(begun.partial / name)
+            for name, share in shares.items():
+                file = begun.partial / file_of(name, ranks.rank, ranks.world)
+                write_share(share, file)
                 sync(file)
             if ranks.is_main:
-                file = begun.partial / "state.json"
-                file.write_text(json.dumps(with_checksum({"format": FORMAT, **asdict(state)})))
-                sync(file)
+                sync(write_state(state, begun.partial))
 
         if begun.error is None:
             begun.start(write_all)
@@ -251,12 +247,3 @@ def named(pointer: Path) -> str:
 def _best(scores: Mapping[int, float]) -> int | None:
     """Returns the step with the lowest score; of equal scores, the earliest step."""
     return min(scores, key=lambda step: (scores[step], step), default=None)
-
-
-def read_pool(path: Path, first_row: int, rows: int) -> State:
-    """Returns the rows of the global pool that this rank holds now, for any number of ranks that wrote them."""
-    parts = [read_tensors(path, file.stem) for file in sorted(path.glob("pool-*.safetensors"))]
-    if not parts:
-        return {}
-    pool = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return {name: value[first_row : first_row + rows] for name, value in pool.items()}

@@ -20,7 +20,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ambient_core.errors import UserError, WorkFailed
-from trainer.checkpoint.tensors import State, read_tensors, write_whole
+from trainer.checkpoint.shares import read_tensors
+from trainer.checkpoint.state import TrainState
+from trainer.checkpoint.tensors import State, write_whole
 from trainer.engine.distributed import Ranks
 from trainer.engine.ema import WIDEST, AnyEMA, PowerEMA, power_of
 
@@ -35,11 +37,14 @@ and float32 has 24 bits."""
 
 @dataclass(frozen=True)
 class Profile:
-    """The profile of the average at `step` of width sigma_rel, which the safetensors `file` holds."""
+    """The profile of the average at `step` of width sigma_rel, which is in `folder` by its `name`. shares: number of
+    files that hold it; 0 if it is one file of full tensors."""
 
     step: int
     sigma_rel: float
-    file: Path
+    folder: Path
+    name: str
+    shares: int = 0
 
 
 def inner(t: Tensor, gamma: Tensor, u: Tensor, delta: Tensor) -> Tensor:
@@ -86,9 +91,11 @@ def write_snapshot(run_dir: Path, ranks: Ranks, step: int, sigma_rel: float, ave
         raise WorkFailed(f"cannot write the snapshot {path} ({error or 'rank 0 failed'})")
 
 
-def reconstructed(run_dir: Path, config: AnyEMA, checkpoint: Path, step: int, sigma_rel: float) -> tuple[State, str]:
+def reconstructed(
+    run_dir: Path, config: AnyEMA, checkpoint: Path, state: TrainState, sigma_rel: float
+) -> tuple[State, str]:
     """Returns the average of this width at a checkpoint, as full float32 tensors, and a description for people of how
-    it was computed.
+    it was computed. state: of the checkpoint.
 
     It is computed from the snapshots before the checkpoint and the averages in it. Raises UserError if there are no
     snapshots, or if they do not reach this width."""
@@ -102,8 +109,9 @@ def reconstructed(run_dir: Path, config: AnyEMA, checkpoint: Path, step: int, si
             field="--ema-sigma-rel",
             code="not_found",
         )
+    step = state.step
     profiles = [p for p in _snapshots(run_dir) if p.step < step]
-    profiles += [Profile(step, width, checkpoint / f"{name}.safetensors") for name, width in config.widths().items()]
+    profiles += [Profile(step, width, checkpoint, name, state.shares) for name, width in config.widths().items()]
     steps, widths = [p.step for p in profiles], [p.sigma_rel for p in profiles]
     coefficients, error = mixture(steps, widths, step, sigma_rel)
     sources = f"{len(profiles)} averages up to step {step}"
@@ -117,7 +125,7 @@ def reconstructed(run_dir: Path, config: AnyEMA, checkpoint: Path, step: int, si
             field="--ema-sigma-rel",
             code="invalid",
         )
-    average = _sum({p.file: float(c) for p, c in zip(profiles, coefficients, strict=True)})
+    average = _sum({p: float(c) for p, c in zip(profiles, coefficients, strict=True)})
     return (
         average,
         f"a power function of sigma_rel {sigma_rel:g}, put together from {sources}; error of its profile {error:.2g}",
@@ -132,7 +140,7 @@ def _snapshots(run_dir: Path) -> list[Profile]:
         try:
             with safe_open(file, "pt") as opened:
                 metadata = opened.metadata()
-            profiles.append(Profile(int(metadata["step"]), float(metadata["sigma_rel"]), file))
+            profiles.append(Profile(int(metadata["step"]), float(metadata["sigma_rel"]), file.parent, file.stem))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{file}: not a snapshot ({error}): move it away to continue without it", field=file, code="unreadable"
@@ -140,14 +148,15 @@ def _snapshots(run_dir: Path) -> list[Profile]:
     return profiles
 
 
-def _sum(coefficients: Mapping[Path, float]) -> State:
-    """Returns the weighted sum of the tensors in the files, added in float64. All files must have the same tensors."""
+def _sum(coefficients: Mapping[Profile, float]) -> State:
+    """Returns the weighted sum of averages, added in float64. All must have the same tensors."""
     total: State = {}
-    for file, coefficient in coefficients.items():
-        tensors = read_tensors(file.parent, file.stem)
+    for profile, coefficient in coefficients.items():
+        tensors = read_tensors(profile.folder, profile.name, profile.shares)
         if total and total.keys() != tensors.keys():
+            file, first = (p.folder / f"{p.name}.safetensors" for p in (profile, next(iter(coefficients))))
             raise UserError(
-                f"{file}: its parameters differ from those of {next(iter(coefficients))}: move it away",
+                f"{file}: its parameters differ from those of {first}: move it away",
                 field=file,
                 code="mismatch",
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from trainer.checkpoint.tensors import CHECKSUM
 from trainer.engine.loss_scaler import LossScale
 from trainer.monitor.spikes import Usual
 
-FORMAT = 3
+FORMAT, READABLE = 4, (3, 4)
+"""Format 3 had no shares."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class TrainState:
     the metric by which checkpoints are judged. loss_scale: the loss scale of the next step. usual_loss: the usual
     losses of steps without and with consistency, if spikes are looked for. rolled_back: how often training has gone
     back, which leaves `samples` ahead of `step`. in_a_row: number of skipped steps in a row, up to this one. pools:
-    number of particle files in the checkpoint."""
+    number of particle files in the checkpoint. shares: number of files that hold each of the other states; 0 if one
+    file has it as full tensors."""
 
     step: int
     samples: int
@@ -40,6 +42,7 @@ class TrainState:
     rolled_back: int = 0
     in_a_row: int = 0
     pools: int = 0
+    shares: int = 0
 
 
 def state_from(data: dict[str, Any]) -> TrainState:
@@ -59,6 +62,7 @@ def state_from(data: dict[str, Any]) -> TrainState:
         state.rolled_back,
         state.in_a_row,
         state.pools,
+        state.shares,
         plain.steps,
         consistency.steps,
     ]
@@ -69,12 +73,9 @@ def state_from(data: dict[str, Any]) -> TrainState:
     return state
 
 
-class AnotherFormat(UserError):
-    """The error for a checkpoint that another version wrote, in another format."""
-
-
 def read_state(path: Path) -> TrainState:
-    """Reads a checkpoint's state. Raises AnotherFormat, or UserError for a state.json that is missing or damaged."""
+    """Reads a checkpoint's state. Raises UserError: with code `unsupported` if another version wrote it in another
+    format, with `unreadable` if it is missing or damaged."""
     try:
         data = from_json(text_of(path / "state.json"))
         if not isinstance(data, dict):
@@ -82,9 +83,9 @@ def read_state(path: Path) -> TrainState:
         recorded = data.pop(CHECKSUM, None)
         if recorded not in (None, with_checksum(data)[CHECKSUM]):
             raise ValueError("its checksum does not match its contents")
-        if data.pop("format") != FORMAT:
-            raise AnotherFormat(
-                f"{path}: the checkpoint has another format; this version reads format {FORMAT}",
+        if data.pop("format") not in READABLE:
+            raise UserError(
+                f"{path}: the checkpoint has another format; this version reads formats {READABLE[0]} to {FORMAT}",
                 field=path,
                 code="unsupported",
             )
@@ -95,6 +96,13 @@ def read_state(path: Path) -> TrainState:
         raise UserError(
             f"{path / 'state.json'}: not a checkpoint's state: {error}", field=path / "state.json", code="unreadable"
         ) from None
+
+
+def write_state(state: TrainState, checkpoint: Path) -> Path:
+    """Writes a checkpoint's state, and returns its file."""
+    file = checkpoint / "state.json"
+    file.write_text(json.dumps(with_checksum({"format": FORMAT, **asdict(state)})))
+    return file
 
 
 def with_checksum(data: dict[str, Any]) -> dict[str, Any]:

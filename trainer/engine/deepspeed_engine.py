@@ -1,15 +1,16 @@
 """The training engine, by DeepSpeed. What it uses of DeepSpeed's undocumented parts is in deepspeed_private.py.
 
-The state of training leaves and enters this module as full float32 tensors by parameter name, at every ZeRO stage. So a
-checkpoint can be loaded with any number of ranks and at any stage, and holds no pickle.
+The state of training leaves and enters this module as pieces of float32 tensors by parameter name, at every ZeRO stage.
+So a checkpoint can be loaded with any number of ranks and at any stage, and holds no pickle.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +30,7 @@ from ambient_core.errors import UserError
 from trainer.engine import adam_8bit, deepspeed_private, distributed
 from trainer.engine.config import MOST_IN_BUCKET, EngineConfig, OptimizerConfig, Precision
 from trainer.engine.loss_scaler import FIRST, LossScale
+from trainer.engine.pieces import Piece
 
 deepspeed_private.skip_probing_for_compilers()
 deepspeed_logger.setLevel(logging.WARNING)
@@ -168,7 +170,7 @@ class Engine:
         if left_out and self.precision != "fp16":
             self.loss_scale = replace(self.loss_scale, skipped=self.loss_scale.skipped + 1)
 
-    # State. Every method below is a collective: all ranks must call it.
+    # State. It is read and written by pieces of float32 tensors.
 
     @property
     def fp32_shards(self) -> list[Tensor]:
@@ -178,72 +180,92 @@ class Engine:
             return [p.data for p in self._named.values()]
         return [t.data for t in self._flat()]
 
-    def weights(self) -> State:
-        if self.config.zero_stage == 0:
-            return {name: p.detach().float().cpu().clone() for name, p in self._named.items()}
-        return {name: _cpu(safe_get_full_fp32_param(p)) for name, p in self._named.items()}
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the trainable parameters."""
+        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._named.items()}
+
+    @property
+    def size(self) -> int:
+        """Number of trainable weights, of all ranks."""
+        return sum(map(math.prod, self.shapes.values()))
+
+    def pieces(self) -> list[Piece]:
+        """Returns what `fp32_shards` has of the parameters. At stage 0 each rank has all."""
+        if self.config.zero_stage:
+            return deepspeed_private.pieces(self._zero, self.config.zero_stage, self._named)
+        return [Piece(name, tuple(p.shape), 0, p.numel(), i, 0) for i, (name, p) in enumerate(self._named.items())]
+
+    def moments(self) -> dict[str, list[Tensor]]:
+        """Returns Adam's moments by name (`MOMENTS`), each as float32 tensors like `fp32_shards`; empty before the
+        first step."""
+        shares, state = self._shares(), self._base.state
+        if not any(state.get(share) for share in shares):
+            return {}
+        pairs = [_moments(state[s]) if state.get(s) else [torch.zeros_like(s) for _ in MOMENTS] for s in shares]
+        return {name: [pair[i] for pair in pairs] for i, name in enumerate(MOMENTS)}
+
+    def resume(self, moments: Mapping[str, list[Tensor]], steps: int, scale: LossScale) -> None:
+        """Continues after `steps` steps, once `fp32_shards` has the weights that they led to. A collective.
+
+        moments: like those of `moments()`. scale: the `loss_scale` after these steps. If this run or the saved one is
+        not in fp16, only its counts are used."""
+        first = scale.scale if scale.scale > 1 else FIRST
+        self.loss_scale = replace(scale, scale=first if self.precision == "fp16" else 1.0)
+        steps -= scale.skipped
+        both = [moments[name] for name in MOMENTS] if moments else [[], []]
+        for share, m, v in zip(self._shares() if moments else [], *both, strict=True):
+            if self.config.adam == "8bit":
+                self._base.state[share] = adam_8bit.state_of(self._base, (m, v), steps)
+                continue
+            step = steps if self.config.adam == "cpu" else torch.tensor(float(steps), device=share.device)
+            self._base.state[share] = {"step": step, **dict(zip(MOMENTS, (m, v), strict=True))}
+        self._renew_module()
+
+    def _renew_module(self) -> None:
+        """Gives the module the weights of `fp32_shards`, which at stage 0 are its own. A collective."""
+        if self.config.zero_stage:
+            deepspeed_private.renew_weights_of_the_module(self._zero, self.config.zero_stage)
 
     @contextmanager
-    def replaced(self, fp32_shards: list[Tensor]) -> Iterator[None]:
-        """A context in which `weights()` reads these tensors, such as an average, instead of `fp32_shards`."""
+    def module_with(self, shards: list[Tensor]) -> Iterator[None]:
+        """A context in which the module has other weights, such as an average: tensors like `fp32_shards`. A
+        collective, at the beginning and at the end."""
+        try:
+            with self._replaced(shards):
+                self._renew_module()
+                yield
+        finally:
+            self._renew_module()
+
+    def gathered(self, shards: list[Tensor] | None = None) -> State:
+        """Returns full tensors by parameter name on the first rank, and {} on the others. A collective.
+
+        shards: tensors like `fp32_shards`, such as an average; by default the weights."""
+        main = torch.distributed.get_rank() == 0
+        if self.config.zero_stage == 0:
+            values = zip(self._named, shards or self.fp32_shards, strict=True)
+            return {name: value.float().to("cpu", copy=True) for name, value in values} if main else {}
+        full: State = {}
+        with self._replaced(shards) if shards is not None else nullcontext():
+            for name, p in self._named.items():
+                value = safe_get_full_fp32_param(p)
+                assert value is not None, "a trainable parameter is known to ZeRO"
+                if main:
+                    full[name] = value.detach().float().to("cpu", copy=True)
+        return full
+
+    @contextmanager
+    def _replaced(self, shards: list[Tensor]) -> Iterator[None]:
+        """A context in which `fp32_shards` has these values."""
         kept = [t.clone() for t in self.fp32_shards]
-        for target, value in zip(self.fp32_shards, fp32_shards, strict=True):
+        for target, value in zip(self.fp32_shards, shards, strict=True):
             target.copy_(value)
         try:
             yield
         finally:
             for target, value in zip(self.fp32_shards, kept, strict=True):
                 target.copy_(value)
-
-    def moments(self) -> State:
-        """Returns Adam's moments, named `exp_avg.NAME` and `exp_avg_sq.NAME`; empty before the first step."""
-        shares, state = self._shares(), self._base.state
-        if not any(state.get(share) for share in shares):
-            return {}
-        pairs = [_moments(state[s]) if state.get(s) else [torch.zeros_like(s) for _ in MOMENTS] for s in shares]
-        full: State = {}
-        for i, moment in enumerate(MOMENTS):  # gathered like weights, which they replace for a short time
-            with self.replaced([pair[i] for pair in pairs]):
-                full |= {f"{moment}.{name}": value for name, value in self.weights().items()}
-        return full
-
-    def load(self, weights: State, moments: State, steps: int, scale: LossScale) -> None:
-        """Restores what `weights` and `moments` returned after `steps` steps, with any number of ranks and at any
-        stage. scale: the `loss_scale` after these steps. If this run or the saved one is not in fp16, only its counts
-        are used."""
-        first = scale.scale if scale.scale > 1 else FIRST
-        self.loss_scale = replace(scale, scale=first if self.precision == "fp16" else 1.0)
-        steps -= scale.skipped
-        if different := self._named.keys() ^ weights.keys():
-            raise UserError(
-                f"the checkpoint's parameters differ from this model's: {sorted(different)[0]} and "
-                f"{len(different) - 1} more: was the base changed, or another version of diffusers installed?",
-                field="model",
-                code="mismatch",
-            )
-        if moments:
-            split: list[list[Tensor]] = []
-            for moment in MOMENTS:  # sharded like weights
-                self._set({name: moments[f"{moment}.{name}"] for name in self._named})
-                split.append([t.clone() for t in self.fp32_shards])
-            for share, m, v in zip(self._shares(), *split, strict=True):
-                if self.config.adam == "8bit":
-                    self._base.state[share] = adam_8bit.state_of(self._base, (m, v), steps)
-                    continue
-                step = steps if self.config.adam == "cpu" else torch.tensor(float(steps), device=share.device)
-                self._base.state[share] = {"step": step, "exp_avg": m, "exp_avg_sq": v}
-        self._set(weights)
-        if self.config.zero_stage == 3:
-            deepspeed_private.renew_weights_of_the_module(self._zero)
-
-    def _set(self, weights: State) -> None:
-        """Copies full weights into the tensors that the optimizer updates; at stages 0 to 2 also into the module."""
-        for name, p in self._named.items():
-            value = weights[name].to(p.device, torch.float32)
-            if self.config.zero_stage:
-                deepspeed_private.set_weight(self._zero, self.config.zero_stage, p, value)
-            if self.config.zero_stage < 3:
-                p.data.copy_(value)
 
     @property
     def _base(self) -> torch.optim.Optimizer:
@@ -259,11 +281,6 @@ class Engine:
 
 def _moments(state: dict[str, Any]) -> list[Tensor]:
     return [state[m] for m in MOMENTS] if MOMENTS[0] in state else adam_8bit.moments(state)
-
-
-def _cpu(value: Tensor | None) -> Tensor:
-    assert value is not None, "a trainable parameter is known to ZeRO"
-    return value.detach().float().cpu().clone()
 
 
 @contextmanager

@@ -7,21 +7,36 @@ ZeRO stage.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import deepspeed.ops
 import torch
+from deepspeed.runtime import torch_autocast
 from deepspeed.utils import groups
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from trainer.engine.pieces import Piece
 
 
 def skip_probing_for_compilers() -> None:
     """Stops DeepSpeed from looking for the compilers of its fused operators when it is first used. This takes seconds,
     and the result is not used here."""
     setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010
+
+
+@contextmanager
+def process_restored() -> Iterator[None]:
+    """Restores at its end what DeepSpeed changes in the process: at stage 3 torch's linear function, in whose place
+    there is one that rounds otherwise and keeps other tensors, and with autocast a flag."""
+    linear, initialized = nn.functional.linear, torch_autocast.TORCH_AUTOCAST_INITIALIZED
+    try:
+        yield
+    finally:
+        nn.functional.linear, torch_autocast.TORCH_AUTOCAST_INITIALIZED = linear, initialized
 
 
 def set_timeout(timeout: timedelta) -> None:
@@ -72,20 +87,27 @@ def fp32_shares(zero: Any, stage: int) -> list[Tensor]:
     return zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
 
 
-def set_weight(zero: Any, stage: int, parameter: nn.Parameter, value: Tensor) -> None:
-    """Copies a full weight into this rank's shares, at stages 1 to 3. value: float32, on the parameter's device."""
-    p: Any = parameter
+def pieces(zero: Any, stage: int, named: Mapping[str, nn.Parameter]) -> list[Piece]:
+    """Returns what `fp32_shares` has of the parameters, at stages 1 to 3. Padding is no piece."""
+    found: list[Piece] = []
+    for name, parameter in named.items():
+        p: Any = parameter
+        if stage == 3:  # each parameter is cut into equal parts, of which the last ones are padded or empty
+            index, at, share = zero.grad_position[zero.get_param_id(p)]
+            start = torch.distributed.get_rank() * share
+            if (length := min(share, p.ds_numel - start)) > 0:
+                found.append(Piece(name, tuple(p.ds_shape), start, length, index, at))
+        elif (mapping := p._hp_mapping) is not None:
+            low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
+            found.append(Piece(name, tuple(p.shape), low.start, low.numel, mapping.param_group_index, high.start))
+    return found
+
+
+def renew_weights_of_the_module(zero: Any, stage: int) -> None:
+    """Updates the module's weights from the float32 shares, at stages 1 to 3. A collective."""
     if stage < 3:
-        p.set_full_hp_param(value)
+        zero.update_lp_params()
         return
-    share: int = p.ds_tensor.numel()  # ZeRO-3 cannot set a full value whose size is not divisible by the ranks
-    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-    padded = nn.functional.pad(value.flatten(), (0, share * world - value.numel()))
-    zero.set_local_hp_param(padded[rank * share : (rank + 1) * share], p)
-
-
-def renew_weights_of_the_module(zero: Any) -> None:
-    """Updates the module's weights from the float32 shares, at stage 3 after `set_weight`. A collective."""
     for low, high in zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True):
         low.data.copy_(high.data)
     if persistent := zero.persistent_parameters:

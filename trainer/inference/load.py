@@ -11,8 +11,8 @@ from ambient_core.errors import UserError, WorkFailed
 from data_pipeline.format.index import ShardIndex, read_index
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.checkpoint.posthoc_ema import reconstructed
+from trainer.checkpoint.shares import read_tensors
 from trainer.checkpoint.state import TrainState, read_state
-from trainer.checkpoint.tensors import read_tensors
 from trainer.config.run_config import RunConfig, load
 from trainer.diffusion.denoiser import Denoiser
 from trainer.inference import exported
@@ -66,9 +66,9 @@ def restore(run_dir: Path, checkpoint: str = "latest", sigma_rel: float | None =
         torch.set_num_threads(config.threads)
     state = read_state(path)
     denoiser = config.model.adapter.denoiser(state.shape, config.process, config.prediction, config.seed)
-    average, average_name = read_tensors(path, "ema"), str(config.ema)
+    average, average_name = read_tensors(path, "ema", state.shares), str(config.ema)
     if sigma_rel is not None:
-        average, average_name = reconstructed(run_dir, config.ema, path, state.step, sigma_rel)
+        average, average_name = reconstructed(run_dir, config.ema, path, state, sigma_rel)
     # Checkpoints do not contain a frozen base.
     trained = {name for name, p in denoiser.named_parameters() if p.requires_grad}
     try:

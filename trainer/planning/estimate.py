@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from data_pipeline.loading.config import Layout
+from trainer.checkpoint.shares import ONE_FILE
 from trainer.config.run_config import RunConfig
 from trainer.diffusion.consistency import DEFAULT_PERIOD
 from trainer.diffusion.denoiser import Denoiser
@@ -110,6 +111,12 @@ class Estimate:
             peak=counted.peak + pool_and_batch + on_device,
             host=counted.host + on_host,
         )
+
+    def checkpoint_host(self, setting: Setting, ranks: int) -> int:
+        """Returns the bytes that so many ranks hold on the host while a checkpoint is written: their shares of weights,
+        moments and averages, or, where each is one file, all of them on rank 0."""
+        state = FLOAT * self.weights.trainable * (3 + self._averages())
+        return state if self.weights.trainable <= ONE_FILE else -(-state // setting.gpus) * ranks
 
     def _averages(self) -> int:
         return len(self.config.ema.betas(1))

@@ -184,7 +184,7 @@ def _trace(
 ) -> Activations:
     counted = network.evaluations, network.evaluations_with_gradient
     network.process.time(torch.ones(1))  # fills its cache with numbers; below there are only shapes
-    with _own_linear(), FakeTensorMode(allow_non_fake_inputs=True), LiveTensors() as live:
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveTensors() as live:
         state: dict[str, Tensor] = {}
         for name, tensor in _state(network):
             double = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
@@ -248,18 +248,6 @@ class _MicroBatch(nn.Module):
     def _low(self) -> torch.autocast:
         """Returns an autocast like DeepSpeed's: it ends with each call, and drops the weights that it cast."""
         return torch.autocast("cpu", self._autocast, enabled=self._autocast is not None)
-
-
-@contextmanager
-def _own_linear() -> Iterator[None]:
-    """Uses torch's own linear function. ZeRO stage 3 replaces it for the rest of the process by one that keeps other
-    tensors, so a plan would depend on what was trained before it."""
-    replaced = nn.functional.linear
-    nn.functional.linear = torch._C._nn.linear  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        yield
-    finally:
-        nn.functional.linear = replaced
 
 
 @contextmanager

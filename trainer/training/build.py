@@ -15,10 +15,8 @@ from ambient_core.errors import UserError
 from ambient_core.parsing import flatten
 from data_pipeline.loading.config import Layout
 from data_pipeline.loading.loader import Loader
-from trainer.checkpoint.checkpoints import Checkpoints, read_pool
-from trainer.checkpoint.resume import newest_intact
-from trainer.checkpoint.state import TrainState, read_state
-from trainer.checkpoint.tensors import read_tensors
+from trainer.checkpoint.checkpoints import Checkpoints
+from trainer.checkpoint.state import TrainState
 from trainer.config.resume_compatibility import refuse_another_run
 from trainer.config.run_config import RunConfig, to_data, to_yaml
 from trainer.diffusion.ambient import NEAREST, AmbientLoss
@@ -35,6 +33,7 @@ from trainer.models.attention import Choice, set_attention
 from trainer.planning.trace import flops
 from trainer.tracking.logger import MLflowLogger
 from trainer.tracking.provenance import tags
+from trainer.training import saving
 from trainer.training.consistency_budget import Budget, settled
 from trainer.training.data_warnings import few_images, not_gaussian_data
 from trainer.training.run import Run
@@ -70,10 +69,9 @@ def run(config: RunConfig, ranks: Ranks, extra_tags: Mapping[str, str] | None = 
         network.backbone.compile()
     engine = Engine(network, config.engine, config.optimizer, precision, settings)
     pool = _pool(config, layout)
-    state, ema = TrainState(0, 0, 0, 0.0, shape), EMA(config.ema, engine.fp32_shards)
-    path, damaged = newest_intact(checkpoints, ["weights", "optimizer", *ema.averages], ranks)
-    if path is not None:
-        state = _load(path, engine, ema, pool, layout.first_row(0) // config.stride, ranks)
+    ema = EMA(config.ema, engine.fp32_shards)
+    state, damaged = saving.resume(checkpoints, engine, ema, pool, layout.first_row(0) // config.stride, ranks)
+    state = state or TrainState(0, 0, 0, 0.0, shape)
     if damaged:
         notices["notice.torn_checkpoint"] = damaged
     budget = _budget(config.consistency, state)
@@ -142,29 +140,16 @@ def _attention(config: RunConfig, network: Denoiser, precision: str, ranks: Rank
     return set_attention(network, config.engine.attention, autocast, ranks)
 
 
-def _load(path: Path, engine: Engine, ema: EMA, pool: ParticlePool, first_particle: int, ranks: Ranks) -> TrainState:
-    """Loads a checkpoint into the engine, the averages and the pool, and returns its training state."""
-    state = read_state(path)
-    for name in ema.averages:
-        engine.load(read_tensors(path, name), {}, state.step, state.loss_scale)
-        ema.averages[name] = [t.clone() for t in engine.fp32_shards]
-    weights, moments = read_tensors(path, "weights"), read_tensors(path, "optimizer")
-    engine.load(weights, moments, state.step, state.loss_scale)
-    particles = read_pool(path, first_particle, pool.rows)
-    pool.load_state_dict({name: value.to(ranks.device) for name, value in particles.items()})
-    return state
-
-
 def roll_back(run: Run) -> bool:
     """Sets a run back to its last checkpoint, except for its position in the data: it continues with the next samples.
     A collective. Returns False if there is no checkpoint, or if the run has gone back as often as it may."""
     here = run.state
     if here.rolled_back >= run.config.recovery.roll_back:
         return False
-    path, _ = newest_intact(run.checkpoints, ["weights", "optimizer", *run.ema.averages], run.ranks)
-    if path is None:
+    first_particle = run.layout.first_row(0) // run.stride
+    state, _ = saving.resume(run.checkpoints, run.engine, run.ema, run.pool, first_particle, run.ranks)
+    if state is None:
         return False
-    state = _load(path, run.engine, run.ema, run.pool, run.layout.first_row(0) // run.stride, run.ranks)
     run.state = replace(
         state,
         samples=here.samples,

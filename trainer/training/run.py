@@ -57,6 +57,6 @@ class Run:
     state: TrainState
 
     def averaged_weights(self, name: str = "ema") -> State:
-        """Returns the full averaged weights. name: the average's name. A collective."""
-        with self.engine.replaced(self.ema.averages[name]):
-            return self.engine.weights()
+        """Returns the full averaged weights on the first rank, and {} on the others. name: the average's name. A
+        collective."""
+        return self.engine.gathered(self.ema.averages[name])

@@ -39,8 +39,13 @@ def assert_equal(found: State, file: Path) -> None:
 def test_all_that_a_run_has_is_loaded_bit_for_bit(run_dir: Path) -> None:
     run = build.run(load(run_dir / "config.yaml", [f"run_dir={run_dir}"]), distributed.init())
     assert (run.state.step, run.state.samples, run.state.evaluations) == (3, 12, 24)
-    assert_equal(run.engine.weights(), CHECKPOINT / "weights.safetensors")
-    assert_equal(run.engine.moments(), CHECKPOINT / "optimizer.safetensors")
+    assert_equal(run.engine.gathered(), CHECKPOINT / "weights.safetensors")
+    moments = {
+        f"{moment}.{name}": value
+        for moment, tensors in run.engine.moments().items()
+        for name, value in run.engine.gathered(tensors).items()
+    }
+    assert_equal(moments, CHECKPOINT / "optimizer.safetensors")
     assert_equal(run.averaged_weights(), CHECKPOINT / "ema.safetensors")
     assert_equal(run.averaged_weights("ema-0.05"), CHECKPOINT / "ema-0.05.safetensors")
     assert_equal(run.pool.state_dict(), CHECKPOINT / "pool-00000-of-00001.safetensors")

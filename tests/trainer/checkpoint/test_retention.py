@@ -44,8 +44,9 @@ def script(run_dir: Path, config: CheckpointConfig, steps: list[int], tally: Tal
                 losses = [LOSSES[-(-s // 10) * 10] + s % 2 - 0.5 for s in range(reported + 1, done + 1)]
                 judge.observe({"loss": sum(losses) / len(losses), "x": 1.0}, len(losses))
                 reported = done
+        one = {"w": torch.ones(1)}
         state = TrainState(step, step, step, 0.0, (1, 4, 4), tally=judge.close(step)[0])
-        checkpoints.begin(ALONE, state, {"w": torch.ones(1)}, {"ema": {"w": torch.ones(1)}}, {}, {})
+        checkpoints.begin(ALONE, state, {"weights": one, "ema": one}, {}, {})
         checkpoints.end(ALONE)
         seen.append(there(run_dir))
     return seen
@@ -107,7 +108,7 @@ def test_no_other_record_is_needed_of_which_is_the_best(tmp_path: Path, capfd: p
     (folder / "step-00000050" / "state.json").write_text('{"format": 2, "step"')
     assert script(tmp_path / "other", config, [10, 20])[-1] == {20}
     checkpoints, state = Checkpoints(tmp_path, config), read_state(tmp_path / "elsewhere")
-    checkpoints.begin(ALONE, replace(state, step=60, tally=Tally("loss", 30, 10, True)), {}, {}, {}, {})
+    checkpoints.begin(ALONE, replace(state, step=60, tally=Tally("loss", 30, 10, True)), {}, {}, {})
     checkpoints.end(ALONE)
     assert there(tmp_path) == {50, 60}
     error = capfd.readouterr().err

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT
-from trainer.checkpoint.tensors import read_tensors, write
+from trainer.checkpoint.tensors import read_file, write
 
 GROWTH = """import sys, psutil, torch
 from pathlib import Path
@@ -41,6 +41,6 @@ def test_all_kinds_and_shapes_come_back_also_to_the_library_itself(dtype: torch.
         "turned": torch.randn(4, 3).mul(9).to(dtype).T,
     }
     write(many, tmp_path / "file.safetensors")
-    for found in (read_tensors(tmp_path, "file"), load_file(tmp_path / "file.safetensors")):
+    for found in (read_file(tmp_path / "file.safetensors"), load_file(tmp_path / "file.safetensors")):
         assert found.keys() == many.keys()
         assert all(torch.equal(found[name], many[name]) and found[name].dtype == dtype for name in many)

@@ -14,6 +14,7 @@ from ambient_core.errors import UserError, WorkFailed
 from tests.conftest import TINY
 from tests.refusals import refused
 from trainer.checkpoint.posthoc_ema import MOST, inner, mixture, reconstructed, write_snapshot
+from trainer.checkpoint.state import TrainState
 from trainer.checkpoint.tensors import write
 from trainer.config.run_config import load, parse, to_data
 from trainer.engine.distributed import Ranks
@@ -87,6 +88,10 @@ def tracked(run_dir: Path, config: PowerEMA, trajectory: Tensor, step: int) -> P
     return checkpoint
 
 
+def at(step: int) -> TrainState:
+    return TrainState(step, 4 * step, 0, 0.0, (1, 8, 8))
+
+
 @pytest.mark.parametrize("step", [STEPS, STEPS - 1, STEPS - 19])
 def test_an_average_put_together_is_the_one_that_would_have_been_kept(
     step: int, trajectory: Tensor, tmp_path: Path
@@ -96,14 +101,14 @@ def test_an_average_put_together_is_the_one_that_would_have_been_kept(
     checkpoint = tracked(tmp_path, config, trajectory, step)
     weights = trajectory[:step]
     for width, most in {0.03: 0.02, 0.07: 0.002, 0.15: 0.002, 0.2: 0.005}.items():
-        average, told = reconstructed(tmp_path, config, checkpoint, step, width)
+        average, told = reconstructed(tmp_path, config, checkpoint, at(step), width)
         wanted = profile(step, width) @ weights
         nearest = min((profile(step, kept) @ weights - wanted).norm() for kept in (0.05, 0.1))
         error = float((average["w"] - wanted).norm() / nearest)
         print(f"step {step}, sigma_rel {width}: error {error:.1e} of the nearest kept average's; {told}")
         assert average["w"].dtype == torch.float32
         assert error < most, (width, error)
-    same, _ = reconstructed(tmp_path, config, checkpoint, step, 0.1)
+    same, _ = reconstructed(tmp_path, config, checkpoint, at(step), 0.1)
     torch.testing.assert_close(same["w"].double(), profile(step, 0.1) @ weights, rtol=0, atol=2e-6)
 
 
@@ -111,7 +116,7 @@ def test_snapshots_after_the_checkpoint_are_not_looked_at(trajectory: Tensor, tm
     config = PowerEMA(snapshots=SnapshotConfig(every=20))
     tracked(tmp_path, config, trajectory, STEPS)
     checkpoint = tracked(tmp_path, config, trajectory, 300)
-    average, told = reconstructed(tmp_path, config, checkpoint, 300, 0.07)
+    average, told = reconstructed(tmp_path, config, checkpoint, at(300), 0.07)
     torch.testing.assert_close(average["w"].double(), profile(300, 0.07) @ trajectory[:300], rtol=0, atol=1e-4)
     assert "30 averages up to step 300" in told
 
@@ -135,31 +140,31 @@ def test_a_width_that_cannot_be_reached_is_refused_with_those_that_can(trajector
     config = PowerEMA(snapshots=SnapshotConfig(every=100))
     checkpoint = tracked(tmp_path, config, trajectory, STEPS)
     with pytest.raises(UserError, match=r"--ema-sigma-rel 0\.01: .* above 10%; they reach ") as caught:
-        reconstructed(tmp_path, config, checkpoint, STEPS, 0.01)
+        reconstructed(tmp_path, config, checkpoint, at(STEPS), 0.01)
     low, high = str(caught.value).split("reach ")[1].split(";")[0].split(" to ")
     assert 0.02 < float(low) < 0.05
     assert 0.1 < float(high) < 0.2
     for width in (float(low), float(high)):
         assert mixture([100, 100, 200, 200, 300, 300, 400, 400], [0.05, 0.1] * 4, STEPS, width)[1] <= MOST
     with refused("--ema-sigma-rel", "invalid"):
-        reconstructed(tmp_path, config, checkpoint, STEPS, 0.5)
+        reconstructed(tmp_path, config, checkpoint, at(STEPS), 0.5)
     for without in (PowerEMA(0.1), FixedEMA(0.99)):
         with refused("--ema-sigma-rel", "not_found"):
-            reconstructed(tmp_path, without, checkpoint, STEPS, 0.08)
+            reconstructed(tmp_path, without, checkpoint, at(STEPS), 0.08)
 
 
 def test_a_file_that_is_no_snapshot_is_named(trajectory: Tensor, tmp_path: Path) -> None:
     config = PowerEMA(snapshots=SnapshotConfig(every=20))
     checkpoint = tracked(tmp_path, config, trajectory, 100)
     (tmp_path / "ema" / ".step-00000100-0.1.safetensors.partial").write_bytes(b"of a writer that was killed")
-    reconstructed(tmp_path, config, checkpoint, 100, 0.08)
+    reconstructed(tmp_path, config, checkpoint, at(100), 0.08)
     write({"v": torch.zeros(1)}, tmp_path / "ema" / "step-00000040-0.1.safetensors", {"step": "40", "sigma_rel": "0.1"})
     with refused("step-00000040-0.1.safetensors", "mismatch"):
-        reconstructed(tmp_path, config, checkpoint, 100, 0.08)
+        reconstructed(tmp_path, config, checkpoint, at(100), 0.08)
     torn = tmp_path / "ema" / "step-00000040-0.1.safetensors"
     torn.write_bytes(torn.read_bytes()[:20])
     with refused("step-00000040-0.1.safetensors", "unreadable"):
-        reconstructed(tmp_path, config, checkpoint, 100, 0.08)
+        reconstructed(tmp_path, config, checkpoint, at(100), 0.08)
 
 
 def test_a_snapshot_that_cannot_be_written_stops_the_run(tmp_path: Path) -> None:

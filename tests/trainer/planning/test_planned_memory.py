@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
 from tests.conftest import TINY, Outcome
 from tests.trainer.in_turn import on_two_ranks
 from tests.trainer.planning.measured_memory import measure
-from tests.trainer.test_plan import SHAPE, WIDE, config_of
+from tests.trainer.test_plan import SHAPE, WIDE
 from trainer.config.run_config import RunConfig, load
 from trainer.planning import models
 from trainer.planning.estimate import Estimate, Setting, setting_of
@@ -33,6 +32,7 @@ def predicted(config: RunConfig, stage: int, world: int, accumulation: int = 1) 
     return found.peak + found.host  # a CPU has both
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("stage", "batch", "more"),
     [
@@ -65,20 +65,6 @@ def test_a_run_takes_the_memory_that_was_planned(
     assert measure(TINY, wanted) == pytest.approx(predicted(config, stage, 1, accumulation), rel=MEMORY_TOLERANCE)
 
 
-def test_a_plan_does_not_depend_on_what_was_trained_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ZeRO stage 3 leaves its own linear function in torch, which keeps other tensors."""
-    config = config_of("batch_size=8", *WIDE)
-
-    def traced() -> Activations:
-        monkeypatch.setattr("trainer.planning.trace._traced", {})
-        return activations(models.configured(config, SHAPE), SHAPE, {}, passes(config, 8, True), None)
-
-    before = traced()
-    monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
-    assert traced() == before
-    assert torch.nn.functional.linear is zero3_linear_wrap
-
-
 def test_what_8_bits_and_offloading_leave_is_counted_by_hand() -> None:
     """4 kB of trained weights and 60 kB of a base on 4 ranks; activations of 10 kB, 9 kB once gradients are there."""
     weights, kept = Weights(1024, 30_000, 60_000), Activations(10_000, 12_000, 9_000)
@@ -106,6 +92,7 @@ def test_what_8_bits_and_offloading_leave_is_counted_by_hand() -> None:
     assert of(1, half=True).peak - of(1).peak == 2 * 1024, "a second buffer"
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_two_ranks_take_the_memory_that_was_planned(shards: Path, tmp_path: Path) -> None:
     stage = 2
