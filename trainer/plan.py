@@ -187,10 +187,12 @@ def _print_costs(e: Estimate, mfu: float, sample_bytes: float) -> None:
             ),
         ),
         ("reading", f"{per_second:.4g} samples/s over all ranks, {_si(per_second * sample_bytes)}B/s from the shards"),
-        ("checkpoint", f"{_si(e.checkpoint_bytes())}B; {_kept(config)}"),
+        ("checkpoint", f"{_si(e.checkpoint_bytes())}B; {_kept(config)}; {_held(e)}"),
     ]
     if snapshots := e.snapshots_bytes():
         lines.append(("snapshots of averages", f"{_si(snapshots)}B in the whole run; all are kept"))
+    if every := config.logging.sample_every:
+        lines.append(("samples", f"{_samples(e, mfu)} every {every} steps{_at_most(config.logging.sample_share)}"))
     for label, text in lines:
         print(f"  {label:<22} {text}")
 
@@ -201,6 +203,25 @@ def _kept(config: RunConfig) -> str:
     if c.keep_every:
         text += f", and {config.steps // c.keep_every} at multiples of {c.keep_every}"
     return text + (", and the best" if c.keep_best else "")
+
+
+def _samples(e: Estimate, mfu: float) -> str:
+    from trainer.tracking.config import SAMPLER_STEPS
+
+    number = e.config.logging.samples
+    work = number * SAMPLER_STEPS * e.flops.forward
+    return f"{number} images ({_si(work)}FLOP, {_duration(e.seconds(work, mfu))})"
+
+
+def _at_most(share: float | None) -> str:
+    return f"; skipped where they would take more than {share:.3g} of the time" if share else ""
+
+
+def _held(e: Estimate) -> str:
+    from trainer.checkpoint.shares import ONE_FILE
+
+    text = f"until it is written, {_si(e.checkpoint_host(e.setting, 1))}B of host memory"
+    return f"{text} per rank" if e.weights.trainable > ONE_FILE else f"{text} on rank 0"
 
 
 def _print_memory(e: Estimate) -> None:

@@ -218,7 +218,7 @@ def test_the_command_reads_the_shards_and_says_what_fits(shards: Path, capsys: p
     assert f"{found['trained_parameters']:,} are trained" in text
     assert "100 steps, 49 of them with consistency" in text
     assert "It fits" in text
-    assert "B; 2 are kept\n" in text
+    assert "B; 2 are kept; until it is written, " in text
     assert "snapshots" not in text
     seconds = float(re.search(r"time +([\d.]+) ms at an MFU of 0.4 of 19.5 TFLOP/s", text)[1]) / 1000  # pyright: ignore[reportOptionalSubscript]
     samples = float(re.search(r"reading +([\d.e+]+) samples/s", text)[1])  # pyright: ignore[reportOptionalSubscript]
@@ -227,9 +227,11 @@ def test_the_command_reads_the_shards_and_says_what_fits(shards: Path, capsys: p
 
 def test_the_command_says_what_stays_on_the_disk(capsys: pytest.CaptureFixture[str]) -> None:
     wanted = ["ema.snapshots.every=10", "checkpoint.keep_every=30", "checkpoint.keep_best.metric=loss/ambient"]
+    wanted += ["logging.sample_every=50"]
     code, text = printed(capsys, "--gpus", "1", "--shape", "1", "16", "16", "steps=100", *wanted)
     assert code == 0, text
-    assert "B; 2 are kept, and 3 at multiples of 30, and the best\n" in text
+    assert re.search(r"samples +16 images \([\d.]+ [MG]FLOP, .*\) every 50 steps; skipped where they .* 0\.01 of", text)
+    assert "B; 2 are kept, and 3 at multiples of 30, and the best; until it is written, " in text
     assert re.search(r"snapshots of averages +[\d.]+ MB in the whole run; all are kept", text)
 
 
@@ -279,6 +281,7 @@ def test_a_wrong_request_is_one_line(
     assert refusal() == (field, mistake)
 
 
+@pytest.mark.long
 def test_what_a_plan_leaves_behind_is_of_numbers() -> None:
     """A process keeps its table of levels: one that was first asked for within a plan would be of shapes alone."""
     program = (

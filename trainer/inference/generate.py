@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -31,12 +32,13 @@ def generate(
     batch_size: int = 64,
     first: int = 0,
     progress: bool = True,
+    before_pass: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Returns images (number, *shape), float32 on the CPU: E[x0 | x] at the last noise level, approximately in [-1, 1].
 
     stop_at: the last noise level; None is the process's sigma_min. guide, guidance: see `guided`. conditioning:
     conditioning of each image, tensors (number, ...). guide_conditioning: the guide's conditioning; None is the same.
-    first: the number of the first image.
+    first: the number of the first image. before_pass: is called before each pass; what it raises is raised.
     """
     process = denoiser.process
     device = next(denoiser.parameters()).device
@@ -45,19 +47,26 @@ def generate(
     given_to_guide = given if guide_conditioning is None else guide_conditioning
     images: list[Tensor] = []
     was_training = denoiser.training
+
+    def own(x_t: Tensor, sigma_t: Tensor, conditioning: Conditioning) -> Tensor:
+        before_pass()
+        return denoiser(x_t, sigma_t, conditioning)
+
     denoiser.eval()
-    with progress_bar(total=number, desc="sample", unit="img", disable=not progress) as bar:
-        for done in range(0, number, batch_size):
-            like = torch.empty(min(batch_size, number - done), *shape, device=device)
-            x = AddressedNoise(seed, -1, first + done).normal("sample.start", like) * levels[0].to(like)
-            rows = slice(done, done + len(like))
-            h: Denoise = denoiser
-            if guide is not None:
-                h = guided(denoiser, _with_conditioning(guide, _rows(given_to_guide, rows)), guidance)
-            noise_at = partial(_noise_at, seed, first + done)
-            images.append(sample(h, x, levels, _rows(given, rows), sampler, noise_at).cpu())
-            bar.update(len(like))
-    denoiser.train(was_training)
+    try:
+        with progress_bar(total=number, desc="sample", unit="img", disable=not progress) as bar:
+            for done in range(0, number, batch_size):
+                like = torch.empty(min(batch_size, number - done), *shape, device=device)
+                x = AddressedNoise(seed, -1, first + done).normal("sample.start", like) * levels[0].to(like)
+                rows = slice(done, done + len(like))
+                h: Denoise = own
+                if guide is not None:
+                    h = guided(own, _with_conditioning(guide, _rows(given_to_guide, rows)), guidance)
+                noise_at = partial(_noise_at, seed, first + done)
+                images.append(sample(h, x, levels, _rows(given, rows), sampler, noise_at).cpu())
+                bar.update(len(like))
+    finally:
+        denoiser.train(was_training)
     return torch.cat(images)
 
 

@@ -22,6 +22,7 @@ from trainer.training.consistency_budget import settled
 from trainer.training.preview import Preview
 from trainer.training.reports import Reports, warn
 from trainer.training.run import Run
+from trainer.training.saving import save
 from trainer.training.step import Passes, run_passes
 from trainer.training.step_status import Step, StepStatus, StepStatuses
 
@@ -41,7 +42,7 @@ def train(run: Run, stop: Callable[[], bool]) -> bool:
             stopping = loop.agree()
             loop.report(stopping)
             loop.keep(stopping)
-            if stopping:
+            if stopping or loop.preview():
                 break
     assert loop.saved_at == run.state.step, "nothing done is left unsaved"
     return run.state.step >= run.config.steps
@@ -106,7 +107,8 @@ class _Loop:
         Diverged at a step that may not be skipped."""
         run, engine, passes, config = self._run, self._run.engine, self._passes, self._run.config
         stop_asked = self._stop()
-        now = self._is_due(config.checkpoint.every) or self._is_due(config.logging.every)
+        due = (config.checkpoint.every, config.logging.every, config.logging.sample_every)
+        now = any(every and self._is_due(every) for every in due)
         judged = Step(run.state, passes.keys, passes.spike, engine.loss_scale.scale)
         self._statuses.tell(judged, stop_asked, run.checkpoints.written, passes.finite, engine.left_out)
         known = self._statuses.known(now or (stop_asked and run.ranks.world == 1))
@@ -129,8 +131,6 @@ class _Loop:
             self.bar.set_postfix(loss=f"{report['loss/ambient']:.3f}", refresh=False)
             if run.logger:
                 run.logger.metrics(self._done, report)
-        if logging.sample_every and self._is_due(logging.sample_every):
-            self._preview.log(self._done)
 
     def keep(self, stopping: bool) -> None:
         """Output that outlasts the process: snapshots of the averages, and checkpoints."""
@@ -142,6 +142,15 @@ class _Loop:
             run.state = replace(run.state, tally=tally)
             save(run)
             self.saved_at = self._done
+
+    def preview(self) -> bool:
+        """Draws samples, after the checkpoint of their step. Returns whether to stop, which is asked meanwhile, too."""
+        every, last = self._run.config.logging.sample_every, self._done == self._run.config.steps
+        if not every or not self._is_due(every) or not self._preview.log(self._done, last, self._stop):
+            return False
+        if self.saved_at != self._done:
+            self.keep(stopping=True)
+        return True
 
 
 def _snapshots(run: Run, done: int) -> None:
@@ -228,11 +237,3 @@ def _last_checkpoint(run: Run) -> Iterator[None]:
                 run.checkpoints.end(run.ranks)
         raise
     run.checkpoints.end(run.ranks)
-
-
-def save(run: Run) -> None:
-    """Begins to write a checkpoint of the run as it is now. A collective."""
-    weights, moments = run.engine.weights(), run.engine.moments()
-    averages = {name: run.averaged_weights(name) for name in run.ema.averages}
-    pool = {name: value.to("cpu", copy=True) for name, value in run.pool.state_dict().items()}
-    run.checkpoints.begin(run.ranks, run.state, weights, averages, moments, pool)
