@@ -9,6 +9,7 @@ import signal
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 from ambient_core import errors
 from tests.conftest import ROOT
@@ -66,12 +67,18 @@ def less(text: str) -> str:
     return text
 
 
+def run_by(name: str) -> ModuleType:
+    """The module that `python -m NAME` runs: of a package its `__main__`."""
+    module = import_module(name)
+    return import_module(f"{name}.__main__") if hasattr(module, "__path__") else module
+
+
 def called(words: list[str]) -> None:
     """`python -m MODULE WORDS...`, in this process, which saves the imports; samples by a few steps."""
     if words[2] == "trainer.sample" and "--steps" not in words:
         words = [*words, "--steps", "2"]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
-    module = import_module(words[2])
+    module = run_by(words[2])
     try:
         code = errors.run(lambda: module.main(words[3:]))
     finally:

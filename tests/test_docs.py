@@ -6,12 +6,11 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from importlib import import_module
 
 import pytest
 
 from tests.conftest import ROOT
-from tests.pages import OUR_PROGRAMS, PAGES, commands, inline, words_of
+from tests.pages import OUR_PROGRAMS, PAGES, commands, inline, run_by, words_of
 from trainer import cli
 from trainer.config.reference import groups
 
@@ -50,9 +49,9 @@ def test_a_command_is_taken(page: str, command: str, capsys: pytest.CaptureFixtu
             assert (ROOT / word).is_file(), f"{page}: {word}"
     for name in [word.partition("=")[0] for word in words if re.match(r"[a-z_.]+=", word)]:
         assert name in FIELDS or name in GROUPS or name.endswith(".kind"), f"{page}: no field {name}"
-    if not hasattr(import_module(module), "parser"):
+    if not hasattr(run_by(module), "parser"):
         return
-    parser = import_module(module).parser()
+    parser = run_by(module).parser()
     try:
         parser.parse_intermixed_args(words)
     except (SystemExit, TypeError) as error:
