@@ -134,14 +134,17 @@ class _Loop:
 
     def keep(self, stopping: bool) -> None:
         """Output that outlasts the process: snapshots of the averages, and checkpoints."""
+        _snapshots(self._run, self._done)
+        if stopping or self._is_due(self._run.config.checkpoint.every):
+            self._save()
+
+    def _save(self) -> None:
         run = self._run
-        _snapshots(run, self._done)
-        if stopping or self._is_due(run.config.checkpoint.every):
-            tally, warning = self._judge.close(self._done)
-            warn(run, "keep_best", warning)
-            run.state = replace(run.state, tally=tally)
-            save(run)
-            self.saved_at = self._done
+        tally, warning = self._judge.close(self._done)
+        warn(run, "keep_best", warning)
+        run.state = replace(run.state, tally=tally)
+        save(run)
+        self.saved_at = self._done
 
     def preview(self) -> bool:
         """Draws samples, after the checkpoint of their step. Returns whether to stop, which is asked meanwhile, too."""
@@ -149,7 +152,7 @@ class _Loop:
         if not every or not self._is_due(every) or not self._preview.log(self._done, last, self._stop):
             return False
         if self.saved_at != self._done:
-            self.keep(stopping=True)
+            self._save()
         return True
 
 

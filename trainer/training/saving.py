@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +59,22 @@ def resume(
 
     first_particle: of this rank, in the global pool."""
     read: dict[str, Any] = {}
+    shapes, pieces = engine.shapes, engine.pieces()
+
+    def into(tensors: list[Tensor], source: Source, prefix: str = "") -> None:
+        """Reads this rank's pieces of a state into tensors that lie like `engine.fp32_shards`."""
+        _refuse_another_model(shapes, source, prefix)
+        for piece in pieces:
+            source.read(prefix + piece.name, piece.start, piece.of(tensors))
 
     def own_share(path: Path) -> None:
         read["state"] = state = read_state(path)
         for file, tensors in {"weights": engine.fp32_shards, **ema.averages}.items():
-            _read(Source(path, file, state.shares), engine, "", tensors)
+            into(tensors, Source(path, file, state.shares))
         optimizer, read["moments"] = Source(path, "optimizer", state.shares), {}
         for moment in MOMENTS if optimizer.shapes() else ():
             read["moments"][moment] = tensors = [torch.zeros_like(t) for t in engine.fp32_shards]
-            _read(optimizer, engine, f"{moment}.", tensors)
+            into(tensors, optimizer, f"{moment}.")
         read["pool"] = read_pool(path, state.pools)
 
     path, warning = newest_intact(checkpoints, own_share, ranks)
@@ -79,15 +87,13 @@ def resume(
     return state, warning
 
 
-def _read(source: Source, engine: Engine, prefix: str, tensors: list[Tensor]) -> None:
-    """Reads this rank's pieces of a state into tensors that lie like `engine.fp32_shards`."""
-    shapes = {name.removeprefix(prefix): shape for name, shape in source.shapes().items() if name.startswith(prefix)}
-    if different := [name for name in {**engine.shapes, **shapes} if engine.shapes.get(name) != shapes.get(name)]:
+def _refuse_another_model(own: Mapping[str, tuple[int, ...]], source: Source, prefix: str) -> None:
+    """own: the shapes of this model's trainable parameters."""
+    found = {name.removeprefix(prefix): shape for name, shape in source.shapes().items() if name.startswith(prefix)}
+    if different := [name for name in {**own, **found} if own.get(name) != found.get(name)]:
         raise UserError(
             f"the checkpoint's parameters differ from this model's: {min(different)} and {len(different) - 1} more: "
             "was the base changed, or another version of diffusers installed?",
             field="model",
             code="mismatch",
         )
-    for piece in engine.pieces():
-        source.read(prefix + piece.name, piece.start, piece.of(tensors))
